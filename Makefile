@@ -1,0 +1,33 @@
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format env clean
+
+BIN := .venv/bin
+READY := .venv/.r3-ready
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo '  Arguments go through ARGS: make test ARGS="-k replay -x"'
+
+demo: $(READY)  ## train a small MoE with and without replay, and compare
+	$(BIN)/r3 demo $(ARGS)
+
+test: lint  ## lint, then every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: $(READY)  ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+format: $(READY)  ## mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+env: $(READY)  ## make .venv (R3_EXTRA=cpu|gpu chooses the vLLM build)
+
+$(READY): pyproject.toml scripts/make-env
+	scripts/make-env
+
+clean:  ## remove the environment, caches and builds
+	rm -rf .venv .venv-uv build dist .pytest_cache .ruff_cache .hypothesis
+	find r3 trainer_hooks examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

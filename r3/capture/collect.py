@@ -1,0 +1,186 @@
+"""vLLM outputs -> rollouts with token ids, log-probabilities and checked routing.
+
+P prompt tokens, G generated tokens. vLLM returns P + G - 1 rows: the token that was sampled last was never fed back.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from r3.errors import CaptureError, summary
+from r3.routing import RolloutRouting, RoutingSpec, bad_rows, compact_dtype
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rollout:
+    """One sampled completion.
+
+    Attributes:
+        prompt_ids: P token ids.
+        token_ids: G token ids.
+        logprobs: float32 `[G]`, nats, of the sampled tokens under the engine's sampling distribution.
+        rows: compact integer `[P + G - 1, L, K]`, the experts of each token but the last.
+        finish_reason: as vLLM gives it.
+        prompt_index: which of the collected outputs it belongs to; the samples of one prompt share it.
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: Tensor
+    rows: Tensor
+    finish_reason: str | None
+    prompt_index: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RolloutBatch:
+    """Rollouts as right-padded tensors `[B, S]`, S the longest of them.
+
+    Attributes:
+        input_ids: int64, prompt and completion.
+        attention_mask: int64, 1 on tokens, 0 on padding.
+        response_mask: bool, True on generated tokens.
+        logprobs: float32, nats; entry t is of token t. 0 where `response_mask` is False.
+        routing: `[B, S, L, K]`; not valid on the last token of each rollout and on padding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    logprobs: Tensor
+    routing: RolloutRouting
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts(Sequence[Rollout]):
+    """What `collect` returns: a sequence of rollouts that share a routing spec and a weight version."""
+
+    items: list[Rollout]
+    spec: RoutingSpec
+    weight_version: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Rollouts(self.items[index], self.spec, self.weight_version)
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Rollout]:
+        return iter(self.items)
+
+    def batch(self, pad_token_id: int) -> RolloutBatch:
+        """All rollouts as one right-padded batch."""
+        lengths = [len(r.prompt_ids) + len(r.token_ids) for r in self.items]
+        shape = (len(self.items), max(lengths))
+        input_ids = torch.full(shape, pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        response_mask = torch.zeros(shape, dtype=torch.bool)
+        logprobs = torch.zeros(shape)
+        for b, (rollout, length) in enumerate(zip(self.items, lengths, strict=True)):
+            prompt = len(rollout.prompt_ids)
+            input_ids[b, :length] = torch.tensor(rollout.prompt_ids + rollout.token_ids)
+            attention_mask[b, :length] = 1
+            response_mask[b, prompt:length] = True
+            logprobs[b, prompt:length] = rollout.logprobs
+        return RolloutBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            response_mask=response_mask,
+            logprobs=logprobs,
+            routing=RolloutRouting.from_rows(
+                [r.rows for r in self.items],
+                shape[1],
+                layer_ids=self.spec.layer_ids,
+                num_experts=self.spec.num_experts,
+                weight_version=self.weight_version,
+            ),
+        )
+
+
+def collect(outputs: Sequence[Any], spec: RoutingSpec, *, weight_version: int | None = None) -> Rollouts:
+    """Turn vLLM's outputs into rollouts, or say which of them were not captured rightly.
+
+    Args:
+        outputs: `RequestOutput`s of `LLM.generate`, with `SamplingParams(logprobs=0)` or more.
+        spec: the routing that the trainer's model can replay (`Replay.spec`): the outputs tell neither the number of
+            experts nor a dense layer from a layer that always chose expert 0.
+        weight_version: the version that the engine sampled with.
+
+    Raises:
+        CaptureError: no routing, a wrong number of rows, layers or slots, a layer that was never captured, expert ids
+            out of range or repeated in a row, or no log-probabilities. Names the samples.
+    """
+    items, problems = [], []
+    for index, output in enumerate(outputs):
+        for completion in output.outputs:
+            where = f"sample {len(items) + len(problems)} (prompt {index}, completion {completion.index})"
+            try:
+                items.append(_rollout(output, completion, index, spec))
+            except CaptureError as error:
+                problems.append(f"{where}: {error}")
+    if problems:
+        raise CaptureError(f"{len(problems)} of {len(items) + len(problems)} samples:{summary(problems)}")
+    if not items:
+        raise CaptureError("outputs: expected at least one completion, got none")
+    return Rollouts(items, spec, weight_version)
+
+
+def _rollout(output: Any, completion: Any, index: int, spec: RoutingSpec) -> Rollout:
+    prompt_ids, token_ids = list(output.prompt_token_ids), list(completion.token_ids)
+    if completion.logprobs is None:
+        raise CaptureError("no log-probabilities: ask for them with SamplingParams(logprobs=0)")
+    logprobs = [entry[token].logprob for token, entry in zip(token_ids, completion.logprobs, strict=True)]
+    return Rollout(
+        prompt_ids=prompt_ids,
+        token_ids=token_ids,
+        logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        rows=checked_rows(completion.routed_experts, len(prompt_ids) + len(token_ids) - 1, spec),
+        finish_reason=completion.finish_reason,
+        prompt_index=index,
+    )
+
+
+def checked_rows(routed_experts: np.ndarray | None, expected_rows: int, spec: RoutingSpec) -> Tensor:
+    """Compact `[R, L, K]` of the layers that have a router, from vLLM's `[R, decoder layers, K]`.
+
+    Raises:
+        CaptureError: what is wrong with the array, at which position and decoder layer.
+    """
+    if routed_experts is None:
+        raise CaptureError(
+            "no routing: the engine does not return it. Start it with enable_return_routed_experts=True "
+            "(r3.capture.engine_kwargs does)"
+        )
+    expected = (expected_rows, spec.num_layers, spec.top_k)
+    if routed_experts.shape != expected or not np.issubdtype(routed_experts.dtype, np.integer):
+        raise CaptureError(
+            f"expected integer routing [prompt + generated - 1, decoder layers, top_k] = {expected}, got "
+            f"{routed_experts.dtype} {routed_experts.shape}"
+        )
+    never = [layer for layer in spec.layer_ids if expected_rows and not routed_experts[:, layer].any()]
+    if never and spec.top_k > 1:
+        raise CaptureError(
+            f"decoder layers {never} were never captured (all expert ids are 0). vLLM's CPU build 0.30 does this when "
+            "it compiles: use enforce_eager=True; so do monolithic MoE kernels"
+        )
+    dense = [layer for layer in range(spec.num_layers) if layer not in spec.layer_ids]
+    routed = [layer for layer in dense if routed_experts[:, layer].any()]
+    if routed:
+        raise CaptureError(f"decoder layers {routed} are routed in the engine, but have no router in the trainer")
+    rows = routed_experts[:, list(spec.layer_ids)]
+    # int32 holds every dtype that vLLM uses; torch cannot sort its uint16.
+    wide = torch.from_numpy(rows.astype(np.int32))
+    hits = bad_rows(wide, spec.num_experts).nonzero()
+    if len(hits):
+        row, column = hits[0].tolist()
+        raise CaptureError(
+            f"{len(hits)} rows are not {spec.top_k} distinct expert ids in [0, {spec.num_experts}); first at position "
+            f"{row}, decoder layer {spec.layer_ids[column]}: {wide[row, column].tolist()}"
+        )
+    return wide.to(compact_dtype(spec.num_experts))

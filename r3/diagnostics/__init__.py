@@ -1,0 +1,22 @@
+"""How far rollout and trainer are apart: mergeable metrics, the run folder that keeps them, and its report."""
+
+from r3.diagnostics.logprobs import LogprobSums, compare_logprobs
+from r3.diagnostics.merging import MergeableSums
+from r3.diagnostics.report import write_figure, write_report
+from r3.diagnostics.routing import RoutingSums, compare_routing
+from r3.diagnostics.run_folder import RunFolder, read_metrics, read_settings
+from r3.diagnostics.table import LiveTable
+
+__all__ = [
+    "LiveTable",
+    "LogprobSums",
+    "MergeableSums",
+    "RoutingSums",
+    "RunFolder",
+    "compare_logprobs",
+    "compare_routing",
+    "read_metrics",
+    "read_settings",
+    "write_figure",
+    "write_report",
+]

@@ -1,0 +1,130 @@
+"""A run's folder: `settings.json`, written once, and `metrics.jsonl`, one JSON object with flat keys a step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from operator import index
+from pathlib import Path
+from typing import Any
+
+from r3.errors import DiagnosticsError, summary
+
+METRICS_FILE = "metrics.jsonl"
+SETTINGS_FILE = "settings.json"
+
+logger = logging.getLogger("r3")
+
+
+class RunFolder:
+    """A new folder for one run's settings and metrics.
+
+    Raises `DiagnosticsError` if `path` is a file or a folder with anything in it: two runs never share a folder.
+
+    >>> folder = RunFolder("runs/first", {"seed": 1})                                                # doctest: +SKIP
+    >>> folder.log(1, {"reward/mean": 0.5})                                                           # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]):
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise DiagnosticsError(f"run folder: expected a folder or a new path, got the file {self.path}")
+        if self.path.is_dir() and (found := sorted(entry.name for entry in self.path.iterdir())):
+            raise DiagnosticsError(
+                f"run folder: expected an empty or new folder, got {self.path} with {', '.join(found[:4])}"
+                f"{' and more' if len(found) > 4 else ''}; choose another path, or move the earlier run away"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        settings_json = json.dumps(_nulled(settings), indent=2, default=str, allow_nan=False)
+        (self.path / SETTINGS_FILE).write_text(settings_json + "\n", encoding="utf-8")
+        (self.path / METRICS_FILE).touch()
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line; it has left this process when the call returns.
+
+        Values are numbers, bools, strings, None, or tensors and arrays with one element. What is not finite is written
+        as null, for JSON has no NaN. Raises `DiagnosticsError` for other values and for a `step` that contradicts.
+        """
+        if metrics.get("step", step) != step:
+            raise DiagnosticsError(f"metrics: expected step {step}, got a key 'step' with {metrics['step']}")
+        record: dict[str, float | int | bool | str | None] = {"step": index(step)}
+        problems = []
+        for key, value in metrics.items():
+            if key == "step":
+                continue
+            try:
+                record[key] = _scalar(value)
+            except (TypeError, ValueError, RuntimeError):
+                problems.append(f"{key}: {type(value).__name__}")
+        if problems:
+            raise DiagnosticsError(f"metrics: expected flat keys with one number each, got:{summary(problems)}")
+        line = json.dumps(record, allow_nan=False) + "\n"
+        # Opened for each step: nothing is left to close, and a crash loses at most the line being written.
+        with open(self.path / METRICS_FILE, "a", encoding="utf-8") as file:
+            file.write(line)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The steps of a run, from its folder or its `metrics.jsonl`; null reads as None.
+
+    A last line that is cut off, as in a run that is being written, is left out with a warning. Raises
+    `DiagnosticsError` if there is no such file or any other line is not a JSON object.
+    """
+    file = Path(path)
+    file = file / METRICS_FILE if file.is_dir() else file
+    if not file.is_file():
+        raise DiagnosticsError(f"metrics: expected a run folder or its {METRICS_FILE}, found none at {file}")
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    records, problems = [], []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif number == len(lines):
+            # Every complete line ends with a newline, so only what comes after the last one can be cut off.
+            logger.warning("%s: line %d is incomplete and left out", file, number)
+        else:
+            problems.append(f"line {number}: {line[:80]}")
+    if problems:
+        raise DiagnosticsError(f"{file}: expected one JSON object a line, got:{summary(problems)}")
+    return records
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings of a run folder, empty if it has none; raises `DiagnosticsError` if they cannot be read."""
+    file = Path(path) / SETTINGS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DiagnosticsError(f"{file}: expected one JSON object, got: {error}") from error
+    if not isinstance(settings, dict):
+        raise DiagnosticsError(f"{file}: expected one JSON object, got {type(settings).__name__}")
+    return settings
+
+
+def _scalar(value: Any) -> float | int | bool | str | None:
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise TypeError
+
+
+def _nulled(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _nulled(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nulled(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
