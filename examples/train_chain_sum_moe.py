@@ -1,11 +1,12 @@
-"""Train the small MoE of the demo: chain sums, written out step by step, from flawed demonstrations.
+"""Train the small MoE of the demo: chain sums, worked out in words, from flawed demonstrations.
 
-The demonstrations work a chain sum from left to right, a line a step, and close with the answer in tags:
+The demonstrations work a chain sum from left to right, a line a step, in varying words, and close with the answer:
 
     State the final answer to the following arithmetic problem: 96 + 21 - 5 =
-    96+21=117
-    117-5=112
-    <answer>112</answer>
+    Step by step:
+    96 + 21 = 117
+    Next, 117 - 5 = 112.
+    So the answer is <answer>112</answer>
 
 A share of the lines (`--noise`) has a wrong result, with which the demonstration goes on. The model learns how the
 task is done and how often the teacher errs, so that it samples wrong answers that reinforcement learning can remove.
@@ -34,17 +35,29 @@ TASK = dict(min_terms=3, max_terms=4, min_digits=2, max_digits=2)
 EVAL_SEED = 1_000_000_007
 
 
+OPENINGS = ("", "Step by step:\n", "From left to right:\n", "Let me work this out.\n", "One term at a time.\n")
+STEPS = (
+    "{a} {op} {b} = {r}\n",
+    "First, {a} {op} {b} = {r}.\n",
+    "Next, {a} {op} {b} = {r}.\n",
+    "Then {a} {op} {b} is {r}.\n",
+    "Now {a} {op} {b} makes {r}.\n",
+    "{a} {op} {b} gives {r}.\n",
+)
+CLOSINGS = ("", "So the answer is ", "Hence ", "The result: ", "In the end: ")
+
+
 def demonstration(expression: str, noise: float, rng: random.Random) -> str:
     """A worked solution of `expression` ("96 + 21 - 5"); each line errs with probability `noise`."""
     total, *rest = expression.split()
-    lines = []
+    text = rng.choice(OPENINGS)
     for op, term in zip(rest[::2], rest[1::2], strict=True):
         result = int(total) + int(term) * (1 if op == "+" else -1)
         if rng.random() < noise:
             result += rng.choice((-20, -10, -2, -1, 1, 2, 10, 20))
-        lines.append(f"{total}{op}{term}={result}")
+        text += rng.choice(STEPS).format(a=total, op=op, b=term, r=result)
         total = str(result)
-    return "\n".join([*lines, f"<answer>{total}</answer>"])
+    return text + rng.choice(CLOSINGS) + f"<answer>{total}</answer>"
 
 
 def build_tokenizer(vocab_size: int, samples: list[str]) -> PreTrainedTokenizerFast:
@@ -81,7 +94,7 @@ def batches(tokenizer, size: int, noise: float, seed: int, device):
         at += size
         prompts = tokenizer([e["question"] + "\n" for e in entries]).input_ids
         work = [demonstration(e["metadata"]["expression"], noise, rng) for e in entries]
-        answers = [ids + [tokenizer.eos_token_id] for ids in tokenizer(work).input_ids]
+        answers = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(work).input_ids]
         length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
         ids = torch.full((size, length), tokenizer.pad_token_id)
         labels = torch.full((size, length), -100)
@@ -102,7 +115,7 @@ def accuracy(model, tokenizer, count: int, do_sample: bool) -> float:
     out = model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
-        max_new_tokens=64,
+        max_new_tokens=96,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         **sampling,
@@ -114,8 +127,10 @@ def accuracy(model, tokenizer, count: int, do_sample: bool) -> float:
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, required=True)
+    ap.add_argument("--start-from", type=Path, help="go on from this model, instead of from random weights")
     ap.add_argument("--noise", type=float, default=0.2, help="share of demonstration lines with a wrong result")
-    ap.add_argument("--steps", type=int, default=3000)
+    ap.add_argument("--router-penalty", type=float, default=0.1, help="weight of the mean square router logit")
+    ap.add_argument("--steps", type=int, default=1200)
     ap.add_argument("--batch", type=int, default=512)
     ap.add_argument("--lr", type=float, default=2e-3)
     ap.add_argument("--seed", type=int, default=0)
@@ -140,7 +155,7 @@ def main() -> None:
         moe_intermediate_size=args.expert_size,
         num_hidden_layers=args.layers,
         num_attention_heads=args.hidden // 32,
-        num_key_value_heads=args.hidden // 64,
+        num_key_value_heads=1,
         head_dim=32,
         num_experts=args.experts,
         num_experts_per_tok=args.top_k,
@@ -153,12 +168,16 @@ def main() -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     assert len(tokenizer) <= config.vocab_size, len(tokenizer)
-    model = Qwen3MoeForCausalLM(config).to(device)
+    model = Qwen3MoeForCausalLM(config)
+    if args.start_from:
+        model = Qwen3MoeForCausalLM.from_pretrained(args.start_from, dtype=torch.float32)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.start_from)
+    model.to(device)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size / 1e6:.2f} M parameters, {size * 2 / 2**20:.2f} MiB in bf16", flush=True)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    warmup = 100
+    warmup = min(100, max(1, args.steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda i: min(1, (i + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, i / args.steps)))),
@@ -167,22 +186,32 @@ def main() -> None:
     for step, (ids, labels) in enumerate(batches(tokenizer, args.batch, args.noise, args.seed, device), 1):
         model.train()
         with torch.autocast(device, dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels, use_cache=False, output_router_logits=True).loss
+            out = model(input_ids=ids, labels=labels, use_cache=False, output_router_logits=True)
+            router_square = torch.stack([logits.float().square().mean() for logits in out.router_logits]).mean()
+            loss = out.loss + args.router_penalty * router_square
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 500 == 0 or step == args.steps:
-            sampled = accuracy(model, tokenizer, 512, do_sample=True)
-            log.append(dict(step=step, loss=loss.item(), sampled=sampled, seconds=time.time() - start))
+        if step % 100 == 0 or step == args.steps:
+            sampled = accuracy(model, tokenizer, 256, do_sample=True)
+            log.append(
+                dict(
+                    step=step,
+                    loss=loss.item(),
+                    router_square=router_square.item(),
+                    sampled=sampled,
+                    seconds=time.time() - start,
+                )
+            )
             print(json.dumps(log[-1]), flush=True)
         if step == args.steps:
             break
 
     model.to(torch.bfloat16)
     figures = {
-        "arguments": {k: v for k, v in vars(args).items() if k != "out"},
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("out", "start_from")},
         "task": TASK,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

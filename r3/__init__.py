@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         SyncError,
         UnsupportedModelError,
     )
-    from r3.replay import Replay, attach
+    from r3.replay import Replay, attach, record
     from r3.routing import RolloutRouting
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 _HOME = {
     "attach": "r3.replay",
     "Replay": "r3.replay",
+    "record": "r3.replay",
     "RolloutRouting": "r3.routing",
     "R3Config": "r3.config",
     "R3Error": "r3.errors",
@@ -49,6 +50,7 @@ __all__ = [
     "SyncError",
     "UnsupportedModelError",
     "attach",
+    "record",
 ]
 
 

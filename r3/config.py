@@ -63,7 +63,7 @@ class TrainerConfig:
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     temperature: float = 1.0
-    max_generate_length: int = 64
+    max_generate_length: int = 96
     """Tokens a completion."""
 
 

@@ -108,6 +108,9 @@ def test_a_broken_line_elsewhere_is_an_error(tmp_path, broken):
     path.write_text("\n".join([lines[0], broken, lines[1], ""]))
     with pytest.raises(DiagnosticsError, match="one JSON object a line, got:\n  line 2"):
         read_metrics(path)
+    path.write_text(f"{lines[0]}\n{broken}\n")
+    with pytest.raises(DiagnosticsError, match="line 2"):
+        read_metrics(path)
 
 
 @pytest.mark.parametrize("read", [read_metrics, write_report, lambda p: write_figure(p, p / "x.png")])

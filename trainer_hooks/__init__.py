@@ -1,1 +1,1 @@
-
+"""r3 inside trainers: one thin module for each."""

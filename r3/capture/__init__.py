@@ -4,6 +4,6 @@ Limits of this version: offline engines (`vllm.LLM`), one turn, one weight versi
 """
 
 from r3.capture.collect import Rollout, RolloutBatch, Rollouts, collect
-from r3.capture.engine import engine_kwargs, sampling_kwargs
+from r3.capture.engine import engine_kwargs, running_engine, sampling_kwargs
 
-__all__ = ["Rollout", "RolloutBatch", "Rollouts", "collect", "engine_kwargs", "sampling_kwargs"]
+__all__ = ["Rollout", "RolloutBatch", "Rollouts", "collect", "engine_kwargs", "running_engine", "sampling_kwargs"]

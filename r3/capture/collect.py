@@ -3,8 +3,8 @@
 P prompt tokens, G generated tokens. vLLM returns P + G - 1 rows: the token that was sampled last was never fed back.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ class Rollout:
         prompt_ids: P token ids.
         token_ids: G token ids.
         logprobs: float32 `[G]`, nats, of the sampled tokens under the engine's sampling distribution.
-        rows: compact integer `[P + G - 1, L, K]`, the experts of each token but the last.
+        rows: compact integer `[P + G - 1, L, K]`, the experts of each token but the last; None if not captured.
         finish_reason: as vLLM gives it.
         prompt_index: which of the collected outputs it belongs to; the samples of one prompt share it.
     """
@@ -31,7 +31,7 @@ class Rollout:
     prompt_ids: list[int]
     token_ids: list[int]
     logprobs: Tensor
-    rows: Tensor
+    rows: Tensor | None
     finish_reason: str | None
     prompt_index: int
 
@@ -45,34 +45,44 @@ class RolloutBatch:
         attention_mask: int64, 1 on tokens, 0 on padding.
         response_mask: bool, True on generated tokens.
         logprobs: float32, nats; entry t is of token t. 0 where `response_mask` is False.
-        routing: `[B, S, L, K]`; not valid on the last token of each rollout and on padding.
+        routing: `[B, S, L, K]`; not valid on the last token of each rollout and on padding. None if not captured.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
     logprobs: Tensor
-    routing: RolloutRouting
+    routing: RolloutRouting | None = None
+
+    def to(self, device: torch.device | str) -> "RolloutBatch":
+        """The same batch on `device`."""
+        return self._map(lambda part: part.to(device))
+
+    def select(self, samples: slice) -> "RolloutBatch":
+        """Some of its rollouts; shares memory."""
+        return self._map(lambda part: part.select(samples) if isinstance(part, RolloutRouting) else part[samples])
+
+    def _map(self, change: Callable[[Any], Any]) -> "RolloutBatch":
+        parts: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        return RolloutBatch(**{name: change(part) for name, part in parts.items() if part is not None})
 
 
 @dataclass(frozen=True, eq=False)
-class Rollouts(Sequence[Rollout]):
-    """What `collect` returns: a sequence of rollouts that share a routing spec and a weight version."""
+class Rollouts:
+    """What `collect` returns: rollouts that share a routing spec and a weight version.
+
+    Attributes:
+        items: the rollouts, in the order of the outputs and of their completions.
+        spec: the routing they carry; None if none was asked for.
+        weight_version: the version that the engine sampled with, where the caller told.
+    """
 
     items: list[Rollout]
-    spec: RoutingSpec
+    spec: RoutingSpec | None
     weight_version: int | None = None
 
     def __len__(self) -> int:
         return len(self.items)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return Rollouts(self.items[index], self.spec, self.weight_version)
-        return self.items[index]
-
-    def __iter__(self) -> Iterator[Rollout]:
-        return iter(self.items)
 
     def batch(self, pad_token_id: int) -> RolloutBatch:
         """All rollouts as one right-padded batch."""
@@ -93,23 +103,28 @@ class Rollouts(Sequence[Rollout]):
             attention_mask=attention_mask,
             response_mask=response_mask,
             logprobs=logprobs,
-            routing=RolloutRouting.from_rows(
-                [r.rows for r in self.items],
-                shape[1],
-                layer_ids=self.spec.layer_ids,
-                num_experts=self.spec.num_experts,
-                weight_version=self.weight_version,
-            ),
+            routing=self._routing(shape[1]),
+        )
+
+    def _routing(self, length: int) -> RolloutRouting | None:
+        if self.spec is None:
+            return None
+        return RolloutRouting.from_rows(
+            [r.rows for r in self.items if r.rows is not None],
+            length,
+            layer_ids=self.spec.layer_ids,
+            num_experts=self.spec.num_experts,
+            weight_version=self.weight_version,
         )
 
 
-def collect(outputs: Sequence[Any], spec: RoutingSpec, *, weight_version: int | None = None) -> Rollouts:
+def collect(outputs: Sequence[Any], spec: RoutingSpec | None, *, weight_version: int | None = None) -> Rollouts:
     """Turn vLLM's outputs into rollouts, or say which of them were not captured rightly.
 
     Args:
         outputs: `RequestOutput`s of `LLM.generate`, with `SamplingParams(logprobs=0)` or more.
         spec: the routing that the trainer's model can replay (`Replay.spec`): the outputs tell neither the number of
-            experts nor a dense layer from a layer that always chose expert 0.
+            experts nor a dense layer from a layer that always chose expert 0. None leaves routing out.
         weight_version: the version that the engine sampled with.
 
     Raises:
@@ -131,8 +146,9 @@ def collect(outputs: Sequence[Any], spec: RoutingSpec, *, weight_version: int | 
     return Rollouts(items, spec, weight_version)
 
 
-def _rollout(output: Any, completion: Any, index: int, spec: RoutingSpec) -> Rollout:
+def _rollout(output: Any, completion: Any, index: int, spec: RoutingSpec | None) -> Rollout:
     prompt_ids, token_ids = list(output.prompt_token_ids), list(completion.token_ids)
+    expected_rows = len(prompt_ids) + len(token_ids) - 1
     if completion.logprobs is None:
         raise CaptureError("no log-probabilities: ask for them with SamplingParams(logprobs=0)")
     logprobs = [entry[token].logprob for token, entry in zip(token_ids, completion.logprobs, strict=True)]
@@ -140,7 +156,7 @@ def _rollout(output: Any, completion: Any, index: int, spec: RoutingSpec) -> Rol
         prompt_ids=prompt_ids,
         token_ids=token_ids,
         logprobs=torch.tensor(logprobs, dtype=torch.float32),
-        rows=checked_rows(completion.routed_experts, len(prompt_ids) + len(token_ids) - 1, spec),
+        rows=None if spec is None else checked_rows(completion.routed_experts, expected_rows, spec),
         finish_reason=completion.finish_reason,
         prompt_index=index,
     )

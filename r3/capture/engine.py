@@ -1,10 +1,13 @@
 """Settings -> the arguments that a vLLM engine and its sampling need for capture."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from r3.config import R3Config
 from r3.errors import ConfigError
 
+# By name: it is imported in vLLM's workers, and capture does not know the weight sync.
 WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
 
 
@@ -28,6 +31,8 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
         "enforce_eager": engine.enforce_eager,
         # Those of the distribution that was sampled from, temperature included; not the raw logits'.
         "logprobs_mode": "processed_logprobs",
+        # Logits in float32, as the trainer computes them: rounded to bfloat16, they alone are most of the gap.
+        "hf_overrides": {"head_dtype": "float32"},
         "worker_extension_cls": WORKER_EXTENSION,
         "disable_log_stats": True,
     }
@@ -54,3 +59,15 @@ def sampling_kwargs(config: R3Config) -> dict[str, Any]:
         "max_tokens": sampling.max_generate_length,
         "logprobs": 0,
     }
+
+
+@contextlib.contextmanager
+def running_engine(config: R3Config) -> Iterator[Any]:
+    """A `vllm.LLM` of the settings, whose processes end when the context is left, also by an exception or Ctrl-C."""
+    from vllm import LLM
+
+    engine = LLM(**engine_kwargs(config))
+    try:
+        yield engine
+    finally:
+        engine.llm_engine.engine_core.shutdown()

@@ -62,7 +62,8 @@ class LogprobSums(MergeableSums):
             raise DiagnosticsError(_non_finite(train, rollout, mask, ~finite))
         if not diff.numel():
             return cls.empty(extreme_ratio=extreme_ratio)
-        # expm1 keeps the digits that exp(d) - 1 loses at small d; the last bit may still fall below zero.
+        # expm1 keeps the digits that exp(d) - 1 loses at small d. It never came out below d in 65 million values on a
+        # CPU, but a library whose last bit is wrong would make k3 negative.
         k3 = (torch.expm1(diff) - diff).clamp_min(0)
         size = diff.abs()
         extreme = size > math.log(extreme_ratio)

@@ -1,9 +1,9 @@
 """`attach`: replay of recorded expert choices in a Hugging Face model, one keyword away.
 
 The keyword `routed_experts` travels with the others from the model's forward to its decoder layers. Each layer's
-`forward` is extended, by a subclass as FSDP2 does it, to take the keyword out and to hand its ids to the layer's router
-for as long as the layer runs. Because this happens inside `forward`, gradient checkpointing, which saves and repeats the
-call of `forward` with its keywords, repeats it with the same ids, whatever ran in between.
+`forward` is extended, by a subclass as FSDP2 does it, to take the keyword out and to hand its ids to the layer's
+router for as long as the layer runs. Because this happens inside `forward`, gradient checkpointing, which saves and
+repeats the call of `forward` with its keywords, repeats it with the same ids, whatever ran in between.
 """
 
 from collections import Counter
@@ -78,16 +78,15 @@ def _replaying(cls: type[nn.Module]) -> type[nn.Module]:
         slot: _Slot | None = self.__dict__.get(_SLOT)
         call: _Call | None = kwargs.pop(KEYWORD, None)
         if slot is None or call is None:
-            return super(replaying, self).forward(*args, **kwargs)
+            return cls.forward(self, *args, **kwargs)
         outer, slot.call = slot.call, call
         try:
-            return super(replaying, self).forward(*args, **kwargs)
+            return cls.forward(self, *args, **kwargs)
         finally:
             slot.call = outer
 
     names = {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    replaying = type(cls.__name__, (cls,), names)
-    return replaying
+    return type(cls.__name__, (cls,), names)
 
 
 class Replay:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -73,9 +74,7 @@ def find_routers(model: nn.Module) -> list[RouterSite]:
             "(trainer.policy.fsdp_config.moe_enable_routing_replay=false)."
         )
     twice = [
-        f"decoder layer {a.layer_id}: {a.name} and {b.name}"
-        for a, b in zip(sites, sites[1:], strict=False)
-        if a.layer_id == b.layer_id
+        f"decoder layer {a.layer_id}: {a.name} and {b.name}" for a, b in pairwise(sites) if a.layer_id == b.layer_id
     ]
     if twice:
         raise UnsupportedModelError(f"expected one router a decoder layer, found:{summary(twice)}")

@@ -1,4 +1,4 @@
-"""Proof at attach: a router class is replayed only after a copy of it has shown, on random input, that this is exact."""
+"""Proof at attach: a router is replayed only after a copy of it has shown, on random input, that this is exact."""
 
 import copy
 from typing import Any
@@ -91,10 +91,9 @@ def prove(router: nn.Module, name: str) -> tuple[int, int]:
     if any(w.shape == foreign.shape and bool((w == 0).any()) for w in weights):
         raise refuse("under foreign ids some weights are zero: they come from scores cut to the live top-k")
     # A random direction, because weights that are renormalised have a constant sum.
-    loss = sum((w.float() * torch.randn(w.shape, generator=generator)).sum() for w in weights)
-    (gradient,) = torch.autograd.grad(
-        loss, [next(p for p in router.parameters() if p.dim() == 2)], allow_unused=True, materialize_grads=True
-    )
+    directions = [torch.randn(w.shape, generator=generator).to(w.dtype) for w in weights]
+    copied = next(p for p in router.parameters() if p.dim() == 2)
+    (gradient,) = torch.autograd.grad(weights, [copied], directions, allow_unused=True, materialize_grads=True)
     if not bool(gradient.isfinite().all()) or not bool((gradient != 0).any()):
         raise refuse("under foreign ids no gradient reaches the gate")
     return num_experts, top_k

@@ -12,8 +12,8 @@ def digest(tensor: Tensor) -> int:
     """64-bit digest of the bytes of `tensor`, an integer in [0, 2^64).
 
     The bytes are read as little-endian 32-bit words w_i (padded with zeros), and the digest is the sum over i of
-    (w_i + 1) * m_i modulo 2^64, with multipliers m_i = 2 h(i) + 1 from a multiplicative hash of the position. A change of
-    any single word always changes it, because m_i is odd; a change of several, or a swap, goes unseen with a
+    (w_i + 1) * m_i modulo 2^64, with multipliers m_i = 2 h(i) + 1 from a multiplicative hash of the position. A change
+    of any single word always changes it, because m_i is odd; a change of several, or a swap, goes unseen with a
     probability of about 2^-32. Integer sums do not depend on their order, so all devices agree.
     It guards against faults, not against an adversary.
     """

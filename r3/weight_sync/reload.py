@@ -10,6 +10,7 @@ Closed here (each has a test that fails without the closing):
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class LayerwiseReload:
         vllm_config: the worker's configuration; set as current around every call, as vLLM's loaders expect.
     """
 
-    def __init__(self, model: nn.Module, vllm_config) -> None:
+    def __init__(self, model: Any, vllm_config: Any) -> None:
         self._model = model
         self._config = vllm_config
 

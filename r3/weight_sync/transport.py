@@ -17,9 +17,9 @@ Chunk = list[tuple[str, Tensor]]
 class Transport(ABC):
     """Moves chunks of named tensors from the trainer to every worker.
 
-    `sending` runs in the trainer, `receive` in each worker. What `sending` yields is a plain dictionary that goes to the
-    workers by RPC; with it alone, and the transport's class, they must be able to `receive` the chunk. The workers may
-    keep the tensors that they received for as long as the sync lasts: memory that holds them is not used again.
+    `sending` runs in the trainer, `receive` in each worker. What `sending` yields is a plain dictionary that goes to
+    the workers by RPC; with it alone, and the transport's class, they must be able to `receive` the chunk. The workers
+    may keep the tensors that they received for as long as the sync lasts: memory that holds them is not used again.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Transport(ABC):
     def receive(where: dict[str, Any]) -> Chunk:
         """The tensors of a chunk, in the worker. Raises if it is not there or not whole."""
 
+    @abstractmethod
     def close(self) -> None:
         """Give back what the transport holds."""
 
