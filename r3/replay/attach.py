@@ -7,7 +7,7 @@ repeats the call of `forward` with its keywords, repeats it with the same ids, w
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,15 +31,18 @@ class ForwardReport:
     routers: int
 
 
-@dataclass(eq=False)
 class _Call:
-    """The routing of one forward, on its way to the layers."""
+    """The routing of one forward, on its way to the layers.
 
-    ids: Tensor  # [T, L, K] compact
-    valid: Tensor | None  # [T] bool, None if all are
-    columns: dict[int, int]
-    rows_replayed: int
-    fired: Counter[int] = field(default_factory=Counter)
+    Not a dataclass: FSDP2 copies those when it casts a forward's inputs, and the layers would count on copies.
+    """
+
+    def __init__(self, ids: Tensor, valid: Tensor | None, columns: dict[int, int], rows_replayed: int) -> None:
+        self.ids = ids  # [T, L, K] compact
+        self.valid = valid  # [T] bool, None if all rows are valid
+        self.columns = columns
+        self.rows_replayed = rows_replayed
+        self.fired: Counter[int] = Counter()
 
 
 @dataclass(eq=False)
@@ -63,6 +66,8 @@ class _Slot:
             return
         mode, self.mode = self.mode, None
         mode.__exit__(None, None, None)
+        if output is None:  # the router raised; its error is the one to show
+            return
         if mode.count != 1:
             raise ReplayError(
                 f"router {self.site.name}: expected one top-k over {self.num_experts} experts in its forward, "

@@ -72,6 +72,8 @@ class Recorder:
         def leave(router: nn.Module, args: tuple, output: Any) -> None:
             mode = self._open.pop(site.layer_id)
             mode.__exit__(None, None, None)
+            if output is None:  # the router raised; its error is the one to show
+                return
             if len(mode.calls) != 1:
                 raise ReplayError(f"router {site.name}: expected one 2-D top-k in its forward, saw {len(mode.calls)}")
             num_experts, _, ids = mode.calls[0]

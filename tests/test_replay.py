@@ -1,0 +1,303 @@
+"""Replay in a real transformers model: exact, obedient, differentiable, and gone when detached."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import EXPERTS, LAYERS, TOP_K, random_ids, tiny_dense, tiny_moe, tokens
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import r3
+from r3.replay.discovery import find_routers
+from r3.replay.proof import prove
+
+
+def forward(model, ids, **kwargs):
+    return model(input_ids=ids, use_cache=False, **kwargs).logits
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_own_routing_is_bit_identical_to_live(dtype):
+    model, ids = tiny_moe(dtype), tokens()
+    live = forward(model, ids)
+    with r3.record(model) as recorder:
+        forward(model, ids)
+    r3.attach(model)
+    assert torch.equal(forward(model, ids, routed_experts=recorder.routing), live)
+
+
+def test_foreign_ids_reach_the_experts_as_given_with_weights_from_the_live_logits():
+    model, ids, routing = tiny_moe(), tokens(), random_ids()
+    r3.attach(model)
+    seen = []
+    for layer in model.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    logits = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, args, output: logits.append(output[0]))
+    forward(model, ids, routed_experts=routing)
+    for column, ((_, chosen, weights), live) in enumerate(zip(seen, logits, strict=True)):
+        expected = routing[:, :, column].flatten(0, 1)
+        assert torch.equal(chosen, expected)
+        # Qwen3-MoE with norm_topk_prob: a softmax over the chosen experts alone.
+        torch.testing.assert_close(weights, live.double().gather(-1, expected).softmax(-1).float())
+
+
+def test_gradient_of_every_gate_equals_autograd_on_the_formula():
+    model, routing = tiny_moe(), random_ids(1, 6)
+    r3.attach(model)
+    gate = model.model.layers[0].mlp.gate
+    hidden, direction = torch.randn(6, 32), torch.randn(6, TOP_K)
+    ids = routing[0, :, 0]
+    reference = gate.weight.detach().double().requires_grad_()
+    ((hidden.double() @ reference.T).gather(-1, ids).softmax(-1) * direction).sum().backward()
+
+    captured = {}
+    gate.register_forward_hook(lambda module, args, output: captured.update(weights=output[1]))
+    # The first layer's router, fed with inputs of ours in place of the block's.
+    gate.register_forward_pre_hook(lambda module, args: (hidden,))
+    forward(model, tokens(1, 6), routed_experts=routing)
+    (captured["weights"] * direction).sum().backward()
+    torch.testing.assert_close(gate.weight.grad.double(), reference.grad, rtol=1e-5, atol=1e-7)
+    assert gate.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients_with_other_forwards_in_between(reentrant):
+    model, ids, routing = tiny_moe().train(), tokens(), random_ids()
+    r3.attach(model)
+    forward(model, ids, routed_experts=routing).square().mean().backward()
+    expected = gradients(model)
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    first = forward(model, ids, routed_experts=routing).square().mean()
+    forward(model, ids)
+    forward(model, ids, routed_experts=random_ids(seed=9))
+    first.backward()
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(found[f"model.layers.{i}.mlp.gate.weight"].abs().max() > 0 for i in range(LAYERS))
+
+
+def test_rows_that_are_not_valid_are_routed_live():
+    model, ids, routing = tiny_moe(num_hidden_layers=1), tokens(1, 8), random_ids(1, 8, layers=1)
+    replay = r3.attach(model)
+    live, replayed = forward(model, ids), forward(model, ids, routed_experts=routing)
+    holes = routing.clone()
+    holes[0, [2, 5]] = -1
+    mixed = forward(model, ids, routed_experts=holes)
+    # With one layer a token's routing cannot reach another token.
+    wanted = replayed.clone()
+    wanted[0, [2, 5]] = live[0, [2, 5]]
+    torch.testing.assert_close(mixed, wanted, rtol=0, atol=1e-6)
+    assert not torch.equal(live, replayed)
+    assert (replay.last.rows_replayed, replay.last.rows_live, replay.last.routers) == (6, 2, 1)
+
+
+def test_forward_without_routing_is_untouched_and_detach_leaves_no_trace():
+    model, ids = tiny_moe(), tokens()
+    classes = [type(module) for module in model.modules()]
+    live = forward(model, ids)
+    replay = r3.attach(model)
+    assert torch.equal(forward(model, ids), live)
+    assert replay.last is None
+    replay.detach()
+    replay.detach()
+    assert [type(module) for module in model.modules()] == classes
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "_r3_slot" in vars(m) for m in model.modules())
+    r3.attach(model).detach()
+
+
+def test_an_exception_in_a_layer_leaves_nothing_switched_on():
+    model, ids = tiny_moe(), tokens()
+    live = forward(model, ids)
+    r3.attach(model)
+    hook = model.model.layers[1].mlp.gate.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        forward(model, ids, routed_experts=random_ids())
+    hook.remove()
+    assert torch.equal(forward(model, ids), live)
+    assert torch.equal(torch.topk(torch.eye(EXPERTS), TOP_K).indices[:, 0], torch.arange(EXPERTS))
+
+
+def test_one_model_is_attached_once_and_two_models_do_not_mix():
+    model, other = tiny_moe(), tiny_moe()
+    replay = r3.attach(model)
+    with pytest.raises(r3.ReplayError, match="attached to this model already"):
+        r3.attach(model)
+    second = r3.attach(other)
+    forward(model, tokens(), routed_experts=random_ids())
+    assert replay.last is not None
+    assert second.last is None
+
+
+def test_dense_layers_have_no_column_and_a_column_for_every_layer_is_cut_down():
+    model, ids = tiny_moe(mlp_only_layers=[0]), tokens()
+    replay = r3.attach(model)
+    assert replay.spec.layer_ids == (1, 2)
+    routing = random_ids()
+    routing[:, :, 0] = 0  # as vLLM reports a dense layer
+    every = forward(model, ids, routed_experts=routing)
+    assert torch.equal(every, forward(model, ids, routed_experts=routing[:, :, 1:]))
+
+
+def test_a_dense_model_is_refused():
+    with pytest.raises(r3.UnsupportedModelError, match="Qwen3ForCausalLM has no router"):
+        r3.attach(tiny_dense())
+
+
+def test_a_router_that_ignores_the_ids_is_refused_by_name():
+    router = find_routers(tiny_moe())[0].router
+
+    class Stubborn(type(router)):
+        def forward(self, hidden):
+            logits, weights, ids = super().forward(hidden)
+            return logits, weights, logits.argsort(-1, descending=True)[:, :TOP_K]
+
+    router.__class__ = Stubborn
+    with pytest.raises(r3.UnsupportedModelError, match="gate.*Stubborn.*does not return the ids"):
+        prove(router, "model.layers.0.mlp.gate")
+
+
+def test_weights_cut_to_the_live_choice_are_refused():
+    router = find_routers(tiny_moe())[0].router
+
+    class Masked(type(router)):
+        def forward(self, hidden):
+            logits = torch.nn.functional.linear(hidden, self.weight)
+            floor = logits.sort(dim=-1, descending=True).values[:, TOP_K - 1 : TOP_K]
+            scores = logits.softmax(-1).masked_fill(logits < floor, 0.0)
+            weights, ids = torch.topk(scores, TOP_K, dim=-1)
+            return logits, weights, ids
+
+    router.__class__ = Masked
+    with pytest.raises(r3.UnsupportedModelError, match="cut to the live top-k"):
+        prove(router, "gate")
+
+
+def test_a_bypassed_router_is_found():
+    model = tiny_moe()
+    r3.attach(model)
+    block = model.model.layers[1].mlp
+    block.forward = lambda hidden: hidden
+    with pytest.raises(r3.ReplayError, match=r"(?s)model\.layers\.1\.mlp\.gate: 0"):
+        forward(model, tokens(), routed_experts=random_ids())
+
+
+def test_a_replaced_router_forward_is_found():
+    model = tiny_moe()
+    r3.attach(model)
+    gate = model.model.layers[2].mlp.gate
+
+    def without_topk(hidden):
+        logits = torch.nn.functional.linear(hidden, gate.weight)
+        weights, ids = logits.softmax(-1).sort(dim=-1, descending=True)
+        return logits, weights[:, :TOP_K], ids[:, :TOP_K]
+
+    gate.forward = without_topk
+    with pytest.raises(r3.ReplayError, match="saw 0"):
+        forward(model, tokens(), routed_experts=random_ids())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r[:1], r"expected \[B, S, L, K\] = \(2, 10, 3, 2\).*got \(1, 10, 3, 2\)"),
+        (lambda r: r[:, :-1], r"got \(2, 9, 3, 2\)"),
+        (lambda r: r.transpose(0, 1), r"got \(10, 2, 3, 2\)"),
+        (lambda r: r[..., :1], r"got \(2, 10, 3, 1\)"),
+        (lambda r: r[:, :, :2], "L = 3 layers"),
+        (lambda r: r[0], "L = 3 layers"),
+        (lambda r: r.float(), "expected integer"),
+        (lambda r: torch.full_like(r, EXPERTS), r"sample 0, position 0, decoder layer 0: \[8, 8\]"),
+        (lambda r: r.index_fill(3, torch.tensor([0, 1]), 5), r"decoder layer 2: \[5, 5\]"),
+    ],
+)
+def test_bad_routing_is_refused_with_where_and_what(change, message):
+    model = tiny_moe()
+    r3.attach(model)
+    with pytest.raises(r3.RoutingError, match=message):
+        forward(model, tokens(), routed_experts=change(random_ids()))
+
+
+def test_required_replay_refuses_a_training_forward_without_routing():
+    model = tiny_moe()
+    r3.attach(model, required=True)
+    forward(model, tokens())
+    with pytest.raises(r3.ReplayError, match="replay is required"):
+        forward(model.train(), tokens())
+
+
+def shard(model, mesh, **policy):
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy))
+    return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy))
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_fsdp2_gives_the_gradients_of_the_whole_model(one_rank, attach_first, checkpointing):
+    model, ids, routing = tiny_moe().train(), tokens(), random_ids()
+    whole = copy.deepcopy(model)
+    r3.attach(whole)
+    forward(whole, ids, routed_experts=routing).square().mean().backward()
+    expected = gradients(whole)
+
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    replay = r3.attach(model, required=True) if attach_first else None
+    shard(model, one_rank)
+    replay = replay or r3.attach(model, required=True)
+    loss = forward(model, ids, routed_experts=routing).square().mean()
+    with torch.no_grad():
+        model.eval()
+        forward(model, ids)
+        model.train()
+    loss.backward()
+    found = {name: grad.full_tensor() for name, grad in gradients(model).items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert replay.last is None  # the last forward was live
+    replay.detach()
+
+
+def test_fsdp2_mixed_precision_gives_the_logits_of_a_bfloat16_model(one_rank):
+    model, low, ids, routing = tiny_moe(), tiny_moe(), tokens(), random_ids()
+    for parameter in low.parameters():  # not the rotary frequencies, which are a buffer
+        parameter.data = parameter.data.bfloat16()
+    replay = r3.attach(shard(model, one_rank, param_dtype=torch.bfloat16))
+    r3.attach(low)
+    assert torch.equal(forward(model, ids, routed_experts=routing), forward(low, ids, routed_experts=routing))
+    assert replay.last.routers == LAYERS
+
+
+def test_recorded_routing_is_what_the_routers_chose():
+    model, ids = tiny_moe(), tokens()
+    chosen = []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, args, output: chosen.append(output[2]))
+    with r3.record(model) as recorder:
+        with pytest.raises(r3.ReplayError, match="nothing recorded"):
+            _ = recorder.routing
+        forward(model, ids)
+    routing = recorder.routing
+    assert routing.expert_ids.dtype == torch.uint8
+    assert torch.equal(routing.expert_ids.long(), torch.stack(chosen, 1).view(2, 10, LAYERS, TOP_K))
+    assert not any(m._forward_pre_hooks for m in model.modules())
