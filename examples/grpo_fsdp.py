@@ -8,6 +8,7 @@ Settings are `key=value`; `r3 demo --settings` lists them.
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,10 @@ def mean(rows: list[dict[str, Any]], key: str) -> float:
 
 
 def main(overrides: list[str]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("vllm", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("r3").setLevel(logging.INFO)
+    # vLLM's processes log hundreds of lines; what fails is raised here.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
     from r3 import R3Config
     from r3.diagnostics import read_metrics

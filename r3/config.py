@@ -121,22 +121,24 @@ class R3Config:
         """
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
 
         malformed = [pair for pair in overrides if "=" not in pair or pair.startswith("=")]
         if malformed:
             raise ConfigError(f"expected key=value, got {', '.join(map(repr, malformed))}")
         known = _keys(cls)
         merged = OmegaConf.structured(cls)
-        pairs = {**(defaults or {}), **dict(pair.split("=", 1) for pair in overrides)}
-        for key, value in pairs.items():
+        given = [(key, value, False) for key, value in (defaults or {}).items()]
+        given += [(*pair.split("=", 1), True) for pair in overrides]
+        for key, value, is_text in given:
             if key not in known and not key.startswith("task.settings."):
                 raise ConfigError(f"unknown setting {key!r}{_suggestion(key, known)}")
             try:
-                parsed = OmegaConf.create(f"value: {value}").value if isinstance(value, str) and value else value
-                pair = OmegaConf.create({})
-                OmegaConf.update(pair, key, parsed)
+                pair = OmegaConf.from_dotlist([f"{key}={value}"]) if is_text else OmegaConf.create({})
+                if not is_text:
+                    OmegaConf.update(pair, key, value)
                 merged = OmegaConf.merge(merged, pair)
-            except (OmegaConfBaseException, ValueError) as error:
+            except (OmegaConfBaseException, ValueError, YAMLError) as error:
                 raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
         config = OmegaConf.to_object(merged)
         assert isinstance(config, cls)
@@ -150,7 +152,7 @@ class R3Config:
         if fsdp.moe_enable_routing_replay and not engine.enable_return_routed_experts:
             problems.append(
                 "trainer.policy.fsdp_config.moe_enable_routing_replay=true needs "
-                "generator.inference_engine.enable_return_routed_experts=true: without capture there is nothing to replay"
+                "generator.inference_engine.enable_return_routed_experts=true: without capture nothing can be replayed"
             )
         positive = {
             "trainer.train_batch_size": self.trainer.train_batch_size,

@@ -1,9 +1,49 @@
-"""Settings that must stand before torch and transformers are imported."""
+"""Settings that must stand before torch and transformers are imported, and the one real engine of the tests."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # No test may depend on a model hub: all models are made in the test or shipped with the examples.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # Test tensors are small: more threads gain nothing, and on a large host they make several ranks contend.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+
+HERE = Path(__file__).parent
+DEMO_MODEL = HERE.parent / "examples" / "chain_sum_moe"
+
+
+@pytest.fixture(scope="session")
+def demo_config():
+    from r3 import R3Config
+
+    return R3Config.from_overrides(
+        [
+            "trainer.train_batch_size=16",
+            "generator.inference_engine.weight_sync.chunk_mib=1",
+            "trainer.policy.optimizer_config.lr=1e-3",
+        ],
+        {"trainer.policy.model.path": str(DEMO_MODEL)},
+    )
+
+
+@pytest.fixture(scope="session")
+def engine(demo_config):
+    """A real vLLM engine with the demo's model. Tests leave it with committed weights."""
+    from vllm import LLM
+
+    from r3.capture import engine_kwargs
+
+    # The workers import their extension by name.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *([before] if before else [])])
+    llm = LLM(**engine_kwargs(demo_config) | {"worker_extension_cls": "engine_worker.BreakableWorker"})
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before

@@ -311,7 +311,7 @@ def train(config: R3Config, task: Task) -> Path:
     path = Path(config.trainer.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     folder = RunFolder(path, config.to_flat())
     torch.manual_seed(config.trainer.seed)
-    with _process_group():
+    with process_group():
         policy = Policy(config)
         with running_engine(config) as engine:
             GRPOTrainer(config, task, policy, engine).train(folder)
@@ -320,7 +320,7 @@ def train(config: R3Config, task: Task) -> Path:
 
 
 @contextlib.contextmanager
-def _process_group() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """The default process group, made here unless there is one already."""
     world = process_rank()[1]
     if world > 1:

@@ -30,12 +30,8 @@ class LayerwiseReload:
 
     def begin(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-        for layer in self._model.modules():
-            info = get_layerwise_info(layer)
-            info.loaded_weights.clear()
-            info.load_numel = 0
+        clear_abandoned(self._model)
         with self._context():
             initialize_layerwise_reload(self._model)
 
@@ -80,6 +76,20 @@ def _loadable_numel(layer: nn.Module, param: Tensor) -> int:
     if rows is None or indices is None or param.shape[:1] != (rows,):
         return param.numel()
     return param.numel() // rows * indices.num_org_elements
+
+
+def clear_abandoned(model: nn.Module) -> None:
+    """Forget what an earlier bracket that never closed has counted and kept.
+
+    vLLM's `initialize_layerwise_reload` passes over layers that are already being loaded, counts and all: the next
+    tensors would be added to the old ones, and a layer would close early. No version of vLLM does this by itself.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        info.loaded_weights.clear()
+        info.load_numel = 0
 
 
 @contextmanager

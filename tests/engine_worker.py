@@ -1,0 +1,23 @@
+"""The worker extension of the engine tests: the real one, with closings that a test can take out."""
+
+import contextlib
+
+from r3.weight_sync import reload
+from r3.weight_sync.worker import WeightSyncWorker
+
+CLOSINGS = {
+    "expert_prepack": (reload, "expert_prepack", contextlib.nullcontext),
+    "clear_abandoned": (reload, "clear_abandoned", lambda model: None),
+}
+
+
+class BreakableWorker(WeightSyncWorker):
+    def r3_test_remove(self, closing: str) -> list:
+        where, name, nothing = CLOSINGS[closing]
+        self.__dict__["r3_removed"] = (where, name, getattr(where, name))
+        setattr(where, name, nothing)
+        return []
+
+    def r3_test_restore(self) -> list:
+        setattr(*self.__dict__.pop("r3_removed"))
+        return []

@@ -1,0 +1,97 @@
+"""What vLLM returns is checked row by row; degenerate capture stops the run and says why."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from models import EXPERTS, LAYERS, TOP_K, random_ids
+
+from r3 import CaptureError
+from r3.capture import collect
+from r3.routing import RoutingSpec
+
+SPEC = RoutingSpec(layer_ids=(0, 1, 2), num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K)
+PROMPT, GENERATED = 4, 3
+
+
+def rows(seed: int = 0) -> np.ndarray:
+    return random_ids(1, PROMPT + GENERATED - 1, seed=seed)[0].numpy().astype(np.uint8)
+
+
+def output(*arrays, **changes) -> SimpleNamespace:
+    """A `RequestOutput` as vLLM makes it, with a completion for each array."""
+    completions = [
+        SimpleNamespace(
+            **dict(
+                index=i,
+                token_ids=[5, 6, 7],
+                logprobs=[{t: SimpleNamespace(logprob=-0.1 * t)} for t in (5, 6, 7)],
+                routed_experts=array,
+                finish_reason="length",
+            )
+            | changes
+        )
+        for i, array in enumerate(arrays)
+    ]
+    return SimpleNamespace(prompt_token_ids=[1, 2, 3, 4], outputs=completions)
+
+
+def test_rows_tokens_and_logprobs_line_up_in_the_batch():
+    arrays = rows(0), rows(1)
+    batch = collect([output(*arrays)], SPEC, weight_version=3).batch(pad_token_id=0)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]] * 2
+    assert batch.response_mask.tolist() == [[False] * 4 + [True] * 3] * 2
+    torch.testing.assert_close(batch.logprobs[0], torch.tensor([0, 0, 0, 0, -0.5, -0.6, -0.7]))
+    assert batch.routing.valid.tolist() == [[True] * 6 + [False]] * 2
+    assert np.array_equal(batch.routing.expert_ids[1, :6].numpy(), arrays[1])
+    assert batch.routing.weight_version == 3
+    assert batch.select(slice(1, 2)).routing.shape == (1, 7, LAYERS, TOP_K)
+
+
+def test_dense_layers_lose_their_column():
+    spec = RoutingSpec(layer_ids=(1, 2), num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K)
+    array = rows()
+    array[:, 0] = 0
+    assert np.array_equal(collect([output(array)], spec).items[0].rows.numpy(), array[:, 1:])
+    with pytest.raises(CaptureError, match=r"layers \[0\] are routed in the engine, but have no router"):
+        collect([output(rows())], spec)
+
+
+def test_uint16_ids_are_kept():
+    spec = RoutingSpec(layer_ids=(0, 1, 2), num_layers=LAYERS, num_experts=40000, top_k=TOP_K)
+    array = rows().astype(np.uint16)
+    array[0, 0, 0] = 39999
+    assert collect([output(array)], spec).items[0].rows[0, 0, 0] == 39999
+
+
+def broken(change) -> np.ndarray:
+    array = rows()
+    change(array)
+    return array
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (None, "enable_return_routed_experts=True"),
+        (rows()[:-1], r"= \(6, 3, 2\), got uint8 \(5, 3, 2\)"),
+        (np.concatenate([rows(), rows()[:1]]), r"got uint8 \(7, 3, 2\)"),
+        (rows()[:, :2], r"got uint8 \(6, 2, 2\)"),
+        (rows().astype(np.float32), "got float32"),
+        (broken(lambda a: a.fill(0)), r"layers \[0, 1, 2\] were never captured.*enforce_eager"),
+        (broken(lambda a: a[:, 1].fill(0)), r"layers \[1\] were never captured"),
+        (broken(lambda a: a[3, 2].fill(5)), r"1 rows are not 2 distinct.*position 3, decoder layer 2: \[5, 5\]"),
+        (broken(lambda a: a[2, 1, :1].fill(EXPERTS)), r"distinct expert ids in \[0, 8\).*position 2, decoder layer 1"),
+    ],
+)
+def test_degenerate_capture_names_the_sample_and_the_cause(array, message):
+    with pytest.raises(CaptureError, match=rf"(?s)1 of 2 samples:.*sample 1 \(prompt 1, completion 0\).*{message}"):
+        collect([output(rows()), output(array)], SPEC)
+
+
+def test_missing_logprobs_are_refused_and_nothing_is_not_a_batch():
+    with pytest.raises(CaptureError, match=r"SamplingParams\(logprobs=0\)"):
+        collect([output(rows(), logprobs=None)], SPEC)
+    with pytest.raises(CaptureError, match="got none"):
+        collect([], SPEC)
