@@ -161,11 +161,11 @@ def test_a_router_that_ignores_the_ids_is_refused_by_name():
 
     class Stubborn(type(router)):
         def forward(self, hidden):
-            logits, weights, ids = super().forward(hidden)
+            logits, weights, _ = super().forward(hidden)
             return logits, weights, logits.argsort(-1, descending=True)[:, :TOP_K]
 
     router.__class__ = Stubborn
-    with pytest.raises(r3.UnsupportedModelError, match="gate.*Stubborn.*does not return the ids"):
+    with pytest.raises(r3.UnsupportedModelError, match=r"gate.*Stubborn.*does not return the ids"):
         prove(router, "model.layers.0.mlp.gate")
 
 

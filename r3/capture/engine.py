@@ -49,7 +49,7 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
 
 
 def sampling_kwargs(config: R3Config) -> dict[str, Any]:
-    """Keyword arguments for `vllm.SamplingParams`: the whole distribution at the set temperature, with log-probabilities."""
+    """Keyword arguments for `vllm.SamplingParams`: the whole distribution at the set temperature, with its logprobs."""
     sampling = config.generator.sampling_params
     return {
         "n": config.generator.n_samples_per_prompt,
