@@ -227,6 +227,40 @@ def test_rows_shifted_by_one_make_the_gap_jump(trainer):
     assert wrong["k3"] > 100 * right["k3"]
 
 
+def zeroed(array):
+    return array * 0
+
+
+def repeated(array):
+    array = array.copy()
+    array[2, 5] = array[2, 5, 0]
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (zeroed, "were never captured"),
+        (repeated, "position 2, decoder layer 5"),
+        (lambda array: array[:-1], r"expected integer routing \[prompt \+ generated - 1"),
+        (lambda array: None, "does not return it"),
+    ],
+)
+def test_degenerate_capture_stops_the_step_before_training(trainer, monkeypatch, change, message):
+    generate = trainer.engine.generate
+
+    def tampered(*args, **kwargs):
+        outputs = generate(*args, **kwargs)
+        outputs[3].outputs[1].routed_experts = change(outputs[3].outputs[1].routed_experts)
+        return outputs
+
+    monkeypatch.setattr(trainer.engine, "generate", tampered)
+    version = trainer.sync.version
+    with pytest.raises(r3.CaptureError, match=rf"(?s)1 of 128 samples.*prompt 3, completion 1.*{message}"):
+        trainer.step(50)
+    assert trainer.sync.version == version
+
+
 def test_gates_move_and_the_engine_follows_the_trainer(trainer, engine):
     from vllm import SamplingParams
 

@@ -217,36 +217,35 @@ class GRPOTrainer:
     @torch.no_grad()
     def measure(self, whole: StepBatch) -> dict[str, float]:
         """The gap between train and rollout before the update, replayed and live on the same tokens."""
-        self.policy.model.eval()
-        sums: dict[str, list[LogprobSums]] = {"live": [], "replayed": []}
+        policy = self.policy
+        policy.model.eval()
+        gaps: dict[str, list[LogprobSums]] = {"live": [], "replayed": []}
         routing: list[RoutingSums] = []
-        for part in whole.split(self.config.trainer.micro_train_batch_size, self.policy.device):
+        for part in whole.split(self.config.trainer.micro_train_batch_size, policy.device):
             batch = part.batch
+
+            def gap(found: Tensor, batch: RolloutBatch = batch) -> LogprobSums:
+                return LogprobSums.from_tensors(found, batch.logprobs, batch.response_mask)
+
             if batch.routing is None:
-                modes: tuple[str, ...] = ("live",)
-                live = self.policy.logprobs(batch, replayed=False)
-                found = {"live": live}
-            else:
-                modes = ("live", "replayed")
-                with r3.record(self.policy.model) as recorder:
-                    live = self.policy.logprobs(batch, replayed=False)
-                found = {"live": live, "replayed": self.policy.logprobs(batch, replayed=True)}
-                taken, rolled_out = recorder.routing.expert_ids, batch.routing.expert_ids.cpu()
-                routing.append(
-                    RoutingSums.from_tensors(taken, rolled_out, batch.routing.valid.cpu(), batch.routing.layer_ids)
+                gaps["live"].append(gap(policy.logprobs(batch, replayed=False)))
+                continue
+            with r3.record(policy.model) as recorder:
+                gaps["live"].append(gap(policy.logprobs(batch, replayed=False)))
+            gaps["replayed"].append(gap(policy.logprobs(batch, replayed=True)))
+            taken, rolled_out = recorder.routing, batch.routing.to("cpu")
+            routing.append(
+                RoutingSums.from_tensors(
+                    taken.expert_ids, rolled_out.expert_ids, rolled_out.valid, layer_ids=rolled_out.layer_ids
                 )
-            for mode in modes:
-                sums[mode].append(LogprobSums.from_tensors(found[mode], batch.logprobs, batch.response_mask))
-        metrics = {
-            f"logprob_diff/{mode}/{name}": value
-            for mode, parts in sums.items()
-            if parts
-            for name, value in sum(parts[1:], parts[0]).metrics().items()
+            )
+        groups = {f"logprob_diff/{mode}": sums for mode, sums in gaps.items()} | {"routing": routing}
+        return {
+            f"{group}/{name}": value
+            for group, sums in groups.items()
+            if sums
+            for name, value in sum(sums[1:], sums[0]).metrics().items()
         }
-        if routing:
-            merged = sum(routing[1:], routing[0]).metrics()
-            metrics |= {f"routing/{name}": value for name, value in merged.items()}
-        return metrics
 
     def update(self, whole: StepBatch) -> dict[str, float]:
         """`updates_per_step` optimizer steps on the step's rollouts, token-weighted, with routing replayed."""

@@ -38,6 +38,8 @@ def _foreign_ids(num_experts: int, top_k: int, generator: torch.Generator) -> Te
     return torch.rand(_TOKENS, num_experts, generator=generator).argsort(-1)[:, :top_k]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def prove(router: nn.Module, name: str) -> tuple[int, int]:
     """Show that top-k substitution replays `router` exactly; returns its (num_experts, top_k).
 
