@@ -8,8 +8,9 @@ The demonstrations work a chain sum from left to right, a line a step, in varyin
     Next, 117 - 5 = 112.
     So the answer is <answer>112</answer>
 
-A share of the lines (`--noise`) has a wrong result, with which the demonstration goes on. The model learns how the
-task is done and how often the teacher errs, so that it samples wrong answers that reinforcement learning can remove.
+A share of the lines (`--noise`) has a wrong result, with which the demonstration goes on, and a share of the
+demonstrations (`--untagged`) gives the answer without its tags, which earns nothing. The model learns how the task is
+done and how the teacher errs, so that it samples failures that reinforcement learning can remove.
 
     python examples/train_chain_sum_moe.py --out runs/chain_sum_moe
 
@@ -44,11 +45,15 @@ STEPS = (
     "Now {a} {op} {b} makes {r}.\n",
     "{a} {op} {b} gives {r}.\n",
 )
-CLOSINGS = ("", "So the answer is ", "Hence ", "The result: ", "In the end: ")
+CLOSINGS = ("{a}", "So the answer is {a}", "Hence {a}", "The result: {a}", "In the end: {a}")
+UNTAGGED = ("The total is {r}.", "So we get {r}.", "That makes {r}.", "Result: {r}.")
 
 
-def demonstration(expression: str, noise: float, rng: random.Random) -> str:
-    """A worked solution of `expression` ("96 + 21 - 5"); each line errs with probability `noise`."""
+def demonstration(expression: str, noise: float, untagged: float, rng: random.Random) -> str:
+    """A worked solution of `expression` ("96 + 21 - 5").
+
+    Each line errs with probability `noise`; the answer lacks its tags with probability `untagged`.
+    """
     total, *rest = expression.split()
     text = rng.choice(OPENINGS)
     for op, term in zip(rest[::2], rest[1::2], strict=True):
@@ -57,7 +62,8 @@ def demonstration(expression: str, noise: float, rng: random.Random) -> str:
             result += rng.choice((-20, -10, -2, -1, 1, 2, 10, 20))
         text += rng.choice(STEPS).format(a=total, op=op, b=term, r=result)
         total = str(result)
-    return text + rng.choice(CLOSINGS) + f"<answer>{total}</answer>"
+    closing = rng.choice(UNTAGGED if rng.random() < untagged else CLOSINGS)
+    return text + closing.format(a=f"<answer>{total}</answer>", r=total)
 
 
 def build_tokenizer(vocab_size: int, samples: list[str]) -> PreTrainedTokenizerFast:
@@ -84,7 +90,7 @@ def build_tokenizer(vocab_size: int, samples: list[str]) -> PreTrainedTokenizerF
     )
 
 
-def batches(tokenizer, size: int, noise: float, seed: int, device):
+def batches(tokenizer, size: int, noise: float, untagged: float, seed: int, device):
     """Endless `(input_ids, labels)` of `[size, S]` int64; labels are -100 on prompts and padding."""
     data = reasoning_gym.create_dataset("chain_sum", seed=seed, size=1_000_000_000, **TASK)
     rng = random.Random(seed)
@@ -93,7 +99,7 @@ def batches(tokenizer, size: int, noise: float, seed: int, device):
         entries = [data[at + i] for i in range(size)]
         at += size
         prompts = tokenizer([e["question"] + "\n" for e in entries]).input_ids
-        work = [demonstration(e["metadata"]["expression"], noise, rng) for e in entries]
+        work = [demonstration(e["metadata"]["expression"], noise, untagged, rng) for e in entries]
         answers = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(work).input_ids]
         length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
         ids = torch.full((size, length), tokenizer.pad_token_id)
@@ -129,6 +135,7 @@ def main() -> None:
     ap.add_argument("--out", type=Path, required=True)
     ap.add_argument("--start-from", type=Path, help="go on from this model, instead of from random weights")
     ap.add_argument("--noise", type=float, default=0.2, help="share of demonstration lines with a wrong result")
+    ap.add_argument("--untagged", type=float, default=0.45, help="share of demonstrations without answer tags")
     ap.add_argument("--router-penalty", type=float, default=0.1, help="weight of the mean square router logit")
     ap.add_argument("--steps", type=int, default=1200)
     ap.add_argument("--batch", type=int, default=512)
@@ -146,7 +153,7 @@ def main() -> None:
     some = reasoning_gym.create_dataset("chain_sum", seed=args.seed, size=2000, **TASK)
     rng = random.Random(args.seed)
     tokenizer = build_tokenizer(
-        384, [e["question"] + "\n" + demonstration(e["metadata"]["expression"], 0, rng) for e in some]
+        380, [e["question"] + "\n" + demonstration(e["metadata"]["expression"], 0, 0.5, rng) for e in some]
     )
     config = Qwen3MoeConfig(
         vocab_size=384,
@@ -183,7 +190,9 @@ def main() -> None:
         lambda i: min(1, (i + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, i / args.steps)))),
     )
     start, log = time.time(), []
-    for step, (ids, labels) in enumerate(batches(tokenizer, args.batch, args.noise, args.seed, device), 1):
+    for step, (ids, labels) in enumerate(
+        batches(tokenizer, args.batch, args.noise, args.untagged, args.seed, device), 1
+    ):
         model.train()
         with torch.autocast(device, dtype=torch.bfloat16):
             out = model(input_ids=ids, labels=labels, use_cache=False, output_router_logits=True)

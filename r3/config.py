@@ -7,6 +7,8 @@ from typing import Any
 
 from r3.errors import ConfigError
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -25,7 +27,9 @@ class FSDPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    lr: float = 3e-4
+    lr: float = 1e-6
+    eps: float = 1e-8
+    """AdamW's epsilon. Above the typical size of a gradient's elements, it keeps noise from being scaled up."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 
@@ -154,7 +158,17 @@ class R3Config:
                 "trainer.policy.fsdp_config.moe_enable_routing_replay=true needs "
                 "generator.inference_engine.enable_return_routed_experts=true: without capture nothing can be replayed"
             )
+        dtypes = {
+            "trainer.policy.fsdp_config.param_dtype": fsdp.param_dtype,
+            "generator.inference_engine.dtype": engine.dtype,
+        }
+        problems += [
+            f"{key}: expected one of {', '.join(DTYPES)}, got {value!r}"
+            for key, value in dtypes.items()
+            if value not in DTYPES
+        ]
         positive = {
+            "trainer.max_steps": self.trainer.max_steps,
             "trainer.train_batch_size": self.trainer.train_batch_size,
             "trainer.updates_per_step": self.trainer.updates_per_step,
             "trainer.micro_train_batch_size": self.trainer.micro_train_batch_size,

@@ -37,6 +37,8 @@ def test_replay_without_capture_is_refused():
         (f"{REPLAY}=perhaps", "not a valid bool"),
         ("trainer.max_steps", "expected key=value"),
         ("trainer.output_dir=a: b", "trainer.output_dir=a: b"),
+        ("trainer.policy.fsdp_config.param_dtype=bf16", "expected one of float32, bfloat16"),
+        ("trainer.max_steps=0", "trainer.max_steps: expected a value above 0"),
         ("generator.n_samples_per_prompt=1", "at least 2"),
         ("generator.sampling_params.temperature=0", "above 0"),
         ("generator.inference_engine.weight_sync.chunk_mib=-1", "above 0"),

@@ -85,6 +85,7 @@ def test_other_weights_change_the_output_and_the_old_ones_bring_it_back(engine, 
     assert greedy(engine) == reference
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the defect is in vLLM's CPU builds, which CI runs")
 def test_without_the_prepack_closing_the_same_weights_change_the_output(engine, weights, reference, sync):
     engine.collective_rpc("r3_test_remove", args=("expert_prepack",))
     try:

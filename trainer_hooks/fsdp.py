@@ -89,6 +89,7 @@ class Policy:
             self.model.parameters(),
             lr=policy.optimizer_config.lr,
             betas=(0.9, 0.95),
+            eps=policy.optimizer_config.eps,
             weight_decay=policy.optimizer_config.weight_decay,
         )
 

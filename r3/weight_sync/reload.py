@@ -42,14 +42,14 @@ class LayerwiseReload:
 
     def missing(self) -> list[str]:
         """Layers that have not got all their weights, each with what it has and needs (in elements)."""
-        from vllm.model_executor.layers.attention import is_deferred_attention_layer
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         found = []
         for name, layer in self._model.named_modules():
             info = get_layerwise_info(layer)
-            if not info.can_load() or is_deferred_attention_layer(layer):
+            if not info.can_load():
                 continue
+            # Of parameters: buffers (rotary tables, attention scales) are in no checkpoint.
             expected = sum(_loadable_numel(layer, p) for p in layer.parameters(recurse=False))
             if info.load_numel < expected:
                 found.append(f"{name} ({type(layer).__name__}): {info.load_numel} of {expected} elements")
