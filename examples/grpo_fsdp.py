@@ -15,6 +15,8 @@ from typing import Any
 
 DEFAULTS = {
     "trainer.policy.model.path": str(Path(__file__).parent / "chain_sum_moe"),
+    "trainer.policy.optimizer_config.lr": 1e-4,
+    "trainer.updates_per_step": 4,
     "task.name": "chain_sum",
     "task.settings.min_terms": 3,
     "task.settings.max_terms": 4,

@@ -28,8 +28,6 @@ class FSDPConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     lr: float = 1e-6
-    eps: float = 1e-8
-    """AdamW's epsilon. Above the typical size of a gradient's elements, it keeps noise from being scaled up."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
 

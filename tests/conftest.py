@@ -24,7 +24,7 @@ def demo_config():
         [
             "trainer.train_batch_size=16",
             "generator.inference_engine.weight_sync.chunk_mib=1",
-            "trainer.policy.optimizer_config.lr=1e-3",
+            "trainer.policy.optimizer_config.lr=3e-4",
         ],
         {"trainer.policy.model.path": str(DEMO_MODEL)},
     )

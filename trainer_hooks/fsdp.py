@@ -89,7 +89,6 @@ class Policy:
             self.model.parameters(),
             lr=policy.optimizer_config.lr,
             betas=(0.9, 0.95),
-            eps=policy.optimizer_config.eps,
             weight_decay=policy.optimizer_config.weight_decay,
         )
 
@@ -328,7 +327,7 @@ def process_group() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
