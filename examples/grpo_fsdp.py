@@ -17,6 +17,8 @@ DEFAULTS = {
     "trainer.policy.model.path": str(Path(__file__).parent / "chain_sum_moe"),
     "trainer.policy.optimizer_config.lr": 1e-4,
     "trainer.updates_per_step": 4,
+    # Several chunks a sync, as with models that do not fit into one.
+    "generator.inference_engine.weight_sync.chunk_mib": 1,
     "task.name": "chain_sum",
     "task.settings.min_terms": 3,
     "task.settings.max_terms": 4,

@@ -206,12 +206,13 @@ def trainer(engine, demo_config, weights):
 
 
 def test_replay_lowers_k3_to_a_third_of_live_or_less(trainer):
-    rollouts = trainer.rollout(trainer.task.problems(0, 16))
     from trainer_hooks.fsdp import StepBatch
 
+    # A few tokens make up most of the live gap: fewer rollouts than these would measure chance.
+    rollouts = trainer.rollout(trainer.task.problems(0, 64))
     batch = rollouts.batch(trainer.policy.tokenizer.pad_token_id)
     metrics = trainer.measure(StepBatch(batch, torch.zeros(len(rollouts))))
-    assert metrics["logprob_diff/replayed/tokens"] > 3000
+    assert metrics["logprob_diff/replayed/tokens"] > 20_000
     assert 0 < metrics["logprob_diff/replayed/k3"] <= metrics["logprob_diff/live/k3"] / 3
     assert 0 < metrics["routing/differing_rows"] < 0.3
 
