@@ -189,6 +189,23 @@ def test_an_old_version_is_refused_without_harm_and_a_complete_sync_heals_what_c
     assert greedy(engine) == reference
 
 
+def test_a_second_sync_and_a_late_chunk_are_turned_away_and_the_open_sync_goes_on(engine, weights, reference, sync):
+    version = following(sync)
+    during = []
+
+    class Intruding(FilesTransport):
+        def sending(self, index, chunk):
+            if index == 1:
+                during.append(engine.collective_rpc("r3_begin", args=(version + 1, "files", {}))[0])
+                during.append(engine.collective_rpc("r3_load", args=(version - 1, {"path": "late"}, {}))[0])
+            return super().sending(index, chunk)
+
+    WeightSync(engine, transport=Intruding(), chunk_bytes=1 << 20).push(weights.items(), version=version)
+    assert f"sync of version {version} is open" in during[0]["error"]
+    assert f"no sync of version {version - 1} is open" in during[1]["error"]
+    assert greedy(engine) == reference
+
+
 @pytest.fixture(scope="module")
 def trainer(engine, demo_config, weights):
     """The demo's trainer around the shared engine; gives the engine its weights back at the end."""

@@ -301,3 +301,11 @@ def test_recorded_routing_is_what_the_routers_chose():
     assert routing.expert_ids.dtype == torch.uint8
     assert torch.equal(routing.expert_ids.long(), torch.stack(chosen, 1).view(2, 10, LAYERS, TOP_K))
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_is_recorded_of_a_replayed_forward_is_what_was_replayed():
+    model, routing = tiny_moe(), random_ids()
+    r3.attach(model)
+    with r3.record(model) as recorder:
+        forward(model, tokens(), routed_experts=routing)
+    assert torch.equal(recorder.routing.expert_ids.long(), routing)

@@ -1,7 +1,8 @@
 """The worker's side of a sync: `LLM(worker_extension_cls="r3.weight_sync.worker.WeightSyncWorker")`.
 
 vLLM appends the class to its worker's bases: no `__init__` runs, every name starts with `r3_`, and what comes and goes
-is plain dictionaries. A call never raises into the engine; it answers {"error": ...} and leaves the worker poisoned.
+is plain dictionaries. A call never raises into the engine; it answers {"error": ...}, and the worker is poisoned unless
+the call was turned away before it touched a weight.
 """
 
 from collections.abc import Callable
@@ -31,6 +32,10 @@ class _Session:
     cause: str = ""
 
 
+class _RefusedError(RuntimeError):
+    """A call that was turned away before it touched a weight: the worker is as it was."""
+
+
 class WeightSyncWorker:
     """Mixed into vLLM's worker."""
 
@@ -43,13 +48,13 @@ class WeightSyncWorker:
 
         def begin(session: _Session) -> Reply:
             if session.state == "open":
-                raise RuntimeError(f"sync of version {session.incoming} is open; commit or abort it first")
+                raise _RefusedError(f"sync of version {session.incoming} is open; commit or abort it first")
             if session.version is not None and version <= session.version:
-                raise RuntimeError(f"expected a version above {session.version}, got {version}")
+                raise _RefusedError(f"expected a version above {session.version}, got {version}")
             if transport not in TRANSPORTS:
-                raise RuntimeError(f"expected a transport of {sorted(TRANSPORTS)}, got {transport!r}")
+                raise _RefusedError(f"expected a transport of {sorted(TRANSPORTS)}, got {transport!r}")
             if self.vllm_config.model_config.quantization is not None:  # type: ignore[attr-defined]
-                raise RuntimeError("the engine is quantised; sync into quantised engines is not supported")
+                raise _RefusedError("the engine is quantised; sync into quantised engines is not supported")
             session.incoming = version
             session.transport = transport
             session.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest.items()}
@@ -105,7 +110,7 @@ class WeightSyncWorker:
 
     def _r3_open(self, session: _Session, version: int) -> LayerwiseReload:
         if session.state != "open" or session.incoming != version or session.reload is None:
-            raise RuntimeError(
+            raise _RefusedError(
                 f"no sync of version {version} is open: the worker is {session.state}"
                 + (f" ({session.cause})" if session.cause else "")
             )
@@ -118,8 +123,7 @@ class WeightSyncWorker:
             reply = action(session)
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"}
-            # A sync that was refused before it touched a weight leaves the worker as it was.
-            if session.reload is not None:
+            if not isinstance(error, _RefusedError):
                 _poison(session, reply["error"])
         return {"rank": self.rank, "version": session.version, **reply}  # type: ignore[attr-defined]
 
