@@ -1,6 +1,8 @@
 """Settings -> the arguments that a vLLM engine and its sampling need for capture."""
 
 import contextlib
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,11 +65,33 @@ def sampling_kwargs(config: R3Config) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def running_engine(config: R3Config) -> Iterator[Any]:
-    """A `vllm.LLM` of the settings, whose processes end when the context is left, also by an exception or Ctrl-C."""
+    """A `vllm.LLM` of the settings, whose processes end when the context is left.
+
+    Also by an exception, by Ctrl-C, or by SIGTERM, which in this context raises SystemExit(143): without that, Python
+    would end at once and leave the engine's processes running.
+    """
     from vllm import LLM
 
-    engine = LLM(**engine_kwargs(config))
+    with _terminated_by_exception():
+        engine = LLM(**engine_kwargs(config))
+        try:
+            yield engine
+        finally:
+            engine.llm_engine.engine_core.shutdown()
+
+
+@contextlib.contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """SIGTERM raises SystemExit, so that what is open is closed. Only the main thread may set signal handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield engine
+        yield
     finally:
-        engine.llm_engine.engine_core.shutdown()
+        signal.signal(signal.SIGTERM, before)
