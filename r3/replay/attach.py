@@ -151,7 +151,9 @@ class Replay:
         subclasses: dict[type[nn.Module], type[nn.Module]] = {}
         for layer in self._layers:
             before = type(layer)
-            replaying = subclasses.setdefault(before, _replaying(before))
+            if before not in subclasses:
+                subclasses[before] = _replaying(before)
+            replaying = subclasses[before]
             layer.__dict__[_SLOT] = slots.get(id(layer))
             layer.__class__ = replaying
             self._classes.append((layer, before, replaying))
