@@ -21,7 +21,13 @@ def start(*overrides: str) -> subprocess.Popen:
     command = [sys.executable, "-W", "ignore", str(EXAMPLE), *SMALL, *overrides]
     # A session of its own: a signal to it does not reach the tests, and its processes can be told from others.
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # Where the tests run as a shell's background job, Ctrl-C is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
