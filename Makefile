@@ -8,7 +8,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  Arguments go through ARGS: make test ARGS="-k replay -x"'
 
-demo: $(READY)  ## train a small MoE with and without replay, and compare
+demo: $(READY)  ## train a small MoE with replay, and measure the gap live and replayed
 	$(BIN)/r3 demo $(ARGS)
 
 test: lint  ## lint, then every test that needs no GPU

@@ -1,6 +1,6 @@
 """vLLM's layerwise reload, bracketed once around a whole sync. Runs in the engine's workers.
 
-Closed here (each has a test that fails without the closing):
+Closed here (tests take 2 and 4 out, and see a wrong result):
 1. One bracket for the whole sync: a bracket a chunk would put every layer absent from a chunk back to its old tensors.
 2. CPU builds from 0.30: experts are prepacked only while `moe_kernel is None`, so a reload of identical weights changes
    the output. The kernel is dropped as its layer is processed; vLLM then builds it anew, and prepacks.
