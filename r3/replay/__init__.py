@@ -7,7 +7,7 @@ Limits of this version:
 """
 
 from r3.replay.attach import ForwardReport, Replay, attach
-from r3.replay.discovery import RouterSite, find_routers
+from r3.replay.discovery import RouterMap, RouterSite, find_routers
 from r3.replay.record import Recorder, record
 
-__all__ = ["ForwardReport", "Recorder", "Replay", "RouterSite", "attach", "find_routers", "record"]
+__all__ = ["ForwardReport", "Recorder", "Replay", "RouterMap", "RouterSite", "attach", "find_routers", "record"]

@@ -1,5 +1,10 @@
-"""Where the routers of a model are: found in the live module tree, with the decoder layer that holds each."""
+"""Where the routers of a model are: found in the live module tree, with the decoder layer that holds each.
 
+A router is the child `gate` or `router` of a module that has a child `experts`; this holds for nearly every family of
+transformers, and for remote code that follows them. `r3.replay.families` knows the others.
+"""
+
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,74 +13,132 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from r3.errors import UnsupportedModelError, summary
+from r3.replay.families import family_of, has_entry
 
 # Wrappers that put a component of their own into a module's path.
 _WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"})
 
+# A block, or its experts, chooses in this method if the router itself only returns logits.
+ROUTE = "route_tokens_to_experts"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class RouterSite:
-    """One router: its path in the model, the decoder layer that holds it, and that layer's index."""
+    """One router, and where it chooses.
+
+    Attributes:
+        name: path of the router in the model.
+        layer_id: index of the decoder layer that holds it.
+        layer: that layer.
+        router: the module that has the gate's weight.
+        owner: the module in whose `method` the top-k runs: the router, its block, or the block's experts.
+        method: `forward`, or `route_tokens_to_experts`.
+    """
 
     name: str
     layer_id: int
     layer: nn.Module
     router: nn.Module
+    owner: nn.Module
+    method: str
 
 
-def _router_classes(model: nn.Module) -> set[type[nn.Module]]:
-    """Classes that the model's own output recording calls routers."""
-    classes = set()
-    for module in model.modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
-        recorded = (getattr(type(module), "_can_record_outputs", None) or {}).get("router_logits", ())
-        for entry in recorded if isinstance(recorded, (list, tuple)) else (recorded,):
-            target = getattr(entry, "target_class", entry)
-            if isinstance(target, type) and target is not nn.Linear:
-                classes.add(target)
-    return classes
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RouterMap:
+    """The routers of a model by ascending decoder layer, and all decoder layers, with a router or without."""
+
+    sites: tuple[RouterSite, ...]
+    layers: tuple[nn.Module, ...]
 
 
-def _decoder_layer(model: nn.Module, path: str) -> tuple[int, nn.Module] | None:
-    """Index and module of the outermost `nn.ModuleList` entry on `path`."""
+def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(path, router, block) of every router."""
+    for path, module in model.named_modules():
+        children = dict(module.named_children())
+        for name in ("gate", "router"):
+            router = children.get(name)
+            if router is not None and ("experts" in children or has_entry(router)):
+                yield f"{path}.{name}" if path else name, router, module
+        if has_entry(module) and family_of(module).refused:
+            yield path, module, module
+
+
+def _chooser(router: nn.Module, block: nn.Module) -> tuple[nn.Module, str]:
+    for owner in (block, getattr(block, "experts", None)):
+        if owner is not None and hasattr(owner, ROUTE):
+            return owner, ROUTE
+    return router, "forward"
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while len(children := dict(module.named_children())) == 1 and _WRAPPERS & children.keys():
+        (module,) = children.values()
+    return module
+
+
+def _layer_list(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
+    """The outermost `nn.ModuleList` on `path`, and the index in it."""
     module = model
     for part in path.split("."):
         parent, module = module, getattr(module, part)
         if isinstance(parent, nn.ModuleList):
-            while len(children := dict(module.named_children())) == 1 and _WRAPPERS & children.keys():
-                (module,) = children.values()
-            return int(part), module
-    return None
+            return parent, int(part)
+    raise UnsupportedModelError(f"router {path} is not inside a list of decoder layers")
 
 
-def _sites(model: nn.Module) -> Iterator[RouterSite]:
-    classes = tuple(_router_classes(model))
-    for path, module in model.named_modules():
-        if not isinstance(module, classes):
-            continue
-        found = _decoder_layer(model, path)
-        if found is None:
-            raise UnsupportedModelError(f"router {path} ({type(module).__name__}) is not inside a list of layers")
-        yield RouterSite(path, found[0], found[1], module)
+def _of_decoder(model: nn.Module, lists: dict[nn.ModuleList, list[RouterSite]]) -> nn.ModuleList:
+    """The one list of decoder layers that has routers; a vision tower may have another."""
+    if len(lists) > 1:
+        outermost = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        if outermost is not None:
+            inside = set(outermost.get_decoder().modules())
+            lists = {layers: sites for layers, sites in lists.items() if layers in inside} or lists
+    if len(lists) > 1:
+        firsts = [f"{sites[0].name}: {len(sites)} routers" for sites in lists.values()]
+        raise UnsupportedModelError(
+            "expected all routers in one list of decoder layers, found them in several; attach to the part that is "
+            f"trained. First routers:{summary(firsts)}"
+        )
+    return next(iter(lists))
 
 
-def find_routers(model: nn.Module) -> list[RouterSite]:
-    """The routers of `model`, by ascending decoder layer.
+def find_routers(model: nn.Module) -> RouterMap:
+    """The routers that replay has to reach in `model`, a transformers model or any wrapper around one.
 
     Raises:
-        UnsupportedModelError: no router at all (a dense model, or a family that names none), or two in one layer.
+        UnsupportedModelError: no router at all (a dense model), routers that expert ids do not determine, two in one
+            decoder layer, or several lists of decoder layers.
     """
-    sites = sorted(_sites(model), key=lambda site: site.layer_id)
-    if not sites:
+    lists: dict[nn.ModuleList, list[RouterSite]] = defaultdict(list)
+    refused = []
+    for path, router, block in _routers(model):
+        family = family_of(router)
+        if family.refused:
+            refused.append(f"{path} ({type(router).__name__}): {family.refused}")
+        elif not family.by_token and family.is_site(path):
+            layers, index = _layer_list(model, path)
+            owner, method = _chooser(router, block)
+            lists[layers].append(
+                RouterSite(
+                    name=path,
+                    layer_id=index,
+                    layer=_unwrapped(layers[index]),
+                    router=router,
+                    owner=owner,
+                    method=method,
+                )
+            )
+    if refused:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be replayed by expert ids:{summary(refused)}")
+    if not lists:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no router that can be replayed: expected modules of the class that "
-            "`_can_record_outputs['router_logits']` names. A dense model routes nothing; train it without replay "
+            f"{type(model).__name__} has no router that can be replayed: expected modules `gate` or `router` beside "
+            "`experts`. A dense model routes nothing; train it without replay "
             "(trainer.policy.fsdp_config.moe_enable_routing_replay=false)."
         )
-    twice = [
-        f"decoder layer {a.layer_id}: {a.name} and {b.name}" for a, b in pairwise(sites) if a.layer_id == b.layer_id
-    ]
+    layers = _of_decoder(model, lists)
+    sites = sorted(lists[layers], key=lambda site: site.layer_id)
+    twice = [f"layer {a.layer_id}: {a.name} and {b.name}" for a, b in pairwise(sites) if a.layer_id == b.layer_id]
     if twice:
         raise UnsupportedModelError(f"expected one router a decoder layer, found:{summary(twice)}")
-    return sites
+    return RouterMap(sites=tuple(sites), layers=tuple(_unwrapped(layer) for layer in layers))

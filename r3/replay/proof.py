@@ -1,47 +1,171 @@
-"""Proof at attach: a router is replayed only after a copy of it has shown, on random input, that this is exact."""
+"""Proof at attach: a router is replayed only after a copy of it has shown, on random input, that this is exact.
+
+Shapes: T tokens, E experts, K slots, H hidden.
+"""
 
 import copy
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from r3.errors import UnsupportedModelError
-from r3.replay.substitution import TopKRecorder, TopKSubstitution
+from r3.errors import UnsupportedModelError, summary
+from r3.replay.discovery import ROUTE, RouterSite
+from r3.replay.families import family_of
+from r3.replay.substitution import Choice, TopKRecorder, TopKSubstitution
 
 _TOKENS = 64
 
 
-def _random_copy(router: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy of `router` on the CPU with random weights, without hooks; the original may be sharded or on meta."""
+class _Refusal(Exception):
+    """Why a router does not pass."""
 
-    def fresh(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return torch.zeros(tensor.shape, dtype=tensor.dtype)
-        values = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-        return nn.Parameter(values) if isinstance(tensor, nn.Parameter) else values
 
-    memo: dict[int, Any] = {id(t): fresh(t) for t in (*router.parameters(), *router.buffers())}
+def _fresh(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A random tensor on the CPU in the place of `tensor`, which may be sharded or on meta."""
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    values = torch.randn(tensor.shape, generator=generator)
+    if tensor.dim() > 1:  # scores far from saturation, whatever H
+        values *= tensor.shape[-1] ** -0.5
+    return nn.Parameter(values.to(tensor.dtype)) if isinstance(tensor, nn.Parameter) else values.to(tensor.dtype)
+
+
+def _random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy of `module` with random weights, without hooks."""
+    memo: dict[int, Any] = {id(t): _fresh(t, generator) for t in (*module.parameters(), *module.buffers())}
     # Hooks are shared, not copied: they may hold on to the whole model.
-    for module in router.modules():
-        for name, value in vars(module).items():
+    for inner in module.modules():
+        for name, value in vars(inner).items():
             if name.endswith("_hooks") and value is not None:
                 memo[id(value)] = type(value)()
-    return copy.deepcopy(router, memo).train(router.training)
+    return copy.deepcopy(module, memo).eval()
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    return [t for t in (output if isinstance(output, (tuple, list)) else (output,)) if isinstance(t, Tensor)]
+def _bare_copy(owner: nn.Module, router: nn.Module, replica: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy of a block without the (large) modules in it, `router` apart, whose `replica` takes its place."""
+    bare = copy.copy(owner)
+    bare.__dict__["_modules"] = {name: replica for name, child in owner.named_children() if child is router}
+    for kind in ("_parameters", "_buffers"):
+        tensors = owner.__dict__[kind]
+        bare.__dict__[kind] = {n: None if t is None else _fresh(t, generator) for n, t in tensors.items()}
+    return bare
 
 
-def _foreign_ids(num_experts: int, top_k: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(_TOKENS, num_experts, generator=generator).argsort(-1)[:, :top_k]
+def _trial(site: RouterSite, generator: torch.Generator) -> tuple[nn.Module, Callable[[], Any]]:
+    """A random copy of a router, and a function that makes it choose for `_TOKENS` random tokens."""
+    router = _random_copy(site.router, generator)
+    gate = next((p for p in router.parameters() if p.dim() == 2), None)
+    if gate is None:
+        raise _Refusal("it has no 2-D weight [E, H]")
+    block = _bare_copy(site.owner, site.router, router, generator) if site.method == ROUTE else None
+
+    def run(hidden: Tensor, *bias: Tensor) -> Any:
+        output = router(hidden, *bias)
+        if block is None:
+            return output
+        route = getattr(block, ROUTE)
+        given = {"hidden_states": hidden, "router_logits": output[0] if isinstance(output, tuple) else output}
+        return route(*(given[name] for name in inspect.signature(route).parameters))
+
+    hidden = torch.randn(_TOKENS, gate.shape[1], generator=generator).to(gate.dtype)
+    bias = torch.randn(gate.shape[0], generator=generator)
+    # Some routers want [B, S, H], some are given the selection bias, which their block holds.
+    attempts = ((hidden,), (hidden[None],), (hidden, bias), (hidden[None], bias))
+    failures = []
+    for arguments in attempts:
+        failure = _failure(run, arguments)
+        if not failure:
+            return router, partial(run, *arguments)
+        failures.append(failure)
+    raise _Refusal(f"it could not be run on its own, given tensors of shapes{summary(failures)}")
+
+
+def _failure(run: Callable[..., Any], arguments: tuple[Tensor, ...]) -> str:
+    """Why `run` does not take `arguments`; empty if it does."""
+    try:
+        run(*arguments)
+    except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+        return f"{', '.join(str(tuple(a.shape)) for a in arguments)}: {type(error).__name__}: {error}"
+    return ""
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    """All tensors of an output, lists of numbers among them."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, (tuple, list)):
+        if all(isinstance(item, (int, float)) for item in output):
+            return [torch.tensor(output)]
+        return [leaf for item in output for leaf in _leaves(item)]
+    return []
+
+
+def _reached(weights: list[Tensor], router: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """The parameters to which a gradient of `weights` comes, with it."""
+    named = {name: p for name, p in router.named_parameters() if p.requires_grad}
+    # A random direction, because weights that are renormalised have a constant sum.
+    directions = [torch.randn(w.shape, generator=generator).to(w.dtype) for w in weights]
+    found = torch.autograd.grad(weights, list(named.values()), directions, allow_unused=True)
+    return {name: g for name, g in zip(named, found, strict=True) if g is not None and bool((g != 0).any())}
+
+
+def _prove(site: RouterSite, generator: torch.Generator) -> Choice:
+    family = family_of(site.router)
+    router, run = _trial(site, generator)
+
+    with TopKRecorder() as recorder:
+        output = run()
+    live = _leaves(output)
+    choices = [
+        (choice, own)
+        for choice, indices in recorder.calls
+        # `[T, 1, E]` is a top-k over the one group of a group limit.
+        if tuple(indices.shape[:-1]) in ((_TOKENS,), (1, _TOKENS))
+        and family.obeys(output, own := indices.reshape(_TOKENS, -1), choice.num_experts)
+    ]
+    if len(choices) != 1:
+        raise _Refusal(
+            f"expected one top-k over the experts of each token whose indices it returns, saw {len(choices)} "
+            f"(and {len(recorder.calls) - len(choices)} others)"
+        )
+    ((choice, own),) = choices
+
+    with TopKSubstitution(choice, own, None, site) as mode:
+        replayed = _leaves(run())
+    if mode.count != 1:
+        raise _Refusal(f"expected one top-k of {choice.top_k} among {choice.num_experts}, saw {mode.count}")
+    if not all(torch.equal(a, b) for a, b in zip(live, replayed, strict=True)):
+        raise _Refusal("under its own ids its outputs differ from live")
+
+    foreign = torch.rand(_TOKENS, choice.num_experts, generator=generator).argsort(-1)[:, : choice.top_k]
+    with TopKSubstitution(choice, foreign, None, site):
+        output = run()
+    if not family.obeys(output, foreign, choice.num_experts):
+        raise _Refusal("it does not return the ids that it was given")
+    pairs = [(new, old) for new, old in zip(_leaves(output), live, strict=True) if new.is_floating_point()]
+    pairs = [(new, old) for new, old in pairs if not (new.shape == old.shape and torch.equal(new, old))]
+    if not pairs:
+        raise _Refusal("under foreign ids its weights do not follow the ids")
+    weighted = foreign < choice.num_experts - family.weightless
+    if any(bool((new.reshape(foreign.shape)[weighted] == 0).any()) for new, _ in pairs if new.numel() == own.numel()):
+        raise _Refusal("under foreign ids some weights are zero: they come from scores cut to the live top-k")
+
+    expected = _reached([old for _, old in pairs], router, generator)
+    gradients = _reached([new for new, _ in pairs], router, generator)
+    lost = sorted(expected.keys() - gradients.keys())
+    if lost or not gradients or not all(bool(g.isfinite().all()) for g in gradients.values()):
+        raise _Refusal(f"under foreign ids no finite gradient reaches {', '.join(lost) or 'the gate'}")
+    return choice
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def prove(router: nn.Module, name: str) -> tuple[int, int]:
-    """Show that top-k substitution replays `router` exactly; returns its (num_experts, top_k).
+def prove(site: RouterSite) -> Choice:
+    """Show that top-k substitution replays the router of `site` exactly; returns how it chooses.
 
     Under its own live ids all outputs are bit-identical to live. Under foreign ids, the ids come back as given, every
     weight is non-zero, and the gradient of the weights reaches each parameter that it reaches live.
@@ -49,53 +173,29 @@ def prove(router: nn.Module, name: str) -> tuple[int, int]:
     Raises:
         UnsupportedModelError: what failed, for which router class.
     """
+    try:
+        return _prove(site, torch.Generator().manual_seed(0))
+    except _Refusal as refusal:
+        raise UnsupportedModelError(
+            f"{site.name} ({type(site.router).__name__}) cannot be replayed exactly: {refusal}"
+        ) from None
 
-    def refuse(reason: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{name} ({type(router).__name__}) cannot be replayed exactly: {reason}")
 
-    generator = torch.Generator().manual_seed(0)
-    gate = next((p for p in router.parameters() if p.dim() == 2), None)
-    if gate is None:
-        raise refuse("it has no 2-D weight [E, H]")
-    router = _random_copy(router, generator)
-    hidden = torch.randn(_TOKENS, gate.shape[-1], generator=generator).to(gate.dtype)
+def prove_all(sites: Iterable[RouterSite]) -> list[Choice]:
+    """`prove` each of `sites`, routers of one class and shape once.
 
-    with TopKRecorder() as recorder:
-        live = _tensors(router(hidden))
-    choices = [
-        (e, k, ids)
-        for e, k, ids in recorder.calls
-        if any(t.shape == ids.shape and not t.is_floating_point() and torch.equal(t, ids) for t in live)
-    ]
-    if len(choices) != 1:
-        raise refuse(f"expected one 2-D top-k whose indices it returns, saw {len(choices)} (of {len(recorder.calls)})")
-    ((num_experts, top_k, own),) = choices
-
-    with TopKSubstitution(own, None, num_experts) as mode:
-        replayed = _tensors(router(hidden))
-    if mode.count != 1:
-        raise refuse(f"expected one top-k of {top_k} among {num_experts}, saw {mode.count}")
-    if not all(torch.equal(a, b) for a, b in zip(live, replayed, strict=True)):
-        raise refuse("under its own ids its outputs differ from live")
-
-    foreign = _foreign_ids(num_experts, top_k, generator)
-    with TopKSubstitution(foreign, None, num_experts):
-        other = _tensors(router(hidden))
-    if not any(t.shape == foreign.shape and torch.equal(t, foreign) for t in other):
-        raise refuse("it does not return the ids that it was given")
-    weights = [
-        t
-        for t, before in zip(other, live, strict=True)
-        if t.is_floating_point() and not (t.shape == before.shape and torch.equal(t, before))
-    ]
-    if not weights or any(not bool((w[w.isfinite()] != 0).any()) for w in weights):
-        raise refuse("under foreign ids its weights do not follow the ids")
-    if any(w.shape == foreign.shape and bool((w == 0).any()) for w in weights):
-        raise refuse("under foreign ids some weights are zero: they come from scores cut to the live top-k")
-    # A random direction, because weights that are renormalised have a constant sum.
-    directions = [torch.randn(w.shape, generator=generator).to(w.dtype) for w in weights]
-    copied = next(p for p in router.parameters() if p.dim() == 2)
-    (gradient,) = torch.autograd.grad(weights, [copied], directions, allow_unused=True, materialize_grads=True)
-    if not bool(gradient.isfinite().all()) or not bool((gradient != 0).any()):
-        raise refuse("under foreign ids no gradient reaches the gate")
-    return num_experts, top_k
+    Raises:
+        UnsupportedModelError: a router that fails, or routers that differ in experts or slots.
+    """
+    proved: dict[tuple, Choice] = {}
+    choices = []
+    for site in sites:
+        shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in site.router.named_parameters())
+        kind = (type(site.router), type(site.owner), site.method, shapes)
+        if kind not in proved:
+            proved[kind] = prove(site)
+        choices.append(proved[kind])
+    sizes = {(choice.num_experts, choice.top_k) for choice in choices}
+    if len(sizes) != 1:
+        raise UnsupportedModelError(f"expected one (experts, top_k) for all layers, found {sorted(sizes)}")
+    return choices

@@ -5,14 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r3.errors import ReplayError
-from r3.replay.discovery import RouterSite, find_routers
-from r3.replay.substitution import TopKRecorder
+from r3.errors import ReplayError, summary
+from r3.replay.instrument import Instrument, token_shape
 from r3.routing import RolloutRouting
 
 
 class Recorder:
-    """Records the experts that the routers choose while the context is open.
+    """Records the experts that the routers choose in each forward while the context is open.
+
+    Of a replayed forward it records what was replayed. A layer that checkpointing repeats is not recorded again.
 
     Attributes:
         routing: `[B, S, L, K]` of the last forward, all rows valid, on the CPU.
@@ -25,63 +26,65 @@ class Recorder:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._sites = find_routers(model)
+        self._instrument: Instrument | None = None
         self._handles: list[Any] = []
-        self._open: dict[int, TopKRecorder] = {}
-        self._chosen: dict[int, tuple[int, Tensor]] = {}
-        self._shape: tuple[int, ...] = ()
+        self._shape: tuple[int, int] | None = None
+        self._chosen: list[Tensor] = []
+        self._routing: RolloutRouting | None = None
 
     @property
     def routing(self) -> RolloutRouting:
-        missing = [site.name for site in self._sites if site.layer_id not in self._chosen]
-        if missing:
-            raise ReplayError(f"nothing recorded for {len(missing)} routers ({missing[0]}): run a forward first")
-        columns = [self._chosen[site.layer_id] for site in self._sites]
-        ids = torch.stack([ids for _, ids in columns], dim=1)
-        return RolloutRouting(
-            ids.reshape(*self._shape, *ids.shape[1:]).cpu(),
-            torch.ones(self._shape, dtype=torch.bool),
-            tuple(site.layer_id for site in self._sites),
-            columns[0][0],
-        )
+        if self._shape is None:
+            raise ReplayError("nothing recorded: run a forward of the model inside the context first")
+        if self._routing is None:
+            spec = self._spec
+            ids = torch.stack(self._chosen, dim=1).to("cpu")
+            self._routing = RolloutRouting(
+                ids.view(*self._shape, *ids.shape[1:]),
+                torch.ones(self._shape, dtype=torch.bool),
+                spec.layer_ids,
+                spec.num_experts,
+            )
+        return self._routing
 
     def __enter__(self) -> "Recorder":
-        self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        for site in self._sites:
-            enter, leave = self._hooks(site)
-            self._handles.append(site.router.register_forward_pre_hook(enter))
-            self._handles.append(site.router.register_forward_hook(leave, always_call=True))
+        self._instrument = Instrument.of(self._model)
+        self._spec = self._instrument.spec
+        self._handles = [
+            self._model.register_forward_pre_hook(self._begin),
+            self._model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
+        ]
         return self
 
     def __exit__(self, *exc: object) -> None:
         while self._handles:
             self._handles.pop().remove()
+        if self._instrument is not None:
+            self._instrument.activity.tape = None
+            self._instrument.release()
+            self._instrument = None
 
-    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
-        if tokens is None:
-            raise ReplayError("a forward to record needs input_ids or inputs_embeds")
-        self._shape = tuple(tokens.shape[:2])
-        self._chosen.clear()
+    def _begin(self, model: nn.Module, args: tuple) -> None:
+        assert self._instrument is not None
+        self._instrument.activity.tape = {}
 
-    def _hooks(self, site: RouterSite):
-        def enter(router: nn.Module, args: tuple) -> None:
-            mode = self._open[site.layer_id] = TopKRecorder()
-            mode.__enter__()
-
-        def leave(router: nn.Module, args: tuple, output: Any) -> None:
-            mode = self._open.pop(site.layer_id)
-            mode.__exit__(None, None, None)
-            if output is None:  # the router raised; its error is the one to show
-                return
-            if len(mode.calls) != 1:
-                raise ReplayError(f"router {site.name}: expected one 2-D top-k in its forward, saw {len(mode.calls)}")
-            num_experts, _, ids = mode.calls[0]
-            self._chosen[site.layer_id] = (num_experts, ids.detach())
-
-        return enter, leave
+    def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        assert self._instrument is not None
+        tape, self._instrument.activity.tape = self._instrument.activity.tape, None
+        if output is None or tape is None:  # the forward raised
+            return
+        missing = [chooser.site.name for chooser in self._instrument.choosers if chooser.index not in tape]
+        if missing:
+            raise ReplayError(f"expected every router to choose in a forward; these did not run:{summary(missing)}")
+        self._shape = token_shape(args, kwargs)
+        self._chosen = [tape[index].flatten(0, -2) for index in sorted(tape)]
+        self._routing = None
 
 
 def record(model: nn.Module) -> Recorder:
-    """Context manager that records the routing of `model`'s forwards; see `Recorder`."""
+    """Context manager that records the routing of `model`'s forwards; see `Recorder`.
+
+    Raises:
+        UnsupportedModelError: no routers, or routers that cannot be replayed exactly, by name.
+    """
     return Recorder(model)

@@ -2,13 +2,34 @@
 
 What the router does before and after (scores, renormalisation, scale, casts) is the model's own and live, so that the
 result under a router's own choice is bit-identical to live and the gradient reaches the gate.
+
+Shapes: T tokens, E experts, K slots.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from r3.errors import ReplayError
+from r3.replay.discovery import RouterSite
+from r3.replay.selection import select
+
 _TOPK = frozenset({torch.topk, Tensor.topk})
+_MASKED_FILL = frozenset({torch.masked_fill, Tensor.masked_fill})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The call of `topk` by which a router chooses: K among the E experts in the last of `dims` dimensions.
+
+    The number of dimensions tells it from a top-k over groups of experts, which is `[T, groups, E / groups]`.
+    """
+
+    num_experts: int
+    top_k: int
+    dims: int
 
 
 def _arguments(args: tuple, kwargs: dict) -> tuple[Tensor, int, int]:
@@ -18,54 +39,85 @@ def _arguments(args: tuple, kwargs: dict) -> tuple[Tensor, int, int]:
     return bound["input"], int(bound["k"]), int(bound.get("dim", -1))
 
 
-def _is_choice(scores: Tensor, dim: int) -> bool:
-    """A choice among experts is a top-k over the last dimension of `[T, E]`; group limits work on other shapes."""
-    return scores.dim() == 2 and dim in (-1, 1)
+def _call_of(args: tuple, kwargs: dict) -> tuple[Tensor, Choice | None]:
+    """Scores and shape of a `topk` call, without the latter if it is not over the last dimension."""
+    scores, k, dim = _arguments(args, kwargs)
+    last = scores.dim() > 1 and dim in (-1, scores.dim() - 1)
+    return scores, Choice(num_experts=scores.shape[-1], top_k=k, dims=scores.dim()) if last else None
 
 
 class TopKRecorder(TorchFunctionMode):
-    """Records (E, K, indices `[T, K]`) of every 2-D `topk` that runs under it."""
+    """Records shape and indices `[..., K]` of every `topk` over a last dimension that runs under it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[int, int, Tensor]] = []
+        self.calls: list[tuple[Choice, Tensor]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func in _TOPK:
-            scores, k, dim = _arguments(args, kwargs or {})
-            if _is_choice(scores, dim):
-                self.calls.append((scores.shape[-1], k, result.indices))
+            _, call = _call_of(args, kwargs or {})
+            if call is not None:
+                self.calls.append((call, result.indices))
         return result
 
 
 class TopKSubstitution(TorchFunctionMode):
-    """Answers the `topk` of K among E with given ids; everything else runs as it is.
+    """Answers a router's choice with given ids, or lets it run; everything else runs as it is.
+
+    Values are gathered from the scores as they were before a `masked_fill`, if the choice is made on masked ones: group
+    limits (DeepSeek-V2) restrict which experts may be chosen, and say nothing about the weight of one that was.
 
     Args:
-        ids: int64 `[T, K]`.
-        valid: bool `[T]`, or None if all rows are valid. Rows that are not valid take the live top-k.
-        num_experts: E.
+        choice: which `topk` it is.
+        ids: integer `[T, K]`, or None to let the live choice stand.
+        valid: bool `[T]`, or None if all rows are valid. Rows that are not valid take the live choice.
+        site: the router, for errors.
 
-    `count` is the number of calls answered: a router must make exactly one.
+    Attributes:
+        count: number of choices seen; a router must make exactly one.
+        chosen: int64 `[..., K]`, the ids that the last choice gave.
+
+    Raises:
+        ReplayError: the router chooses for another number of tokens than there are ids for.
     """
 
-    def __init__(self, ids: Tensor, valid: Tensor | None, num_experts: int) -> None:
+    def __init__(self, choice: Choice, ids: Tensor | None, valid: Tensor | None, site: RouterSite) -> None:
         super().__init__()
+        self.choice = choice
         self.ids = ids
         self.valid = valid
-        self.num_experts = num_experts
+        self.site = site
         self.count = 0
+        self.chosen: Tensor | None = None
+        self._masked: tuple[Tensor, Tensor] | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in _TOPK:
-            return func(*args, **kwargs)
-        scores, k, dim = _arguments(args, kwargs)
-        if not _is_choice(scores, dim) or scores.shape[-1] != self.num_experts or k != self.ids.shape[-1]:
-            return func(*args, **kwargs)
-        self.count += 1
+        if func in _TOPK:
+            scores, call = _call_of(args, kwargs)
+            if call == self.choice:
+                self.count += 1
+                result = func(*args, **kwargs) if self.ids is None else self._answer(scores, func, args, kwargs)
+                self.chosen = result[1]
+                return result
+        result = func(*args, **kwargs)
+        if func in _MASKED_FILL:
+            self._masked = (result, args[0] if args else kwargs["input"])
+        return result
+
+    def _answer(self, scores: Tensor, func, args: tuple, kwargs: dict):
         ids = self.ids
+        assert ids is not None
+        if scores.shape[:-1].numel() != len(ids):
+            raise ReplayError(
+                f"router {self.site.name}: expected to choose for {len(ids)} tokens, got {scores.shape[:-1].numel()}; a"
+                " router that sees some of the tokens only (those of one modality, say) cannot be replayed"
+            )
+        ids = ids.view(*scores.shape[:-1], -1)
         if self.valid is not None:
-            ids = torch.where(self.valid[:, None], ids, func(*args, **kwargs).indices)
-        return torch.return_types.topk((scores.gather(-1, ids), ids))
+            valid = self.valid.view(*scores.shape[:-1], 1)
+            ids = torch.where(valid, ids, func(*args, **kwargs)[1])
+        if self._masked is not None and self._masked[0] is scores:
+            scores = self._masked[1]
+        return torch.return_types.topk(select(scores, ids))

@@ -37,9 +37,10 @@ class RoutingSpec:
     top_k: int
 
 
-@dataclass(frozen=True, eq=False)
 class RolloutRouting:
-    """Expert ids of a batch, checked when made: every valid row holds K distinct ids in [0, E).
+    """Expert ids of a batch, checked when made: every valid row holds K distinct ids in [0, E). Immutable.
+
+    Not a dataclass: FSDP2 rebuilds those when it casts the inputs of a forward.
 
     Args:
         expert_ids: integer `[B, S, L, K]`; stored in the compact dtype of `num_experts`.
@@ -48,6 +49,9 @@ class RolloutRouting:
         layer_ids: decoder layer of each of the L columns, ascending.
         num_experts: E.
         weight_version: version of the weights that produced the rows, where known.
+
+    Attributes:
+        rows_valid: number of valid rows.
 
     Raises:
         RoutingError: wrong shape or dtype, an id out of range or repeated in a valid row.
@@ -62,26 +66,63 @@ class RolloutRouting:
     valid: Tensor
     layer_ids: tuple[int, ...]
     num_experts: int
-    weight_version: int | None = None
+    weight_version: int | None
+    rows_valid: int
 
-    def __post_init__(self) -> None:
-        ids, valid = self.expert_ids, self.valid
-        if ids.dim() != 4 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise RoutingError(f"expert_ids: expected integer [B, S, L, K], got {ids.dtype} {tuple(ids.shape)}")
-        if valid.dtype != torch.bool or valid.shape != ids.shape[:2]:
+    def __init__(
+        self,
+        expert_ids: Tensor,
+        valid: Tensor,
+        layer_ids: Sequence[int],
+        num_experts: int,
+        weight_version: int | None = None,
+    ) -> None:
+        integer = not (expert_ids.is_floating_point() or expert_ids.is_complex() or expert_ids.dtype == torch.bool)
+        if expert_ids.dim() != 4 or not integer:
             raise RoutingError(
-                f"valid: expected bool [B, S] = {tuple(ids.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}"
+                f"expert_ids: expected integer [B, S, L, K], got {expert_ids.dtype} {tuple(expert_ids.shape)}"
             )
-        if len(self.layer_ids) != ids.shape[2] or list(self.layer_ids) != sorted(set(self.layer_ids)):
+        if valid.dtype != torch.bool or valid.shape != expert_ids.shape[:2]:
             raise RoutingError(
-                f"layer_ids: expected {ids.shape[2]} ascending decoder layers, one a column, got {self.layer_ids}"
+                f"valid: expected bool [B, S] = {tuple(expert_ids.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}"
             )
-        check_rows(ids, valid, self.layer_ids, self.num_experts)
-        compact = ids.to(compact_dtype(self.num_experts))
-        if not bool(valid.all()):
+        if len(layer_ids) != expert_ids.shape[2] or list(layer_ids) != sorted(set(layer_ids)):
+            raise RoutingError(
+                f"layer_ids: expected {expert_ids.shape[2]} ascending decoder layers, one a column, got {layer_ids}"
+            )
+        check_rows(expert_ids, valid, tuple(layer_ids), num_experts)
+        compact = expert_ids.to(compact_dtype(num_experts))
+        rows_valid = int(valid.sum())
+        if rows_valid != valid.numel():
             compact = compact.masked_fill(~valid[..., None, None], 0)
-        object.__setattr__(self, "expert_ids", compact)
-        object.__setattr__(self, "layer_ids", tuple(self.layer_ids))
+        self._set(compact, valid, tuple(layer_ids), num_experts, weight_version, rows_valid)
+
+    def _set(
+        self,
+        expert_ids: Tensor,
+        valid: Tensor,
+        layer_ids: tuple[int, ...],
+        num_experts: int,
+        weight_version: int | None,
+        rows_valid: int,
+    ) -> None:
+        vars(self).update(
+            expert_ids=expert_ids,
+            valid=valid,
+            layer_ids=layer_ids,
+            num_experts=num_experts,
+            weight_version=weight_version,
+            rows_valid=rows_valid,
+        )
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"RolloutRouting is immutable: {name} cannot be set")
+
+    def __repr__(self) -> str:
+        return (
+            f"RolloutRouting({tuple(self.shape)} of {self.num_experts} experts, {self.rows_valid} of "
+            f"{self.valid.numel()} rows valid, {self.expert_ids.dtype} on {self.device}, version {self.weight_version})"
+        )
 
     @classmethod
     def from_rows(
@@ -126,13 +167,38 @@ class RolloutRouting:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RolloutRouting":
         """The same routing on `device`, moved in the compact dtype."""
         return self._with(
-            self.expert_ids.to(device, non_blocking=non_blocking), self.valid.to(device, non_blocking=non_blocking)
+            self.expert_ids.to(device, non_blocking=non_blocking),
+            self.valid.to(device, non_blocking=non_blocking),
+            rows_valid=self.rows_valid,
         )
+
+    def pin_memory(self) -> "RolloutRouting":
+        """The same routing in page-locked host memory, from which `to` a GPU runs beside computation."""
+        return self._with(self.expert_ids.pin_memory(), self.valid.pin_memory(), rows_valid=self.rows_valid)
 
     def select(self, samples: Tensor | Sequence[int] | slice) -> "RolloutRouting":
         """The samples of the batch that `samples` picks, in that order; a slice shares memory."""
         index = samples if isinstance(samples, slice) else torch.as_tensor(samples, device=self.device)
         return self._with(self.expert_ids[index], self.valid[index])
+
+    def layers(self, layer_ids: Sequence[int]) -> "RolloutRouting":
+        """The columns of these decoder layers, ascending.
+
+        Raises:
+            RoutingError: a layer without a column, or not ascending.
+        """
+        missing = sorted(set(layer_ids) - set(self.layer_ids))
+        if missing or list(layer_ids) != sorted(set(layer_ids)):
+            raise RoutingError(f"layer_ids: expected ascending layers out of {self.layer_ids}, got {tuple(layer_ids)}")
+        columns = torch.tensor([self.layer_ids.index(layer) for layer in layer_ids], device=self.device)
+        return replace_trusted(
+            self,
+            self.expert_ids.index_select(2, columns),
+            self.valid,
+            layer_ids=tuple(layer_ids),
+            weight_version=self.weight_version,
+            rows_valid=self.rows_valid,
+        )
 
     def pad(self, length: int) -> "RolloutRouting":
         """Right-padded to `length` positions; the new ones are not valid.
@@ -146,7 +212,9 @@ class RolloutRouting:
         if not extra:
             return self
         pad = torch.nn.functional.pad
-        return self._with(pad(self.expert_ids, (0, 0, 0, 0, 0, extra)), pad(self.valid, (0, extra)))
+        return self._with(
+            pad(self.expert_ids, (0, 0, 0, 0, 0, extra)), pad(self.valid, (0, extra)), rows_valid=self.rows_valid
+        )
 
     @classmethod
     def cat(cls, parts: Sequence["RolloutRouting"]) -> "RolloutRouting":
@@ -168,24 +236,28 @@ class RolloutRouting:
             torch.cat([p.expert_ids for p in padded]),
             torch.cat([p.valid for p in padded]),
             weight_version=versions.pop() if len(versions) == 1 else None,
+            rows_valid=sum(p.rows_valid for p in parts),
         )
 
-    def _with(self, expert_ids: Tensor, valid: Tensor) -> "RolloutRouting":
-        return replace_trusted(self, expert_ids, valid, weight_version=self.weight_version)
+    def _with(self, expert_ids: Tensor, valid: Tensor, rows_valid: int | None = None) -> "RolloutRouting":
+        return replace_trusted(self, expert_ids, valid, weight_version=self.weight_version, rows_valid=rows_valid)
 
 
 def replace_trusted(
-    like: RolloutRouting, expert_ids: Tensor, valid: Tensor, *, weight_version: int | None
+    like: RolloutRouting,
+    expert_ids: Tensor,
+    valid: Tensor,
+    *,
+    layer_ids: tuple[int, ...] | None = None,
+    weight_version: int | None,
+    rows_valid: int | None = None,
 ) -> RolloutRouting:
-    """A `RolloutRouting` of rows that another one has checked already: content is not looked at again."""
+    """A `RolloutRouting` of rows that another one has checked already: content is not looked at again.
+
+    `rows_valid` is counted if it is not given.
+    """
     new = object.__new__(RolloutRouting)
-    fields = dict(
-        expert_ids=expert_ids,
-        valid=valid,
-        layer_ids=like.layer_ids,
-        num_experts=like.num_experts,
-        weight_version=weight_version,
-    )
-    for name, value in fields.items():
-        object.__setattr__(new, name, value)
+    if rows_valid is None:
+        rows_valid = int(valid.sum())
+    new._set(expert_ids, valid, layer_ids or like.layer_ids, like.num_experts, weight_version, rows_valid)
     return new

@@ -1,0 +1,21 @@
+"""JetMoE: attention heads are experts too, with a router of the same class and size; only the MLP's is replayed.
+
+The router returns tokens sorted by expert: (positions in the flattened `[T, K]`, token of each, weight of each, number
+of tokens of each expert, logits). The block has no child `experts`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r3.replay.families.family import Family
+
+
+def _obeys(output: Any, ids: Tensor, num_experts: int) -> bool:
+    positions, _, _, expert_size, _ = output
+    by_expert = torch.repeat_interleave(torch.arange(num_experts), torch.tensor(expert_size))
+    return torch.equal(ids.flatten()[positions], by_expert)
+
+
+FAMILIES = {"JetMoeTopKGating": Family(is_site=lambda path: path.endswith(".mlp.router"), obeys=_obeys)}

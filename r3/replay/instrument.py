@@ -1,0 +1,288 @@
+"""Replay and recording share one way into a model: the classes of its decoder layers and choosers are extended.
+
+Each is changed to a subclass, as FSDP2 does it. A layer's `forward` takes the keyword `routed_experts` out, which makes
+its call the current one of this thread for as long as the layer runs; the method in which a router chooses looks it up.
+Because this happens inside `forward`, gradient checkpointing, which saves and repeats the call of `forward` with its
+keywords, repeats it with the same ids, whatever ran in between.
+"""
+
+import threading
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from r3.errors import ReplayError
+from r3.replay.discovery import RouterMap, RouterSite, find_routers
+from r3.replay.proof import prove_all
+from r3.replay.substitution import Choice, TopKSubstitution
+from r3.routing import RoutingSpec
+
+KEYWORD = "routed_experts"
+_INSTRUMENT = "_r3_instrument"
+_CHOOSER = "_r3_chooser"
+
+
+def token_shape(args: tuple, kwargs: dict) -> tuple[int, int]:
+    """(B, S) of a model's forward, from its `input_ids` or `inputs_embeds`."""
+    tokens = next((kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
+    if tokens is None:
+        tokens = args[0] if args else None
+    if tokens is None:
+        raise ReplayError("expected input_ids or inputs_embeds in a forward that is replayed or recorded, got neither")
+    return tokens.shape[0], tokens.shape[1]
+
+
+class Call:
+    """The routing of one forward, on its way to the layers.
+
+    Not a dataclass: FSDP2 copies those when it casts a forward's inputs, and the layers would count on copies.
+
+    Attributes:
+        ids: integer `[T, L, K]`, a column for each router of the model.
+        valid: bool `[T]`, or None if all rows are valid.
+        rows_replayed: number of valid rows.
+    """
+
+    def __init__(self, ids: Tensor, valid: Tensor | None, rows_replayed: int) -> None:
+        self.ids = ids
+        self.valid = valid
+        self.rows_replayed = rows_replayed
+
+
+class _Activity(threading.local):
+    """What a model does in the current thread: the call that its layer replays, the tape that records its routers.
+
+    A copy of it, as `copy.deepcopy` of an instrumented model makes, is idle.
+    """
+
+    def __init__(self) -> None:  # threading.local runs it in each thread
+        self.call: Call | None = None
+        self.tape: dict[int, Tensor] | None = None
+
+    def __reduce__(self):
+        return type(self), ()
+
+    @property
+    def current(self) -> Call | None:
+        """The call whose layer runs."""
+        if self.call is None:
+            for mode in _get_current_function_mode_stack():
+                if isinstance(mode, _Carrier) and mode.activity is self:
+                    return mode.call
+        return self.call
+
+
+class _Carrier(TorchFunctionMode):
+    """Carries the current call in code that torch.compile traces.
+
+    What such code writes into a `threading.local` is lost at a graph break; the stack of modes, per thread as well, is
+    restored. (In eager code a mode would cost a Python call for each operation of the layer.)
+    """
+
+    def __init__(self, activity: _Activity, call: Call) -> None:
+        super().__init__()
+        self.activity = activity
+        self.call = call
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class _LastCall(threading.local):
+    """The call that a router replayed last in the current thread."""
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+class Chooser:
+    """What the method in which a router chooses finds on its module.
+
+    torch.compile traces `run` once for all layers: what differs from one to the next is a tensor or passed on unread,
+    and that the router was replayed is noted without reading what was noted before.
+
+    Attributes:
+        site: the router.
+        index: its column in the ids of a call; `column` is the same as a tensor `[1]`.
+        choice: how it chooses.
+        last: the call that it replayed last.
+    """
+
+    def __init__(self, site: RouterSite, index: int, choice: Choice, activity: _Activity) -> None:
+        self.site = site
+        self.index = index
+        self.column = torch.tensor([index])
+        self.choice = choice
+        self.last = _LastCall()
+        self.last_compiled: Call | None = None
+        self._activity = activity
+
+    def replayed(self, call: Call) -> bool:
+        """Whether `call` is the last one that this router replayed, in this thread."""
+        return self.last.call is call or self.last_compiled is call
+
+    def run(self, original, module: nn.Module, args: tuple, kwargs: dict):
+        """Run `original`, the method of `module` that chooses, under the call and the tape of this thread."""
+        call, tape = self._activity.current, self._activity.tape
+        if call is None and tape is None:
+            return original(module, *args, **kwargs)
+        ids = valid = None
+        if call is not None:
+            valid = call.valid
+            if torch.compiler.is_compiling():
+                ids = call.ids.index_select(1, self.column).squeeze(1)
+            else:
+                ids = call.ids[:, self.index]
+        mode = TopKSubstitution(self.choice, ids, valid, self.site)
+        with mode:
+            output = original(module, *args, **kwargs)
+        if mode.count != 1 or mode.chosen is None:
+            raise ReplayError(
+                f"router {self.site.name}: expected one top-k over {self.choice.num_experts} experts where it chooses, "
+                f"saw {mode.count}; its code has been replaced or takes another path than the one proved at attach"
+            )
+        if call is not None:
+            if torch.compiler.is_compiling():
+                self.last_compiled = call
+            else:
+                self.last.call = call
+        if tape is not None:
+            tape[self.index] = mode.chosen.detach()
+        return output
+
+
+class Instrument:
+    """The extended classes of one model; `users` are the replay and the recorders that need them.
+
+    Attributes:
+        spec: layers, experts and slots of the routing that describes the model.
+        choosers: its routers, by ascending decoder layer.
+        activity: what it does in the current thread.
+        replayed: whether replay is one of the users.
+    """
+
+    def __init__(self, routers: RouterMap) -> None:
+        choices = prove_all(routers.sites)
+        self.activity = _Activity()
+        self.choosers = [
+            Chooser(site, index, choice, self.activity)
+            for index, (site, choice) in enumerate(zip(routers.sites, choices, strict=True))
+        ]
+        self.spec = RoutingSpec(
+            layer_ids=tuple(site.layer_id for site in routers.sites),
+            num_layers=len(routers.layers),
+            num_experts=choices[0].num_experts,
+            top_k=choices[0].top_k,
+        )
+        self.users = 0
+        self.replayed = False
+        self._layers = routers.layers
+        self._changed: list[tuple[nn.Module, str, type[nn.Module], type[nn.Module]]] = []
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Instrument":
+        """The instrument of `model`, with one user more.
+
+        Raises:
+            UnsupportedModelError: no routers, or routers that cannot be replayed exactly, by name.
+        """
+        routers = find_routers(model)
+        instrument = routers.layers[0].__dict__.get(_INSTRUMENT)
+        if instrument is None:
+            instrument = cls(routers)
+            try:
+                instrument._install()
+            except BaseException:
+                instrument._remove()
+                raise
+        instrument.users += 1
+        return instrument
+
+    def to(self, device: torch.device) -> None:
+        """Have what compiled code reads on `device`."""
+        for chooser in self.choosers:
+            if chooser.column.device != device:
+                chooser.column = chooser.column.to(device)
+
+    def release(self) -> None:
+        """One user less; the last one leaves the model as it was."""
+        self.users -= 1
+        if not self.users:
+            self._remove()
+
+    def _install(self) -> None:
+        extended: dict[tuple[type, str], type[nn.Module]] = {}
+
+        def change(module: nn.Module, method: str, extend, key: str, value: object) -> None:
+            before = type(module)
+            if (before, method) not in extended:
+                extended[before, method] = extend(before, method)
+            self._changed.append((module, key, before, extended[before, method]))
+            module.__dict__[key] = value
+            module.__class__ = extended[before, method]
+
+        for layer in self._layers:
+            change(layer, "forward", _replaying_layer, _INSTRUMENT, self)
+        for chooser in self.choosers:
+            change(chooser.site.owner, chooser.site.method, _replaying_chooser, _CHOOSER, chooser)
+
+    def _remove(self) -> None:
+        while self._changed:
+            module, key, before, extended = self._changed.pop()
+            module.__dict__.pop(key, None)
+            # FSDP2 applied after us has subclassed our class, which then only passes on.
+            if type(module) is extended:
+                module.__class__ = before
+
+
+def _subclass(cls: type[nn.Module], method: str, replacement) -> type[nn.Module]:
+    names = {
+        method: replacement,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    return type(cls.__name__, (cls,), names)
+
+
+def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
+    """Subclass of a decoder layer's class whose forward takes the keyword out and makes its call the current one."""
+
+    def forward(self, *args, **kwargs):
+        call = kwargs.pop(KEYWORD, None)
+        instrument: Instrument | None = self.__dict__.get(_INSTRUMENT)
+        if instrument is None or call is None:
+            return cls.forward(self, *args, **kwargs)
+        if not isinstance(call, Call):
+            raise ReplayError(
+                f"`{KEYWORD}` reached a decoder layer as {type(call).__name__}: it went past the module that replay is "
+                "attached to. Call that module, or attach to the one that is called"
+            )
+        activity = instrument.activity
+        if torch.compiler.is_compiling():
+            with _Carrier(activity, call):
+                return cls.forward(self, *args, **kwargs)
+        outer, activity.call = activity.call, call
+        try:
+            return cls.forward(self, *args, **kwargs)
+        finally:
+            activity.call = outer
+
+    return _subclass(cls, method, forward)
+
+
+def _replaying_chooser(cls: type[nn.Module], method: str) -> type[nn.Module]:
+    """Subclass of a chooser's class whose `method` takes the ids of the current call."""
+    original = getattr(cls, method)
+
+    def choose(self, *args, **kwargs):
+        chooser: Chooser | None = self.__dict__.get(_CHOOSER)
+        if chooser is None:
+            return original(self, *args, **kwargs)
+        return chooser.run(original, self, args, kwargs)
+
+    return _subclass(cls, method, choose)

@@ -1,0 +1,99 @@
+"""Selection: a router's top-k answered with given experts, and its own search kept to the rows that need it.
+
+Shapes: T tokens, E experts, K slots, R rows that are routed live.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from r3.errors import ReplayError
+
+_ID_DTYPES = frozenset({torch.uint8, torch.int16, torch.int32, torch.int64})
+
+Search = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A call of `topk` over the last dimension with its K bound: (values, indices) of the rows of scores that it is given."""
+
+
+def select(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores of given experts, and their ids, in the form of `torch.topk(scores, K)`.
+
+    A `gather`, whose backward adds to zeros: ids that are distinct in a row, as those of a `RolloutRouting` are, give the
+    gradient of `topk`. An autograd function with a plain scatter, and one fused kernel each way, saved 0% and 1% of a
+    router's time on a GPU and cost more on the host (docs/performance.md).
+
+    Args:
+        scores: floating `[..., E]`.
+        ids: uint8, int16, int32 or int64 `[..., K]`. Any strides: a layer's column of compact `[T, L, K]` will do.
+
+    Returns:
+        values `[..., K]` in the dtype of `scores`, differentiable with respect to them, and ids, int64 contiguous.
+
+    Raises:
+        ReplayError: shapes, dtypes or devices that do not agree.
+
+    Example:
+        >>> select(torch.tensor([[0.25, 0.5, 0.125]]), torch.tensor([[2, 0]], dtype=torch.uint8))
+        (tensor([[0.1250, 0.2500]]), tensor([[2, 0]]))
+    """
+    if (
+        not scores.is_floating_point()
+        or ids.dtype not in _ID_DTYPES
+        or ids.dim() == 0
+        or scores.shape[:-1] != ids.shape[:-1]
+        or not 1 <= ids.shape[-1] <= scores.shape[-1]
+        or ids.device != scores.device
+    ):
+        raise ReplayError(
+            "selection: expected floating scores [..., E] and ids [..., K <= E] of uint8, int16, int32 or int64 on one "
+            f"device, got {_describe(scores)} and {_describe(ids)}"
+        )
+    indices = ids.long().contiguous()
+    return scores.gather(-1, indices), indices
+
+
+def with_live_rows(ids: Tensor, scores: Tensor, rows: Tensor, search: Search) -> Tensor:
+    """Given ids, but the live choice in `rows`.
+
+    Args:
+        ids: integer `[T, K]`; what they are in `rows` does not matter.
+        scores: floating `[..., E]` of T tokens, those that the router chooses by.
+        rows: int64 `[R]`, distinct.
+        search: the router's choice.
+
+    Returns:
+        int64 `[T, K]`.
+    """
+    _, live = search(scores.detach().flatten(0, -2).index_select(0, rows))
+    return ids.long().index_copy(0, rows, live)
+
+
+def search_rows(scores: Tensor, k: int, rows: Tensor | None, search: Search) -> tuple[Tensor, Tensor]:
+    """A top-k whose result matters in `rows` alone: found there, and elsewhere the first k entries, whatever they are.
+
+    For the top-k of a group limit, which restricts a live choice and has no say in a given one.
+
+    Args:
+        scores: floating `[T, ..., E]`.
+        k: entries that the top-k returns.
+        rows: int64 `[R]`, or None for no row.
+        search: the top-k.
+
+    Returns:
+        values `[T, ..., k]`, detached, and int64 indices `[T, ..., k]`.
+    """
+    scores = scores.detach()
+    values = scores.narrow(-1, 0, k)
+    indices = torch.arange(k, device=scores.device).expand(values.shape)
+    if rows is None:
+        return values, indices
+    found, places = search(scores.index_select(0, rows))
+    return values.index_copy(0, rows, found), indices.index_copy(0, rows, places)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
+__all__ = ["Search", "search_rows", "select", "with_live_rows"]
