@@ -49,3 +49,15 @@ def engine(demo_config):
         del os.environ["PYTHONPATH"]
     else:
         os.environ["PYTHONPATH"] = before
+
+
+def pytest_addoption(parser):
+    parser.addoption("--support-table", action="store_true", help="write docs/models.md from tests/test_every_model.py")
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("--support-table"):
+        from zoo import table
+
+        stats = session.config.pluginmanager.get_plugin("terminalreporter").stats
+        table.add(*([report.nodeid for report in stats.get(outcome, ())] for outcome in ("passed", "failed")))

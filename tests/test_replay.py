@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import EXPERTS, LAYERS, TOP_K, random_ids, tiny_dense, tiny_moe, tokens
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 import r3
 from r3.replay.discovery import find_routers
@@ -314,3 +316,109 @@ def test_what_is_recorded_of_a_replayed_forward_is_what_was_replayed():
     with r3.record(model) as recorder:
         forward(model, tokens(), routed_experts=routing)
     assert torch.equal(recorder.routing.expert_ids.long(), routing)
+
+
+def test_the_load_balancing_loss_sees_live_assignments():
+    model, ids, routing = tiny_moe(output_router_logits=True).train(), tokens(), random_ids()
+    r3.attach(model)
+    output = model(input_ids=ids, use_cache=False, labels=ids, routed_experts=routing)
+    live = load_balancing_loss_func(output.router_logits, EXPERTS, TOP_K)
+    assert torch.equal(output.aux_loss, live)
+    probabilities = torch.cat(output.router_logits).softmax(-1)
+    replayed = torch.nn.functional.one_hot(routing.permute(2, 0, 1, 3).flatten(0, 2), EXPERTS).sum(1).float()
+    assert not torch.isclose(live, EXPERTS * (replayed.mean(0) * probabilities.mean(0)).sum(), rtol=1e-3)
+
+
+class Block(nn.Module):
+    """A MoE block as remote code writes it: no class that transformers knows."""
+
+    def __init__(self, choose):
+        super().__init__()
+        self.gate = Gate(choose)
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(EXPERTS))
+
+    def forward(self, hidden):
+        weights, ids = self.gate(hidden.view(-1, 16))
+        every = torch.stack([expert(hidden.view(-1, 16)) for expert in self.experts], 1)
+        chosen = every.gather(1, ids[..., None].expand(-1, -1, 16))
+        return hidden + (weights[..., None] * chosen).sum(1).view_as(hidden)
+
+
+class Gate(nn.Module):
+    def __init__(self, choose):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, 16))
+        self.choose = choose
+
+    def forward(self, hidden):
+        return self.choose((hidden @ self.weight.T).sigmoid())
+
+
+class Remote(nn.Module):
+    def __init__(self, choose):
+        super().__init__()
+        self.embed = nn.Embedding(64, 16)
+        self.layers = nn.ModuleList(Layer(choose) for _ in range(2))
+
+    def forward(self, input_ids, **kwargs):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, **kwargs)
+        return hidden
+
+
+class Layer(nn.Module):
+    def __init__(self, choose):
+        super().__init__()
+        self.mlp = Block(choose)
+
+    def forward(self, hidden):
+        return self.mlp(hidden)
+
+
+def normalised_topk(scores):
+    values, ids = scores.topk(TOP_K)
+    return values / values.sum(-1, keepdim=True), ids
+
+
+def test_remote_code_passes_on_the_proof_alone():
+    torch.manual_seed(0)
+    model, ids = Remote(normalised_topk), tokens()
+    with r3.record(model) as recorder:
+        live = model(ids)
+    replay = r3.attach(model)
+    assert torch.equal(model(ids, routed_experts=recorder.routing), live)
+    assert not torch.equal(model(ids, routed_experts=random_ids(layers=2)), live)
+    assert replay.last.routers == 2
+
+
+def sorted_not_topk(scores):
+    values, ids = scores.sort(-1, descending=True)
+    return values[:, :TOP_K], ids[:, :TOP_K]
+
+
+def constant_weights(scores):
+    return torch.ones(len(scores), TOP_K), scores.topk(TOP_K)[1]
+
+
+def chosen_twice(scores):
+    return scores.sqrt().topk(TOP_K)[0], scores.topk(TOP_K)[1]
+
+
+def detached_weights(scores):
+    values, ids = scores.topk(TOP_K)
+    return values.detach(), ids
+
+
+@pytest.mark.parametrize(
+    ("choose", "message"),
+    [
+        (sorted_not_topk, "saw 0"),
+        (constant_weights, "weights do not follow the ids"),
+        (chosen_twice, "saw 2"),
+        (detached_weights, "no finite gradient reaches the gate"),
+    ],
+)
+def test_remote_code_fails_on_the_proof_alone(choose, message):
+    with pytest.raises(r3.UnsupportedModelError, match=rf"layers\.0\.mlp\.gate \(Gate\).*{message}"):
+        r3.attach(Remote(choose))

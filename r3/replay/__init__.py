@@ -6,8 +6,9 @@ Limits of this version:
 2. One model must not run in two threads at once.
 """
 
-from r3.replay.attach import ForwardReport, Replay, attach
+from r3.replay.attach import Replay, attach
 from r3.replay.discovery import RouterMap, RouterSite, find_routers
+from r3.replay.instrument import ForwardReport
 from r3.replay.record import Recorder, record
 
 __all__ = ["ForwardReport", "Recorder", "Replay", "RouterMap", "RouterSite", "attach", "find_routers", "record"]

@@ -1,23 +1,13 @@
 """`attach`: replay of recorded expert choices in a Hugging Face model, one keyword away."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from r3.errors import ReplayError, RoutingError, summary
-from r3.replay.instrument import KEYWORD, Call, Instrument, token_shape
+from r3.replay.instrument import KEYWORD, Call, ForwardReport, Instrument, token_shape
 from r3.routing import RolloutRouting, RoutingSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForwardReport:
-    """What one replayed forward did: rows (tokens) replayed, rows routed live, routers that fired."""
-
-    rows_replayed: int
-    rows_live: int
-    routers: int
 
 
 class Replay:
@@ -25,14 +15,13 @@ class Replay:
 
     Attributes:
         spec: layers, experts and slots of the routing that it takes.
-        last: what the last forward did, None if it was not replayed.
+        last: what the last forward of this thread did, None if it was not replayed.
         required: whether a training-mode forward without routing is an error.
     """
 
     def __init__(self, model: nn.Module, required: bool) -> None:
         self.model = model
         self.required = required
-        self.last: ForwardReport | None = None
         self._handles: list[Any] = []
         self._instrument = Instrument.of(model)
         try:
@@ -48,6 +37,10 @@ class Replay:
     @property
     def spec(self) -> RoutingSpec:
         return self._instrument.spec
+
+    @property
+    def last(self) -> ForwardReport | None:
+        return self._instrument.activity.report
 
     def detach(self) -> None:
         """Take replay off the model, which is then as it was. A second call does nothing."""
@@ -75,8 +68,9 @@ class Replay:
         valid = ~(expert_ids == -1).flatten(2).all(-1)
         return RolloutRouting(expert_ids, valid, layer_ids, self.spec.num_experts)
 
+    @torch.compiler.disable  # looks at values: would only break the graph
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        self.last = None
+        self._instrument.activity.report = None
         given = kwargs.get(KEYWORD)
         if given is None:
             if self.required and model.training:
@@ -111,6 +105,7 @@ class Replay:
             rows_replayed=routing.rows_valid,
         )
 
+    @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         call = kwargs.get(KEYWORD)
         if call is None:
@@ -122,7 +117,7 @@ class Replay:
                 "expected every router to be replayed in a forward. These did not run; a replaced block bypasses them "
                 f"(use_kernels=True, for one):{summary(bypassed)}"
             )
-        self.last = ForwardReport(
+        self._instrument.activity.report = ForwardReport(
             rows_replayed=call.rows_replayed,
             rows_live=len(call.ids) - call.rows_replayed,
             routers=len(choosers),

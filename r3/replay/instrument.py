@@ -7,6 +7,7 @@ keywords, repeats it with the same ids, whatever ran in between.
 """
 
 import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,15 @@ def token_shape(args: tuple, kwargs: dict) -> tuple[int, int]:
     return tokens.shape[0], tokens.shape[1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForwardReport:
+    """What one replayed forward did: rows (tokens) replayed, rows routed live, routers that fired."""
+
+    rows_replayed: int
+    rows_live: int
+    routers: int
+
+
 class Call:
     """The routing of one forward, on its way to the layers.
 
@@ -51,7 +61,8 @@ class Call:
 
 
 class _Activity(threading.local):
-    """What a model does in the current thread: the call that its layer replays, the tape that records its routers.
+    """What a model does in the current thread: the call that its layer replays, the tape that records its routers, the
+    report of its last forward.
 
     A copy of it, as `copy.deepcopy` of an instrumented model makes, is idle.
     """
@@ -59,6 +70,7 @@ class _Activity(threading.local):
     def __init__(self) -> None:  # threading.local runs it in each thread
         self.call: Call | None = None
         self.tape: dict[int, Tensor] | None = None
+        self.report: ForwardReport | None = None
 
     def __reduce__(self):
         return type(self), ()

@@ -6,6 +6,7 @@ Shapes: T tokens, E experts, K slots, H hidden.
 import copy
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -107,6 +108,9 @@ def _leaves(output: Any) -> list[Tensor]:
 def _reached(weights: list[Tensor], router: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """The parameters to which a gradient of `weights` comes, with it."""
     named = {name: p for name, p in router.named_parameters() if p.requires_grad}
+    weights = [w for w in weights if w.requires_grad]
+    if not weights:
+        return {}
     # A random direction, because weights that are renormalised have a constant sum.
     directions = [torch.randn(w.shape, generator=generator).to(w.dtype) for w in weights]
     found = torch.autograd.grad(weights, list(named.values()), directions, allow_unused=True)
@@ -159,7 +163,22 @@ def _prove(site: RouterSite, generator: torch.Generator) -> Choice:
     lost = sorted(expected.keys() - gradients.keys())
     if lost or not gradients or not all(bool(g.isfinite().all()) for g in gradients.values()):
         raise _Refusal(f"under foreign ids no finite gradient reaches {', '.join(lost) or 'the gate'}")
-    return choice
+    if len(recorder.calls) == 1:
+        return choice
+    return _without_limits(choice, lambda choice, ids: TopKSubstitution(choice, ids, None, site), (own, foreign), run)
+
+
+def _without_limits(choice: Choice, substitution: Callable, trials: Iterable[Tensor], run: Callable[[], Any]) -> Choice:
+    """`choice`, marked as limited if the other top-ks of the router can be left out with the same result."""
+    limited = replace(choice, limited=True)
+    for ids in trials:
+        outputs = []
+        for candidate in (choice, limited):
+            with substitution(candidate, ids):
+                outputs.append(_leaves(run()))
+        if not all(torch.equal(a, b) for a, b in zip(*outputs, strict=True)):
+            return choice
+    return limited
 
 
 @torch.inference_mode(False)

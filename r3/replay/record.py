@@ -64,10 +64,12 @@ class Recorder:
             self._instrument.release()
             self._instrument = None
 
+    @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple) -> None:
         assert self._instrument is not None
         self._instrument.activity.tape = {}
 
+    @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         assert self._instrument is not None
         tape, self._instrument.activity.tape = self._instrument.activity.tape, None

@@ -13,15 +13,15 @@ from r3.errors import ReplayError
 _ID_DTYPES = frozenset({torch.uint8, torch.int16, torch.int32, torch.int64})
 
 Search = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""A call of `topk` over the last dimension with its K bound: (values, indices) of the rows of scores that it is given."""
+"""A call of `topk` over the last dimension with its K bound: (values, indices) of the rows that it is given."""
 
 
 def select(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The scores of given experts, and their ids, in the form of `torch.topk(scores, K)`.
 
-    A `gather`, whose backward adds to zeros: ids that are distinct in a row, as those of a `RolloutRouting` are, give the
-    gradient of `topk`. An autograd function with a plain scatter, and one fused kernel each way, saved 0% and 1% of a
-    router's time on a GPU and cost more on the host (docs/performance.md).
+    A `gather`, whose backward adds to zeros: where the ids of a row are distinct, as those of a `RolloutRouting` are,
+    that is the gradient of `topk`. An autograd function with a plain scatter, and a fused kernel each way, saved 0% and
+    1% of a router's time on a GPU, and cost more on the host (docs/performance.md).
 
     Args:
         scores: floating `[..., E]`.

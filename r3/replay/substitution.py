@@ -6,7 +6,7 @@ result under a router's own choice is bit-identical to live and the gradient rea
 Shapes: T tokens, E experts, K slots.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,11 +25,15 @@ class Choice:
     """The call of `topk` by which a router chooses: K among the E experts in the last of `dims` dimensions.
 
     The number of dimensions tells it from a top-k over groups of experts, which is `[T, groups, E / groups]`.
+
+    `limited` says that the router makes other top-ks, whose only use is a mask that limits this one (to the experts of the
+    best groups), so that they need not run where the choice is given.
     """
 
     num_experts: int
     top_k: int
     dims: int
+    limited: bool = field(default=False, compare=False)
 
 
 def _arguments(args: tuple, kwargs: dict) -> tuple[Tensor, int, int]:
@@ -39,11 +43,20 @@ def _arguments(args: tuple, kwargs: dict) -> tuple[Tensor, int, int]:
     return bound["input"], int(bound["k"]), int(bound.get("dim", -1))
 
 
-def _call_of(args: tuple, kwargs: dict) -> tuple[Tensor, Choice | None]:
-    """Scores and shape of a `topk` call, without the latter if it is not over the last dimension."""
-    scores, k, dim = _arguments(args, kwargs)
-    last = scores.dim() > 1 and dim in (-1, scores.dim() - 1)
-    return scores, Choice(num_experts=scores.shape[-1], top_k=k, dims=scores.dim()) if last else None
+def _call(scores: Tensor, k: int, dim: int) -> Choice | None:
+    """The shape of a call over the last dimension, None for another dimension."""
+    if scores.dim() < 2 or dim not in (-1, scores.dim() - 1):
+        return None
+    return Choice(num_experts=scores.shape[-1], top_k=k, dims=scores.dim())
+
+
+def _any_topk(scores: Tensor, k: int, dim: int):
+    """The first `k`, without looking for the best: for a result that nobody uses."""
+    values = scores.narrow(dim, 0, k)
+    shape = [1] * scores.dim()
+    shape[dim] = k
+    indices = torch.arange(k, device=scores.device).view(shape).expand(values.shape)
+    return torch.return_types.topk((values, indices))
 
 
 class TopKRecorder(TorchFunctionMode):
@@ -56,7 +69,7 @@ class TopKRecorder(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func in _TOPK:
-            _, call = _call_of(args, kwargs or {})
+            call = _call(*_arguments(args, kwargs or {}))
             if call is not None:
                 self.calls.append((call, result.indices))
         return result
@@ -91,19 +104,28 @@ class TopKSubstitution(TorchFunctionMode):
         self.count = 0
         self.chosen: Tensor | None = None
         self._masked: tuple[Tensor, Tensor] | None = None
+        self._unlimited = choice.limited and ids is not None and valid is None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _TOPK:
-            scores, call = _call_of(args, kwargs)
-            if call == self.choice:
-                self.count += 1
-                result = func(*args, **kwargs) if self.ids is None else self._answer(scores, func, args, kwargs)
-                self.chosen = result[1]
-                return result
-        result = func(*args, **kwargs)
-        if func in _MASKED_FILL:
-            self._masked = (result, args[0] if args else kwargs["input"])
+            return self._topk(func, args, kwargs)
+        if func not in _MASKED_FILL or self.count:
+            return func(*args, **kwargs)
+        scores = args[0] if args else kwargs["input"]
+        if self._unlimited:
+            return scores
+        masked = func(*args, **kwargs)
+        self._masked = (masked, scores)
+        return masked
+
+    def _topk(self, func, args: tuple, kwargs: dict):
+        scores, k, dim = _arguments(args, kwargs)
+        if _call(scores, k, dim) != self.choice:
+            return _any_topk(scores, k, dim) if self._unlimited and not self.count else func(*args, **kwargs)
+        self.count += 1
+        result = func(*args, **kwargs) if self.ids is None else self._answer(scores, func, args, kwargs)
+        self.chosen = result[1]
         return result
 
     def _answer(self, scores: Tensor, func, args: tuple, kwargs: dict):

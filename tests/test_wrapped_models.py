@@ -1,0 +1,219 @@
+"""Replay in models that are wrapped, compiled, copied, on meta, or used from several threads."""
+
+import copy
+import threading
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from models import LAYERS, random_ids, tiny_moe, tokens
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen3MoeForCausalLM
+
+import r3
+from r3.replay import instrument
+
+
+def forward(model, **kwargs):
+    return model(input_ids=tokens(), use_cache=False, **kwargs).logits
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Logits of the plain model: live, and replaying `random_ids(seed)`."""
+    model = tiny_moe()
+    r3.attach(model)
+    with torch.no_grad():
+        return {"live": forward(model)} | {
+            seed: forward(model, routed_experts=random_ids(seed=seed)) for seed in range(4)
+        }
+
+
+def wrap_lora(model):
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
+
+
+def wrap_lora_on_router(model):
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.gate.weight"], r=4)
+    return peft.get_peft_model(model, config)
+
+
+def wrap_trained_router(model):
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"], r=4))
+
+
+def wrap_compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+WRAPPERS = {
+    "lora": wrap_lora,
+    "lora_on_router": wrap_lora_on_router,
+    "trained_router": wrap_trained_router,
+    "ddp": DistributedDataParallel,
+    "compiled": wrap_compiled,
+}
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    ("wrapper", "first"),
+    # PEFT puts another module in the router's place: where it does, it comes first.
+    [(name, "wrap") for name in WRAPPERS] + [(name, "attach") for name in ("lora", "ddp", "compiled")],
+)
+def test_a_wrapped_model_replays_as_the_plain_one(expected, wrapper, first):
+    model = tiny_moe()
+    replay = r3.attach(model) if first == "attach" else None
+    wrapped = WRAPPERS[wrapper](model)
+    replay = replay or r3.attach(wrapped)
+    for seed in range(2):
+        assert torch.equal(forward(wrapped, routed_experts=random_ids(seed=seed)), expected[seed])
+    assert replay.last.routers == LAYERS
+    assert torch.equal(forward(wrapped), expected["live"])
+    assert replay.last is None
+    forward(wrapped.train(), routed_experts=random_ids()).square().mean().backward()
+    gates = [p.grad for n, p in wrapped.named_parameters() if ".gate." in n and p.grad is not None]
+    assert wrapper == "lora" or any(bool((g != 0).any()) for g in gates)
+
+
+def test_a_router_replaced_after_attach_is_found():
+    model = tiny_moe()
+    r3.attach(model)
+    wrapped = wrap_trained_router(model)
+    with pytest.raises(r3.ReplayError, match="These did not run"):
+        forward(wrapped, routed_experts=random_ids())
+
+
+def compiled_graphs(model) -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_layers_share_one_graph_and_take_new_ids():
+    layers = 10  # more than torch.compile recompiles before it gives up
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_moe(num_hidden_layers=layers)
+    model.set_experts_implementation("grouped_mm")
+    r3.attach(model)
+    routings = [random_ids(layers=layers, seed=seed) for seed in range(2)]
+    wanted = [forward(model, routed_experts=routing) for routing in routings]
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    for routing, logits in zip(routings, wanted, strict=True):
+        torch.testing.assert_close(forward(model, routed_experts=routing), logits, rtol=1e-5, atol=1e-6)
+    assert compiled_graphs(model) == 1
+    holes = routings[0].index_fill(1, torch.tensor([3]), -1)
+    forward(model, routed_experts=holes)
+    assert compiled_graphs(model) == 2
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_compiled_layers_with_graph_breaks_and_checkpointing(expected, reentrant):
+    torch._dynamo.reset()
+    model = tiny_moe().train()
+    model.set_experts_implementation("grouped_mm")
+    r3.attach(model)
+    forward(model, routed_experts=random_ids()).square().mean().backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+        layer.compile(backend="eager")
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    loss = forward(model, routed_experts=random_ids()).square().mean()
+    forward(model)
+    torch.testing.assert_close(forward(model, routed_experts=random_ids(seed=1)), expected[1], rtol=1e-4, atol=1e-5)
+    loss.backward()
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_model_on_meta_is_proved_before_it_has_weights(expected):
+    source = tiny_moe()
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(source.config).eval()
+    r3.attach(model)
+    model.to_empty(device="cpu").load_state_dict(source.state_dict())
+    model.model.rotary_emb = source.model.rotary_emb  # not in the state dict
+    assert torch.equal(forward(model, routed_experts=random_ids()), expected[0])
+
+
+def test_a_copy_replays_by_itself(expected):
+    model = tiny_moe()
+    replay = r3.attach(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.layers[0].mlp.gate.weight.add_(1.0)
+    assert not torch.equal(forward(twin, routed_experts=random_ids()), expected[0])
+    assert torch.equal(forward(model, routed_experts=random_ids()), expected[0])
+    replay.detach()
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(forward(twin, routed_experts=random_ids()), expected[0])
+
+
+def test_threads_do_not_see_each_others_routing(expected):
+    model = tiny_moe()
+    replay = r3.attach(model)
+    wrong, finished = [], []
+
+    def work(key):
+        with torch.no_grad():
+            for _ in range(25):
+                kwargs = {} if key == "live" else {"routed_experts": random_ids(seed=key)}
+                same = torch.equal(forward(model, **kwargs), expected[key])
+                if not same or (replay.last is None) != (key == "live"):
+                    wrong.append(key)
+        finished.append(key)
+
+    threads = [threading.Thread(target=work, args=(key,)) for key in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(finished) == len(expected)
+
+
+def test_an_attach_that_fails_halfway_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_moe()
+    classes = [type(module) for module in model.modules()]
+    monkeypatch.setattr(instrument, "_replaying_chooser", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        r3.attach(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert not any("_r3" in key for module in model.modules() for key in vars(module))
+    monkeypatch.undo()
+    r3.attach(model).detach()
+
+
+def test_routing_that_goes_past_the_attached_module_is_refused():
+    model = tiny_moe()
+    wrapped = wrap_lora(model)
+    r3.attach(wrapped)
+    with pytest.raises(r3.ReplayError, match="past the module that replay is attached to"):
+        forward(model, routed_experts=random_ids())
+
+
+def test_recording_beside_replay_and_after_other_forwards():
+    model = tiny_moe().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with r3.record(model) as recorder:
+        replay = r3.attach(model)
+        first = forward(model, routed_experts=random_ids(seed=1)).square().mean()
+        forward(model, routed_experts=random_ids(seed=2))
+        first.backward()  # repeats the layers of the first forward
+        assert torch.equal(recorder.routing.expert_ids.long(), random_ids(seed=2))
+        replay.detach()
+        live = forward(model)
+    replay = r3.attach(model)
+    assert torch.equal(forward(model, routed_experts=recorder.routing), live)
