@@ -52,7 +52,13 @@ def engine(demo_config):
 
 
 def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests/test_every_model.py runs its models")
     parser.addoption("--support-table", action="store_true", help="write docs/models.md from tests/test_every_model.py")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return request.config.getoption("--device")
 
 
 def pytest_sessionfinish(session):

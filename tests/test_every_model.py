@@ -18,12 +18,23 @@ every_model = pytest.mark.parametrize("name", REPLAYED)
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """These models are so small that threads only wait for each other."""
+def reproducible(device):
+    """One thread, as these models are so small that threads only wait for each other; no atomics on a GPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(device != "cpu", warn_only=True)
     yield
+    torch.use_deterministic_algorithms(False)
     torch.set_num_threads(before)
+
+
+def build(case, device: str, dtype: torch.dtype = torch.float32, experts: str = "eager"):
+    return case.build(dtype, experts).to(device)
+
+
+def inputs_of(case, device: str, seed: int = 0) -> dict:
+    inputs = case.inputs(BATCH, LENGTH, seed=seed)
+    return {n: value.to(device) if isinstance(value, torch.Tensor) else value for n, value in inputs.items()}
 
 
 def foreign_ids(case, seed: int = 0) -> torch.Tensor:
@@ -35,7 +46,7 @@ def foreign_ids(case, seed: int = 0) -> torch.Tensor:
 
 def dense(case, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weights `[T, E]` whatever the order of the slots; an expert that is not among `ids` has NaN."""
-    rows = torch.full((len(ids), case.num_experts), torch.nan, dtype=torch.float64)
+    rows = torch.full((len(ids), case.num_experts), torch.nan, dtype=torch.float64, device=ids.device)
     return rows.scatter(-1, ids, weights.double())
 
 
@@ -44,10 +55,10 @@ def dense(case, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     # transformers itself cannot run the others
     [(name, key) for name in REPLAYED for key, dtype in DTYPES.items() if dtype in CASES[name].dtypes],
 )
-def test_own_routing_is_bit_identical_to_live(name, dtype):
+def test_own_routing_is_bit_identical_to_live(name, dtype, device):
     case = CASES[name]
     for experts in case.experts:
-        model, inputs = case.build(DTYPES[dtype], experts), case.inputs(BATCH, LENGTH)
+        model, inputs = build(case, device, DTYPES[dtype], experts), inputs_of(case, device)
         with r3.record(model) as recorder:
             live = model(**inputs).logits
         replay = r3.attach(model)
@@ -57,22 +68,23 @@ def test_own_routing_is_bit_identical_to_live(name, dtype):
 
 
 @every_model
-def test_foreign_ids_reach_the_experts_with_weights_and_gate_gradients_of_the_formula(name):
+def test_foreign_ids_reach_the_experts_with_weights_and_gate_gradients_of_the_formula(name, device):
     case = CASES[name]
-    model, inputs, ids = case.build(), case.inputs(BATCH, LENGTH), foreign_ids(case)
+    model, inputs, ids = build(case, device), inputs_of(case, device), foreign_ids(case)
     replay = r3.attach(model)
     assert replay.spec.layer_ids == case.router_layers
     assert (replay.spec.num_layers, replay.spec.num_experts) == (case.num_layers, case.num_experts)
     with case.observe(model) as seen:
         model(**inputs, routed_experts=ids)
     for column, (layer, router) in enumerate(case.routers(model)):
-        given, at_experts = ids[:, :, column].flatten(0, 1), seen[layer]
+        given, at_experts = ids[:, :, column].flatten(0, 1).to(device), seen[layer]
         formula = case.weights(model, layer, at_experts, given)
         found, expected = dense(case, at_experts.ids, at_experts.weights), dense(case, given, formula)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7, equal_nan=True)
 
         # A random direction, because weights that are renormalised have a constant sum.
-        direction = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(layer))
+        generator = torch.Generator().manual_seed(layer)
+        direction = torch.randn(found.shape, dtype=torch.float64, generator=generator).to(device)
         parameters = [p for p in router.parameters() if p.requires_grad]
 
         def gradients(weights, parameters=parameters, direction=direction):
@@ -91,11 +103,11 @@ def backward(losses) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", [name for name in REPLAYED if CASES[name].model_class.supports_gradient_checkpointing])
-def test_checkpointing_gives_the_same_gradients_over_interleaved_micro_batches(name, reentrant):
+def test_checkpointing_gives_the_same_gradients_over_interleaved_micro_batches(name, reentrant, device):
     case = CASES[name]
-    model = case.build()
+    model = build(case, device)
     r3.attach(model)
-    batches = [(case.inputs(BATCH, LENGTH, seed=i), foreign_ids(case, seed=i)) for i in range(2)]
+    batches = [(inputs_of(case, device, seed=i), foreign_ids(case, seed=i)) for i in range(2)]
 
     def loss(inputs, ids):
         return model(**inputs, routed_experts=ids).logits.float().square().mean()
@@ -125,10 +137,10 @@ def without_dropout(model) -> None:
 
 
 @every_model
-def test_invalid_rows_are_routed_live_in_the_same_batch(name):
+def test_invalid_rows_are_routed_live_in_the_same_batch(name, device):
     """A sample without valid rows, and a sample whose first positions are not valid, beside replayed rows."""
     case = CASES[name]
-    model, inputs, ids = case.build(), case.inputs(BATCH, LENGTH), foreign_ids(case)
+    model, inputs, ids = build(case, device), inputs_of(case, device), foreign_ids(case)
     replay = r3.attach(model)
     live, replayed = (model(**inputs, **more).logits for more in ({}, {"routed_experts": ids}))
     start = 4
@@ -139,7 +151,7 @@ def test_invalid_rows_are_routed_live_in_the_same_batch(name):
         mixed = model(**inputs, routed_experts=holes).logits
     assert (replay.last.rows_replayed, replay.last.rows_live) == (LENGTH - start, LENGTH + start)
     for column, layer in enumerate(case.router_layers):
-        found = seen[layer].ids.view(BATCH, LENGTH, -1).sort().values
+        found = seen[layer].ids.view(BATCH, LENGTH, -1).sort().values.cpu()
         assert torch.equal(found[0, start:], ids[0, start:, column].sort().values)
     # What a sample is, and what a prefix is, another sample or later positions do not change.
     torch.testing.assert_close(mixed[1], live[1], rtol=1e-4, atol=1e-5)

@@ -84,7 +84,7 @@ def jetmoe(block: nn.Module, router: nn.Module, report: Report) -> Any:
 
     def before_experts(_, args):
         ((_, token, weight, *_),) = routed
-        expert = torch.arange(len(args[1])).repeat_interleave(torch.tensor(args[1]))
+        expert = torch.arange(len(args[1])).repeat_interleave(torch.tensor(args[1])).to(token.device)
         order = token.argsort(stable=True)
         report(expert[order].view(-1, router.top_k), weight[order].view(-1, router.top_k))
 
