@@ -1,9 +1,10 @@
 """Router forward hooks: replay recorded expert choices in stock Hugging Face models.
 
-Limits of this version:
-1. A router must choose by one `torch.topk` over the E experts of each token (a 2-D tensor) inside a module that
-   `_can_record_outputs["router_logits"]` of its model names. Others are refused at `attach`.
-2. One model must not run in two threads at once.
+Limits:
+1. A router chooses by one `torch.topk` over its E experts for each token, in its own forward or in the method
+   `route_tokens_to_experts` of its block. Others are refused at `attach`, by name.
+2. One router a decoder layer, and the keyword travels through the model's forward to its layers as others do.
+3. A forward that torch.compile has compiled must not run in two threads at once (the audit then raises).
 """
 
 from r3.replay.attach import Replay, attach
