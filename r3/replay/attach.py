@@ -95,15 +95,12 @@ class Replay:
             )
         if routing.layer_ids != spec.layer_ids:
             routing = routing.layers(spec.layer_ids)
-        if device.type == "cuda" and routing.device.type == "cpu":
-            routing = routing.pin_memory()  # else the host would wait for the device
         routing = routing.to(device, non_blocking=True)
         self._instrument.to(device)
-        return Call(
-            ids=routing.expert_ids.flatten(0, 1),
-            valid=None if routing.rows_valid == routing.valid.numel() else routing.valid.flatten(),
-            rows_replayed=routing.rows_valid,
-        )
+        rows_live = routing.valid.numel() - routing.rows_valid
+        # With the number known, the device finds the rows and the host need not wait.
+        live = torch.nonzero_static(~routing.valid.flatten(), size=rows_live)[:, 0] if rows_live else None
+        return Call(ids=routing.expert_ids.flatten(0, 1), live=live)
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -117,9 +114,10 @@ class Replay:
                 "expected every router to be replayed in a forward. These did not run; a replaced block bypasses them "
                 f"(use_kernels=True, for one):{summary(bypassed)}"
             )
+        rows_live = 0 if call.live is None else len(call.live)
         self._instrument.activity.report = ForwardReport(
-            rows_replayed=call.rows_replayed,
-            rows_live=len(call.ids) - call.rows_replayed,
+            rows_replayed=len(call.ids) - rows_live,
+            rows_live=rows_live,
             routers=len(choosers),
         )
 

@@ -50,14 +50,18 @@ class Call:
 
     Attributes:
         ids: integer `[T, L, K]`, a column for each router of the model.
-        valid: bool `[T]`, or None if all rows are valid.
-        rows_replayed: number of valid rows.
+        live: int64 `[R]`, the rows that are routed live, or None if there are none.
+        token: what routers keep to say that they replayed it; the call itself would keep its ids in memory.
     """
 
-    def __init__(self, ids: Tensor, valid: Tensor | None, rows_replayed: int) -> None:
+    def __init__(self, ids: Tensor, live: Tensor | None) -> None:
         self.ids = ids
-        self.valid = valid
-        self.rows_replayed = rows_replayed
+        self.live = live
+        self.token = Token()
+
+
+class Token:
+    """Stands for a call."""
 
 
 class _Activity(threading.local):
@@ -105,7 +109,7 @@ class _LastCall(threading.local):
     """The call that a router replayed last in the current thread."""
 
     def __init__(self) -> None:
-        self.call: Call | None = None
+        self.token: Token | None = None
 
     def __reduce__(self):
         return type(self), ()
@@ -130,26 +134,26 @@ class Chooser:
         self.column = torch.tensor([index])
         self.choice = choice
         self.last = _LastCall()
-        self.last_compiled: Call | None = None
+        self.last_compiled: Token | None = None
         self._activity = activity
 
     def replayed(self, call: Call) -> bool:
         """Whether `call` is the last one that this router replayed, in this thread."""
-        return self.last.call is call or self.last_compiled is call
+        return self.last.token is call.token or self.last_compiled is call.token
 
     def run(self, original, module: nn.Module, args: tuple, kwargs: dict):
         """Run `original`, the method of `module` that chooses, under the call and the tape of this thread."""
         call, tape = self._activity.current, self._activity.tape
         if call is None and tape is None:
             return original(module, *args, **kwargs)
-        ids = valid = None
+        ids = live = None
         if call is not None:
-            valid = call.valid
+            live = call.live
             if torch.compiler.is_compiling():
                 ids = call.ids.index_select(1, self.column).squeeze(1)
             else:
                 ids = call.ids[:, self.index]
-        mode = TopKSubstitution(self.choice, ids, valid, self.site)
+        mode = TopKSubstitution(self.choice, ids, live, self.site)
         with mode:
             output = original(module, *args, **kwargs)
         if mode.count != 1 or mode.chosen is None:
@@ -159,9 +163,9 @@ class Chooser:
             )
         if call is not None:
             if torch.compiler.is_compiling():
-                self.last_compiled = call
+                self.last_compiled = call.token
             else:
-                self.last.call = call
+                self.last.token = call.token
         if tape is not None:
             tape[self.index] = mode.chosen.detach()
         return output

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from r3.errors import ReplayError
 from r3.replay.discovery import RouterSite
-from r3.replay.selection import select
+from r3.replay.selection import Search, search_rows, select, with_live_rows
 
 _TOPK = frozenset({torch.topk, Tensor.topk})
 _MASKED_FILL = frozenset({torch.masked_fill, Tensor.masked_fill})
@@ -26,8 +26,8 @@ class Choice:
 
     The number of dimensions tells it from a top-k over groups of experts, which is `[T, groups, E / groups]`.
 
-    `limited` says that the router makes other top-ks, whose only use is a mask that limits this one (to the experts of the
-    best groups), so that they need not run where the choice is given.
+    `limited` says that the router makes other top-ks, whose only use is a mask that limits this one (to the experts of
+    the best groups), so that they need not run where the choice is given.
     """
 
     num_experts: int
@@ -50,13 +50,11 @@ def _call(scores: Tensor, k: int, dim: int) -> Choice | None:
     return Choice(num_experts=scores.shape[-1], top_k=k, dims=scores.dim())
 
 
-def _any_topk(scores: Tensor, k: int, dim: int):
-    """The first `k`, without looking for the best: for a result that nobody uses."""
-    values = scores.narrow(dim, 0, k)
-    shape = [1] * scores.dim()
-    shape[dim] = k
-    indices = torch.arange(k, device=scores.device).view(shape).expand(values.shape)
-    return torch.return_types.topk((values, indices))
+def _search(func, args: tuple, kwargs: dict) -> Search:
+    """The same call of `topk` for other scores."""
+    names = ("k", "dim", "largest", "sorted")
+    bound = dict(zip(names, args[1:], strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
+    return lambda scores: func(scores, **bound | {"dim": -1})
 
 
 class TopKRecorder(TorchFunctionMode):
@@ -84,7 +82,8 @@ class TopKSubstitution(TorchFunctionMode):
     Args:
         choice: which `topk` it is.
         ids: integer `[T, K]`, or None to let the live choice stand.
-        valid: bool `[T]`, or None if all rows are valid. Rows that are not valid take the live choice.
+        live: int64 `[R]`, the rows that take the live choice, or None if there are none. The router searches for the
+            best in these alone.
         site: the router, for errors.
 
     Attributes:
@@ -95,51 +94,46 @@ class TopKSubstitution(TorchFunctionMode):
         ReplayError: the router chooses for another number of tokens than there are ids for.
     """
 
-    def __init__(self, choice: Choice, ids: Tensor | None, valid: Tensor | None, site: RouterSite) -> None:
+    def __init__(self, choice: Choice, ids: Tensor | None, live: Tensor | None, site: RouterSite) -> None:
         super().__init__()
         self.choice = choice
         self.ids = ids
-        self.valid = valid
+        self.live = live
         self.site = site
         self.count = 0
         self.chosen: Tensor | None = None
         self._masked: tuple[Tensor, Tensor] | None = None
-        self._unlimited = choice.limited and ids is not None and valid is None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _TOPK:
-            return self._topk(func, args, kwargs)
-        if func not in _MASKED_FILL or self.count:
-            return func(*args, **kwargs)
-        scores = args[0] if args else kwargs["input"]
-        if self._unlimited:
-            return scores
-        masked = func(*args, **kwargs)
-        self._masked = (masked, scores)
-        return masked
-
-    def _topk(self, func, args: tuple, kwargs: dict):
+        if self.ids is None or func not in _TOPK:
+            result = func(*args, **kwargs)
+            if func in _MASKED_FILL:
+                self._masked = (result, args[0] if args else kwargs["input"])
+            elif func in _TOPK and _call(*_arguments(args, kwargs)) == self.choice:
+                self._choose(result)
+            return result
         scores, k, dim = _arguments(args, kwargs)
-        if _call(scores, k, dim) != self.choice:
-            return _any_topk(scores, k, dim) if self._unlimited and not self.count else func(*args, **kwargs)
+        call, search = _call(scores, k, dim), _search(func, args, kwargs)
+        if call == self.choice:
+            return self._choose(self._answer(scores, self.ids, search))
+        if call is None or not self.choice.limited or self.count or len(scores) != len(self.ids):
+            return func(*args, **kwargs)
+        return torch.return_types.topk(search_rows(scores, k, self.live, search))
+
+    def _choose(self, result):
         self.count += 1
-        result = func(*args, **kwargs) if self.ids is None else self._answer(scores, func, args, kwargs)
         self.chosen = result[1]
         return result
 
-    def _answer(self, scores: Tensor, func, args: tuple, kwargs: dict):
-        ids = self.ids
-        assert ids is not None
+    def _answer(self, scores: Tensor, ids: Tensor, search: Search):
         if scores.shape[:-1].numel() != len(ids):
             raise ReplayError(
                 f"router {self.site.name}: expected to choose for {len(ids)} tokens, got {scores.shape[:-1].numel()}; a"
                 " router that sees some of the tokens only (those of one modality, say) cannot be replayed"
             )
-        ids = ids.view(*scores.shape[:-1], -1)
-        if self.valid is not None:
-            valid = self.valid.view(*scores.shape[:-1], 1)
-            ids = torch.where(valid, ids, func(*args, **kwargs)[1])
+        if self.live is not None:
+            ids = with_live_rows(ids, scores, self.live, search)
         if self._masked is not None and self._masked[0] is scores:
             scores = self._masked[1]
-        return torch.return_types.topk(select(scores, ids))
+        return torch.return_types.topk(select(scores, ids.view(*scores.shape[:-1], -1)))
