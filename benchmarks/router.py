@@ -138,7 +138,7 @@ class Steps:
             choice=prove(site),
             site=site,
             ids=layers.to(torch.uint8).contiguous()[:, 1],
-            live=torch.arange(99, tokens, 100, device=device),
+            live=torch.arange(0, tokens, 100, device=device),
             weights=case.weights,
         )
 

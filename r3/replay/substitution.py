@@ -6,7 +6,7 @@ result under a router's own choice is bit-identical to live and the gradient rea
 Shapes: T tokens, E experts, K slots.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,28 +33,32 @@ class Choice:
     num_experts: int
     top_k: int
     dims: int
-    limited: bool = field(default=False, compare=False)
+    limited: bool = False
+
+    def is_made_by(self, scores: Tensor, k: int, dim: int) -> bool:
+        """Whether it is the call `topk(scores, k, dim)`."""
+        dims = self.dims
+        return scores.dim() == dims == dim + 1 and scores.shape[-1] == self.num_experts and k == self.top_k
 
 
 def _arguments(args: tuple, kwargs: dict) -> tuple[Tensor, int, int]:
     """(input, k, dim) of a `topk` call, however it was spelled."""
-    names = ("input", "k", "dim")
-    bound = dict(zip(names, args, strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
-    return bound["input"], int(bound["k"]), int(bound.get("dim", -1))
-
-
-def _call(scores: Tensor, k: int, dim: int) -> Choice | None:
-    """The shape of a call over the last dimension, None for another dimension."""
-    if scores.dim() < 2 or dim not in (-1, scores.dim() - 1):
-        return None
-    return Choice(num_experts=scores.shape[-1], top_k=k, dims=scores.dim())
+    given = len(args)
+    scores = args[0] if given else kwargs["input"]
+    k = args[1] if given > 1 else kwargs["k"]
+    dim = args[2] if given > 2 else kwargs.get("dim", -1)
+    return scores, k, dim if dim >= 0 else dim + scores.dim()
 
 
 def _search(func, args: tuple, kwargs: dict) -> Search:
-    """The same call of `topk` for other scores."""
-    names = ("k", "dim", "largest", "sorted")
-    bound = dict(zip(names, args[1:], strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
-    return lambda scores: func(scores, **bound | {"dim": -1})
+    """The same call of `topk`, over the last dimension of other scores."""
+
+    def search(scores: Tensor):
+        names = ("k", "dim", "largest", "sorted")
+        bound = dict(zip(names, args[1:], strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
+        return func(scores, **bound | {"dim": -1})
+
+    return search
 
 
 class TopKRecorder(TorchFunctionMode):
@@ -67,9 +71,10 @@ class TopKRecorder(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func in _TOPK:
-            call = _call(*_arguments(args, kwargs or {}))
-            if call is not None:
-                self.calls.append((call, result.indices))
+            scores, k, dim = _arguments(args, kwargs or {})
+            if scores.dim() == dim + 1 > 1:
+                choice = Choice(num_experts=scores.shape[-1], top_k=k, dims=scores.dim())
+                self.calls.append((choice, result.indices))
         return result
 
 
@@ -110,14 +115,14 @@ class TopKSubstitution(TorchFunctionMode):
             result = func(*args, **kwargs)
             if func in _MASKED_FILL:
                 self._masked = (result, args[0] if args else kwargs["input"])
-            elif func in _TOPK and _call(*_arguments(args, kwargs)) == self.choice:
+            elif func in _TOPK and self.choice.is_made_by(*_arguments(args, kwargs)):
                 self._choose(result)
             return result
         scores, k, dim = _arguments(args, kwargs)
-        call, search = _call(scores, k, dim), _search(func, args, kwargs)
-        if call == self.choice:
+        search = _search(func, args, kwargs)
+        if self.choice.is_made_by(scores, k, dim):
             return self._choose(self._answer(scores, self.ids, search))
-        if call is None or not self.choice.limited or self.count or len(scores) != len(self.ids):
+        if not self.choice.limited or self.count or scores.dim() != dim + 1 or len(scores) != len(self.ids):
             return func(*args, **kwargs)
         return torch.return_types.topk(search_rows(scores, k, self.live, search))
 
