@@ -1,6 +1,9 @@
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format env clean
 
+# Each engine is three processes that import vLLM: without bytecode each of them compiles it anew, for 15 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := .venv/bin
 READY := .venv/.r3-ready
 

@@ -58,6 +58,12 @@ def test_dense_layers_lose_their_column():
         collect([output(rows())], spec)
 
 
+def test_layers_that_choose_by_token_id_are_reported_and_dropped():
+    spec = RoutingSpec(layer_ids=(1, 2), num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, table_layers=(0,))
+    array = rows()
+    assert np.array_equal(collect([output(array)], spec).items[0].rows.numpy(), array[:, 1:])
+
+
 def test_uint16_ids_are_kept():
     spec = RoutingSpec(layer_ids=(0, 1, 2), num_layers=LAYERS, num_experts=40000, top_k=TOP_K)
     array = rows().astype(np.uint16)

@@ -192,6 +192,13 @@ def test_the_family_files_are_needed(name, message, monkeypatch):
         r3.attach(model)
 
 
+def test_layers_that_choose_by_token_id_have_no_column_and_are_said():
+    spec = r3.attach(CASES["deepseek_v4-hash"].build()).spec
+    assert spec.table_layers
+    assert not set(spec.table_layers) & set(spec.layer_ids)
+    assert not r3.attach(CASES["deepseek_v3"].build()).spec.table_layers
+
+
 def test_group_limited_weights_come_from_the_scores_before_the_mask(monkeypatch):
     model = CASES["deepseek_v2-group_limited"].build()
     monkeypatch.setattr(substitution, "_MASKED_FILL", frozenset())

@@ -285,13 +285,18 @@ def test_fsdp2_gives_the_gradients_of_the_whole_model(one_rank, attach_first, ch
     replay.detach()
 
 
-def test_fsdp2_mixed_precision_gives_the_logits_of_a_bfloat16_model(one_rank):
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_fsdp2_mixed_precision_gives_the_logits_of_a_bfloat16_model(one_rank, attach_first):
     model, low, ids, routing = tiny_moe(), tiny_moe(), tokens(), random_ids()
     for parameter in low.parameters():  # not the rotary frequencies, which are a buffer
         parameter.data = parameter.data.bfloat16()
-    replay = r3.attach(shard(model, one_rank, param_dtype=torch.bfloat16))
+    replay = r3.attach(model) if attach_first else None
+    shard(model, one_rank, param_dtype=torch.bfloat16)
+    replay = replay or r3.attach(model)
     r3.attach(low)
-    assert torch.equal(forward(model, ids, routed_experts=routing), forward(low, ids, routed_experts=routing))
+    wanted = forward(low, ids, routed_experts=routing)
+    assert torch.equal(forward(model, ids, routed_experts=routing), wanted)
+    assert torch.equal(forward(model, ids, routed_experts=replay.routing(routing)), wanted)
     assert replay.last.routers == LAYERS
 
 
@@ -327,6 +332,15 @@ def test_the_load_balancing_loss_sees_live_assignments():
     probabilities = torch.cat(output.router_logits).softmax(-1)
     replayed = torch.nn.functional.one_hot(routing.permute(2, 0, 1, 3).flatten(0, 2), EXPERTS).sum(1).float()
     assert not torch.isclose(live, EXPERTS * (replayed.mean(0) * probabilities.mean(0)).sum(), rtol=1e-3)
+
+
+def test_a_layer_that_runs_twice_in_a_forward_is_an_error():
+    model = tiny_moe()
+    r3.attach(model)
+    layers = model.model.layers
+    layers[1] = layers[0]
+    with pytest.raises(r3.ReplayError, match=r"layers\.0\.mlp\.gate was replayed twice in one forward"):
+        forward(model, tokens(), routed_experts=random_ids())
 
 
 class Block(nn.Module):

@@ -142,7 +142,7 @@ def test_a_model_on_meta_is_proved_before_it_has_weights(expected):
     source = tiny_moe()
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(source.config).eval()
-    r3.attach(model)
+        r3.attach(model)
     model.to_empty(device="cpu").load_state_dict(source.state_dict())
     model.model.rotary_emb = source.model.rotary_emb  # not in the state dict
     assert torch.equal(forward(model, routed_experts=random_ids()), expected[0])

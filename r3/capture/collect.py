@@ -185,7 +185,7 @@ def checked_rows(routed_experts: np.ndarray | None, expected_rows: int, spec: Ro
             f"decoder layers {never} were never captured (all expert ids are 0). vLLM's CPU build 0.30 does this when "
             "it compiles: use enforce_eager=True; so do monolithic MoE kernels"
         )
-    dense = [layer for layer in range(spec.num_layers) if layer not in spec.layer_ids]
+    dense = sorted(set(range(spec.num_layers)) - {*spec.layer_ids, *spec.table_layers})
     routed = [layer for layer in dense if routed_experts[:, layer].any()]
     if routed:
         raise CaptureError(f"decoder layers {routed} are routed in the engine, but have no router in the trainer")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import ReplayError, RoutingError, summary
-from r3.replay.instrument import KEYWORD, Call, ForwardReport, Instrument, token_shape
+from r3.replay.instrument import KEYWORD, Call, ForwardReport, Instrument, tokens_of
 from r3.routing import RolloutRouting, RoutingSpec
 
 
@@ -80,23 +80,23 @@ class Replay:
                 )
             return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
         routing = given if isinstance(given, RolloutRouting) else self.routing(given)
-        return args, {**kwargs, KEYWORD: self._call(routing, token_shape(args, kwargs), _device(args, kwargs))}
+        return args, {**kwargs, KEYWORD: self._call(routing, tokens_of(args, kwargs))}
 
-    def _call(self, routing: RolloutRouting, tokens: tuple[int, int], device: torch.device) -> Call:
+    def _call(self, routing: RolloutRouting, tokens: Tensor) -> Call:
         spec = self.spec
-        expected = (*tokens, len(spec.layer_ids), spec.top_k)
+        expected = (*tokens.shape[:2], len(spec.layer_ids), spec.top_k)
         missing = sorted(set(spec.layer_ids) - set(routing.layer_ids))
         got = (*routing.shape[:2], len(spec.layer_ids) - len(missing), routing.shape[3])
         if got != expected or routing.num_experts != spec.num_experts:
             raise RoutingError(
                 f"{KEYWORD}: expected [B, S, L, K] = {expected} of {spec.num_experts} experts for input of "
-                f"{tokens}, got {got} of {routing.num_experts} experts"
+                f"{tuple(tokens.shape[:2])}, got {got} of {routing.num_experts} experts"
                 + (f"; no routing for decoder layers {missing}" if missing else "")
             )
         if routing.layer_ids != spec.layer_ids:
             routing = routing.layers(spec.layer_ids)
-        routing = routing.to(device, non_blocking=True)
-        self._instrument.to(device)
+        routing = routing.to(tokens.device, non_blocking=True)
+        self._instrument.to(tokens.device)
         rows_live = routing.valid.numel() - routing.rows_valid
         # With the number known, the device finds the rows and the host need not wait.
         live = torch.nonzero_static(~routing.valid.flatten(), size=rows_live)[:, 0] if rows_live else None
@@ -107,6 +107,7 @@ class Replay:
         call = kwargs.get(KEYWORD)
         if call is None:
             return
+        call.token.open = False
         choosers = self._instrument.choosers
         bypassed = [chooser.site.name for chooser in choosers if not chooser.replayed(call)]
         if bypassed:
@@ -120,10 +121,6 @@ class Replay:
             rows_live=rows_live,
             routers=len(choosers),
         )
-
-
-def _device(args: tuple, kwargs: dict) -> torch.device:
-    return next(t.device for t in (*kwargs.values(), *args) if isinstance(t, Tensor))
 
 
 def attach(model: nn.Module, *, required: bool = False) -> Replay:

@@ -45,10 +45,17 @@ class RouterSite:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RouterMap:
-    """The routers of a model by ascending decoder layer, and all decoder layers, with a router or without."""
+    """The routers of a model.
+
+    Attributes:
+        sites: those that replay has to reach, by ascending decoder layer.
+        layers: all decoder layers, with a router or without.
+        table_layers: indices of those that choose by token id, ascending.
+    """
 
     sites: tuple[RouterSite, ...]
     layers: tuple[nn.Module, ...]
+    table_layers: tuple[int, ...] = ()
 
 
 def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
@@ -111,11 +118,14 @@ def find_routers(model: nn.Module) -> RouterMap:
     """
     lists: dict[nn.ModuleList, list[RouterSite]] = defaultdict(list)
     refused = []
+    by_token = []
     for path, router, block in _routers(model):
         family = family_of(router)
         if family.refused:
             refused.append(f"{path} ({type(router).__name__}): {family.refused}")
-        elif not family.by_token and family.is_site(path):
+        elif family.by_token:
+            by_token.append(_layer_list(model, path)[1])
+        elif family.is_site(path):
             layers, index = _layer_list(model, path)
             owner, method = _chooser(router, block)
             lists[layers].append(
@@ -141,4 +151,8 @@ def find_routers(model: nn.Module) -> RouterMap:
     twice = [f"layer {a.layer_id}: {a.name} and {b.name}" for a, b in pairwise(sites) if a.layer_id == b.layer_id]
     if twice:
         raise UnsupportedModelError(f"expected one router a decoder layer, found:{summary(twice)}")
-    return RouterMap(sites=tuple(sites), layers=tuple(_unwrapped(layer) for layer in layers))
+    return RouterMap(
+        sites=tuple(sites),
+        layers=tuple(_unwrapped(layer) for layer in layers),
+        table_layers=tuple(sorted(by_token)),
+    )

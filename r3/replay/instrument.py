@@ -24,14 +24,14 @@ _INSTRUMENT = "_r3_instrument"
 _CHOOSER = "_r3_chooser"
 
 
-def token_shape(args: tuple, kwargs: dict) -> tuple[int, int]:
-    """(B, S) of a model's forward, from its `input_ids` or `inputs_embeds`."""
+def tokens_of(args: tuple, kwargs: dict) -> Tensor:
+    """`input_ids` `[B, S]` or `inputs_embeds` `[B, S, H]` of a model's forward."""
     tokens = next((kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
     if tokens is None:
         tokens = args[0] if args else None
     if tokens is None:
         raise ReplayError("expected input_ids or inputs_embeds in a forward that is replayed or recorded, got neither")
-    return tokens.shape[0], tokens.shape[1]
+    return tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,10 @@ class Call:
 
 
 class Token:
-    """Stands for a call."""
+    """Stands for a call; `open` until its forward has ended (checkpointing repeats layers afterwards)."""
+
+    def __init__(self) -> None:
+        self.open = True
 
 
 class _Activity(threading.local):
@@ -131,7 +134,7 @@ class Chooser:
     def __init__(self, site: RouterSite, index: int, choice: Choice, activity: _Activity) -> None:
         self.site = site
         self.index = index
-        self.column = torch.tensor([index])
+        self.column = torch.tensor([index], device="cpu")
         self.choice = choice
         self.last = _LastCall()
         self.last_compiled: Token | None = None
@@ -140,6 +143,17 @@ class Chooser:
     def replayed(self, call: Call) -> bool:
         """Whether `call` is the last one that this router replayed, in this thread."""
         return self.last.token is call.token or self.last_compiled is call.token
+
+    def _note(self, token: Token) -> None:
+        if torch.compiler.is_compiling():
+            self.last_compiled = token
+        elif token is self.last.token and token.open:
+            raise ReplayError(
+                f"router {self.site.name} was replayed twice in one forward: expected a decoder layer to run once, as "
+                "routing has one column for it"
+            )
+        else:
+            self.last.token = token
 
     def run(self, original, module: nn.Module, args: tuple, kwargs: dict):
         """Run `original`, the method of `module` that chooses, under the call and the tape of this thread."""
@@ -162,10 +176,7 @@ class Chooser:
                 f"saw {mode.count}; its code has been replaced or takes another path than the one proved at attach"
             )
         if call is not None:
-            if torch.compiler.is_compiling():
-                self.last_compiled = call.token
-            else:
-                self.last.token = call.token
+            self._note(call.token)
         if tape is not None:
             tape[self.index] = mode.chosen.detach()
         return output
@@ -193,6 +204,7 @@ class Instrument:
             num_layers=len(routers.layers),
             num_experts=choices[0].num_experts,
             top_k=choices[0].top_k,
+            table_layers=routers.table_layers,
         )
         self.users = 0
         self.replayed = False

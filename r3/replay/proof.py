@@ -193,7 +193,8 @@ def prove(site: RouterSite) -> Choice:
         UnsupportedModelError: what failed, for which router class.
     """
     try:
-        return _prove(site, torch.Generator().manual_seed(0))
+        with torch.device("cpu"):  # `attach` may run where models are built on meta
+            return _prove(site, torch.Generator().manual_seed(0))
     except _Refusal as refusal:
         raise UnsupportedModelError(
             f"{site.name} ({type(site.router).__name__}) cannot be replayed exactly: {refusal}"

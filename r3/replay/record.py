@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import ReplayError, summary
-from r3.replay.instrument import Instrument, token_shape
+from r3.replay.instrument import Instrument, tokens_of
 from r3.routing import RolloutRouting
 
 
@@ -78,7 +78,8 @@ class Recorder:
         missing = [chooser.site.name for chooser in self._instrument.choosers if chooser.index not in tape]
         if missing:
             raise ReplayError(f"expected every router to choose in a forward; these did not run:{summary(missing)}")
-        self._shape = token_shape(args, kwargs)
+        batch, length = tokens_of(args, kwargs).shape[:2]
+        self._shape = (batch, length)
         self._chosen = [tape[index].flatten(0, -2) for index in sorted(tape)]
         self._routing = None
 

@@ -26,15 +26,17 @@ class RoutingSpec:
 
     Attributes:
         layer_ids: decoder layers that have a router, ascending.
-        num_layers: all decoder layers; those not in `layer_ids` are dense.
+        num_layers: all decoder layers; those in neither `layer_ids` nor `table_layers` are dense.
         num_experts: E.
         top_k: K.
+        table_layers: decoder layers that choose by token id (DeepSeek-V4): the engine may report them, nobody needs it.
     """
 
     layer_ids: tuple[int, ...]
     num_layers: int
     num_experts: int
     top_k: int
+    table_layers: tuple[int, ...] = ()
 
 
 class RolloutRouting:
