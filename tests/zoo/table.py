@@ -19,11 +19,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _TESTS = {
     "test_own_routing_is_bit_identical_to_live": "exact",
     "test_foreign_ids_reach_the_experts_with_weights_and_gate_gradients_of_the_formula": "formula",
-    "test_checkpointing_gives_the_same_gradients_over_interleaved_micro_batches": "checkpointing",
+    "test_both_modes_of_checkpointing_give_the_gradients_of_none_over_interleaved_micro_batches": "checkpointing",
     "test_invalid_rows_are_routed_live_in_the_same_batch": "mixed",
     "test_a_family_that_ids_do_not_determine_is_refused_by_name": "refused",
 }
-_NODE = re.compile(r"::(?P<test>\w+)\[(?P<name>.+?)(?:-(?P<variant>fp32|bf16|True|False))?\]$")
+_NODE = re.compile(r"::(?P<test>\w+)\[(?P<name>.+?)(?:-(?P<variant>fp32|bf16))?\]$")
 
 _NOTES = {
     "deepseek_v2": "also with group limits: weights come from the scores before the group mask",
@@ -104,8 +104,7 @@ def page(proved: dict[str, dict[str, dict]]) -> str:
             where = {v: [version for version, r in results.items() if v in r.get(what, ())] for v in variants}
             return ", ".join(v if len(where[v]) == len(results) else f"{v} ({', '.join(where[v])})" for v in variants)
 
-        checkpointing = {"True, False": "both modes", "": "no"}[cell("checkpointing")]
-        cells = (cell("exact"), cell("formula") or "no", checkpointing, cell("mixed") or "no")
+        cells = (cell(what) or "no" for what in ("exact", "formula", "checkpointing", "mixed"))
         rows.append(f"{where} {' | '.join(cells)} | {_NOTES.get(name.partition('-')[0], '')} |")
     head = "| model type | class | transformers | exact | formula | checkpointing | mixed | note |\n|" + "---|" * 8
     return "\n".join([_INTRO, head, *rows]) + "\n" + _REFUSED + "\n".join(refused) + "\n"

@@ -105,24 +105,26 @@ def test_forward_and_observation(name, dtype):
         assert all(len(set(row)) == case.top_k for row in one.ids.tolist())
 
 
-@pytest.mark.parametrize("name", OPEN)
-def test_routing_is_varied(name):
-    case = CASES[name]
+@pytest.fixture(scope="module", params=OPEN)
+def live(request):
+    """(case, model, what its experts got in a live forward)"""
+    case = CASES[request.param]
     model = case.build()
-    with torch.no_grad(), case.observe(model) as seen:
+    with case.observe(model) as seen:
         model(**case.inputs())
+    return case, model, seen
+
+
+def test_routing_is_varied(live):
+    _, _, seen = live
     choices = {layer: [tuple(sorted(row)) for row in one.ids.tolist()] for layer, one in seen.items()}
     assert all(len(set(rows)) >= 3 for rows in choices.values())
     first, *others = choices.values()
     assert all(rows != first for rows in others), "two layers route alike"
 
 
-@pytest.mark.parametrize("name", OPEN)
-def test_formula_gives_live_weights_and_gradients(name):
-    case = CASES[name]
-    model = case.build()
-    with case.observe(model) as seen:
-        model(**case.inputs())
+def test_formula_gives_live_weights_and_gradients(live):
+    case, model, seen = live
     for layer, router in case.routers(model):
         one = seen[layer]
         weights = case.weights(model, layer, one, one.ids)
@@ -132,6 +134,13 @@ def test_formula_gives_live_weights_and_gradients(name):
         weights.pow(2).sum().backward()
         gradients = [p.grad for p in router.parameters() if p.requires_grad]
         assert any(g is not None and g.abs().max() > 0 for g in gradients)
+
+
+def test_formula_depends_on_ids(live):
+    case, model, seen = live
+    for layer, one in seen.items():
+        others = (one.ids + 1) % case.num_experts
+        assert not torch.allclose(case.weights(model, layer, one, others), one.weights.double(), rtol=1e-2)
 
 
 def _choice_of_first_router(case: Case, model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,17 +180,6 @@ def test_what_acts_on_the_choice_alone_does_act(without, least):
             idle.append(name)
     assert not idle
     assert tried >= least
-
-
-@pytest.mark.parametrize("name", OPEN)
-def test_formula_depends_on_ids(name):
-    case = CASES[name]
-    model = case.build()
-    with torch.no_grad(), case.observe(model) as seen:
-        model(**case.inputs())
-    for layer, one in seen.items():
-        others = (one.ids + 1) % case.num_experts
-        assert not torch.allclose(case.weights(model, layer, one, others), one.weights.double(), rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", OPEN)
