@@ -406,6 +406,21 @@ def test_remote_code_passes_on_the_proof_alone():
     assert replay.last.routers == 2
 
 
+def scaled_by_another_topk(scores):
+    scale = scores.topk(TOP_K + 1)[0].sum(-1, keepdim=True)
+    values, ids = normalised_topk(scores)
+    return values * scale, ids
+
+
+def test_a_top_k_that_is_more_than_a_limit_runs_in_a_replayed_forward():
+    torch.manual_seed(0)
+    model, ids = Remote(scaled_by_another_topk), tokens()
+    with r3.record(model) as recorder:
+        live = model(ids)
+    r3.attach(model)
+    assert torch.equal(model(ids, routed_experts=recorder.routing), live)
+
+
 def sorted_not_topk(scores):
     values, ids = scores.sort(-1, descending=True)
     return values[:, :TOP_K], ids[:, :TOP_K]
