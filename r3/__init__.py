@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         CaptureError,
         ConfigError,
         DiagnosticsError,
+        ParallelError,
         R3Error,
         ReplayError,
         RoutingError,
@@ -30,17 +31,19 @@ _HOME = {
     "CaptureError": "r3.errors",
     "ConfigError": "r3.errors",
     "DiagnosticsError": "r3.errors",
+    "ParallelError": "r3.errors",
     "ReplayError": "r3.errors",
     "RoutingError": "r3.errors",
     "SyncError": "r3.errors",
     "UnsupportedModelError": "r3.errors",
 }
-_MODULES = ("capture", "diagnostics", "replay", "routing", "weight_sync")
+_MODULES = ("capture", "diagnostics", "parallel", "replay", "routing", "weight_sync")
 
 __all__ = [
     "CaptureError",
     "ConfigError",
     "DiagnosticsError",
+    "ParallelError",
     "R3Config",
     "R3Error",
     "Replay",

@@ -25,6 +25,10 @@ class ReplayError(R3Error, RuntimeError):
     """A forward that did not do what replay promises."""
 
 
+class ParallelError(R3Error, RuntimeError):
+    """A model, or input, that cannot be split over ranks or packed; raised on all ranks that would wait."""
+
+
 class CaptureError(R3Error, RuntimeError):
     """Rollouts whose routing is missing or cannot be right."""
 

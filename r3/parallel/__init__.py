@@ -1,0 +1,21 @@
+"""Ulysses sequence parallelism and packed rows for stock Hugging Face models, FSDP2 beside it, and the losses."""
+
+from r3.parallel.agreement import Agreement
+from r3.parallel.collectives import gather_sequence
+from r3.parallel.losses import IGNORED, mean_over_ranks, next_tokens, token_logprobs
+from r3.parallel.mesh import Mesh, make_mesh, shard_parameters
+from r3.parallel.ulysses import Ulysses, ulysses
+
+__all__ = [
+    "IGNORED",
+    "Agreement",
+    "Mesh",
+    "Ulysses",
+    "gather_sequence",
+    "make_mesh",
+    "mean_over_ranks",
+    "next_tokens",
+    "shard_parameters",
+    "token_logprobs",
+    "ulysses",
+]

@@ -1,0 +1,49 @@
+"""Differentiable exchanges of a Ulysses group: heads for sequence and back, and a sequence gathered.
+
+Shapes: B batch, S positions of one rank, P ranks of the group, H heads of all ranks, h = H / P, D head dimension.
+
+What is differentiated is the sum of all ranks' losses: each backward is the exact adjoint of its forward.
+Jacobs et al. 2023 (DeepSpeed Ulysses), arXiv 2309.14509.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
+
+
+def heads_for_sequence(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Each `[B, H, S, D]`, all heads of this rank's positions, -> `[B, h, P * S, D]`, this rank's heads of all
+    positions. H and D may differ from tensor to tensor; all travel in one exchange."""
+    size = group.size()
+    parts = [t.unflatten(1, (size, -1)).permute(1, 0, 3, 2, 4).flatten(3) for t in tensors]  # [P, B, S, h * D]
+    got = _exchange(torch.cat(parts, dim=-1), group)
+    whole = got.split([part.shape[-1] for part in parts], dim=-1)
+    return [
+        # [P, B, S, h, D] -> [B, h, P, S, D]
+        part.unflatten(3, (-1, t.shape[-1])).permute(1, 3, 0, 2, 4).flatten(2, 3)
+        for part, t in zip(whole, tensors, strict=True)
+    ]
+
+
+def sequence_for_heads(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`[B, P * S, h, D]`, this rank's heads of all positions, -> `[B, S, H, D]`, all heads of this rank's positions."""
+    chunks = tensor.unflatten(1, (group.size(), -1)).transpose(0, 1)  # [P, B, S, h, D]
+    return _exchange(chunks, group).permute(1, 2, 0, 3, 4).flatten(2, 3).contiguous()
+
+
+def gather_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """`[B, S, ...]` of each rank -> `[B, P * S, ...]` on each of them.
+
+    Differentiable: the gradient is the sum of what all ranks' losses ask for. Where every rank computes the same loss
+    of the whole sequence, each must count 1 / P of it.
+    """
+    if group.size() == 1:
+        return tensor
+    return all_gather_tensor_autograd(tensor.contiguous(), gather_dim=1, group=group)
+
+
+def _exchange(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return all_to_all_single_autograd(tensor.contiguous(), None, None, group)

@@ -1,0 +1,109 @@
+"""FSDP2 x Ulysses on one device mesh: who shares rows, and over whom parameters are sharded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from r3.errors import ParallelError
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """All ranks as data x sequence: consecutive ranks share rows.
+
+    Attributes:
+        device_mesh: of dimensions `data` and `sequence`.
+        data_rank, data_size: which part of the batch is this rank's, of how many.
+        sequence_rank, sequence_size: which slice of those rows, of how many.
+    """
+
+    device_mesh: DeviceMesh
+
+    @property
+    def data_rank(self) -> int:
+        return self.device_mesh.get_local_rank("data")
+
+    @property
+    def data_size(self) -> int:
+        return self.device_mesh["data"].size()
+
+    @property
+    def sequence_rank(self) -> int:
+        return self.device_mesh.get_local_rank("sequence")
+
+    @property
+    def sequence_size(self) -> int:
+        return self.device_mesh["sequence"].size()
+
+    @property
+    def sequence_group(self) -> dist.ProcessGroup | None:
+        """Ranks that share rows; None where each has its own."""
+        return self.device_mesh.get_group("sequence") if self.sequence_size > 1 else None
+
+
+def make_mesh(device_type: str, sequence_parallel_size: int = 1) -> Mesh:
+    """All ranks of the job, in groups of `sequence_parallel_size` that share rows.
+
+    Raises:
+        ParallelError: the groups do not divide the ranks.
+    """
+    world = dist.get_world_size()
+    if sequence_parallel_size < 1 or world % sequence_parallel_size:
+        raise ParallelError(
+            f"sequence_parallel_size: expected a divisor of the {world} ranks, got {sequence_parallel_size}"
+        )
+    shape = (world // sequence_parallel_size, sequence_parallel_size)
+    return Mesh(init_device_mesh(device_type, shape, mesh_dim_names=("data", "sequence")))
+
+
+def shard_parameters(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype) -> nn.Module:
+    """FSDP2 over all ranks, data and sequence: each decoder layer a unit, and logits in float32.
+
+    With a GPU, accelerate does it, as it does for any other trainer that its launcher starts; on the CPU, where accelerate
+    wraps with DDP instead, torch's `fully_shard`.
+
+    Args:
+        model: a transformers model with float32 parameters, on its device.
+        mesh: from `make_mesh`.
+        param_dtype: of forward and backward; gradients are reduced in float32.
+    """
+    device_type = mesh.device_mesh.device_type
+    low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    flat = mesh.device_mesh._flatten("fsdp") if mesh.device_mesh.size() > 1 else mesh.device_mesh["data"]
+    if not model.config.tie_word_embeddings:  # pyrefly: ignore
+        # The engine computes logits in float32: in bfloat16 their rounding alone is most of the gap to it.
+        full = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
+        fully_shard(model.get_output_embeddings(), mesh=flat, mp_policy=full)  # pyrefly: ignore
+    if device_type == "cuda":
+        return _accelerated(model, low)
+    names = set(model._no_split_modules)  # pyrefly: ignore
+    for module in list(model.modules()):
+        if _name(module) in names:
+            fully_shard(module, mesh=flat, mp_policy=low)
+    return fully_shard(model, mesh=flat, mp_policy=low)
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _accelerated(model: nn.Module, policy: MixedPrecisionPolicy) -> Any:
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=sorted(model._no_split_modules),  # pyrefly: ignore
+        mixed_precision_policy=policy,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    prepared = Accelerator(fsdp_plugin=plugin).prepare_model(model)
+    if not isinstance(prepared, FSDPModule):
+        raise ParallelError(f"accelerate was to shard {type(model).__name__} with FSDP2, it returned {type(prepared)}")
+    return prepared

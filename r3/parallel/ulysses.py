@@ -1,0 +1,273 @@
+"""`ulysses`: a stock Hugging Face model on packed rows, and on one rank's slice of them.
+
+Each rank runs the model on its slice of the positions. In attention alone positions meet: there the ranks exchange
+heads for positions, run the model's own attention function on whole rows, and exchange back. Position ids that restart
+tell sequences apart; masks and FlashAttention's bounds are made from them here, for every family in the same way.
+"""
+
+import copy
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from r3.errors import ParallelError
+from r3.parallel.agreement import Agreement
+from r3.parallel.attention import attend, attend_to_self, require_splittable
+from r3.parallel.collectives import gather_sequence
+from r3.parallel.masks import whole_mask
+from r3.parallel.proof import prove_local
+from r3.parallel.sequences import Sequences
+from r3.routing import RolloutRouting
+
+_ROUTING = "routed_experts"
+
+
+class _Activity(threading.local):
+    """What a model does in the current thread: the sequences of the forward that runs, or a proof."""
+
+    def __init__(self) -> None:
+        self.sequences: Sequences | None = None
+        self.proof = False
+
+
+class Ulysses:
+    """The handle that `ulysses` returns.
+
+    Attributes:
+        rank, size: this rank's place in the group, and how many there are.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None, agreement: Agreement | None) -> None:
+        self.rank, self.size = (group.rank(), group.size()) if group is not None else (0, 1)
+        if self.size > 1 and agreement is None:
+            agreement = Agreement(group)
+        self._group = group
+        self._agreement = agreement
+        self._activity = _Activity()
+        self._config = _text_config(model)
+        self._implementation: str = self._config._attn_implementation or "eager"
+        if self._implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+            raise ParallelError(
+                f"attention {self._implementation!r} has no mask function in transformers: packed sequences cannot be "
+                f"told apart. Expected one of {sorted(ALL_MASK_ATTENTION_FUNCTIONS)}"
+            )
+        # What the model's own function sees: flash attention, for one, looks up its kernel by this name.
+        self._plain_config = copy.copy(self._config)
+        self._name = f"ulysses_{id(self):x}_{self._implementation}"
+        self._handles: list[Any] = []
+        self._proved = False
+        ALL_ATTENTION_FUNCTIONS.register(self._name, self._attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(self._name, self._mask)
+        self._config._attn_implementation = self._name
+        try:
+            self._prove(model)
+            self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+            self._handles.append(model.register_forward_hook(self._end, always_call=True))
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Give the model its own attention back. A second call does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+        if self._config._attn_implementation == self._name:
+            self._config._attn_implementation = self._implementation
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(self._name, None)
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(self._name, None)
+
+    # What transformers calls.
+
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if self._activity.proof:
+            require_splittable(query.shape[1], key.shape[1], self.size, module)
+            return attend_to_self(query, key, value), None
+        return attend(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            group=self._group,
+            implementation=self._implementation,
+            config=self._plain_config,
+            **kwargs,
+        )
+
+    def _mask(self, **kwargs: Any) -> Any:
+        if self._activity.proof:
+            return None
+        if self._activity.sequences is None:
+            raise ParallelError("a forward that did not begin at the module to which Ulysses attention was attached")
+        return whole_mask(
+            ALL_MASK_ATTENTION_FUNCTIONS[self._implementation],
+            self._activity.sequences,
+            implementation=self._implementation,
+            **{**kwargs, "config": self._plain_config},
+        )
+
+    # Around a forward.
+
+    @torch.compiler.disable
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if not self._proved:
+            self._prove(model)
+        tokens = _tokens(args, kwargs)
+        problem = self._problem(tokens, kwargs)
+        self._agree(problem, self._facts(tokens, kwargs) if problem is None else (0,) * 4)
+        position_ids, padding = kwargs["position_ids"], kwargs.get("attention_mask")
+        whole = Sequences(
+            self._gather(position_ids.expand(tokens.shape[:2])),
+            None if padding is None else ~self._gather(padding.to(torch.uint8)).bool(),
+        )
+        self._agree(_misplaced(whole))
+        changes: dict[str, Any] = {"use_cache": False}
+        # Not None: with position ids and no mask, transformers would add one of this slice's sequences by itself.
+        changes["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if "flash" in self._implementation:
+            bounds, longest = whole.cu_seqlens
+            changes |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            changes |= {"max_length_q": longest, "max_length_k": longest}
+        self._activity.sequences = whole
+        return args, kwargs | changes
+
+    @torch.compiler.disable
+    def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
+        self._activity.sequences = None
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        return tensor if self._group is None else gather_sequence(tensor, self._group)
+
+    def _problem(self, tokens: Tensor, kwargs: dict) -> str | None:
+        """What is wrong with the arguments of this rank, in words."""
+        shape = tuple(tokens.shape[:2])
+        position_ids, mask, routing = (kwargs.get(name) for name in ("position_ids", "attention_mask", _ROUTING))
+        if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != shape[1]:
+            got = None if position_ids is None else tuple(position_ids.shape)
+            return (
+                f"position_ids: expected [B, S] = {shape}, of this rank's slice, restarting at 0 with each sequence; "
+                f"got {got}"
+            )
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
+            return (
+                f"attention_mask: expected [B, S] = {shape} or none, got {getattr(mask, 'shape', type(mask).__name__)}"
+            )
+        if routing is not None and not isinstance(routing, RolloutRouting):
+            return (
+                f"{_ROUTING}: expected a RolloutRouting, which is checked where it is made, before ranks wait for each "
+                f"other; got {type(routing).__name__} (attach replay before Ulysses attention)"
+            )
+        if routing is not None and routing.shape[:2] != shape:
+            return f"{_ROUTING}: expected [B, S] = {shape}, that of input_ids, got {routing.shape[:2]}"
+        refused = [name for name in ("use_cache", "past_key_values", "output_attentions") if kwargs.get(name)]
+        if self.size > 1 and kwargs.get("labels") is not None:
+            refused.append("labels (the loss would shift them within a slice; see r3.parallel.next_tokens)")
+        return f"a forward on packed or sliced rows takes no {', '.join(refused)}" if refused else None
+
+    def _facts(self, tokens: Tensor, kwargs: dict) -> tuple[int, ...]:
+        routing = kwargs.get(_ROUTING)
+        kind = None if routing is None else (routing.layer_ids, routing.shape[3], routing.num_experts)
+        first = 0 if self._group is None else dist.get_process_group_ranks(self._group)[0]
+        return first, tokens.shape[0], tokens.shape[1], zlib.crc32(repr(kind).encode())
+
+    def _agree(self, problem: str | None, facts: tuple[int, ...] = ()) -> None:
+        """Raise on every rank if one has a problem, or if their facts cannot go together."""
+        if self._agreement is None:
+            if problem is not None:
+                raise ParallelError(problem)
+            return
+        found = self._agreement.exchange(problem, facts).tolist()
+        if not facts:
+            return
+        # All ranks look at the facts of all groups: what one of them refuses, none goes on with.
+        shapes = {first: {(b, s) for other, b, s, _ in found if other == first} for first, *_ in found}
+        torn = {first: sorted(seen) for first, seen in shapes.items() if len(seen) > 1}
+        if torn:
+            raise ParallelError(
+                "expected slices of one shape [B, S] on all ranks of a Ulysses group, got "
+                + "; ".join(f"{seen} in the group of rank {first}" for first, seen in torn.items())
+            )
+        if len({kind for *_, kind in found}) > 1:
+            raise ParallelError(f"expected {_ROUTING} of one kind (layers, slots, experts) or none on all ranks")
+
+    # The proof.
+
+    def _prove(self, model: nn.Module) -> None:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            return  # at the first forward, when there is something to compute with
+        with self._proving():
+            prove_local(model)
+        self._proved = True
+
+    @contextmanager
+    def _proving(self) -> Iterator[None]:
+        self._activity.proof = True
+        try:
+            yield
+        finally:
+            self._activity.proof = False
+
+
+def ulysses(model: nn.Module, group: dist.ProcessGroup | None = None, *, agreement: Agreement | None = None) -> Ulysses:
+    """Run `model` on packed rows, and on one rank's slice of them: `model(input_ids=..., position_ids=...)`.
+
+    Every argument is of this rank's slice `[B, S]`: the rows, padded to a multiple of the group's size, in contiguous
+    parts by rank (`r3.routing.shard`). `position_ids` restart at 0 with each sequence, also on padding;
+    `attention_mask` `[B, S]` may say what is padding. Logits are those of the slice.
+
+    Args:
+        model: a transformers model, or a wrapper around one, with the attention implementation that is to do the work.
+        group: ranks that share each row, in the order of its slices. None: rows are packed and not split.
+        agreement: ranks that must go on together, at least those of the group: all ranks of an FSDP mesh. By default
+            the group.
+
+    Returns:
+        A handle; `.detach()` undoes.
+
+    Raises:
+        ParallelError: the model mixes positions outside its attention interface, its heads cannot be split, or its
+            attention cannot mask packed rows.
+    """
+    return Ulysses(model, group, agreement)
+
+
+def _text_config(model: nn.Module) -> Any:
+    outermost = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if outermost is None:
+        raise ParallelError(f"expected a transformers model or a wrapper around one, got {type(model).__name__}")
+    return outermost.get_decoder().config
+
+
+def _tokens(args: tuple, kwargs: dict) -> Tensor:
+    given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
+    found = next((tokens for tokens in given if tokens is not None), None)
+    if found is None:
+        raise ParallelError("expected input_ids or inputs_embeds, got neither")
+    return found
+
+
+def _misplaced(whole: Sequences) -> str | None:
+    """Says so if a sequence does not begin at position 0: slices in the wrong order, or positions of other tokens."""
+    wrong = whole.starts & (whole.position_ids != 0)
+    if whole.padding is not None:
+        wrong &= ~whole.padding
+    if not wrong.any():
+        return None
+    where = [
+        f"row {row}, position {at}: {int(whole.position_ids[row, at])}" for row, at in wrong.nonzero()[:4].tolist()
+    ]
+    return (
+        "position_ids: expected each sequence of the gathered rows to begin at 0 and to rise by one. Slices in another "
+        f"order than ranks, or positions of other tokens? Found {'; '.join(where)}"
+    )
