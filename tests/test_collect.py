@@ -53,7 +53,7 @@ def test_dense_layers_lose_their_column():
     spec = RoutingSpec(layer_ids=(1, 2), num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K)
     array = rows()
     array[:, 0] = 0
-    assert np.array_equal(collect([output(array)], spec).items[0].rows.numpy(), array[:, 1:])
+    assert np.array_equal(collect([output(array)], spec).items[0].routing.expert_ids[0].numpy(), array[:, 1:])
     with pytest.raises(CaptureError, match=r"layers \[0\] are routed in the engine, but have no router"):
         collect([output(rows())], spec)
 
@@ -61,14 +61,14 @@ def test_dense_layers_lose_their_column():
 def test_layers_that_choose_by_token_id_are_reported_and_dropped():
     spec = RoutingSpec(layer_ids=(1, 2), num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, table_layers=(0,))
     array = rows()
-    assert np.array_equal(collect([output(array)], spec).items[0].rows.numpy(), array[:, 1:])
+    assert np.array_equal(collect([output(array)], spec).items[0].routing.expert_ids[0].numpy(), array[:, 1:])
 
 
 def test_uint16_ids_are_kept():
     spec = RoutingSpec(layer_ids=(0, 1, 2), num_layers=LAYERS, num_experts=40000, top_k=TOP_K)
     array = rows().astype(np.uint16)
     array[0, 0, 0] = 39999
-    assert collect([output(array)], spec).items[0].rows[0, 0, 0] == 39999
+    assert collect([output(array)], spec).items[0].routing.expert_ids[0, 0, 0, 0] == 39999
 
 
 def broken(change) -> np.ndarray:
@@ -87,7 +87,7 @@ def broken(change) -> np.ndarray:
         (rows().astype(np.float32), "got float32"),
         (broken(lambda a: a.fill(0)), r"layers \[0, 1, 2\] were never captured.*enforce_eager"),
         (broken(lambda a: a[:, 1].fill(0)), r"layers \[1\] were never captured"),
-        (broken(lambda a: a[3, 2].fill(5)), r"1 rows are not 2 distinct.*position 3, decoder layer 2: \[5, 5\]"),
+        (broken(lambda a: a[3, 2].fill(5)), r"rows of routing are not 2 distinct.*position 3, decoder layer 2: \[5, 5\]"),
         (broken(lambda a: a[2, 1, :1].fill(EXPERTS)), r"distinct expert ids in \[0, 8\).*position 2, decoder layer 1"),
     ],
 )

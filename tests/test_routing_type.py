@@ -84,12 +84,17 @@ def test_wrong_shapes_and_dtypes_are_refused(changes, message):
 
 def test_rows_of_ragged_samples_become_a_right_padded_batch():
     ids = random_ids()
-    made = RolloutRouting.from_rows([ids[0, :4], ids[1, :9]], 12, layer_ids=(0, 1, 2), num_experts=EXPERTS)
+    whole = routing()
+    samples = [whole.select(slice(0, 1)).shard(0, 2), whole.select(slice(1, 2))]
+    made = RolloutRouting.cat(samples, length=12)
     assert made.shape == (2, 12, LAYERS, 2)
-    assert made.valid.sum(1).tolist() == [4, 9]
-    assert torch.equal(made.expert_ids[1, :9].long(), ids[1, :9])
-    with pytest.raises(RoutingError, match="up to 9 rows"):
-        RolloutRouting.from_rows([ids[1, :9]], 8, layer_ids=(0, 1, 2), num_experts=EXPERTS)
+    assert made.valid.sum(1).tolist() == [5, 10]
+    assert made.rows_valid == 15
+    assert torch.equal(made.expert_ids[0, :5].long(), ids[0, :5])
+    assert torch.equal(made.expert_ids[1, :10].long(), ids[1])
+    assert not made.expert_ids[0, 5:].any()
+    with pytest.raises(RoutingError, match="the longest part, 10, got 8"):
+        RolloutRouting.cat(samples, length=8)
 
 
 def test_select_pad_and_cat_keep_rows_and_versions():

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from r3.errors import CaptureError, summary
-from r3.routing import RolloutRouting, RoutingSpec, bad_rows, compact_dtype
+from r3.errors import CaptureError, RoutingError, summary
+from r3.routing import RolloutRouting, RoutingSpec
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -23,7 +23,7 @@ class Rollout:
         prompt_ids: P token ids.
         token_ids: G token ids.
         logprobs: float32 `[G]`, nats, of the sampled tokens under the engine's sampling distribution.
-        rows: compact integer `[P + G - 1, L, K]`, the experts of each token but the last; None if not captured.
+        routing: `[1, P + G - 1, L, K]`, the experts of each token but the last; None if not captured.
         finish_reason: as vLLM gives it.
         prompt_index: which of the collected outputs it belongs to; the samples of one prompt share it.
     """
@@ -31,7 +31,7 @@ class Rollout:
     prompt_ids: list[int]
     token_ids: list[int]
     logprobs: Tensor
-    rows: Tensor | None
+    routing: RolloutRouting | None
     finish_reason: str | None
     prompt_index: int
 
@@ -54,9 +54,9 @@ class RolloutBatch:
     logprobs: Tensor
     routing: RolloutRouting | None = None
 
-    def to(self, device: torch.device | str) -> "RolloutBatch":
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "RolloutBatch":
         """The same batch on `device`."""
-        return self._map(lambda part: part.to(device))
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def select(self, samples: slice) -> "RolloutBatch":
         """Some of its rollouts; shares memory."""
@@ -107,15 +107,8 @@ class Rollouts:
         )
 
     def _routing(self, length: int) -> RolloutRouting | None:
-        if self.spec is None:
-            return None
-        return RolloutRouting.from_rows(
-            [r.rows for r in self.items if r.rows is not None],
-            length,
-            layer_ids=self.spec.layer_ids,
-            num_experts=self.spec.num_experts,
-            weight_version=self.weight_version,
-        )
+        parts = [rollout.routing for rollout in self.items if rollout.routing is not None]
+        return RolloutRouting.cat(parts, length=length) if self.spec is not None else None
 
 
 def collect(outputs: Sequence[Any], spec: RoutingSpec | None, *, weight_version: int | None = None) -> Rollouts:
@@ -136,7 +129,7 @@ def collect(outputs: Sequence[Any], spec: RoutingSpec | None, *, weight_version:
         for completion in output.outputs:
             where = f"sample {len(items) + len(problems)} (prompt {index}, completion {completion.index})"
             try:
-                items.append(_rollout(output, completion, index, spec))
+                items.append(_rollout(output, completion, index, spec, weight_version))
             except CaptureError as error:
                 problems.append(f"{where}: {error}")
     if problems:
@@ -146,7 +139,7 @@ def collect(outputs: Sequence[Any], spec: RoutingSpec | None, *, weight_version:
     return Rollouts(items, spec, weight_version)
 
 
-def _rollout(output: Any, completion: Any, index: int, spec: RoutingSpec | None) -> Rollout:
+def _rollout(output: Any, completion: Any, index: int, spec: RoutingSpec | None, weight_version: int | None) -> Rollout:
     prompt_ids, token_ids = list(output.prompt_token_ids), list(completion.token_ids)
     expected_rows = len(prompt_ids) + len(token_ids) - 1
     if completion.logprobs is None:
@@ -156,14 +149,16 @@ def _rollout(output: Any, completion: Any, index: int, spec: RoutingSpec | None)
         prompt_ids=prompt_ids,
         token_ids=token_ids,
         logprobs=torch.tensor(logprobs, dtype=torch.float32),
-        rows=None if spec is None else checked_rows(completion.routed_experts, expected_rows, spec),
+        routing=None if spec is None else checked_rows(completion.routed_experts, expected_rows, spec, weight_version),
         finish_reason=completion.finish_reason,
         prompt_index=index,
     )
 
 
-def checked_rows(routed_experts: np.ndarray | None, expected_rows: int, spec: RoutingSpec) -> Tensor:
-    """Compact `[R, L, K]` of the layers that have a router, from vLLM's `[R, decoder layers, K]`.
+def checked_rows(
+    routed_experts: np.ndarray | None, expected_rows: int, spec: RoutingSpec, weight_version: int | None = None
+) -> RolloutRouting:
+    """`[1, R, L, K]` of the layers that have a router, from vLLM's `[R, decoder layers, K]`.
 
     Raises:
         CaptureError: what is wrong with the array, at which position and decoder layer.
@@ -191,12 +186,9 @@ def checked_rows(routed_experts: np.ndarray | None, expected_rows: int, spec: Ro
         raise CaptureError(f"decoder layers {routed} are routed in the engine, but have no router in the trainer")
     rows = routed_experts[:, list(spec.layer_ids)]
     # int32 holds every dtype that vLLM uses; torch cannot sort its uint16.
-    wide = torch.from_numpy(rows.astype(np.int32))
-    hits = bad_rows(wide, spec.num_experts).nonzero()
-    if len(hits):
-        row, column = hits[0].tolist()
-        raise CaptureError(
-            f"{len(hits)} rows are not {spec.top_k} distinct expert ids in [0, {spec.num_experts}); first at position "
-            f"{row}, decoder layer {spec.layer_ids[column]}: {wide[row, column].tolist()}"
-        )
-    return wide.to(compact_dtype(spec.num_experts))
+    expert_ids = torch.from_numpy(rows.astype(np.int32))[None]
+    valid = torch.ones(1, expected_rows, dtype=torch.bool)
+    try:
+        return RolloutRouting(expert_ids, valid, spec.layer_ids, spec.num_experts, weight_version)
+    except RoutingError as error:
+        raise CaptureError(str(error)) from error

@@ -42,8 +42,8 @@ def token_logprobs(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) 
 def mean_over_ranks(total: Tensor, count: Tensor | float, group: dist.ProcessGroup | None = None) -> Tensor:
     """Scalar to call `backward` on where gradients are averaged over `group`, as FSDP and DDP do.
 
-    The averaged gradient is that of sum(total) / sum(count) over all ranks: the mean over tokens, however they are spread
-    over data and sequence ranks. Its own value, averaged over ranks, is that mean.
+    The averaged gradient is that of sum(total) / sum(count) over all ranks: the mean over tokens, however they are
+    spread over data and sequence ranks. Its own value, averaged over ranks, is that mean.
 
     Args:
         total: scalar, this rank's sum over its tokens.

@@ -64,8 +64,8 @@ def make_mesh(device_type: str, sequence_parallel_size: int = 1) -> Mesh:
 def shard_parameters(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype) -> nn.Module:
     """FSDP2 over all ranks, data and sequence: each decoder layer a unit, and logits in float32.
 
-    With a GPU, accelerate does it, as it does for any other trainer that its launcher starts; on the CPU, where accelerate
-    wraps with DDP instead, torch's `fully_shard`.
+    With a GPU, accelerate does it, as for any trainer that its launcher starts; on the CPU, where accelerate wraps with
+    DDP instead, torch's `fully_shard`.
 
     Args:
         model: a transformers model with float32 parameters, on its device.
@@ -85,7 +85,8 @@ def shard_parameters(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype) 
     for module in list(model.modules()):
         if _name(module) in names:
             fully_shard(module, mesh=flat, mp_policy=low)
-    return fully_shard(model, mesh=flat, mp_policy=low)
+    fully_shard(model, mesh=flat, mp_policy=low)
+    return model
 
 
 def _name(module: nn.Module) -> str:

@@ -1,6 +1,18 @@
-"""The 4-D routing tensor `[B, S, L, K]`: its type and the checks on its content."""
+"""The 4-D routing tensor `[B, S, L, K]`: its type, the checks on its content, and how it is laid out."""
 
 from r3.routing.checks import bad_rows, check_rows
+from r3.routing.layout import Packing, shard, unshard
+from r3.routing.transfer import prefetch
 from r3.routing.types import RolloutRouting, RoutingSpec, compact_dtype
 
-__all__ = ["RolloutRouting", "RoutingSpec", "bad_rows", "check_rows", "compact_dtype"]
+__all__ = [
+    "Packing",
+    "RolloutRouting",
+    "RoutingSpec",
+    "bad_rows",
+    "check_rows",
+    "compact_dtype",
+    "prefetch",
+    "shard",
+    "unshard",
+]

@@ -5,12 +5,14 @@ Shapes: B batch, S sequence, L decoder layers, K slots, E experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from r3.errors import RoutingError
 from r3.routing.checks import check_rows
+from r3.routing.layout import Packing, shard, unshard
 
 
 def compact_dtype(num_experts: int) -> torch.dtype:
@@ -126,36 +128,6 @@ class RolloutRouting:
             f"{self.valid.numel()} rows valid, {self.expert_ids.dtype} on {self.device}, version {self.weight_version})"
         )
 
-    @classmethod
-    def from_rows(
-        cls,
-        rows: Sequence[Tensor],
-        length: int,
-        *,
-        layer_ids: tuple[int, ...],
-        num_experts: int,
-        weight_version: int | None = None,
-    ) -> "RolloutRouting":
-        """Right-padded batch `[B, length, L, K]` of samples with integer rows `[R_b, L, K]`, R_b <= length.
-
-        Row r of a sample is the routing of its token r; positions from R_b on are not valid.
-        """
-        if not rows:
-            raise RoutingError("rows: expected at least one sample, got none")
-        shapes = {tuple(r.shape[1:]) for r in rows}
-        longest = max(len(r) for r in rows)
-        if len(shapes) != 1 or longest > length:
-            raise RoutingError(
-                f"rows: expected samples of [R <= {length}, L, K] with one (L, K), got (L, K) in {sorted(shapes)} "
-                f"and up to {longest} rows"
-            )
-        expert_ids = torch.zeros(len(rows), length, *shapes.pop(), dtype=rows[0].dtype)
-        valid = torch.zeros(len(rows), length, dtype=torch.bool)
-        for b, sample in enumerate(rows):
-            expert_ids[b, : len(sample)] = sample
-            valid[b, : len(sample)] = True
-        return cls(expert_ids, valid, layer_ids, num_experts, weight_version)
-
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, S, L, K)."""
@@ -202,8 +174,8 @@ class RolloutRouting:
             rows_valid=self.rows_valid,
         )
 
-    def pad(self, length: int) -> "RolloutRouting":
-        """Right-padded to `length` positions; the new ones are not valid.
+    def pad(self, length: int, side: Literal["right", "left"] = "right") -> "RolloutRouting":
+        """Padded to `length` positions on one side; the new ones are not valid.
 
         Raises:
             RoutingError: `length` is shorter than S.
@@ -214,35 +186,78 @@ class RolloutRouting:
         if not extra:
             return self
         pad = torch.nn.functional.pad
-        return self._with(
-            pad(self.expert_ids, (0, 0, 0, 0, 0, extra)), pad(self.valid, (0, extra)), rows_valid=self.rows_valid
-        )
+        ends = (0, extra) if side == "right" else (extra, 0)
+        return self._with(pad(self.expert_ids, (0, 0, 0, 0, *ends)), pad(self.valid, ends), rows_valid=self.rows_valid)
+
+    def pack(self, packing: Packing) -> "RolloutRouting":
+        """`[B, S]` -> `[R, N]`: the sequences of a padded batch in packed rows; padding is not valid."""
+        return self._with(packing.pack(self.expert_ids), packing.pack(self.valid))
+
+    def unpack(self, packing: Packing) -> "RolloutRouting":
+        """`[R, N]` -> `[B, S]`: the inverse of `pack`."""
+        return self._with(packing.unpack(self.expert_ids), packing.unpack(self.valid))
+
+    def shard(self, rank: int, size: int) -> "RolloutRouting":
+        """The contiguous slice of the sequence that is `rank`'s of `size`, padded with rows that are not valid."""
+        return self._with(shard(self.expert_ids, rank, size), shard(self.valid, rank, size))
 
     @classmethod
-    def cat(cls, parts: Sequence["RolloutRouting"]) -> "RolloutRouting":
-        """One batch of all samples of `parts`, right-padded to the longest.
+    def unshard(cls, slices: Sequence["RolloutRouting"], length: int) -> "RolloutRouting":
+        """Routing of `length` positions whose slices these are, by rank: the inverse of `shard`."""
+        _require_one_kind(slices)
+        expert_ids = unshard([part.expert_ids for part in slices], length)
+        return slices[0]._with(expert_ids, unshard([part.valid for part in slices], length))
+
+    @classmethod
+    def cat(
+        cls, parts: Sequence["RolloutRouting"], *, length: int | None = None, pin_memory: bool = False
+    ) -> "RolloutRouting":
+        """One batch of all samples of `parts`, right-padded to `length`, by default to the longest.
+
+        Each id is written once, into one buffer: page-locked if `pin_memory`.
 
         Raises:
-            RoutingError: no parts, or parts that differ in layers, slots or experts.
+            RoutingError: no parts, parts that differ in layers, slots or experts, or a `length` shorter than one.
         """
-        if not parts:
-            raise RoutingError("parts: expected at least one, got none")
-        kinds = {(p.layer_ids, p.shape[3], p.num_experts) for p in parts}
-        if len(kinds) != 1:
-            raise RoutingError(f"parts: expected one (layer_ids, K, num_experts), got {sorted(kinds)}")
-        length = max(p.shape[1] for p in parts)
-        padded = [p.pad(length) for p in parts]
-        versions = {p.weight_version for p in parts}
+        _require_one_kind(parts)
+        longest = max(part.shape[1] for part in parts)
+        length = longest if length is None else length
+        if length < longest:
+            raise RoutingError(f"length: expected at least that of the longest part, {longest}, got {length}")
+        if len(parts) == 1 and length == longest and not pin_memory:
+            return parts[0]
+        first = parts[0].expert_ids
+        samples = sum(part.shape[0] for part in parts)
+        expert_ids = torch.empty(
+            samples, length, *first.shape[2:], dtype=first.dtype, device=first.device, pin_memory=pin_memory
+        )
+        valid = torch.zeros(samples, length, dtype=torch.bool, device=first.device, pin_memory=pin_memory)
+        at = 0
+        for part in parts:
+            b, s = part.shape[:2]
+            expert_ids[at : at + b, :s] = part.expert_ids
+            expert_ids[at : at + b, s:] = 0
+            valid[at : at + b, :s] = part.valid
+            at += b
+        versions = {part.weight_version for part in parts}
         return replace_trusted(
             parts[0],
-            torch.cat([p.expert_ids for p in padded]),
-            torch.cat([p.valid for p in padded]),
+            expert_ids,
+            valid,
             weight_version=versions.pop() if len(versions) == 1 else None,
-            rows_valid=sum(p.rows_valid for p in parts),
+            rows_valid=sum(part.rows_valid for part in parts),
         )
 
     def _with(self, expert_ids: Tensor, valid: Tensor, rows_valid: int | None = None) -> "RolloutRouting":
         return replace_trusted(self, expert_ids, valid, weight_version=self.weight_version, rows_valid=rows_valid)
+
+
+def _require_one_kind(parts: Sequence[RolloutRouting]) -> None:
+    if not parts:
+        raise RoutingError("parts: expected at least one, got none")
+    kinds = {(part.layer_ids, part.shape[3], part.num_experts) for part in parts}
+    if len(kinds) != 1:
+        raise RoutingError(f"parts: expected one (layer_ids, K, num_experts), got {sorted(kinds)}")
 
 
 def replace_trusted(
