@@ -87,7 +87,10 @@ def broken(change) -> np.ndarray:
         (rows().astype(np.float32), "got float32"),
         (broken(lambda a: a.fill(0)), r"layers \[0, 1, 2\] were never captured.*enforce_eager"),
         (broken(lambda a: a[:, 1].fill(0)), r"layers \[1\] were never captured"),
-        (broken(lambda a: a[3, 2].fill(5)), r"rows of routing are not 2 distinct.*position 3, decoder layer 2: \[5, 5\]"),
+        (
+            broken(lambda a: a[3, 2].fill(5)),
+            r"rows of routing are not 2 distinct.*position 3, decoder layer 2: \[5, 5\]",
+        ),
         (broken(lambda a: a[2, 1, :1].fill(EXPERTS)), r"distinct expert ids in \[0, 8\).*position 2, decoder layer 1"),
     ],
 )

@@ -125,13 +125,13 @@ class Ulysses:
             self._prove(model)
         tokens = _tokens(args, kwargs)
         problem = self._problem(tokens, kwargs)
-        self._agree(problem, self._facts(tokens, kwargs) if problem is None else (0,) * 4)
+        self._agree(problem, tokens, kwargs)
         position_ids, padding = kwargs["position_ids"], kwargs.get("attention_mask")
         whole = Sequences(
             self._gather(position_ids.expand(tokens.shape[:2])),
             None if padding is None else ~self._gather(padding.to(torch.uint8)).bool(),
         )
-        self._agree(_misplaced(whole))
+        self._require_in_order(whole)
         changes: dict[str, Any] = {"use_cache": False}
         # Not None: with position ids and no mask, transformers would add one of this slice's sequences by itself.
         changes["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -178,18 +178,16 @@ class Ulysses:
     def _facts(self, tokens: Tensor, kwargs: dict) -> tuple[int, ...]:
         routing = kwargs.get(_ROUTING)
         kind = None if routing is None else (routing.layer_ids, routing.shape[3], routing.num_experts)
-        first = 0 if self._group is None else dist.get_process_group_ranks(self._group)[0]
+        first = dist.get_rank() if self._group is None else dist.get_process_group_ranks(self._group)[0]
         return first, tokens.shape[0], tokens.shape[1], zlib.crc32(repr(kind).encode())
 
-    def _agree(self, problem: str | None, facts: tuple[int, ...] = ()) -> None:
-        """Raise on every rank if one has a problem, or if their facts cannot go together."""
+    def _agree(self, problem: str | None, tokens: Tensor, kwargs: dict) -> None:
+        """Raise on every rank if one has a problem, or if their arguments cannot go together."""
         if self._agreement is None:
             if problem is not None:
                 raise ParallelError(problem)
             return
-        found = self._agreement.exchange(problem, facts).tolist()
-        if not facts:
-            return
+        found = self._agreement.exchange(problem, self._facts(tokens, kwargs)).tolist()
         # All ranks look at the facts of all groups: what one of them refuses, none goes on with.
         shapes = {first: {(b, s) for other, b, s, _ in found if other == first} for first, *_ in found}
         torn = {first: sorted(seen) for first, seen in shapes.items() if len(seen) > 1}
@@ -200,6 +198,13 @@ class Ulysses:
             )
         if len({kind for *_, kind in found}) > 1:
             raise ParallelError(f"expected {_ROUTING} of one kind (layers, slots, experts) or none on all ranks")
+
+    def _require_in_order(self, whole: Sequences) -> None:
+        problem = _misplaced(whole)
+        if self._agreement is not None:
+            self._agreement.exchange(problem)
+        elif problem is not None:
+            raise ParallelError(problem)
 
     # The proof.
 

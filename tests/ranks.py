@@ -1,0 +1,83 @@
+"""Processes of a process group that stay up and run functions of the tests together."""
+
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class Ranks:
+    """`size` processes with a process group between them.
+
+    Args:
+        size: how many.
+        device: "cpu" (gloo) or "cuda" (NCCL, one GPU each, and gloo).
+    """
+
+    def __init__(self, size: int, device: str = "cpu") -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = mp.get_context("spawn")
+        self._ends, self._processes = [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, size, port, device), daemon=True)
+            process.start()
+            self._ends.append(here)
+            self._processes.append(process)
+
+    def run(self, function: Callable, *args: Any, timeout_s: float = 120.0) -> list[Any]:
+        """What `function(*args)` returns on each rank; an exception is returned as one.
+
+        Raises:
+            TimeoutError: a rank hangs. All ranks are ended.
+        """
+        call = pickle.dumps((function, args))
+        for end in self._ends:
+            end.send_bytes(call)
+        results = []
+        for rank, end in enumerate(self._ends):
+            if not end.poll(timeout_s):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {function.__name__} hangs")
+            results.append(pickle.loads(end.recv_bytes()))
+        return results
+
+    def all(self, function: Callable, *args: Any, **options: Any) -> list[Any]:
+        """As `run`, but an exception on any rank fails the test."""
+        results = self.run(function, *args, **options)
+        for rank, result in enumerate(results):
+            assert not isinstance(result, BaseException), f"rank {rank}: {result}\n{result.__notes__}"
+        return results
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(end: Any, rank: int, size: int, port: int, device: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    while True:
+        try:
+            function, args = pickle.loads(end.recv_bytes())
+        except EOFError:
+            return
+        try:
+            result = function(*args)
+        except Exception as error:
+            error.__notes__ = [traceback.format_exc()]
+            result = error
+        end.send_bytes(pickle.dumps(result))

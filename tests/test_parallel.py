@@ -1,0 +1,168 @@
+"""Padded = packed = Ulysses = FSDP2 = both, on log-probabilities, loss and every gradient, with routing replayed."""
+
+import functools
+import re
+
+import parallel_jobs as jobs
+import pytest
+import torch
+from ranks import Ranks
+
+from r3 import ParallelError
+from r3.diagnostics import LogprobSums
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four():
+    ranks = Ranks(4)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def one():
+    ranks = Ranks(1)
+    yield ranks
+    ranks.close()
+
+
+@functools.cache
+def reference(family):
+    return jobs.reference(family)
+
+
+def difference(found, expected):
+    """Largest difference of log-probabilities, loss and gradients, each relative to the largest value."""
+    worst = {"logprobs": gap(found["logprobs"], expected["logprobs"])}
+    worst["loss"] = abs(found["loss"] - expected["loss"]) / abs(expected["loss"])
+    assert found["grads"].keys() == expected["grads"].keys()
+    for name, gradient in expected["grads"].items():
+        worst[name] = gap(found["grads"][name], gradient)
+    return worst
+
+
+def gap(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+def check(found, family, tolerance=2e-5):
+    expected = reference(family)
+    assert any(gradient.abs().max() > 1e-4 for gradient in expected["grads"].values())
+    wrong = {name: value for name, value in difference(found, expected).items() if not value < tolerance}
+    assert not wrong
+
+
+families = pytest.mark.parametrize("family", list(jobs.FAMILIES))
+checkpointing = pytest.mark.parametrize("checkpointing", [False, True])
+
+ALONE = [dict(layout="padded"), dict(layout="padded", side="left"), dict(), dict(side="left"), dict(layout="rows")]
+
+
+@families
+@checkpointing
+@pytest.mark.parametrize("layout", ALONE, ids=str)
+def test_padded_and_packed_rows_in_one_process(one, family, checkpointing, layout):
+    check(one.all(call, family, dict(checkpointing=checkpointing, **layout))[0], family)
+
+
+@families
+@checkpointing
+@pytest.mark.parametrize("how", [dict(sequence=2), dict(fsdp=True), dict(sequence=2, fsdp=True)], ids=str)
+def test_two_ranks(two, family, checkpointing, how):
+    check(two.all(call, family, dict(checkpointing=checkpointing, **how))[0], family)
+
+
+@families
+@checkpointing
+@pytest.mark.parametrize("how", [dict(sequence=4), dict(sequence=2, fsdp=True)], ids=str)
+def test_four_ranks(four, family, checkpointing, how):
+    check(four.all(call, family, dict(checkpointing=checkpointing, **how))[0], family)
+
+
+MISALIGNED = {
+    "routing shifted by one row": jobs.shifted,
+    "routing of swapped samples": jobs.swapped,
+    "routing slice of the wrong rank": jobs.wrong_slice,
+    "routing flattened sequence-first": jobs.sequence_first,
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISALIGNED))
+def test_misaligned_routing_shows_in_the_metric(two, mistake):
+    expected = reference("softmax")["logprobs"]
+    mask = jobs.response_mask()
+
+    def k3(found):
+        return LogprobSums.from_tensors(found["logprobs"], expected, mask).metrics()["k3"]
+
+    assert k3(two.all(call, "softmax", dict(sequence=2))[0]) < 1e-9
+    assert k3(two.all(call, "softmax", dict(sequence=2, tamper=MISALIGNED[mistake]))[0]) > 1e-4
+
+
+REFUSED = {
+    "position slices swapped": (jobs.wrong_positions, "Slices in another order than ranks"),
+    "routing of another length on one rank": (jobs.short_routing, r"1 of 2 ranks.*rank 1: routed_experts: expected"),
+    "input of another length on one rank": (jobs.short_input, r"slices of one shape.*\(1, 11\), \(1, 12\)"),
+    "no routing on one rank": (jobs.no_routing, "of one kind"),
+    "unchecked routing": (jobs.plain_tensor, "expected a RolloutRouting"),
+    "no position ids": (jobs.no_positions, "position_ids: expected"),
+    "labels": (jobs.with_labels, "takes no labels"),
+}
+
+
+@pytest.mark.parametrize("mistake", list(REFUSED))
+def test_what_cannot_go_together_is_an_error_on_every_rank(two, mistake):
+    tamper, message = REFUSED[mistake]
+    for result in two.run(call, "softmax", dict(sequence=2, tamper=tamper), timeout_s=60):
+        assert isinstance(result, ParallelError), result
+        assert re.search(message, str(result), re.DOTALL)
+    # Nobody waits for anybody: the same ranks go on.
+    two.all(call, "softmax", dict(sequence=2))
+
+
+def test_a_rank_that_raises_alone_takes_the_others_with_it(two):
+    results = two.run(jobs.fails_on_one_rank)
+    assert all(isinstance(result, ParallelError) for result in results)
+    assert all("1 of 2 ranks cannot go on" in str(result) for result in results)
+    assert all("rank 1: KeyError: 'no such sample'" in str(result) for result in results)
+
+
+def test_a_rank_that_never_comes_is_an_error_after_the_timeout():
+    ranks = Ranks(2)
+    try:
+        first, second = ranks.run(jobs.stays_away, timeout_s=60)
+    finally:
+        ranks.close()
+    assert isinstance(first, ParallelError)
+    assert "within 2 s" in str(first)
+    assert second == "elsewhere"
+
+
+@pytest.mark.parametrize("layers", [True, False], ids=["layers", "model"])
+def test_compiled(two, layers):
+    check(two.all(call, "softmax", dict(sequence=2, compiled="layers" if layers else "model"))[0], "softmax", 1e-4)
+
+
+def test_reentrant_checkpointing(two):
+    check(two.all(call, "softmax", dict(sequence=2, checkpointing="reentrant"))[0], "softmax")
+
+
+def test_sdpa_and_flex_do_what_eager_does(two):
+    for attention in ("sdpa", "eager"):
+        check(two.all(call, "softmax", dict(sequence=2, attention=attention))[0], "softmax")
+
+
+def test_low_precision_stays_near(two):
+    """bfloat16 forward and backward, float32 logits and reduction: eight bits of mantissa."""
+    check(two.all(call, "softmax", dict(sequence=2, fsdp=True, dtype=torch.bfloat16))[0], "softmax", 0.1)
+
+
+def call(family, options):
+    return jobs.step(family, **options)
