@@ -34,6 +34,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
+    sequence_parallel_size: int = 1
+    """Ranks that share each row (Ulysses). Must divide the ranks, and the model's query heads."""
     model: ModelConfig = field(default_factory=ModelConfig)
     fsdp_config: FSDPConfig = field(default_factory=FSDPConfig)
     optimizer_config: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -56,7 +58,11 @@ class TrainerConfig:
     updates_per_step: int = 1
     """Optimizer updates a step: the step's rollouts are split into so many mini-batches."""
     micro_train_batch_size: int = 64
-    """Rollouts in one forward and backward."""
+    """Rollouts in one forward and backward of a rank, or of ranks that share rows."""
+    use_sample_packing: bool = True
+    """Several rollouts a row, instead of padding."""
+    timeout_s: float = 3600.0
+    """Longest wait of a rank for the others, such as for the first one's rollouts."""
     seed: int = 0
     output_dir: str = ""
     """Run folder; by default a new one under `runs/`."""
@@ -147,8 +153,11 @@ class R3Config:
         config.check()
         return config
 
-    def check(self) -> None:
-        """Raise `ConfigError` for settings that contradict each other or make no sense; all of them at once."""
+    def check(self, ranks: int = 1) -> None:
+        """Raise `ConfigError` for settings that contradict each other or make no sense; all of them at once.
+
+        `ranks` is the number of trainer processes.
+        """
         fsdp, engine = self.trainer.policy.fsdp_config, self.generator.inference_engine
         problems = []
         if fsdp.moe_enable_routing_replay and not engine.enable_return_routed_experts:
@@ -170,6 +179,8 @@ class R3Config:
             "trainer.train_batch_size": self.trainer.train_batch_size,
             "trainer.updates_per_step": self.trainer.updates_per_step,
             "trainer.micro_train_batch_size": self.trainer.micro_train_batch_size,
+            "trainer.policy.sequence_parallel_size": self.trainer.policy.sequence_parallel_size,
+            "trainer.timeout_s": self.trainer.timeout_s,
             "generator.sampling_params.temperature": self.generator.sampling_params.temperature,
             "generator.sampling_params.max_generate_length": self.generator.sampling_params.max_generate_length,
             "generator.inference_engine.weight_sync.chunk_mib": engine.weight_sync.chunk_mib,
@@ -181,12 +192,33 @@ class R3Config:
                 f"generator.n_samples_per_prompt: expected at least 2 to compare with each other, got "
                 f"{self.generator.n_samples_per_prompt}"
             )
+        if ranks > 1 and not problems:
+            problems += self._problems_of_ranks(ranks)
         if problems:
             raise ConfigError("; ".join(problems))
+
+    def _problems_of_ranks(self, ranks: int) -> list[str]:
+        size = self.trainer.policy.sequence_parallel_size
+        if ranks % size:
+            return [f"trainer.policy.sequence_parallel_size: expected a divisor of the {ranks} ranks, got {size}"]
+        # Every rank takes part in every forward, so that all need the same number of rollouts in each update.
+        rollouts = self.trainer.train_batch_size * self.generator.n_samples_per_prompt
+        parts = self.trainer.updates_per_step * (ranks // size)
+        if rollouts % parts:
+            return [
+                f"trainer.train_batch_size * generator.n_samples_per_prompt: expected a multiple of {parts} "
+                f"(trainer.updates_per_step * ranks / trainer.policy.sequence_parallel_size), got {rollouts}"
+            ]
+        return []
 
     def to_flat(self) -> dict[str, Any]:
         """Dotted key -> value, as `from_overrides` takes them."""
         return _flat(self)
+
+
+def local_rank() -> int:
+    """Place of this process among those of its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def process_rank() -> tuple[int, int]:

@@ -8,7 +8,8 @@ from conftest import DEMO_MODEL
 
 import r3
 from r3.capture import RolloutBatch
-from trainer_hooks.fsdp import Policy, StepBatch, clipped_objective, group_advantages, process_group
+from trainer_hooks.batches import Rows, StepBatch
+from trainer_hooks.fsdp import Policy, clipped_objective, group_advantages, process_group
 
 
 def test_advantages_compare_the_samples_of_one_prompt_only():
@@ -47,12 +48,17 @@ def made_batch(generator: torch.Generator) -> RolloutBatch:
     )
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("replayed", [True, False])
-def test_policy_logprobs_are_those_of_a_plain_float32_model_at_the_temperature(replayed):
+def test_policy_logprobs_are_those_of_a_plain_float32_model_at_the_temperature(replayed, packed):
     from transformers import AutoModelForCausalLM
 
     config = r3.R3Config.from_overrides(
-        ["trainer.policy.fsdp_config.param_dtype=float32", "generator.sampling_params.temperature=0.5"],
+        [
+            "trainer.policy.fsdp_config.param_dtype=float32",
+            "generator.sampling_params.temperature=0.5",
+            f"trainer.use_sample_packing={packed}",
+        ],
         {"trainer.policy.model.path": str(DEMO_MODEL)},
     )
     batch = made_batch(torch.Generator().manual_seed(0))
@@ -61,7 +67,9 @@ def test_policy_logprobs_are_those_of_a_plain_float32_model_at_the_temperature(r
     with process_group(), torch.no_grad():
         policy = Policy(config)
         policy.model.eval()
-        found = policy.logprobs(batch, replayed=replayed)
+        # Rollout b's log-probabilities are those at advantage b + 1.
+        (rows,) = policy.rows(StepBatch(batch, torch.arange(3.0) + 1), 3)
+        found = policy.logprobs(rows, replayed=replayed)
         for b in range(3):
             length = int(batch.attention_mask[b].sum())
             ids = batch.input_ids[b : b + 1, :length]
@@ -72,16 +80,28 @@ def test_policy_logprobs_are_those_of_a_plain_float32_model_at_the_temperature(r
                 routing = {"routed_experts": rows[:, :length]}
             logits = plain(input_ids=ids, use_cache=False, **routing).logits.double() / 0.5
             expected = logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
-            torch.testing.assert_close(found[b, 5:length].double(), expected[4:], rtol=0, atol=2e-5)
-    assert found[~batch.response_mask].eq(0).all()
+            torch.testing.assert_close(found[rows.advantages == b + 1].double(), expected[4:], rtol=2e-6, atol=2e-5)
+    assert found[~rows.mask].eq(0).all()
+    assert rows.input_ids.numel() <= batch.input_ids.numel()
 
 
-def test_a_step_is_split_without_losing_a_rollout():
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_rows_and_their_slices_keep_what_belongs_together(packed, size):
     batch = made_batch(torch.Generator().manual_seed(1))
-    parts = list(StepBatch(batch, torch.arange(3.0)).split(2, torch.device("cpu")))
-    assert [len(p.advantages) for p in parts] == [2, 1]
-    assert torch.equal(torch.cat([p.batch.input_ids for p in parts]), batch.input_ids)
-    assert torch.equal(torch.cat([p.batch.routing.expert_ids for p in parts]), batch.routing.expert_ids)
+    batch.logprobs.copy_(-batch.input_ids.float()).mul_(batch.response_mask)
+    whole = Rows.of(StepBatch(batch, torch.arange(3.0) + 1), packed=packed)
+    slices = [whole.shard(rank, size) for rank in range(size)]
+    labels, mask = (torch.cat([getattr(part, name) for part in slices], 1) for name in ("labels", "mask"))
+    # Each sampled token is predicted once, by its own rollout, and its log-probability is beside it.
+    assert int(mask.sum()) == int(batch.response_mask.sum())
+    assert sorted(labels[mask].tolist()) == sorted(batch.input_ids[batch.response_mask].tolist())
+    assert torch.equal(torch.cat([part.logprobs for part in slices], 1)[mask], -labels[mask].float())
+    for b in range(3):
+        mine = torch.cat([part.advantages for part in slices], 1) == b + 1
+        assert labels[mine].tolist() == batch.input_ids[b][batch.response_mask[b]].tolist()
+    assert sum(part.routing.rows_valid for part in slices) == batch.routing.rows_valid
+    assert sum(int(part.tokens.sum()) for part in slices) == int(batch.attention_mask.sum())
 
 
 def test_the_process_group_is_closed_after_an_exception():

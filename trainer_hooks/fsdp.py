@@ -3,33 +3,34 @@
 Each step: rollouts with captured routing, rewards, training with that routing replayed, and a complete weight sync back
 into the running engine. `trainer.policy.fsdp_config.moe_enable_routing_replay=false` turns replay off and nothing else.
 
-Limits of this version: one trainer process (FSDP2 over a mesh of one rank), right-padded batches.
+`torchrun --nproc-per-node N` and `accelerate launch` start it on N ranks: the first of them runs the engine, all train,
+in groups of `sequence_parallel_size` that share each row.
 """
 
 import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import r3
-from r3.capture import RolloutBatch, Rollouts, collect, running_engine, sampling_kwargs
-from r3.config import R3Config, process_rank
+from r3.capture import Rollouts, collect, running_engine, sampling_kwargs
+from r3.config import R3Config, local_rank, process_rank
 from r3.diagnostics import LiveTable, LogprobSums, RoutingSums, RunFolder, write_report
-from r3.weight_sync import SyncReceipt, WeightSync
+from r3.parallel import Agreement, make_mesh, shard_parameters, token_logprobs, ulysses
+from r3.routing import prefetch
+from r3.weight_sync import SyncReceipt, WeightSync, gathered
+from trainer_hooks.batches import Rows, StepBatch
 
 logger = logging.getLogger("r3")
 
 ADVANTAGE_EPS = 1e-4
+CPU = torch.device("cpu")
 
 
 class Task(Protocol):
@@ -76,15 +77,20 @@ class Policy:
         policy = config.trainer.policy
         fsdp, capture = policy.fsdp_config, config.generator.inference_engine.enable_return_routed_experts
         self.temperature = config.generator.sampling_params.temperature
-        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+        self.mesh = make_mesh(self.device.type, policy.sequence_parallel_size)
+        self.agreement = Agreement(timeout_s=config.trainer.timeout_s)
+        self.packed = config.trainer.use_sample_packing
         self.tokenizer = AutoTokenizer.from_pretrained(policy.model.path)
-        self.model: nn.Module = AutoModelForCausalLM.from_pretrained(policy.model.path, dtype=torch.float32)
-        self.model.to(self.device)
-        # Before sharding, so that the proof at attach refuses a model before anything is built around it.
-        self.replay = r3.attach(self.model, required=fsdp.moe_enable_routing_replay) if capture else None
+        model = AutoModelForCausalLM.from_pretrained(policy.model.path, dtype=torch.float32).to(self.device)
+        # Before sharding, so that a model that cannot be replayed or sliced is refused before anything is built on it.
+        self.replay = r3.attach(model, required=fsdp.moe_enable_routing_replay) if capture else None
+        self.sliced = self.packed or self.mesh.sequence_size > 1
+        if self.sliced:
+            ulysses(model, self.mesh.sequence_group, agreement=self.agreement if dist.get_world_size() > 1 else None)
         if fsdp.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # pyrefly: ignore
-        self._shard(getattr(torch, fsdp.param_dtype))
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = shard_parameters(model, self.mesh, param_dtype=getattr(torch, fsdp.param_dtype))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=policy.optimizer_config.lr,
@@ -92,50 +98,25 @@ class Policy:
             weight_decay=policy.optimizer_config.weight_decay,
         )
 
-    def _shard(self, param_dtype: torch.dtype) -> None:
-        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
-        low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
-        names = set(self.model._no_split_modules)  # pyrefly: ignore
-        for module in self.model.modules():
-            if type(module).__name__ in names:
-                fully_shard(module, mesh=mesh, mp_policy=low)
-        if not self.model.config.tie_word_embeddings:  # pyrefly: ignore
-            # Logits in float32, as the engine computes them: in bfloat16 their rounding alone is most of the gap.
-            full = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
-            fully_shard(self.model.lm_head, mesh=mesh, mp_policy=full)  # pyrefly: ignore
-        fully_shard(self.model, mesh=mesh, mp_policy=low)
+    def logprobs(self, rows: Rows, *, replayed: bool) -> Tensor:
+        """Float32 `[R, N]` log-probabilities in nats of `rows.labels`, at the sampling temperature.
 
-    def logprobs(self, batch: RolloutBatch, *, replayed: bool) -> Tensor:
-        """Float32 `[B, S]` log-probabilities in nats of `batch.input_ids`, at the sampling temperature.
-
-        Entry t is of token t; 0 where `response_mask` is False. `replayed` says whether routing is replayed or live.
+        0 where there is no label. `replayed` says whether routing is replayed or live.
         """
-        routing = {"routed_experts": batch.routing} if replayed else {}
+        routing = {"routed_experts": rows.routing} if replayed else {}
+        padding = {} if self.sliced else {"attention_mask": rows.tokens.long()}
         logits = self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **routing
+            input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, **padding, **routing
         ).logits
-        mask = batch.response_mask
-        chosen = logits[:, :-1][mask[:, 1:]].float() / self.temperature
-        found = -F.cross_entropy(chosen, batch.input_ids[mask], reduction="none")
-        return torch.zeros(mask.shape, device=found.device).masked_scatter(mask, found)
+        return token_logprobs(logits, rows.labels, temperature=self.temperature)
+
+    def rows(self, whole: StepBatch, size: int) -> Iterator[Rows]:
+        """This rank's part of `whole` on its device, `size` rollouts at a time."""
+        return prefetch(whole.rows(self.mesh, size=size, packed=self.packed), self.device)
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All weights by Hugging Face names; sharded ones as they are."""
         yield from self.model.state_dict().items()
-
-
-@dataclass
-class StepBatch:
-    """The rollouts of a step as tensors, with an advantage for each."""
-
-    batch: RolloutBatch
-    advantages: Tensor  # [B]
-
-    def split(self, size: int, device: torch.device) -> Iterator["StepBatch"]:
-        """Parts of at most `size` rollouts, on `device`."""
-        for at in range(0, len(self.advantages), size):
-            part = slice(at, at + size)
-            yield StepBatch(self.batch.select(part).to(device), self.advantages[part].to(device))
 
 
 class GRPOTrainer:
@@ -145,66 +126,83 @@ class GRPOTrainer:
         config: all settings.
         task: where prompts and rewards come from.
         policy: what is trained.
-        engine: a running `vllm.LLM` with the policy's weights.
+        engine: a running `vllm.LLM` with the policy's weights, on the first rank; None on the others.
     """
 
     def __init__(self, config: R3Config, task: Task, policy: Policy, engine: Any) -> None:
-        from vllm import SamplingParams
-
-        settings = config.generator.inference_engine.weight_sync
         self.config = config
         self.task = task
         self.policy = policy
         self.engine = engine
-        self.sampling = SamplingParams(**sampling_kwargs(config))
-        self.sync = WeightSync(
-            engine,
-            transport=settings.transport,
-            dtype=getattr(torch, config.generator.inference_engine.dtype),
-            chunk_bytes=int(settings.chunk_mib * 2**20),
-            timeout_s=settings.timeout_s,
+        self.sync = None if engine is None else self._weight_sync()
+
+    def _weight_sync(self) -> WeightSync:
+        engine = self.config.generator.inference_engine
+        return WeightSync(
+            self.engine,
+            transport=engine.weight_sync.transport,
+            dtype=getattr(torch, engine.dtype),
+            chunk_bytes=int(engine.weight_sync.chunk_mib * 2**20),
+            timeout_s=engine.weight_sync.timeout_s,
         )
 
-    def train(self, folder: RunFolder) -> None:
-        """Run `trainer.max_steps` steps; each is logged to `folder` and shown in a live table."""
-        with contextlib.closing(self.sync), LiveTable() as table:
+    def train(self, folder: RunFolder | None) -> None:
+        """Run `trainer.max_steps` steps; each is logged to `folder`, if there is one, and shown in a live table."""
+        with contextlib.ExitStack() as stack:
+            table = stack.enter_context(LiveTable()) if folder is not None else None
+            if self.sync is not None:
+                stack.enter_context(contextlib.closing(self.sync))
             for step in range(1, self.config.trainer.max_steps + 1):
                 metrics = self.step(step)
-                folder.log(step, metrics)
-                table.update({"step": step, **metrics})
+                if folder is not None and table is not None:
+                    folder.log(step, metrics)
+                    table.update({"step": step, **metrics})
 
     def step(self, step: int) -> dict[str, float]:
         """Rollouts, rewards, training, sync. Returns the step's metrics."""
         start = time.perf_counter()
-        problems = self.task.problems(step, self.config.trainer.train_batch_size)
-        rollouts = self.rollout(problems)
-        rewards = self.rewards(problems, rollouts)
+        with self.policy.agreement.before_going_on():
+            # The first rank has the engine, and the others wait for what it makes.
+            whole, metrics = self.experience(step) if self.engine is not None else (None, {})
+        whole = broadcast(whole)
         rolled_out = time.perf_counter()
-        whole = StepBatch(rollouts.batch(self.policy.tokenizer.pad_token_id), group_advantages(rewards).flatten())
-        metrics = self.measure(whole) | self.update(whole)
+        metrics |= self.measure(whole) | self.update(whole)
         trained = time.perf_counter()
         receipt = self.push(version=step)
-        tokens = int(whole.batch.response_mask.sum())
-        return {
-            "reward/mean": float(rewards.mean()),
-            "reward/std_in_group": float(rewards.std(dim=1).mean()),
-            "rollout/tokens_mean": tokens / rewards.numel(),
-            **metrics,
-            "sync/version": receipt.version,
-            "sync/bytes": receipt.bytes,
-            "sync/chunks": receipt.chunks,
-            "sync/seconds": receipt.seconds,
+        if receipt is not None:
+            metrics |= {
+                "sync/version": receipt.version,
+                "sync/bytes": receipt.bytes,
+                "sync/chunks": receipt.chunks,
+                "sync/seconds": receipt.seconds,
+            }
+        return metrics | {
             "time/rollout_s": rolled_out - start,
             "time/train_s": trained - rolled_out,
             "time/sync_s": time.perf_counter() - trained,
         }
 
+    def experience(self, step: int) -> tuple[StepBatch, dict[str, float]]:
+        """The rollouts of a step with their advantages, and metrics of their rewards."""
+        problems = self.task.problems(step, self.config.trainer.train_batch_size)
+        rollouts = self.rollout(problems)
+        rewards = self.rewards(problems, rollouts)
+        whole = StepBatch(rollouts.batch(self.policy.tokenizer.pad_token_id), group_advantages(rewards).flatten())
+        return whole, {
+            "reward/mean": float(rewards.mean()),
+            "reward/std_in_group": float(rewards.std(dim=1).mean()),
+            "rollout/tokens_mean": int(whole.batch.response_mask.sum()) / rewards.numel(),
+        }
+
     def rollout(self, problems: Sequence[Any]) -> Rollouts:
         """`n_samples_per_prompt` completions of each problem, with routing if it is captured."""
+        from vllm import SamplingParams
+
+        assert self.sync is not None
         self.sync.require_committed()
         tokenizer = self.policy.tokenizer
         prompts = [{"prompt_token_ids": tokenizer(self.task.prompt(problem)).input_ids} for problem in problems]
-        outputs = self.engine.generate(prompts, self.sampling, use_tqdm=False)
+        outputs = self.engine.generate(prompts, SamplingParams(**sampling_kwargs(self.config)), use_tqdm=False)
         spec = self.policy.replay.spec if self.policy.replay else None
         return collect(outputs, spec, weight_version=self.sync.version)
 
@@ -221,19 +219,18 @@ class GRPOTrainer:
         policy.model.eval()
         gaps: dict[str, list[LogprobSums]] = {"live": [], "replayed": []}
         routing: list[RoutingSums] = []
-        for part in whole.split(self.config.trainer.micro_train_batch_size, policy.device):
-            batch = part.batch
+        for rows in policy.rows(whole, self.config.trainer.micro_train_batch_size):
 
-            def gap(found: Tensor, batch: RolloutBatch = batch) -> LogprobSums:
-                return LogprobSums.from_tensors(found, batch.logprobs, batch.response_mask)
+            def gap(found: Tensor, rows: Rows = rows) -> LogprobSums:
+                return LogprobSums.from_tensors(found, rows.logprobs, rows.mask)
 
-            if batch.routing is None:
-                gaps["live"].append(gap(policy.logprobs(batch, replayed=False)))
+            if rows.routing is None:
+                gaps["live"].append(gap(policy.logprobs(rows, replayed=False)))
                 continue
             with r3.record(policy.model) as recorder:
-                gaps["live"].append(gap(policy.logprobs(batch, replayed=False)))
-            gaps["replayed"].append(gap(policy.logprobs(batch, replayed=True)))
-            taken, rolled_out = recorder.routing, batch.routing.to("cpu")
+                gaps["live"].append(gap(policy.logprobs(rows, replayed=False)))
+            gaps["replayed"].append(gap(policy.logprobs(rows, replayed=True)))
+            taken, rolled_out = recorder.routing, rows.routing.to("cpu")
             routing.append(
                 RoutingSums.from_tensors(
                     taken.expert_ids, rolled_out.expert_ids, rolled_out.valid, layer_ids=rolled_out.layer_ids
@@ -244,7 +241,7 @@ class GRPOTrainer:
             f"{group}/{name}": value
             for group, sums in groups.items()
             if sums
-            for name, value in sum(sums[1:], sums[0]).metrics().items()
+            for name, value in sum(sums[1:], sums[0]).reduce().metrics().items()
         }
 
     def update(self, whole: StepBatch) -> dict[str, float]:
@@ -252,48 +249,68 @@ class GRPOTrainer:
         trainer, policy = self.config.trainer, self.policy
         replayed = trainer.policy.fsdp_config.moe_enable_routing_replay
         policy.model.train()
-        totals = {"loss": 0.0, "clipped": 0.0, "tokens": 0, "rows_replayed": 0, "rows_live": 0}
+        totals = dict.fromkeys(("loss", "clipped", "rows_replayed", "rows_live"), 0.0)
         norms = []
-        size = -(-len(whole.advantages) // trainer.updates_per_step)
-        for mini in whole.split(size, torch.device("cpu")):
-            tokens = int(mini.batch.response_mask.sum())
-            for part in mini.split(trainer.micro_train_batch_size, policy.device):
-                loss, clipped = self._loss(part, replayed)
+        for mini in whole.split(-(-len(whole.advantages) // trainer.updates_per_step)):
+            # Of all ranks, over which gradients are averaged.
+            tokens = int(mini.batch.response_mask.sum()) / dist.get_world_size()
+            for rows in policy.rows(mini, trainer.micro_train_batch_size):
+                loss, clipped = self._loss(rows, replayed)
                 (loss / tokens).backward()
                 totals["loss"] += float(loss.detach())
                 totals["clipped"] += float(clipped)
                 # Of tokens, not of padding: `policy.replay.last` counts every row of the padded batch.
-                rows = int(part.batch.attention_mask.sum())
                 valid = policy.replay.last.rows_replayed if policy.replay and policy.replay.last else 0
                 totals["rows_replayed"] += valid
-                totals["rows_live"] += rows - valid
-            totals["tokens"] += tokens
+                totals["rows_live"] += int(rows.tokens.sum()) - valid
             norm = nn.utils.clip_grad_norm_(policy.model.parameters(), trainer.policy.optimizer_config.max_grad_norm)
             norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))  # pyrefly: ignore
             policy.optimizer.step()
             policy.optimizer.zero_grad(set_to_none=True)
+        summed = torch.tensor(list(totals.values()), dtype=torch.float64, device=policy.device)
+        dist.all_reduce(summed)
+        totals = dict(zip(totals, summed.tolist(), strict=True))
+        tokens = int(whole.batch.response_mask.sum())
         return {
-            "train/loss": totals["loss"] / totals["tokens"],
-            "train/clipped_frac": totals["clipped"] / totals["tokens"],
+            "train/loss": totals["loss"] / tokens,
+            "train/clipped_frac": totals["clipped"] / tokens,
             "train/grad_norm": sum(norms) / len(norms),
             "train/updates": len(norms),
             "routing/rows_replayed": totals["rows_replayed"],
             "routing/rows_live": totals["rows_live"],
         }
 
-    def _loss(self, part: StepBatch, replayed: bool) -> tuple[Tensor, Tensor]:
+    def _loss(self, rows: Rows, replayed: bool) -> tuple[Tensor, Tensor]:
         """Sum over tokens of the negative objective, and how many tokens are outside the bounds."""
         low, high = self.config.trainer.algorithm.eps_clip_low, self.config.trainer.algorithm.eps_clip_high
-        mask = part.batch.response_mask
         # Against the policy that sampled: the rollout's own log-probabilities, not the trainer's idea of them.
-        ratio = (self.policy.logprobs(part.batch, replayed=replayed) - part.batch.logprobs)[mask].exp()
-        advantages = part.advantages[:, None].expand(mask.shape)[mask]
+        # Where there is no label, both are 0 and so is the advantage: nothing is added.
+        ratio = (self.policy.logprobs(rows, replayed=replayed) - rows.logprobs).exp()
         outside = ((ratio < 1 - low) | (ratio > 1 + high)).sum()
-        return -clipped_objective(ratio, advantages, low, high).sum(), outside
+        return -clipped_objective(ratio, rows.advantages, low, high).sum(), outside
 
-    def push(self, version: int) -> SyncReceipt:
-        """A complete sync of the policy's weights into the engine."""
-        return self.sync.push(self.policy.named_tensors(), version=version)
+    def push(self, version: int) -> SyncReceipt | None:
+        """A complete sync of the policy's weights into the engine; the receipt where the engine is.
+
+        Sharded tensors are gathered one by one: no rank holds more than a chunk, or one tensor, beside its shards.
+        """
+        with self.policy.agreement.before_going_on():
+            if self.sync is not None:
+                return self.sync.push(self.policy.named_tensors(), version=version)
+            for _, tensor in self.policy.named_tensors():
+                gathered(tensor)
+        return None
+
+
+def broadcast(whole: StepBatch | None) -> StepBatch:
+    """The first rank's batch, on all ranks."""
+    if dist.get_world_size() == 1:
+        assert whole is not None
+        return whole
+    found = [whole]
+    dist.broadcast_object_list(found, src=0, device=CPU)
+    assert found[0] is not None
+    return found[0]
 
 
 def train(config: R3Config, task: Task) -> Path:
@@ -306,29 +323,35 @@ def train(config: R3Config, task: Task) -> Path:
         UnsupportedModelError: the model cannot be replayed.
         CaptureError, SyncError: what went wrong, in the step in which it did.
     """
-    config.check()
+    rank, world = process_rank()
+    config.check(world)
     path = Path(config.trainer.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = RunFolder(path, config.to_flat())
+    folder = RunFolder(path, config.to_flat()) if rank == 0 else None
     torch.manual_seed(config.trainer.seed)
     with process_group():
         policy = Policy(config)
-        with running_engine(config) as engine:
+        with contextlib.ExitStack() as stack:
+            with policy.agreement.before_going_on():
+                engine = stack.enter_context(running_engine(config)) if rank == 0 else None
             GRPOTrainer(config, task, policy, engine).train(folder)
-    write_report(path)
+    if rank == 0:
+        write_report(path)
     return path
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """The default process group, made here unless there is one already."""
-    world = process_rank()[1]
-    if world > 1:
-        raise r3.ConfigError(f"expected one trainer process, got {world}: start it without a launcher")
+    """The default process group of the ranks that a launcher started, or of this process alone, unless there is one."""
     if dist.is_initialized():
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if process_rank()[1] > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank())
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:

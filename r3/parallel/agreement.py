@@ -1,7 +1,7 @@
 """Ranks that learn of each other's errors before any of them goes on."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -61,7 +61,7 @@ class Agreement:
 
     @contextmanager
     def before_going_on(self) -> Iterator[None]:
-        """An exception that one rank raises inside is a `ParallelError` on all of them.
+        """An exception that one rank raises inside is a `ParallelError` on all the others.
 
         Example:
             >>> with agreement.before_going_on():                                           # doctest: +SKIP
@@ -70,9 +70,7 @@ class Agreement:
         try:
             yield
         except Exception as error:
-            try:
+            with suppress(ParallelError):
                 self.exchange(f"{type(error).__name__}: {error}")
-            except ParallelError as agreed:
-                raise agreed from error
-        else:
-            self.exchange(None)
+            raise
+        self.exchange(None)

@@ -187,7 +187,8 @@ class Ulysses:
             if problem is not None:
                 raise ParallelError(problem)
             return
-        found = self._agreement.exchange(problem, self._facts(tokens, kwargs)).tolist()
+        facts = self._facts(tokens, kwargs) if problem is None else (0,) * 4
+        found = self._agreement.exchange(problem, facts).tolist()
         # All ranks look at the facts of all groups: what one of them refuses, none goes on with.
         shapes = {first: {(b, s) for other, b, s, _ in found if other == first} for first, *_ in found}
         torn = {first: sorted(seen) for first, seen in shapes.items() if len(seen) > 1}

@@ -7,10 +7,19 @@ Limits of this version:
 """
 
 from r3.weight_sync.digest import combine, digest
-from r3.weight_sync.session import SyncReceipt, WeightSync
+from r3.weight_sync.session import SyncReceipt, WeightSync, gathered
 from r3.weight_sync.transport import FilesTransport, Transport
 
 WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
 """For `LLM(worker_extension_cls=...)`: the part of the sync that runs in vLLM's workers."""
 
-__all__ = ["WORKER_EXTENSION", "FilesTransport", "SyncReceipt", "Transport", "WeightSync", "combine", "digest"]
+__all__ = [
+    "WORKER_EXTENSION",
+    "FilesTransport",
+    "SyncReceipt",
+    "Transport",
+    "WeightSync",
+    "combine",
+    "digest",
+    "gathered",
+]

@@ -89,15 +89,26 @@ class WeightSync:
             SyncError: the sync did not commit everywhere; says which worker and why. The engine is then poisoned
                 (`self.poisoned`) unless it refused the sync before touching a weight.
         """
-        start = time.perf_counter()
         tensors = list(named_tensors)
+        chunks = self._chunks(tensors)
+        try:
+            return self._push(tensors, chunks, version)
+        except Exception:
+            # Whatever went wrong here, the other ranks of sharded tensors gather all of them: they must not be left
+            # waiting for this one.
+            for _ in chunks:
+                pass
+            raise
+
+    def _push(self, tensors: list[tuple[str, Tensor]], chunks: Iterator[Chunk], version: int) -> SyncReceipt:
+        start = time.perf_counter()
         manifest = self._manifest(tensors)
         self._require_idle()
         self._call("r3_begin", version, self._transport.name, manifest)
         sent: dict[str, int] = {}
         index, size = -1, 0
         try:
-            for index, chunk in enumerate(self._chunks(tensors)):
+            for index, chunk in enumerate(chunks):
                 digests = {name: digest(tensor) for name, tensor in chunk}
                 with self._transport.sending(index, chunk) as where:
                     self._call("r3_load", version, where, digests)
@@ -190,10 +201,13 @@ class WeightSync:
             if chunk and size + nbytes > self._chunk_bytes:
                 yield chunk
                 chunk, size = [], 0
-            whole = tensor.detach()
-            if hasattr(whole, "full_tensor"):
-                whole = whole.full_tensor()  # pyrefly: ignore
-            chunk.append((name, whole.to(dtype)))
+            chunk.append((name, gathered(tensor).to(dtype)))
             size += nbytes
         if chunk:
             yield chunk
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of `tensor`. One that is sharded (DTensor) is gathered: every rank of its mesh must come here."""
+    whole = tensor.detach()
+    return whole.full_tensor() if hasattr(whole, "full_tensor") else whole  # pyrefly: ignore

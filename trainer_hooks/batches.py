@@ -1,0 +1,115 @@
+"""The tensors of a training step: rollouts of all ranks, and rows of one rank.
+
+Shapes: B rollouts, S positions, R rows and N positions of one rank's slice of them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r3.capture import RolloutBatch
+from r3.parallel import IGNORED, Mesh, next_tokens
+from r3.routing import Packing, RolloutRouting, shard
+
+
+@dataclass
+class StepBatch:
+    """The rollouts of a step as tensors, with an advantage for each."""
+
+    batch: RolloutBatch
+    advantages: Tensor  # [B]
+
+    def select(self, samples: slice) -> "StepBatch":
+        return StepBatch(self.batch.select(samples), self.advantages[samples])
+
+    def split(self, size: int) -> Iterator["StepBatch"]:
+        """Parts of at most `size` rollouts."""
+        for at in range(0, len(self.advantages), size):
+            yield self.select(slice(at, at + size))
+
+    def rows(self, mesh: Mesh, *, size: int, packed: bool) -> Iterator["Rows"]:
+        """What this rank computes: of every `mesh.data_size`-th rollout, `size` at a time, its slice."""
+        for part in self.select(slice(mesh.data_rank, None, mesh.data_size)).split(size):
+            yield Rows.of(part, packed=packed).shard(mesh.sequence_rank, mesh.sequence_size)
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """One forward's rows `[R, N]`. Entry t of `labels`, `logprobs` and `advantages` is of the token after position t.
+
+    Attributes:
+        input_ids, position_ids: int64; positions restart with each rollout, and on padding.
+        tokens: bool, False on padding.
+        labels: int64, the next token where it was sampled, else -100.
+        logprobs: float32, the rollout's, in nats; 0 where there is no label.
+        advantages: float32; 0 where there is no label.
+        routing: of the positions' own tokens; None if it was not captured.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    tokens: Tensor
+    labels: Tensor
+    logprobs: Tensor
+    advantages: Tensor
+    routing: RolloutRouting | None = None
+
+    @classmethod
+    def of(cls, part: StepBatch, *, packed: bool) -> "Rows":
+        """Right-padded rows, one a rollout; or packed ones as long as the longest rollout, and so never more work."""
+        batch = part.batch
+        tokens = batch.attention_mask.bool()
+        advantages = part.advantages[:, None].expand(tokens.shape)
+        if packed:
+            packing = Packing.from_mask(tokens, row_length=int(tokens.sum(1).max()))
+            place: Callable[[Tensor], Tensor] = packing.pack
+            routing = None if batch.routing is None else batch.routing.pack(packing)
+            position_ids = packing.position_ids()
+        else:
+            place, routing = torch.Tensor.contiguous, batch.routing
+            position_ids = (tokens.cumsum(1) - 1) * tokens
+        input_ids = place(batch.input_ids)
+        labels = next_tokens(input_ids, position_ids)
+        labels = labels.masked_fill(~place(batch.response_mask).roll(-1, 1), IGNORED)
+        return cls(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            tokens=place(tokens),
+            labels=labels,
+            # Shifted like the labels, before anything is sliced.
+            logprobs=place(batch.logprobs).roll(-1, 1).masked_fill(labels == IGNORED, 0),
+            advantages=place(advantages).roll(-1, 1).masked_fill(labels == IGNORED, 0),
+            routing=routing,
+        )
+
+    @property
+    def mask(self) -> Tensor:
+        """bool, True where there is a label."""
+        return self.labels != IGNORED
+
+    def shard(self, rank: int, size: int) -> "Rows":
+        """The contiguous slice of `rank` out of `size`."""
+        if size == 1:
+            return self
+
+        def sliced(name: str, part: Any) -> Any:
+            if part is None or isinstance(part, RolloutRouting):
+                return part and part.shard(rank, size)
+            return shard(part, rank, size, fill=IGNORED if name == "labels" else 0)
+
+        return Rows(**{item.name: sliced(item.name, getattr(self, item.name)) for item in fields(self)})
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Rows":
+        """The same rows on `device`."""
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Rows":
+        """The same rows in page-locked memory."""
+        return self._map(lambda part: part.pin_memory())
+
+    def _map(self, change: Callable[[Any], Any]) -> "Rows":
+        parts: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Rows(**{name: change(part) for name, part in parts.items() if part is not None})
