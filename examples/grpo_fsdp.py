@@ -3,6 +3,7 @@
     python examples/grpo_fsdp.py
     python examples/grpo_fsdp.py trainer.policy.fsdp_config.moe_enable_routing_replay=false trainer.max_steps=20
     python examples/grpo_fsdp.py trainer.policy.model.path=/my/model task.name=spell_backward
+    torchrun --nproc-per-node 4 examples/grpo_fsdp.py trainer.policy.sequence_parallel_size=2
 
 Settings are `key=value`; `r3 demo --settings` lists them.
 """
@@ -59,12 +60,15 @@ def main(overrides: list[str]) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
     from r3 import R3Config
+    from r3.config import process_rank
     from r3.diagnostics import read_metrics
     from trainer_hooks.fsdp import train
 
     config = R3Config.from_overrides(overrides, DEFAULTS)
     task = ReasoningGymTask(config.task.name, config.trainer.seed, config.task.settings)
     folder = train(config, task)
+    if process_rank()[0] != 0:
+        return
 
     steps = read_metrics(folder)
     first, last = steps[: len(steps) // 3 or 1], steps[-(len(steps) // 3 or 1) :]

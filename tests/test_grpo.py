@@ -76,8 +76,8 @@ def test_policy_logprobs_are_those_of_a_plain_float32_model_at_the_temperature(r
             routing = {}
             if replayed:
                 part = batch.routing.select([b])
-                rows = part.expert_ids.long().masked_fill(~part.valid[..., None, None], -1)
-                routing = {"routed_experts": rows[:, :length]}
+                taken = part.expert_ids.long().masked_fill(~part.valid[..., None, None], -1)
+                routing = {"routed_experts": taken[:, :length]}
             logits = plain(input_ids=ids, use_cache=False, **routing).logits.double() / 0.5
             expected = logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
             torch.testing.assert_close(found[rows.advantages == b + 1].double(), expected[4:], rtol=2e-6, atol=2e-5)

@@ -7,11 +7,12 @@ Jacobs et al. 2023 (DeepSpeed Ulysses), arXiv 2309.14509.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 
 def heads_for_sequence(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
@@ -42,7 +43,22 @@ def gather_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """
     if group.size() == 1:
         return tensor
-    return all_gather_tensor_autograd(tensor.contiguous(), gather_dim=1, group=group)
+    return _Gather.apply(tensor, group)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total.chunk(ctx.group.size(), dim=1)[ctx.group.rank()], None
 
 
 def _exchange(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
