@@ -30,7 +30,7 @@ FAMILIES = {
 EIGHT_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
 
 
-def build(family: str) -> tuple[torch.nn.Module, r3.Replay]:
+def build(family: str, **settings: Any) -> tuple[torch.nn.Module, r3.Replay]:
     """Eight query heads over two key-value heads, fewer than a group of four has ranks."""
     case = CASES[FAMILIES[family]] if isinstance(CASES, dict) else next(c for c in CASES if c.name == FAMILIES[family])
     heads = (

@@ -1,11 +1,13 @@
 """Padded = packed = Ulysses = FSDP2 = both, on log-probabilities, loss and every gradient, with routing replayed."""
 
+import contextlib
 import functools
 import re
 
 import parallel_jobs as jobs
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Ranks
 
 from r3 import ParallelError
@@ -13,24 +15,21 @@ from r3.diagnostics import LogprobSums
 
 
 @pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
+def one(device):
+    with contextlib.closing(Ranks(1, device)) as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="module")
-def four():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
+def two(device):
+    with contextlib.closing(Ranks(2, device)) as ranks:
+        yield ranks
 
 
 @pytest.fixture(scope="module")
-def one():
-    ranks = Ranks(1)
-    yield ranks
-    ranks.close()
+def four(device):
+    with contextlib.closing(Ranks(4, device)) as ranks:
+        yield ranks
 
 
 @functools.cache
@@ -155,9 +154,27 @@ def test_reentrant_checkpointing(two):
     check(two.all(call, "softmax", dict(sequence=2, checkpointing="reentrant"))[0], "softmax")
 
 
-def test_sdpa_and_flex_do_what_eager_does(two):
-    for attention in ("sdpa", "eager"):
-        check(two.all(call, "softmax", dict(sequence=2, attention=attention))[0], "softmax")
+@pytest.mark.parametrize("family", ["softmax", "sigmoid, bias, groups"])
+@pytest.mark.parametrize("how", [dict(), dict(layout="padded", side="left"), dict(checkpointing=True)], ids=str)
+def test_sdpa_does_what_eager_does(two, family, how):
+    check(two.all(call, family, dict(sequence=2, attention="sdpa", **how))[0], family)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["softmax", "gpt-oss"])
+def test_flex_does_what_eager_does(one, family):
+    """Torch has no backward of flex attention for the CPU."""
+    check(one.all(call, family, dict(attention="flex_attention"), timeout_s=300)[0], family, 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [dict(), dict(layout="rows"), dict(layout="padded", side="left")], ids=str)
+def test_flash_attention_errs_no_more_than_masked_sdpa(one, layout):
+    low = dict(fsdp=True, dtype=torch.bfloat16, **layout)
+    masked = error_norm(one.all(call, "softmax", low | {"attention": "sdpa"})[0], "softmax")
+    flash = one.all(call, "softmax", low | {"attention": "flash_attention_4"}, timeout_s=400)[0]
+    assert 0 < error_norm(flash, "softmax") < 1.5 * masked + 1e-3
+    print(f"masked sdpa {masked:.3e}, flash {error_norm(flash, 'softmax'):.3e}")
 
 
 def error_norm(found, family):
@@ -177,4 +194,6 @@ def test_bfloat16_errs_no_more_on_two_ranks_than_on_one(one, two, family):
 
 
 def call(family, options):
-    return jobs.step(family, **options)
+    """Runs on each rank."""
+    device = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+    return jobs.step(family, device=device, **options)

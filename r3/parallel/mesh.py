@@ -104,7 +104,9 @@ def _accelerated(model: nn.Module, policy: MixedPrecisionPolicy) -> Any:
         cpu_ram_efficient_loading=False,
         state_dict_type="SHARDED_STATE_DICT",
     )
-    prepared = Accelerator(fsdp_plugin=plugin).prepare_model(model)
+    # It shards a model only together with an optimizer; the trainer's is made afterwards, of sharded parameters.
+    unused = torch.optim.SGD(model.parameters(), lr=0.0)
+    prepared, _ = Accelerator(fsdp_plugin=plugin).prepare(model, unused)
     if not isinstance(prepared, FSDPModule):
         raise ParallelError(f"accelerate was to shard {type(model).__name__} with FSDP2, it returned {type(prepared)}")
     return prepared
