@@ -27,16 +27,19 @@ FAMILIES = {
     "gpt-oss": "gpt_oss",
     "dense first": "glm4_moe",
 }
-EIGHT_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
+# Eight query heads, over two key-value heads where the family groups them: fewer than a group of four has ranks. Heads
+# of 64 are what FlashAttention and flex attention can do on a GPU.
+HEADS = {
+    "softmax": dict(num_attention_heads=8, num_key_value_heads=2, head_dim=64),
+    "sigmoid, bias, groups": dict(num_attention_heads=8, num_key_value_heads=8),
+    "gpt-oss": dict(num_attention_heads=8, num_key_value_heads=2),
+    "dense first": dict(num_attention_heads=8, num_key_value_heads=2),
+}
 
 
-def build(family: str, **settings: Any) -> tuple[torch.nn.Module, r3.Replay]:
-    """Eight query heads over two key-value heads, fewer than a group of four has ranks."""
-    case = CASES[FAMILIES[family]] if isinstance(CASES, dict) else next(c for c in CASES if c.name == FAMILIES[family])
-    heads = (
-        dict(EIGHT_HEADS) if family != "sigmoid, bias, groups" else {"num_attention_heads": 8, "num_key_value_heads": 8}
-    )
-    model = dataclasses.replace(case, text={**case.text, **heads}).build()
+def build(family: str) -> tuple[torch.nn.Module, r3.Replay]:
+    case = next(case for case in CASES if case.name == FAMILIES[family])
+    model = dataclasses.replace(case, text={**case.text, **HEADS[family]}).build()
     return model, r3.attach(model, required=True)
 
 

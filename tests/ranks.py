@@ -54,7 +54,7 @@ class Ranks:
         """As `run`, but an exception on any rank fails the test."""
         results = self.run(function, *args, **options)
         for rank, result in enumerate(results):
-            assert not isinstance(result, BaseException), f"rank {rank}: {result}\n{result.__notes__}"
+            assert not isinstance(result, BaseException), f"rank {rank}: {result}\n{getattr(result, '__notes__', None)}"
         return results
 
     def close(self) -> None:
@@ -80,4 +80,8 @@ def _serve(end: Any, rank: int, size: int, port: int, device: str) -> None:
         except Exception as error:
             error.__notes__ = [traceback.format_exc()]
             result = error
-        end.send_bytes(pickle.dumps(result))
+        try:
+            answer = pickle.dumps(result)
+        except (TypeError, AttributeError, pickle.PicklingError):
+            answer = pickle.dumps(RuntimeError(f"{type(result).__name__}: {result}"))
+        end.send_bytes(answer)

@@ -106,7 +106,14 @@ def _accelerated(model: nn.Module, policy: MixedPrecisionPolicy) -> Any:
     )
     # It shards a model only together with an optimizer; the trainer's is made afterwards, of sharded parameters.
     unused = torch.optim.SGD(model.parameters(), lr=0.0)
-    prepared, _ = Accelerator(fsdp_plugin=plugin).prepare(model, unused)
+    accelerator = Accelerator(fsdp_plugin=plugin)
+    # All accelerators of a process share one state, with the plugin of the first: a second model would silently get the
+    # first one's layer classes and dtypes.
+    shared, accelerator.state.fsdp_plugin = accelerator.state.fsdp_plugin, plugin
+    try:
+        prepared, _ = accelerator.prepare(model, unused)
+    finally:
+        accelerator.state.fsdp_plugin = shared
     if not isinstance(prepared, FSDPModule):
         raise ParallelError(f"accelerate was to shard {type(model).__name__} with FSDP2, it returned {type(prepared)}")
     return prepared
