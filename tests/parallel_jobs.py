@@ -18,6 +18,7 @@ from r3.parallel import (
     ulysses,
 )
 from r3.routing import Packing, RolloutRouting, shard
+from r3.weight_sync import WeightSync, gathered
 
 LENGTHS = (7, 4, 9, 3)
 WIDTH = 10
@@ -38,7 +39,7 @@ HEADS = {
 
 
 def build(family: str) -> tuple[torch.nn.Module, r3.Replay]:
-    case = next(case for case in CASES if case.name == FAMILIES[family])
+    case = CASES[FAMILIES[family]]
     model = dataclasses.replace(case, text={**case.text, **HEADS[family]}).build()
     return model, r3.attach(model, required=True)
 
@@ -261,3 +262,73 @@ def stays_away() -> str:
     if dist.get_rank() == 0:
         r3.parallel.Agreement(timeout_s=2).exchange(None)
     return "elsewhere"
+
+
+class BrokenEngine:
+    """Stands for an engine whose worker is lost when the second chunk comes."""
+
+    def __init__(self) -> None:
+        self.loads = 0
+
+    def collective_rpc(self, method: str, timeout: float, args: tuple) -> list[dict[str, Any]]:
+        self.loads += method == "r3_load"
+        if self.loads > 1:
+            raise RuntimeError("worker lost")
+        return [{"rank": 0, "version": None, "digest": 0}]
+
+
+def push_fails_midway() -> None:
+    """What the trainer does at a sync, on the first rank and on the others."""
+    model, _ = build("softmax")
+    shard_parameters(model, make_mesh("cpu"), param_dtype=torch.float32)
+    tensors = model.state_dict().items()
+    with r3.parallel.Agreement(timeout_s=30).before_going_on():
+        if dist.get_rank() == 0:
+            WeightSync(BrokenEngine(), chunk_bytes=1 << 14).push(tensors, version=1)
+        for _, tensor in tensors:
+            gathered(tensor)
+
+
+def alone_and_sliced(name: str) -> dict[str, float] | str:
+    """Two sequences of any family, each alone with stock attention, and packed over the ranks: largest differences.
+
+    Returns why, if the family is refused.
+    """
+    case = CASES[name]
+    model = case.build()
+    ids = case.inputs(2, 7)["input_ids"]
+    packing = Packing.from_mask(torch.arange(7) < torch.tensor([[7], [6]]), multiple_of=dist.get_world_size())
+    generator = torch.Generator().manual_seed(2)
+    expected, wanted = [], []
+    for b, length in enumerate((7, 6)):
+        logits = model(input_ids=ids[b : b + 1, :length], use_cache=False).logits
+        wanted.append(torch.randn(logits.shape, generator=generator))
+        (logits * wanted[-1]).sum().backward()
+        expected.append(logits.detach())
+    gradients_alone = gradients(model)
+    model.zero_grad()
+    try:
+        attached = ulysses(model, dist.group.WORLD)
+        rank, size = attached.rank, attached.size
+        tokens, positions = packing.pack(ids), packing.position_ids()
+        weights = shard(pad_row(torch.cat(wanted, 1), packing.shape[1]), rank, size)
+        logits = model(
+            input_ids=shard(tokens, rank, size), position_ids=shard(positions, rank, size), use_cache=False
+        ).logits
+    except r3.ParallelError as error:
+        return str(error)
+    (logits * weights).sum().backward()
+    worst = 0.0
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name in gradients_alone:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(gradient)
+            alone = gradients_alone[parameter_name]
+            worst = max(worst, float((gradient - alone).abs().max() / (alone.abs().max() + 1e-6)))
+    inside = shard(pad_row(torch.ones(1, 13, 1), packing.shape[1]), rank, size)
+    wrong = (logits.detach() - shard(pad_row(torch.cat(expected, 1), packing.shape[1]), rank, size)) * inside
+    return {"logits": float(wrong.abs().max()), "gradients": worst}
+
+
+def pad_row(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[1]))

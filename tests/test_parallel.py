@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
-from r3 import ParallelError
+from r3 import ParallelError, SyncError
 from r3.diagnostics import LogprobSums
 
 
@@ -191,6 +191,56 @@ def test_bfloat16_errs_no_more_on_two_ranks_than_on_one(one, two, family):
     alone = error_norm(one.all(call, family, low)[0], family)
     for how in (dict(sequence=2), dict()):
         assert 0 < error_norm(two.all(call, family, low | how)[0], family) < 1.5 * alone + 1e-3
+
+
+# Attention of every kind: grouped heads, latent, sinks, soft caps, sliding windows, chunks, gates, no positions.
+EXACT = [
+    "afmoe",
+    "dbrx",
+    "gemma4",
+    "glm4_moe_lite",
+    "granitemoe",
+    "llama4_text",
+    "minimax_m2",
+    "olmoe",
+    "mimo_v2_flash",
+]
+ELSEWHERE = {
+    "qwen3_next": "position 3 depends on",
+    "nemotron_h": "position 3 depends on",
+    "zaya": "position 3 depends on",
+    "deepseek_v32": "leaves the attention mask to its attention function",
+    "unlimited_ocr": "combines its causal mask with one of its own",
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_attention_of_many_families_is_exact_on_slices(two, name):
+    for found in two.all(jobs.alone_and_sliced, name):
+        assert isinstance(found, dict), found
+        assert max(found.values()) < 1e-4
+
+
+@pytest.mark.parametrize("name", list(ELSEWHERE))
+def test_models_whose_positions_meet_elsewhere_are_refused(two, name):
+    for found in two.all(jobs.alone_and_sliced, name):
+        assert isinstance(found, str), found
+        assert ELSEWHERE[name] in found
+
+
+def test_heads_that_cannot_be_split_are_refused():
+    with contextlib.closing(Ranks(3)) as three:
+        for found in three.run(call, "softmax", dict(sequence=3)):
+            assert isinstance(found, ParallelError)
+            assert "8 query heads over 2 key-value heads cannot be split over 3 ranks" in str(found)
+
+
+def test_a_sync_that_fails_on_the_first_rank_leaves_nobody_waiting(two):
+    first, second = two.run(jobs.push_fails_midway, timeout_s=60)
+    assert isinstance(first, SyncError)
+    assert "worker lost" in str(first)
+    assert isinstance(second, ParallelError)
+    assert "rank 0: SyncError" in str(second)
 
 
 def call(family, options):

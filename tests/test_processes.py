@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -17,8 +18,11 @@ EXAMPLE = DEMO_MODEL.parent / "grpo_fsdp.py"
 SMALL = ["trainer.train_batch_size=4", "trainer.updates_per_step=1", "generator.sampling_params.max_generate_length=24"]
 
 
-def start(*overrides: str) -> subprocess.Popen:
-    command = [sys.executable, "-W", "ignore", str(EXAMPLE), *SMALL, *overrides]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def start(*overrides: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
+    command = [sys.executable, "-W", "ignore", *launcher, str(EXAMPLE), *SMALL, *overrides]
     # A session of its own: a signal to it does not reach the tests, and its processes can be told from others.
     return subprocess.Popen(
         command,
@@ -83,6 +87,28 @@ def test_a_run_without_replay_trains_on_live_routing_and_ends_cleanly(tmp_path):
 
 
 @pytest.mark.engine
+def test_two_ranks_that_share_each_row_train_with_replay_and_sync(tmp_path):
+    run = start(
+        f"trainer.output_dir={tmp_path / 'run'}",
+        "trainer.max_steps=2",
+        "trainer.policy.sequence_parallel_size=2",
+        launcher=TORCHRUN,
+    )
+    output, _ = run.communicate(timeout=280)
+    assert run.returncode == 0, output
+    assert all_ended(run.pid), session(run.pid)
+    assert output.count("times lower") == 1
+    steps = records(tmp_path / "run")
+    assert [step["sync/version"] for step in steps] == [1, 2]
+    for step in steps:
+        # Every sampled token of 4 prompts x 8 rollouts counts once, whichever rank had it.
+        assert step["logprob_diff/replayed/tokens"] == step["rollout/tokens_mean"] * 32
+        # The last token of a rollout has no row; all others are replayed.
+        assert step["routing/rows_live"] == 32
+        assert step["logprob_diff/replayed/k3"] < step["logprob_diff/live/k3"]
+
+
+@pytest.mark.engine
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_end_the_engine_too(tmp_path, sent, code):
     run = start(f"trainer.output_dir={tmp_path / 'run'}", "trainer.max_steps=1000")
@@ -127,6 +153,14 @@ def test_an_exception_ends_the_engine_too(tmp_path):
     assert "LookupError: after the engine is up" in output
     assert run.returncode == 1
     assert all_ended(run.pid), session(run.pid)
+
+
+def test_settings_that_ranks_cannot_share_are_refused_before_anything_starts(tmp_path):
+    run = start(f"trainer.output_dir={tmp_path / 'run'}", "trainer.policy.sequence_parallel_size=3", launcher=TORCHRUN)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "expected a divisor of the 2 ranks, got 3" in output
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
