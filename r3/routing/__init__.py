@@ -1,7 +1,7 @@
 """The 4-D routing tensor `[B, S, L, K]`: its type, the checks on its content, and how it is laid out."""
 
 from r3.routing.checks import bad_rows, check_rows
-from r3.routing.layout import Packing, shard, unshard
+from r3.routing.layout import Packing, pad, shard, unshard
 from r3.routing.transfer import prefetch
 from r3.routing.types import RolloutRouting, RoutingSpec, compact_dtype
 
@@ -12,6 +12,7 @@ __all__ = [
     "bad_rows",
     "check_rows",
     "compact_dtype",
+    "pad",
     "prefetch",
     "shard",
     "unshard",

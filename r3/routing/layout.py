@@ -6,6 +6,7 @@ A `Packing` places token ids, masks and routing alike, so that what belongs to o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,10 +56,13 @@ class Packing:
             multiple_of: the rows' length N is rounded up to a multiple of it.
 
         Raises:
-            RoutingError: tokens of a sample that are no single run, or that are more than `row_length`.
+            RoutingError: a mask of another shape or dtype, tokens of a sample that are no single run, or that are more
+                than `row_length`.
         """
-        if mask.dim() != 2:
-            raise RoutingError(f"mask: expected [B, S], got {tuple(mask.shape)}")
+        if mask.dim() != 2 or mask.is_floating_point():
+            raise RoutingError(
+                f"mask: expected bool or integer [B, S], true on tokens, got {mask.dtype} {tuple(mask.shape)}"
+            )
         tokens = mask.bool()
         lengths = tokens.sum(1)
         # The first token of each sample, and whether the run from there is all of them: one trip to the host.
@@ -75,7 +79,8 @@ class Packing:
         ]
         if too_long:
             raise RoutingError(
-                f"row_length: expected at least the longest sample, got {row_length};{summary(too_long)}"
+                f"row_length: expected at least the longest sample, got {row_length}. Raise it, or cut the samples:"
+                f"{summary(too_long)}"
             )
         filled = [0]
         places = []
@@ -86,34 +91,41 @@ class Packing:
                 filled.append(0)
             places.append(Place(sample, start, length, row, filled[row]))
             filled[row] += length
-        longest = max(filled)
-        width = max(-(-longest // multiple_of), 1) * multiple_of
         b, s = mask.shape
-        return cls(tuple(places), (b, s), (len(filled), width))
+        return cls(tuple(places), (b, s), (len(filled), _width(max(filled), multiple_of)))
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Sequence[int] | Tensor, length: int) -> "Packing":
-        """Packing of one row of `length` positions whose sequences are bounded by `cu_seqlens`.
+    def from_cu_seqlens(cls, cu_seqlens: Sequence[int] | Tensor, tokens: int, *, multiple_of: int = 1) -> "Packing":
+        """Packing of one row of `tokens` tokens whose sequences are bounded by `cu_seqlens`; unpacks right-padded.
 
-        The batch that it unpacks to is right-padded. Positions after the last bound are padding.
+        Args:
+            cu_seqlens: integers `[B + 1]`, from 0 to `tokens`.
+            tokens: what the row holds without its padding, to check the bounds against.
+            multiple_of: the row's length N is `tokens` rounded up to a multiple of it.
 
         Raises:
-            RoutingError: bounds that do not begin at 0, do not rise, or end beyond `length`.
+            RoutingError: bounds that do not begin at 0, fall, or do not end at `tokens`.
         """
-        bounds = [int(bound) for bound in cu_seqlens]
+        bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
         lengths = [b - a for a, b in pairwise(bounds)]
-        if not lengths or bounds[0] != 0 or min(lengths) < 0 or bounds[-1] > length:
+        if not lengths or bounds[0] != 0 or min(lengths) < 0 or bounds[-1] != tokens:
+            shown = ", ".join(map(str, bounds[:SHOWN])) + (f", ... {bounds[-1]}" if len(bounds) > SHOWN else "")
             raise RoutingError(
-                f"cu_seqlens: expected bounds that rise from 0 to at most the {length} positions of the row, got "
-                f"{bounds[:SHOWN]}{' ...' if len(bounds) > SHOWN else ''} ending at {bounds[-1] if bounds else None}"
+                f"cu_seqlens: expected bounds that rise from 0 to the {tokens} tokens of the row, got [{shown}]. "
+                "Padding at the row's end is no sequence: leave it out of both, and let multiple_of add it"
             )
         places = tuple(Place(b, 0, n, 0, at) for b, (n, at) in enumerate(zip(lengths, bounds, strict=False)))
-        return cls(places, (len(lengths), max(lengths)), (1, length))
+        return cls(places, (len(lengths), max(lengths)), (1, _width(tokens, multiple_of)))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of tokens of each sample."""
+        return tuple(place.length for place in self.places)
 
     @property
     def tokens(self) -> int:
         """Number of tokens, without padding."""
-        return sum(place.length for place in self.places)
+        return sum(self.lengths)
 
     def pack(self, tensor: Tensor, fill: float | bool = 0) -> Tensor:
         """`[B, S, ...]` -> `[R, N, ...]`, with `fill` on padding; shares memory where nothing has to move.
@@ -138,13 +150,13 @@ class Packing:
     def position_ids(self, device: torch.device | str = "cpu") -> Tensor:
         """int64 `[R, N]`, from 0 in each sequence; 0 on padding: each such position is a sequence of its own."""
         ids = torch.zeros(self.shape, dtype=torch.int64)
-        count = torch.arange(max((p.length for p in self.places), default=0))
+        count = torch.arange(max(self.lengths, default=0))
         for place in self.places:
             ids[place.row, place.offset : place.offset + place.length] = count[: place.length]
         return ids.to(device)
 
     def cu_seqlens(self, device: torch.device | str = "cpu") -> Tensor:
-        """int32 `[sequences + 1]`: bounds of the sequences in the flattened rows; the padding of a row is one more."""
+        """int32: bounds of the sequences in the flattened rows. A row's padding is one too; empty ones are none."""
         bounds = {0, self.shape[0] * self.shape[1]}
         for p in self.places:
             begin = p.row * self.shape[1] + p.offset
@@ -154,9 +166,26 @@ class Packing:
     def _require(self, tensor: Tensor, shape: tuple[int, int]) -> None:
         if tuple(tensor.shape[:2]) != shape:
             raise RoutingError(
-                f"expected a tensor that begins with {shape} (batch {self.batch_shape}, packed {self.shape}), got "
-                f"{tuple(tensor.shape)}"
+                f"tensor: expected a shape that begins with {shape}, got {tuple(tensor.shape)}. This packing is of a "
+                f"batch {self.batch_shape} in packed rows {self.shape}"
             )
+
+
+def pad(tensor: Tensor, length: int, *, left: bool = False, fill: float | bool = 0, dim: int = 1) -> Tensor:
+    """`tensor` with `fill` after (or before) it, up to `length` along `dim`; itself if nothing is missing.
+
+    Raises:
+        RoutingError: longer than `length`.
+    """
+    missing = length - tensor.shape[dim]
+    if missing < 0:
+        raise RoutingError(f"length: expected at least the {tensor.shape[dim]} positions there are, got {length}")
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    padding = tensor.new_full((), fill).expand(shape)
+    return torch.cat([padding, tensor] if left else [tensor, padding], dim)
 
 
 def shard(tensor: Tensor, rank: int, size: int, *, fill: float | bool = 0, dim: int = 1) -> Tensor:
@@ -168,71 +197,74 @@ def shard(tensor: Tensor, rank: int, size: int, *, fill: float | bool = 0, dim: 
         RoutingError: no such rank.
     """
     if not 0 <= rank < size:
-        raise RoutingError(f"rank: expected 0 to {size - 1}, got {rank}")
+        raise RoutingError(f"rank: expected 0 to {size - 1}, got {rank} of {size} ranks")
     length = tensor.shape[dim]
     width = -(-length // size)
     begin = min(rank * width, length)
-    part = tensor.narrow(dim, begin, min(width, length - begin))
-    missing = width - part.shape[dim]
-    if not missing:
-        return part
-    padding = [*part.shape]
-    padding[dim] = missing
-    return torch.cat([part, part.new_full(padding, fill)], dim)
+    return pad(tensor.narrow(dim, begin, min(width, length - begin)), width, fill=fill, dim=dim)
 
 
 def unshard(slices: Sequence[Tensor], length: int, *, dim: int = 1) -> Tensor:
     """The tensor of `length` along `dim` whose slices these are, by rank: the inverse of `shard`.
 
     Raises:
-        RoutingError: slices that differ in shape, or that are not those of `length`.
+        RoutingError: no slices, slices that differ in shape, or that are not those of `length`.
     """
-    shapes = {tuple(part.shape) for part in slices}
-    width = -(-length // len(slices)) if slices else 0
-    if len(shapes) != 1 or slices[0].shape[dim] != width:
+    shapes = [tuple(part.shape) for part in slices]
+    width = -(-length // max(len(slices), 1))
+    if len(set(shapes)) != 1 or shapes[0][dim] != width:
         raise RoutingError(
-            f"slices: expected {len(slices)} of one shape with {width} positions, for a length of {length}, got "
-            f"{sorted(shapes)}"
+            f"slices: expected one of each rank, of one shape with {width} positions (length {length} over "
+            f"{len(slices)} ranks), got{summary(f'rank {rank}: {shape}' for rank, shape in enumerate(shapes))}"
         )
     whole = slices[0] if len(slices) == 1 else torch.cat(list(slices), dim)
     return whole.narrow(dim, 0, length)
 
 
-def _moved(
-    tensor: Tensor,
-    shape: tuple[int, int],
-    source: list[tuple[int, int, int]],
-    target: list[tuple[int, int, int]],
-    fill: float | bool,
-) -> Tensor:
-    """`tensor` `[X, Y, ...]` with its runs (row, begin, length) at other places of `shape`, `fill` elsewhere."""
-    used = sum(length for _, _, length in target)
-    same_order = _flat(source, tensor.shape[1]) == _flat(target, shape[1])
-    if used == tensor.shape[0] * tensor.shape[1] == shape[0] * shape[1] and same_order:
+Runs = list[tuple[int, int, int]]  # (row, begin, length) of each sequence
+
+
+def _moved(tensor: Tensor, shape: Sequence[int], source: Runs, target: Runs, fill: float | bool) -> Tensor:
+    """`tensor` `[X, Y, ...]` with its runs at other places of `shape`, and `fill` elsewhere."""
+    tokens = sum(length for _, _, length in target)
+    if tokens == tensor.shape[0] * tensor.shape[1] == shape[0] * shape[1] and (
+        _flat(source, tensor.shape[1]) == _flat(target, shape[1])
+    ):
         return tensor.reshape(*shape, *tensor.shape[2:])
     if len(target) == 1 and shape[0] == 1 and target[0] == (0, 0, shape[1]):
         row, begin, length = source[0]
         return tensor[row : row + 1, begin : begin + length]
-    if tensor.requires_grad:  # one write into a fresh buffer, that autograd can follow
-        moved = torch.full((*shape, *tensor.shape[2:]), fill, dtype=tensor.dtype, device=tensor.device)
-        where = _positions(target, shape[1]).to(tensor.device)
-        values = tensor.flatten(0, 1)[_positions(source, tensor.shape[1]).to(tensor.device)]
-        return moved.flatten(0, 1).index_copy(0, where, values).view(moved.shape)
-    moved = tensor.new_empty(*shape, *tensor.shape[2:])
-    ends = [0] * shape[0]
-    for (row, begin, length), (to_row, to, _) in sorted(zip(source, target, strict=True), key=lambda pair: pair[1]):
-        moved[to_row, ends[to_row] : to] = fill
-        moved[to_row, to : to + length] = tensor[row, begin : begin + length]
-        ends[to_row] = to + length
-    for row, end in enumerate(ends):
-        moved[row, end:] = fill
-    return moved
+    return _Move.apply(tensor, shape, source, target, fill)  # pyrefly: ignore
 
 
-def _flat(runs: list[tuple[int, int, int]], width: int) -> list[int]:
+class _Move(torch.autograd.Function):
+    """One write into fresh memory. The gradient goes back the same way: autograd's own would be a copy of the whole
+    for each of the runs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, shape: Sequence[int], source: Runs, target: Runs, fill: float) -> Tensor:
+        ctx.back = tensor.shape[:2], target, source
+        moved = tensor.new_empty(*shape, *tensor.shape[2:])
+        ends = [0] * shape[0]
+        for (row, begin, length), (to_row, to, _) in sorted(zip(source, target, strict=True), key=lambda pair: pair[1]):
+            moved[to_row, ends[to_row] : to] = fill
+            moved[to_row, to : to + length] = tensor[row, begin : begin + length]
+            ends[to_row] = to + length
+        for row, end in enumerate(ends):
+            moved[row, end:] = fill
+        return moved
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        shape, source, target = ctx.back
+        return _moved(gradients[0], shape, source, target, 0), None, None, None, None
+
+
+def _flat(runs: Runs, width: int) -> list[int]:
     return [row * width + begin for row, begin, length in runs if length]
 
 
-def _positions(runs: list[tuple[int, int, int]], width: int) -> Tensor:
-    ranges = [torch.arange(row * width + begin, row * width + begin + length) for row, begin, length in runs]
-    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
+def _width(tokens: int, multiple_of: int) -> int:
+    if multiple_of < 1:
+        raise RoutingError(f"multiple_of: expected 1 or more, got {multiple_of}")
+    return max(-(-tokens // multiple_of), 1) * multiple_of

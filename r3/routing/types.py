@@ -5,14 +5,15 @@ Shapes: B batch, S sequence, L decoder layers, K slots, E experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from r3.errors import RoutingError
+from r3.errors import RoutingError, summary
 from r3.routing.checks import check_rows
-from r3.routing.layout import Packing, shard, unshard
+from r3.routing.layout import Packing, pad, shard, unshard
 
 
 def compact_dtype(num_experts: int) -> torch.dtype:
@@ -54,9 +55,6 @@ class RolloutRouting:
         num_experts: E.
         weight_version: version of the weights that produced the rows, where known.
 
-    Attributes:
-        rows_valid: number of valid rows.
-
     Raises:
         RoutingError: wrong shape or dtype, an id out of range or repeated in a valid row.
 
@@ -71,7 +69,6 @@ class RolloutRouting:
     layer_ids: tuple[int, ...]
     num_experts: int
     weight_version: int | None
-    rows_valid: int
 
     def __init__(
         self,
@@ -96,10 +93,9 @@ class RolloutRouting:
             )
         check_rows(expert_ids, valid, tuple(layer_ids), num_experts)
         compact = expert_ids.to(compact_dtype(num_experts))
-        rows_valid = int(valid.sum())
-        if rows_valid != valid.numel():
+        if not valid.all():
             compact = compact.masked_fill(~valid[..., None, None], 0)
-        self._set(compact, valid, tuple(layer_ids), num_experts, weight_version, rows_valid)
+        self._set(compact, valid, tuple(layer_ids), num_experts, weight_version)
 
     def _set(
         self,
@@ -108,7 +104,6 @@ class RolloutRouting:
         layer_ids: tuple[int, ...],
         num_experts: int,
         weight_version: int | None,
-        rows_valid: int,
     ) -> None:
         vars(self).update(
             expert_ids=expert_ids,
@@ -116,7 +111,6 @@ class RolloutRouting:
             layer_ids=layer_ids,
             num_experts=num_experts,
             weight_version=weight_version,
-            rows_valid=rows_valid,
         )
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -138,17 +132,20 @@ class RolloutRouting:
     def device(self) -> torch.device:
         return self.expert_ids.device
 
+    @cached_property
+    def rows_valid(self) -> int:
+        """Number of valid rows; counted when first asked for, since the host waits for a GPU's count."""
+        return int(self.valid.sum())
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RolloutRouting":
         """The same routing on `device`, moved in the compact dtype."""
-        return self._with(
-            self.expert_ids.to(device, non_blocking=non_blocking),
-            self.valid.to(device, non_blocking=non_blocking),
-            rows_valid=self.rows_valid,
-        )
+        rows_valid = self.rows_valid  # counted where it is: the host need not wait for the GPU to say it
+        expert_ids = self.expert_ids.to(device, non_blocking=non_blocking)
+        return self._with(expert_ids, self.valid.to(device, non_blocking=non_blocking), rows_valid)
 
     def pin_memory(self) -> "RolloutRouting":
         """The same routing in page-locked host memory, from which `to` a GPU runs beside computation."""
-        return self._with(self.expert_ids.pin_memory(), self.valid.pin_memory(), rows_valid=self.rows_valid)
+        return self._with(self.expert_ids.pin_memory(), self.valid.pin_memory(), self.rows_valid)
 
     def select(self, samples: Tensor | Sequence[int] | slice) -> "RolloutRouting":
         """The samples of the batch that `samples` picks, in that order; a slice shares memory."""
@@ -171,7 +168,7 @@ class RolloutRouting:
             self.valid,
             layer_ids=tuple(layer_ids),
             weight_version=self.weight_version,
-            rows_valid=self.rows_valid,
+            rows_valid=vars(self).get("rows_valid"),
         )
 
     def pad(self, length: int, side: Literal["right", "left"] = "right") -> "RolloutRouting":
@@ -180,14 +177,9 @@ class RolloutRouting:
         Raises:
             RoutingError: `length` is shorter than S.
         """
-        extra = length - self.shape[1]
-        if extra < 0:
-            raise RoutingError(f"length: expected at least S = {self.shape[1]}, got {length}")
-        if not extra:
-            return self
-        pad = torch.nn.functional.pad
-        ends = (0, extra) if side == "right" else (extra, 0)
-        return self._with(pad(self.expert_ids, (0, 0, 0, 0, *ends)), pad(self.valid, ends), rows_valid=self.rows_valid)
+        left = side == "left"
+        expert_ids, valid = pad(self.expert_ids, length, left=left), pad(self.valid, length, left=left)
+        return self if expert_ids is self.expert_ids else self._with(expert_ids, valid, vars(self).get("rows_valid"))
 
     def pack(self, packing: Packing) -> "RolloutRouting":
         """`[B, S]` -> `[R, N]`: the sequences of a padded batch in packed rows; padding is not valid."""
@@ -203,10 +195,15 @@ class RolloutRouting:
 
     @classmethod
     def unshard(cls, slices: Sequence["RolloutRouting"], length: int) -> "RolloutRouting":
-        """Routing of `length` positions whose slices these are, by rank: the inverse of `shard`."""
+        """Routing of `length` positions whose slices these are, by rank: the inverse of `shard`.
+
+        Raises:
+            RoutingError: slices that differ in anything but their rows, or that are not those of `length`.
+        """
         _require_one_kind(slices)
         expert_ids = unshard([part.expert_ids for part in slices], length)
-        return slices[0]._with(expert_ids, unshard([part.valid for part in slices], length))
+        valid = unshard([part.valid for part in slices], length)
+        return replace_trusted(slices[0], expert_ids, valid, weight_version=_version(slices))
 
     @classmethod
     def cat(
@@ -217,7 +214,7 @@ class RolloutRouting:
         Each id is written once, into one buffer: page-locked if `pin_memory`.
 
         Raises:
-            RoutingError: no parts, parts that differ in layers, slots or experts, or a `length` shorter than one.
+            RoutingError: no parts, parts that differ in layers, slots, experts or device, or are longer than `length`.
         """
         _require_one_kind(parts)
         longest = max(part.shape[1] for part in parts)
@@ -228,25 +225,18 @@ class RolloutRouting:
             return parts[0]
         first = parts[0].expert_ids
         samples = sum(part.shape[0] for part in parts)
-        expert_ids = torch.empty(
-            samples, length, *first.shape[2:], dtype=first.dtype, device=first.device, pin_memory=pin_memory
-        )
-        valid = torch.zeros(samples, length, dtype=torch.bool, device=first.device, pin_memory=pin_memory)
+        where: dict[str, Any] = dict(device=first.device, pin_memory=pin_memory)
+        expert_ids = torch.empty(samples, length, *first.shape[2:], dtype=first.dtype, **where)
+        valid = torch.empty(samples, length, dtype=torch.bool, **where)
         at = 0
         for part in parts:
             b, s = part.shape[:2]
             expert_ids[at : at + b, :s] = part.expert_ids
             expert_ids[at : at + b, s:] = 0
             valid[at : at + b, :s] = part.valid
+            valid[at : at + b, s:] = False
             at += b
-        versions = {part.weight_version for part in parts}
-        return replace_trusted(
-            parts[0],
-            expert_ids,
-            valid,
-            weight_version=versions.pop() if len(versions) == 1 else None,
-            rows_valid=sum(part.rows_valid for part in parts),
-        )
+        return replace_trusted(parts[0], expert_ids, valid, weight_version=_version(parts))
 
     def _with(self, expert_ids: Tensor, valid: Tensor, rows_valid: int | None = None) -> "RolloutRouting":
         return replace_trusted(self, expert_ids, valid, weight_version=self.weight_version, rows_valid=rows_valid)
@@ -255,9 +245,17 @@ class RolloutRouting:
 def _require_one_kind(parts: Sequence[RolloutRouting]) -> None:
     if not parts:
         raise RoutingError("parts: expected at least one, got none")
-    kinds = {(part.layer_ids, part.shape[3], part.num_experts) for part in parts}
+    kinds = {(part.layer_ids, part.shape[3], part.num_experts, str(part.device)) for part in parts}
     if len(kinds) != 1:
-        raise RoutingError(f"parts: expected one (layer_ids, K, num_experts), got {sorted(kinds)}")
+        raise RoutingError(
+            f"parts: expected one (layer_ids, K, num_experts, device), got{summary(map(str, sorted(kinds)))}"
+        )
+
+
+def _version(parts: Sequence[RolloutRouting]) -> int | None:
+    """The one of all parts, or None."""
+    versions = {part.weight_version for part in parts}
+    return versions.pop() if len(versions) == 1 else None
 
 
 def replace_trusted(
@@ -269,12 +267,9 @@ def replace_trusted(
     weight_version: int | None,
     rows_valid: int | None = None,
 ) -> RolloutRouting:
-    """A `RolloutRouting` of rows that another one has checked already: content is not looked at again.
-
-    `rows_valid` is counted if it is not given.
-    """
+    """A `RolloutRouting` of rows that another one has checked already: content is not looked at again."""
     new = object.__new__(RolloutRouting)
-    if rows_valid is None:
-        rows_valid = int(valid.sum())
-    new._set(expert_ids, valid, layer_ids or like.layer_ids, like.num_experts, weight_version, rows_valid)
+    new._set(expert_ids, valid, layer_ids or like.layer_ids, like.num_experts, weight_version)
+    if rows_valid is not None:
+        vars(new)["rows_valid"] = rows_valid
     return new
