@@ -1,6 +1,7 @@
 """Batches on their way to a GPU while the one before is computed with."""
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -17,21 +18,24 @@ class Movable(Protocol):
 Batch = TypeVar("Batch", bound=Movable)
 
 
-def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def prefetch(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:
     """Each of `batches` on `device`; on a GPU the next one is copied beside the computation with the current one.
 
-    The copy runs on a stream of its own, from page-locked memory. Two batches are on the device at a time.
+    The copy starts from page-locked memory, to which the host first copies what lies elsewhere. A batch is for the
+    stream that is current when it is asked for. Up to three are on the GPU: the current one, the next one and, as long
+    as the caller's loop variable holds it, the one before.
     """
+    device = torch.device(device)
     if device.type != "cuda":
         for batch in batches:
             yield batch.to(device, non_blocking=False)
         return
-    copying = torch.cuda.Stream(device)
+    copying = _copy_stream(torch.cuda.current_device() if device.index is None else device.index)
     moved = None
     for batch in batches:
         pinned = batch.pin_memory()
-        # The copy goes to memory that an earlier batch may have had: it waits for what was computed with that. The
-        # current batch's computation is queued afterwards, and runs beside it.
+        # The copy may be given memory of an earlier batch: it waits for all that was queued for that one. What the
+        # caller queues from here on, for the current batch, runs beside it.
         copying.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copying):
             following = pinned.to(device, non_blocking=True)
@@ -41,3 +45,9 @@ def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
         moved = following
     if moved is not None:
         yield moved
+
+
+@cache
+def _copy_stream(device: int) -> torch.cuda.Stream:
+    """One for all loops: the allocator keeps memory apart by stream, and would keep some for each loop."""
+    return torch.cuda.Stream(device)
