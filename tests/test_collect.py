@@ -49,6 +49,27 @@ def test_rows_tokens_and_logprobs_line_up_in_the_batch():
     assert batch.select(slice(1, 2)).routing.shape == (1, 7, LAYERS, TOP_K)
 
 
+def test_rows_are_not_checked_again_when_they_are_collated(monkeypatch):
+    found = collect([output(rows(0), rows(1))], SPEC)
+    monkeypatch.setattr("r3.routing.types.check_rows", lambda *args: pytest.fail("checked again"))
+    assert found.batch(pad_token_id=0).routing.rows_valid == 12
+    assert found.batch(pad_token_id=0).to("cpu").select(slice(0, 1)).routing.rows_valid == 6
+
+
+@pytest.mark.gpu
+def test_a_page_locked_batch_goes_to_a_gpu_whole():
+    batch = collect([output(rows(0), rows(1))], SPEC).batch(pad_token_id=0)
+    locked = collect([output(rows(0), rows(1))], SPEC).batch(pad_token_id=0, pin_memory=True)
+    for moved in (locked, batch.pin_memory()):
+        assert moved.input_ids.is_pinned()
+        assert moved.routing.expert_ids.is_pinned()
+        there = moved.to("cuda", non_blocking=True).to("cpu")
+        assert torch.equal(there.input_ids, batch.input_ids)
+        assert torch.equal(there.logprobs, batch.logprobs)
+        assert torch.equal(there.routing.expert_ids, batch.routing.expert_ids)
+        assert torch.equal(there.routing.valid, batch.routing.valid)
+
+
 def test_dense_layers_lose_their_column():
     spec = RoutingSpec(layer_ids=(1, 2), num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K)
     array = rows()
