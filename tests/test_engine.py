@@ -1,6 +1,7 @@
 """The main path with a real vLLM engine: sync changes nothing or everything, replay closes the gap, gates train."""
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -223,7 +224,7 @@ def trainer(engine, demo_config, weights):
 
 
 def test_replay_lowers_k3_to_a_third_of_live_or_less(trainer):
-    from trainer_hooks.fsdp import StepBatch
+    from trainer_hooks.batches import StepBatch
 
     # A few tokens make up most of the live gap: fewer rollouts than these would measure chance.
     rollouts = trainer.rollout(trainer.task.problems(0, 64))
@@ -234,16 +235,22 @@ def test_replay_lowers_k3_to_a_third_of_live_or_less(trainer):
     assert 0 < metrics["routing/differing_rows"] < 0.3
 
 
+def replayed_k3(policy, batch):
+    """k3 of `batch` with its routing replayed."""
+    from trainer_hooks.batches import StepBatch
+
+    with torch.no_grad():
+        policy.model.eval()
+        (rows,) = policy.rows(StepBatch(batch, torch.zeros(len(batch.input_ids))), len(batch.input_ids))
+        return compare_logprobs(policy.logprobs(rows, replayed=True), rows.logprobs, rows.mask)["k3"]
+
+
 def test_rows_shifted_by_one_make_the_gap_jump(trainer):
     batch = trainer.rollout(trainer.task.problems(1, 4)).batch(trainer.policy.tokenizer.pad_token_id)
     ids = batch.routing.expert_ids.roll(1, dims=1)
     shifted = r3.RolloutRouting(ids, batch.routing.valid & (ids.sum((2, 3)) > 0), batch.routing.layer_ids, 32)
-    with torch.no_grad():
-        trainer.policy.model.eval()
-        right = compare_logprobs(trainer.policy.logprobs(batch, replayed=True), batch.logprobs, batch.response_mask)
-        object.__setattr__(batch, "routing", shifted)
-        wrong = compare_logprobs(trainer.policy.logprobs(batch, replayed=True), batch.logprobs, batch.response_mask)
-    assert wrong["k3"] > 100 * right["k3"]
+    right = replayed_k3(trainer.policy, batch)
+    assert replayed_k3(trainer.policy, dataclasses.replace(batch, routing=shifted)) > 100 * right
 
 
 def zeroed(array):
@@ -324,8 +331,6 @@ def test_sampling_and_engine_agree_on_what_a_logprob_is(engine, demo_config, tra
     gaps = {}
     for temperature in (0.7, 1.0):
         trainer.policy.temperature = temperature
-        with torch.no_grad():
-            found = trainer.policy.logprobs(batch, replayed=True)
-        gaps[temperature] = compare_logprobs(found, batch.logprobs, batch.response_mask)["k3"]
+        gaps[temperature] = replayed_k3(trainer.policy, batch)
     trainer.policy.temperature = demo_config.generator.sampling_params.temperature
     assert gaps[0.7] < 1e-2 * gaps[1.0]

@@ -12,6 +12,7 @@ from ranks import Ranks
 
 from r3 import ParallelError, SyncError
 from r3.diagnostics import LogprobSums
+from r3.parallel import next_tokens
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,11 @@ def test_bfloat16_errs_no_more_on_two_ranks_than_on_one(one, two, family):
     alone = error_norm(one.all(call, family, low)[0], family)
     for how in (dict(sequence=2), dict()):
         assert 0 < error_norm(two.all(call, family, low | how)[0], family) < 1.5 * alone + 1e-3
+
+
+def test_labels_stop_at_the_end_of_their_sequence():
+    ids, positions = torch.tensor([[5, 6, 7, 8, 0, 0]]), torch.tensor([[0, 1, 2, 0, 0, 0]])
+    assert next_tokens(ids, positions).tolist() == [[6, 7, -100, -100, -100, -100]]
 
 
 # Attention of every kind: grouped heads, latent, sinks, soft caps, sliding windows, chunks, gates, no positions.
