@@ -69,7 +69,7 @@ def test_policy_logprobs_are_those_of_a_plain_float32_model_at_the_temperature(r
         policy.model.eval()
         # Rollout b's log-probabilities are those at advantage b + 1.
         (rows,) = policy.rows(StepBatch(batch, torch.arange(3.0) + 1), 3)
-        found = policy.logprobs(rows, replayed=replayed)
+        found, rows = policy.logprobs(rows, replayed=replayed).cpu(), rows.to(torch.device("cpu"))
         for b in range(3):
             length = int(batch.attention_mask[b].sum())
             ids = batch.input_ids[b : b + 1, :length]
