@@ -291,7 +291,8 @@ def test_gates_move_and_the_engine_follows_the_trainer(trainer, engine):
     from vllm import SamplingParams
 
     policy = trainer.policy
-    batch = {"input_ids": torch.tensor([p["prompt_token_ids"] for p in prompts(16)])}
+    input_ids = torch.tensor([p["prompt_token_ids"] for p in prompts(16)])
+    batch = {"input_ids": input_ids, "position_ids": torch.arange(input_ids.shape[1])[None]}
 
     def engine_routing():
         assert engine.reset_prefix_cache()

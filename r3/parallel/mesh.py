@@ -64,8 +64,8 @@ def make_mesh(device_type: str, sequence_parallel_size: int = 1) -> Mesh:
 def shard_parameters(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype) -> nn.Module:
     """FSDP2 over all ranks, data and sequence: each decoder layer a unit, and logits in float32.
 
-    With a GPU, accelerate does it, as for any trainer that its launcher starts; on the CPU, where accelerate wraps with
-    DDP instead, torch's `fully_shard`.
+    On several GPUs accelerate does it, as for any trainer that a launcher starts; torch's `fully_shard` on the CPU, where
+    accelerate wraps with DDP instead, and in a single process, which it does not shard without a launcher.
 
     Args:
         model: a transformers model with float32 parameters, on its device.
@@ -79,7 +79,7 @@ def shard_parameters(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype) 
         # The engine computes logits in float32: in bfloat16 their rounding alone is most of the gap to it.
         full = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
         fully_shard(model.get_output_embeddings(), mesh=flat, mp_policy=full)  # pyrefly: ignore
-    if device_type == "cuda":
+    if device_type == "cuda" and mesh.device_mesh.size() > 1:
         return _accelerated(model, low)
     names = set(model._no_split_modules)  # pyrefly: ignore
     for module in list(model.modules()):
