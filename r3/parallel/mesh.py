@@ -64,8 +64,8 @@ def make_mesh(device_type: str, sequence_parallel_size: int = 1) -> Mesh:
 def shard_parameters(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype) -> nn.Module:
     """FSDP2 over all ranks, data and sequence: each decoder layer a unit, and logits in float32.
 
-    On several GPUs accelerate does it, as for any trainer that a launcher starts. On the CPU, where accelerate wraps with
-    DDP instead, and in a single process, which it does not shard without a launcher, torch's `fully_shard` does.
+    On several GPUs accelerate does it, as for any trainer that a launcher starts. Torch's `fully_shard` does it on the
+    CPU, where accelerate wraps with DDP instead, and in a single process, which accelerate leaves whole.
 
     Args:
         model: a transformers model with float32 parameters, on its device.
