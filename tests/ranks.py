@@ -17,7 +17,7 @@ class Ranks:
 
     Args:
         size: how many.
-        device: "cpu" (gloo) or "cuda" (NCCL, one GPU each, and gloo).
+        device: "cpu" (gloo) or "cuda" (NCCL, and gloo): a GPU each, or shared ones where there are fewer.
     """
 
     def __init__(self, size: int, device: str = "cpu") -> None:
@@ -68,7 +68,10 @@ def _serve(end: Any, rank: int, size: int, port: int, device: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     if device == "cuda":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        if size > torch.cuda.device_count():
+            # NCCL refuses two ranks on one GPU of one host. Hosts of their own, by name, it connects through sockets.
+            os.environ |= {"NCCL_HOSTID": f"rank-{rank}", "NCCL_SOCKET_IFNAME": "lo"}
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     while True:
         try:

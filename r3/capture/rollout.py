@@ -1,0 +1,133 @@
+"""What capture returns: rollouts, and batches of them.
+
+P tokens of the prompt, G tokens after it: sampled ones, and in a conversation those that stand between its turns.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r3.routing import RolloutRouting, RoutingSpec
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Rollout:
+    """One sampled completion, or the joined turns of a conversation.
+
+    Attributes:
+        prompt_ids: P token ids.
+        token_ids: G token ids.
+        response_mask: bool `[G]`, True on tokens that the policy sampled.
+        logprobs: float32 `[G]`, nats, under the engine's sampling distribution; 0 where `response_mask` is False.
+        routing: `[1, P + G, L, K]`, not valid where no row was captured, as for the token that was sampled last. None
+            if routing was not asked for.
+        finish_reason: as vLLM gives it.
+        prompt_index: which of the collected outputs it belongs to; the samples of one prompt share it.
+        weight_versions: versions of the weights that took part, ascending; empty where nobody told.
+        row_versions: int32 `[P + G]`, the version that produced each row, -1 where unknown; None where nobody told.
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    response_mask: Tensor
+    logprobs: Tensor
+    routing: RolloutRouting | None
+    finish_reason: str | None
+    prompt_index: int = 0
+    weight_versions: tuple[int, ...] = ()
+    row_versions: Tensor | None = None
+
+    def __len__(self) -> int:
+        """P + G."""
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def weight_version(self) -> int | None:
+        """The one version of all its rows, or None."""
+        return self.weight_versions[0] if len(self.weight_versions) == 1 else None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RolloutBatch:
+    """Rollouts as right-padded tensors `[B, S]`, S the longest of them.
+
+    Attributes:
+        input_ids: int64, prompt and completion.
+        attention_mask: int64, 1 on tokens, 0 on padding.
+        response_mask: bool, True on sampled tokens.
+        logprobs: float32, nats; entry t is of token t. 0 where `response_mask` is False.
+        routing: `[B, S, L, K]`; not valid on the last token of each rollout and on padding. None if not captured.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    logprobs: Tensor
+    routing: RolloutRouting | None = None
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "RolloutBatch":
+        """The same batch on `device`."""
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "RolloutBatch":
+        """The same batch in page-locked host memory, from which `to` a GPU runs beside computation."""
+        return self._map(lambda part: part.pin_memory())
+
+    def select(self, samples: slice) -> "RolloutBatch":
+        """Some of its rollouts; shares memory."""
+        return self._map(lambda part: part.select(samples) if isinstance(part, RolloutRouting) else part[samples])
+
+    def _map(self, change: Callable[[Any], Any]) -> "RolloutBatch":
+        parts: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        return RolloutBatch(**{name: change(part) for name, part in parts.items() if part is not None})
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """What `collect` returns: rollouts that share a routing spec.
+
+    Attributes:
+        items: the rollouts, in the order of the outputs and of their completions.
+        spec: the routing they carry; None if none was asked for.
+        failed: what could not be used, by its place among the outputs: only with `collect(on_error="skip")`.
+    """
+
+    items: list[Rollout]
+    spec: RoutingSpec | None
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Rollout]:
+        return iter(self.items)
+
+    def batch(self, pad_token_id: int, *, pin_memory: bool = False) -> RolloutBatch:
+        """All rollouts as one right-padded batch; page-locked if `pin_memory`, its routing without a copy more."""
+        lengths = [len(rollout) for rollout in self.items]
+        shape = (len(self.items), max(lengths))
+        input_ids = torch.full(shape, pad_token_id)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        response_mask = torch.zeros(shape, dtype=torch.bool)
+        logprobs = torch.zeros(shape)
+        for b, (rollout, length) in enumerate(zip(self.items, lengths, strict=True)):
+            prompt = len(rollout.prompt_ids)
+            input_ids[b, :length] = torch.tensor(rollout.prompt_ids + rollout.token_ids)
+            attention_mask[b, :length] = 1
+            response_mask[b, prompt:length] = rollout.response_mask
+            logprobs[b, prompt:length] = rollout.logprobs
+        routing = None
+        if self.spec is not None:
+            parts = [rollout.routing for rollout in self.items if rollout.routing is not None]
+            routing = RolloutRouting.cat(parts, length=shape[1], pin_memory=pin_memory)
+        batch = RolloutBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            response_mask=response_mask,
+            logprobs=logprobs,
+            routing=routing,
+        )
+        return batch.pin_memory() if pin_memory else batch

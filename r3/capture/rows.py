@@ -1,0 +1,70 @@
+"""vLLM's arrays of expert ids -> checked routing."""
+
+import numpy as np
+import torch
+
+from r3.errors import CaptureError, RoutingError
+from r3.routing import RolloutRouting, RoutingSpec
+
+
+def checked_rows(
+    routed_experts: np.ndarray | None,
+    spec: RoutingSpec,
+    *,
+    tokens: int,
+    start: int = 0,
+    complete: bool = True,
+    weight_version: int | None = None,
+) -> RolloutRouting:
+    """`[1, tokens, L, K]` of the layers that have a router, from vLLM's `[rows, decoder layers, K]`.
+
+    Row r of the array belongs to token `start` + r. Tokens without a row, as the last one, are not valid.
+
+    Args:
+        routed_experts: what the engine returned.
+        spec: the routing that the trainer's model can replay.
+        tokens: P + G.
+        start: `SamplingParams.routed_experts_prompt_start` of the request.
+        complete: rows for all tokens from `start` to the last but one are expected; False admits fewer, as of a
+            request that was aborted.
+        weight_version: of the engine when it sampled.
+
+    Raises:
+        CaptureError: what is wrong with the array, at which position and decoder layer.
+    """
+    expected = (max(0, tokens - 1 - start), spec.num_layers, spec.top_k)
+    if routed_experts is None:
+        if complete:
+            raise CaptureError(
+                "no routing: the engine does not return it. Start it with enable_return_routed_experts=True "
+                "(r3.capture.engine_kwargs does)"
+            )
+        routed_experts = np.zeros((0, *expected[1:]), np.uint8)
+    fits = routed_experts.shape == expected or (
+        not complete and routed_experts.shape[1:] == expected[1:] and len(routed_experts) < expected[0]
+    )
+    if not fits or not np.issubdtype(routed_experts.dtype, np.integer):
+        raise CaptureError(
+            f"expected integer routing [prompt + generated - 1 - prompt_start, decoder layers, top_k] = {expected}"
+            f"{'' if complete else ' or fewer rows'}, got {routed_experts.dtype} {routed_experts.shape}"
+        )
+    rows = len(routed_experts)
+    never = [layer for layer in spec.layer_ids if rows and not routed_experts[:, layer].any()]
+    if never and spec.top_k > 1:
+        raise CaptureError(
+            f"decoder layers {never} were never captured (all expert ids are 0). vLLM's CPU build 0.30 does this when "
+            "it compiles: use enforce_eager=True; so do monolithic MoE kernels"
+        )
+    dense = sorted(set(range(spec.num_layers)) - {*spec.layer_ids, *spec.table_layers})
+    routed = [layer for layer in dense if routed_experts[:, layer].any()]
+    if routed:
+        raise CaptureError(f"decoder layers {routed} are routed in the engine, but have no router in the trainer")
+    # int32 holds every dtype that vLLM uses; torch cannot sort its uint16.
+    expert_ids = torch.zeros(1, tokens, len(spec.layer_ids), spec.top_k, dtype=torch.int32)
+    expert_ids[0, start : start + rows] = torch.from_numpy(routed_experts[:, list(spec.layer_ids)].astype(np.int32))
+    valid = torch.zeros(1, tokens, dtype=torch.bool)
+    valid[:, start : start + rows] = True
+    try:
+        return RolloutRouting(expert_ids, valid, spec.layer_ids, spec.num_experts, weight_version)
+    except RoutingError as error:
+        raise CaptureError(str(error)) from error
