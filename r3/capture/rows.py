@@ -1,10 +1,70 @@
-"""vLLM's arrays of expert ids -> checked routing."""
+"""vLLM's arrays of expert ids, also as they come over HTTP -> checked routing."""
+
+import base64
+import binascii
+import io
 
 import numpy as np
 import torch
 
 from r3.errors import CaptureError, RoutingError
 from r3.routing import RolloutRouting, RoutingSpec
+
+_MAX_HEADER_BYTES = 1024  # numpy writes 128 for an integer array of 3 dimensions
+
+
+def decode_npy(text: str, *, max_bytes: int) -> np.ndarray:
+    """The integer array `[rows, decoder layers, K]` that vLLM's server sent as base64 of a `.npy` file.
+
+    Args:
+        text: base64, with padding and without line breaks.
+        max_bytes: the most that the file may hold, header included; looked at before anything is decoded.
+
+    Returns:
+        A view of the decoded bytes, which cannot be written to. Its content is not checked: see `checked_rows`.
+
+    Raises:
+        CaptureError: not base64, not a `.npy` of a native integer array of 3 dimensions in C order, pickled objects,
+            bytes missing or left over, or more than `max_bytes`.
+    """
+    # Up to two characters of the last four are padding.
+    if len(text) // 4 * 3 - 2 > max_bytes:
+        raise CaptureError(f"routing: expected at most {max_bytes} bytes, got {len(text)} characters of base64")
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise CaptureError(f"routing: expected base64, got {text[:24]!r}...: {error}") from error
+    if len(data) > max_bytes:
+        raise CaptureError(f"routing: expected at most {max_bytes} bytes, got {len(data)}")
+    shape, dtype, start = _npy_header(data)
+    if dtype.hasobject or dtype.kind not in "iu" or not dtype.isnative or len(shape) != 3 or min(shape) < 0:
+        raise CaptureError(
+            f"routing: expected a .npy of native integers [rows, decoder layers, top_k], got {dtype.str} {shape}"
+        )
+    expected = shape[0] * shape[1] * shape[2] * dtype.itemsize
+    if expected != len(data) - start:
+        raise CaptureError(f"routing: expected {expected} bytes for {dtype} {shape}, got {len(data) - start}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
+
+
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, dtype, and where the content starts."""
+    file = io.BytesIO(data[:_MAX_HEADER_BYTES])  # a longer header ends early
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in _HEADERS:
+            raise ValueError(f"version {version}")
+        shape, fortran, dtype = _HEADERS[version](file)
+    # A header is a Python literal: what a hostile one raises, numpy does not promise.
+    except Exception as error:
+        raise CaptureError(f"routing: expected a .npy file, got {data[:16]!r}...: {error}") from error
+    if fortran:
+        raise CaptureError(f"routing: expected a .npy in C order, got Fortran order {shape}")
+    return shape, dtype, file.tell()
+
+
+# Later versions are for field names in other alphabets.
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def checked_rows(
