@@ -8,6 +8,7 @@ from typing import Any
 from r3.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+MIXED_VERSIONS = ("keep", "invalidate", "drop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,9 @@ class WeightSyncConfig:
 class InferenceEngineConfig:
     enable_return_routed_experts: bool = True
     """Capture routing. Replay needs it."""
+    mixed_weight_versions: str = "keep"
+    """Rollouts during which the weights changed: `keep` their routing, under which their tokens were sampled;
+    `invalidate` rows of older weights, which are then routed live; or `drop` the rollout."""
     dtype: str = "bfloat16"
     max_model_len: int = 512
     max_num_seqs: int = 256
@@ -169,10 +173,12 @@ class R3Config:
             "trainer.policy.fsdp_config.param_dtype": fsdp.param_dtype,
             "generator.inference_engine.dtype": engine.dtype,
         }
+        choices = {key: (value, DTYPES) for key, value in dtypes.items()}
+        choices["generator.inference_engine.mixed_weight_versions"] = (engine.mixed_weight_versions, MIXED_VERSIONS)
         problems += [
-            f"{key}: expected one of {', '.join(DTYPES)}, got {value!r}"
-            for key, value in dtypes.items()
-            if value not in DTYPES
+            f"{key}: expected one of {', '.join(known)}, got {value!r}"
+            for key, (value, known) in choices.items()
+            if value not in known
         ]
         positive = {
             "trainer.max_steps": self.trainer.max_steps,

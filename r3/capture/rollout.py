@@ -45,9 +45,21 @@ class Rollout:
         return len(self.prompt_ids) + len(self.token_ids)
 
     @property
+    def spans_versions(self) -> bool:
+        """Whether more than one version took part, or beside a known one rows of which nobody told.
+
+        False where nobody told anything. See `r3.capture.resolve_mixed_versions`.
+        """
+        if len(self.weight_versions) != 1 or self.row_versions is None:
+            return len(self.weight_versions) > 1
+        # Without routing, the tokens that were fed to the model: all but the last.
+        has_row = slice(len(self) - 1) if self.routing is None else self.routing.valid[0].to(self.row_versions.device)
+        return bool((self.row_versions[has_row] < 0).any())
+
+    @property
     def weight_version(self) -> int | None:
         """The one version of all its rows, or None."""
-        return self.weight_versions[0] if len(self.weight_versions) == 1 else None
+        return None if self.spans_versions or not self.weight_versions else self.weight_versions[0]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,12 +104,15 @@ class Rollouts:
     Attributes:
         items: the rollouts, in the order of the outputs and of their completions.
         spec: the routing they carry; None if none was asked for.
-        failed: what could not be used, by its place among the outputs: only with `collect(on_error="skip")`.
+        failed: what could not be used, by its place among the outputs: with `collect(on_error="skip")`, and by
+            `resolve_mixed_versions`.
+        mixed_versions: how many rollouts span weight versions, as `resolve_mixed_versions` found them.
     """
 
     items: list[Rollout]
     spec: RoutingSpec | None
     failed: dict[int, str] = field(default_factory=dict)
+    mixed_versions: int = 0
 
     def __len__(self) -> int:
         return len(self.items)

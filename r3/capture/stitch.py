@@ -1,0 +1,178 @@
+"""The turns of a conversation, joined to one rollout: sampled tokens, what stands between them, and each token's row.
+
+The row of the token that a turn sampled last exists only in the prefill of the next turn, which also has those of tool
+and template tokens. Rows of earlier tokens may come again there, computed anew or from the prefix cache.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from r3.capture.rollout import Rollout
+from r3.capture.turns import drift, ids_of, require_continued, require_joinable, shared_length
+from r3.errors import CaptureError
+from r3.routing import RolloutRouting
+from r3.routing.types import replace_trusted
+
+Overlap = Literal["later", "earlier"]
+
+
+def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "later") -> Rollout:
+    """Join the turns of one conversation; each turn's prompt is the whole conversation before it, as token ids.
+
+    Args:
+        turns: in order, as `collect` made them; some may themselves be joined turns. A turn that ended early, or was
+            asked with `routed_experts_prompt_start`, has fewer rows; turns missing at the end are no obstacle.
+        overlap: whose row a token gets that several turns captured: that of the last or of the first of them. See
+            `compare_overlap` for how often they differ.
+
+    Returns:
+        The first turn's prompt, then all tokens after it: `response_mask` is True on sampled ones. A token that no
+        turn captured has no valid row, and version -1. `finish_reason` is the last turn's, `prompt_index` the first's.
+
+    Raises:
+        CaptureError: a prompt that does not begin with the turn before it, and where they part (`stitch_runs` joins
+            what holds together); turns with and without routing, or of different layers, slots or experts.
+    """
+    _require_overlap(overlap)
+    require_joinable(turns)
+    require_continued(turns)
+    return _joined(turns, [], overlap)
+
+
+def stitch_runs(turns: Sequence[Rollout], *, overlap: Overlap = "later") -> list[Rollout]:
+    """`stitch` for conversations whose prompts drift: one rollout for each longest run of turns that hold together.
+
+    Each sampled token is in exactly one of them as sampled: a prompt that lost or changed tokens of earlier turns
+    begins a new run, and is its prompt. Rows up to the first changed token also come from turns before the run.
+
+    Raises:
+        CaptureError: as `stitch`, except for drift.
+    """
+    _require_overlap(overlap)
+    require_joinable(turns)
+    starts = [i for i in range(1, len(turns)) if drift(turns[i - 1], turns[i]) is not None]
+    return [_joined(turns[a:b], turns[:a], overlap) for a, b in pairwise([0, *starts, len(turns)])]
+
+
+def next_prompt_start(turns: Rollout | Sequence[Rollout], prompt_ids: Sequence[int] | None = None) -> int:
+    """`SamplingParams.routed_experts_prompt_start` of the next turn: how many leading tokens have a row already.
+
+    With it each row travels once, n rows for n tokens; without it every turn brings the rows of the whole
+    conversation again.
+
+    Below the next prompt's length, as vLLM needs: that prompt holds all tokens so far, and the last of them, never fed
+    back, has no row yet.
+
+    Args:
+        turns: all turns so far, or what `stitch` made of them. None so far gives 0.
+        prompt_ids: the next turn's prompt, where it need not begin with all tokens so far. Rows from the first token
+            that changed are then asked for again.
+
+    Raises:
+        CaptureError: turns without routing.
+    """
+    turns = [turns] if isinstance(turns, Rollout) else turns
+    if not turns:
+        return 0
+    target = ids_of(turns[-1]) if prompt_ids is None else list(prompt_ids)
+    held = torch.zeros(len(target), dtype=torch.bool)
+    for number, turn in enumerate(turns):
+        if turn.routing is None:
+            raise CaptureError(f"turn {number} has no routing: there is no row to start after")
+        shared = shared_length(ids_of(turn), target)
+        held[:shared] |= turn.routing.valid[0, :shared].cpu()
+    leading = int(held.long().cumprod(0).sum())
+    return max(0, min(leading, len(target) - 1))
+
+
+class _Source(NamedTuple):
+    """A turn, and how many of its leading tokens are those of the joined rollout."""
+
+    turn: Rollout
+    shared: int
+
+
+class _Piece(NamedTuple):
+    """Tokens `begin` to `end` of the joined rollout, whose rows come from one turn; from none if `turn` is None."""
+
+    turn: Rollout | None
+    begin: int
+    end: int
+
+
+def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap) -> Rollout:
+    """One rollout of the turns of `run`, with rows of the turns `before` it as far as the tokens are the same."""
+    ids, prompt = ids_of(run[-1]), len(run[0].prompt_ids)
+    sources = [_Source(turn, shared_length(ids_of(turn), ids)) for turn in before]
+    pieces = _pieces(sources + [_Source(turn, len(turn)) for turn in run], len(ids), overlap)
+    took_part = [*(piece.turn for piece in pieces if piece.turn is not None), *run]
+
+    response_mask = torch.zeros(len(ids) - prompt, dtype=torch.bool)
+    logprobs = torch.zeros(len(ids) - prompt)
+    for turn in run:
+        sampled = slice(len(turn.prompt_ids) - prompt, len(turn) - prompt)
+        response_mask[sampled] = turn.response_mask
+        logprobs[sampled] = turn.logprobs
+    return Rollout(
+        prompt_ids=list(run[0].prompt_ids),
+        token_ids=ids[prompt:],
+        response_mask=response_mask,
+        logprobs=logprobs,
+        routing=_joined_rows(pieces, like=run[0].routing),
+        finish_reason=run[-1].finish_reason,
+        prompt_index=run[0].prompt_index,
+        weight_versions=tuple(sorted({version for turn in took_part for version in turn.weight_versions})),
+        row_versions=None if all(turn.row_versions is None for turn in took_part) else _joined_versions(pieces),
+    )
+
+
+def _pieces(sources: Sequence[_Source], length: int, overlap: Overlap) -> list[_Piece]:
+    """Where the row of each of `length` tokens comes from."""
+    owner = torch.full((length,), -1)
+    order = range(len(sources)) if overlap == "later" else reversed(range(len(sources)))
+    for i in order:
+        turn, shared = sources[i]
+        if turn.routing is not None:
+            owner[:shared].masked_fill_(turn.routing.valid[0, :shared].cpu(), i)
+        else:
+            # No rows, yet versions: those of the tokens that were fed to the model, which the last was not.
+            owner[: min(shared, len(turn) - 1)] = i
+    owners, counts = owner.unique_consecutive(return_counts=True)
+    bounds = [0, *counts.cumsum(0).tolist()]
+    turns = [sources[i].turn if i >= 0 else None for i in owners.tolist()]
+    return [_Piece(turn, begin, end) for turn, (begin, end) in zip(turns, pairwise(bounds), strict=True)]
+
+
+def _joined_rows(pieces: Sequence[_Piece], like: RolloutRouting | None) -> RolloutRouting | None:
+    """`[1, S, L, K]`; each row is written once."""
+    if like is None:
+        return None
+    length = pieces[-1].end
+    expert_ids = like.expert_ids.new_empty(1, length, *like.shape[2:])
+    valid = like.valid.new_empty(1, length)
+    versions = set()
+    for turn, begin, end in pieces:
+        rows = None if turn is None else turn.routing
+        expert_ids[0, begin:end] = 0 if rows is None else rows.expert_ids[0, begin:end]
+        valid[0, begin:end] = rows is not None
+        if rows is not None:
+            versions.add(rows.weight_version)
+    return replace_trusted(like, expert_ids, valid, weight_version=versions.pop() if len(versions) == 1 else None)
+
+
+def _joined_versions(pieces: Sequence[_Piece]) -> Tensor:
+    """int32 `[S]`, -1 where no turn told."""
+    versions = torch.full((pieces[-1].end,), -1, dtype=torch.int32)
+    for turn, begin, end in pieces:
+        if turn is not None and turn.row_versions is not None:
+            versions[begin:end] = turn.row_versions[begin:end]
+    return versions
+
+
+def _require_overlap(overlap: str) -> None:
+    if overlap not in get_args(Overlap):
+        raise CaptureError(f"overlap: expected one of {', '.join(get_args(Overlap))}, got {overlap!r}")
