@@ -1,12 +1,13 @@
 """Capture: the experts that vLLM's rollouts used, checked row by row, as 4-D routing.
 
-Limits of this version: offline engines (`vllm.LLM`).
+Limits of this version: one model behind a URL; streams of `/inference/v1/generate` are collected when they have ended.
 """
 
 from r3.capture.collect import collect
 from r3.capture.engine import engine_kwargs, running_engine, sampling_kwargs
 from r3.capture.overlap import OverlapReport, compare_overlap
 from r3.capture.rollout import Rollout, RolloutBatch, Rollouts
+from r3.capture.serve import request_fields, server_args, server_command
 from r3.capture.stitch import next_prompt_start, stitch, stitch_runs
 from r3.capture.versions import resolve_mixed_versions, stamp_versions
 
@@ -19,9 +20,12 @@ __all__ = [
     "compare_overlap",
     "engine_kwargs",
     "next_prompt_start",
+    "request_fields",
     "resolve_mixed_versions",
     "running_engine",
     "sampling_kwargs",
+    "server_args",
+    "server_command",
     "stamp_versions",
     "stitch",
     "stitch_runs",

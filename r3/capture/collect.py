@@ -1,83 +1,145 @@
-"""vLLM outputs -> rollouts with token ids, log-probabilities and checked routing.
+"""vLLM's outputs and responses -> rollouts with token ids, log-probabilities and checked routing.
 
 P prompt tokens, G generated tokens. vLLM returns P + G - 1 rows: the token that was sampled last was never fed back.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
+from r3.capture.http import Read, http_samples
 from r3.capture.rollout import Rollout, Rollouts
 from r3.capture.rows import checked_rows
+from r3.capture.sample import Sample, engine_sample
 from r3.errors import CaptureError, summary
 from r3.routing import RoutingSpec
 
+# Above rounding: a log-probability of a token that is certain may be a little more than 0.
+LARGEST_LOGPROB = 1e-3
+
 
 def collect(
-    outputs: Sequence[Any],
+    responses: Sequence[Any],
     spec: RoutingSpec | None,
     *,
-    weight_version: int | None = None,
+    weight_version: int | Sequence[int | None] | None = None,
     prompt_start: int = 0,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> Rollouts:
-    """Turn vLLM's outputs into rollouts, or say which of them were not captured rightly.
+    """Turn what vLLM returned into rollouts, or say which of them were not captured rightly.
 
     Args:
-        outputs: `RequestOutput`s of `LLM.generate`, with `SamplingParams(logprobs=0)` or more.
+        responses: each of them one of
+            - a `RequestOutput` of `LLM.generate`, with `SamplingParams(logprobs=0)` or more,
+            - a response of the OpenAI client (completions or chat), or of `/inference/v1/generate`, as an object, a
+              dictionary or JSON text, of a request with `r3.capture.request_fields`,
+            - the list of all chunks of a stream of `/inference/v1/generate`,
+            - an exception, or a future that is done: as `asyncio.gather(..., return_exceptions=True)` and executors
+              give them. What failed is reported like a response that cannot be used.
         spec: the routing that the trainer's model can replay (`Replay.spec`): the outputs tell neither the number of
             experts nor a dense layer from a layer that always chose expert 0. None leaves routing out.
-        weight_version: the version that the engine sampled with.
-        prompt_start: the requests' `routed_experts_prompt_start`: the tokens before it have no rows.
+        weight_version: the version that the engine sampled with, or one for each response.
+        prompt_start: the requests' `routed_experts_prompt_start`: the tokens before it have no rows. Where a server
+            does not know the field (the OpenAI routes before vLLM 0.30), and so sends all rows, all are kept.
         on_error: "skip" keeps the samples that are right, and says in `Rollouts.failed` what is wrong with the others.
 
     Raises:
         CaptureError: no routing, a wrong number of rows, layers or slots, a layer that was never captured, expert ids
-            out of range or repeated in a row, or no log-probabilities. Names the samples. Also if no sample is right.
+            out of range or repeated in a row, no token ids or log-probabilities, or a request that failed. Names the
+            samples. Also if no sample is right, or there are not as many weight versions as responses.
     """
+    versions = _versions(weight_version, len(responses))
     items: list[Rollout] = []
     problems: dict[int, str] = {}
-    for index, output in enumerate(outputs):
-        for completion in output.outputs:
-            place = len(items) + len(problems)
-            try:
-                items.append(_rollout(output, completion, index, spec, weight_version, prompt_start))
-            except CaptureError as error:
-                problems[place] = f"sample {place} (prompt {index}, completion {completion.index}): {error}"
+    cause: Exception | None = None
+    prompt = 0
+    for response, version in zip(responses, versions, strict=True):
+        within = -1
+        try:
+            for number, (within, read) in enumerate(_samples(response, routing=spec is not None)):
+                place = len(items) + len(problems)
+                try:
+                    items.append(_rollout(read(), prompt + within, spec, version, prompt_start))
+                except CaptureError as error:
+                    problems[place] = f"sample {place} (prompt {prompt + within}, completion {number}): {error}"
+        except CaptureError as error:
+            place, cause = len(items) + len(problems), cause or error
+            problems[place] = f"sample {place} (prompt {prompt}): {error}"
+        prompt += max(within, 0) + 1
     if problems and (on_error == "raise" or not items):
-        raise CaptureError(f"{len(problems)} of {len(items) + len(problems)} samples:{summary(problems.values())}")
+        raise CaptureError(
+            f"{len(problems)} of {len(items) + len(problems)} samples:{summary(problems.values())}"
+        ) from cause
     if not items:
-        raise CaptureError("outputs: expected at least one completion, got none")
+        raise CaptureError("responses: expected at least one completion, got none")
     return Rollouts(items, spec, problems)
 
 
+def _samples(response: Any, *, routing: bool) -> Iterator[tuple[int, Read]]:
+    """For each completion: the place of its prompt among the response's, and what reads the completion."""
+    if hasattr(response, "done") and hasattr(response, "exception"):
+        response = _result(response)
+    if isinstance(response, BaseException):
+        raise CaptureError(f"the request failed with {type(response).__name__}: {response}") from response
+    if hasattr(response, "outputs") and hasattr(response, "prompt_token_ids"):
+        return ((0, partial(engine_sample, response, completion)) for completion in response.outputs)
+    return http_samples(response, routing=routing)
+
+
+def _result(future: Any) -> Any:
+    if not future.done():
+        raise CaptureError("the request is still running: wait for its future before its result is collected")
+    if future.cancelled():
+        raise CaptureError("the request was cancelled")
+    failure = future.exception()
+    return future.result() if failure is None else failure
+
+
 def _rollout(
-    output: Any, completion: Any, index: int, spec: RoutingSpec | None, weight_version: int | None, prompt_start: int
+    sample: Sample, prompt_index: int, spec: RoutingSpec | None, weight_version: int | None, prompt_start: int
 ) -> Rollout:
-    prompt_ids, token_ids = list(output.prompt_token_ids), list(completion.token_ids)
-    if completion.logprobs is None:
-        raise CaptureError("no log-probabilities: ask for them with SamplingParams(logprobs=0)")
-    logprobs = [entry[token].logprob for token, entry in zip(token_ids, completion.logprobs, strict=True)]
-    tokens = len(prompt_ids) + len(token_ids)
+    _require_logprobs(sample.logprobs)
+    tokens = len(sample.prompt_ids) + len(sample.token_ids)
     routing = None
     if spec is not None:
+        rows, complete = sample.routed_experts, sample.finish_reason != "abort"
+        ignored = complete and rows is not None and rows.ndim == 3 and len(rows) == tokens - 1
         routing = checked_rows(
-            completion.routed_experts,
+            rows,
             spec,
             tokens=tokens,
-            start=prompt_start,
-            complete=completion.finish_reason != "abort",
+            start=0 if ignored else prompt_start,
+            complete=complete,
             weight_version=weight_version,
         )
     return Rollout(
-        prompt_ids=prompt_ids,
-        token_ids=token_ids,
-        response_mask=torch.ones(len(token_ids), dtype=torch.bool),
-        logprobs=torch.tensor(logprobs, dtype=torch.float32),
+        prompt_ids=sample.prompt_ids,
+        token_ids=sample.token_ids,
+        response_mask=torch.ones(len(sample.token_ids), dtype=torch.bool),
+        logprobs=torch.tensor(sample.logprobs, dtype=torch.float32),
         routing=routing,
-        finish_reason=completion.finish_reason,
-        prompt_index=index,
+        finish_reason=sample.finish_reason,
+        prompt_index=prompt_index,
         weight_versions=() if weight_version is None else (weight_version,),
         row_versions=None if weight_version is None else torch.full((tokens,), weight_version, dtype=torch.int32),
     )
+
+
+def _require_logprobs(logprobs: Sequence[float]) -> None:
+    for i, value in enumerate(logprobs):
+        if not math.isfinite(value) or value > LARGEST_LOGPROB:
+            raise CaptureError(
+                f"sampled token {i}: expected a finite log-probability, at most 0, got {value}. Start the engine with "
+                "logprobs_mode=processed_logprobs (r3.capture.engine_kwargs and server_args do)"
+            )
+
+
+def _versions(given: int | Sequence[int | None] | None, responses: int) -> Sequence[int | None]:
+    if given is None or isinstance(given, int):
+        return [given] * responses
+    if len(given) != responses:
+        raise CaptureError(f"weight_version: expected one for each of {responses} responses, got {len(given)}")
+    return given

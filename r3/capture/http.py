@@ -1,0 +1,194 @@
+"""Responses of vLLM's HTTP server -> samples.
+
+Three routes, told apart by their fields and not by a version: `/v1/completions` and `/v1/chat/completions` (objects of
+the OpenAI client, dictionaries or JSON text), and `/inference/v1/generate` (dictionaries, JSON text, or the list of the
+chunks of a finished stream). P prompt tokens, G sampled tokens.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from r3.capture.rows import decode_npy
+from r3.capture.sample import Sample
+from r3.errors import CaptureError
+
+# More than any model returns for a token: 512 layers of 32 slots of 4 bytes. And the array's header.
+MAX_ROW_BYTES, HEADER_BYTES = 1 << 16, 1 << 12
+# What vLLM sends for minus infinity, and for a token whose log-probability it does not know.
+UNKNOWN_LOGPROB = -9999.0
+REMEDY = "r3.capture.request_fields gives the fields that a request needs"
+
+Read = Callable[[], Sample]
+
+
+def http_samples(response: Any, *, routing: bool) -> Iterator[tuple[int, Read]]:
+    """For each choice: the place of its prompt among the response's prompts, and what reads the choice.
+
+    Several prompts in one request of `/v1/completions` are told apart by their token ids: equal ones side by side
+    count as one. Without `routing` the choices' routing is not looked at.
+
+    Raises:
+        CaptureError: not a response of vLLM, an error that the server answered with, or a stream without its end. What
+            reads a choice raises it for that choice.
+    """
+    body = _stream(response) if isinstance(response, list | tuple) else _body(response)
+    choices = _choices(body)
+    if any("delta" in choice for choice in choices):
+        raise CaptureError(STREAMED)
+    place, before = -1, object()
+    for choice in choices:
+        prompt = choice.get("prompt_token_ids") or body.get("prompt_token_ids")
+        place += prompt != before
+        before = prompt
+        yield place, partial(_sample, choice, prompt, routing)
+
+
+STREAMED = (
+    "a streamed response of an OpenAI route carries no routing: vLLM sends it only without streaming there. Ask with "
+    "stream=False, or use /inference/v1/generate, which sends it with the last chunk"
+)
+
+
+def _body(response: Any) -> Mapping[str, Any]:
+    """The response as a dictionary."""
+    if hasattr(response, "model_dump"):  # pydantic, as the OpenAI client's; what OpenAI does not know is kept
+        response = response.model_dump(warnings=False)
+    elif isinstance(response, str | bytes):
+        try:
+            response = json.loads(response)
+        except ValueError as error:
+            raise CaptureError(f"expected a response in JSON, got {response[:80]!r}: {error}") from error
+    if not isinstance(response, Mapping):
+        raise CaptureError(
+            "expected a RequestOutput, a response of the OpenAI client or of /inference/v1/generate as object, "
+            f"dictionary or JSON text, the list of its chunks, or an exception; got {type(response).__name__}"
+        )
+    failure = response.get("error") or (response if response.get("object") == "error" else None)
+    if failure:
+        said = failure.get("message", failure) if isinstance(failure, Mapping) else failure
+        raise CaptureError(f"the server answered with an error: {said}")
+    return response
+
+
+def _choices(body: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not all(isinstance(choice, Mapping) for choice in choices):
+        raise CaptureError(f"expected a response with a list of choices, got one with {sorted(map(str, body))}")
+    return choices
+
+
+def _stream(chunks: Sequence[Any]) -> Mapping[str, Any]:
+    """The chunks of `/inference/v1/generate`, dictionaries or `data: ` lines, as the response they amount to."""
+    prompt: Any = None
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        if isinstance(chunk, str | bytes):
+            line = chunk.decode() if isinstance(chunk, bytes) else chunk
+            chunk = line.removeprefix("data:").strip()
+            if chunk in ("", "[DONE]"):
+                continue
+        body = _body(chunk)
+        if "object" in body:  # the OpenAI routes' chunks alone have it
+            raise CaptureError(STREAMED)
+        prompt = prompt or body.get("prompt_token_ids")
+        for part in _choices(body):
+            whole = choices.setdefault(part.get("index", 0), {"token_ids": [], "logprobs": {"content": []}})
+            whole["token_ids"] += part.get("token_ids") or []
+            whole["logprobs"]["content"] += (part.get("logprobs") or {}).get("content") or []
+            whole |= {name: part[name] for name in ("routed_experts", "finish_reason") if part.get(name) is not None}
+    unfinished = [index for index, choice in choices.items() if "finish_reason" not in choice]
+    if unfinished or not choices:
+        raise CaptureError(
+            f"the stream of {len(chunks)} chunks has no end{f' for choices {unfinished}' if unfinished else ''}: "
+            "the connection or the server was lost"
+        )
+    return {
+        "prompt_token_ids": prompt,
+        "choices": [{"routed_experts": None} | choices[index] for index in sorted(choices)],
+    }
+
+
+def _sample(choice: Mapping[str, Any], prompt: Any, routing: bool) -> Sample:
+    token_ids = _ids(choice.get("token_ids"), "token_ids of the choice")
+    prompt_ids = _ids(prompt, "prompt_token_ids")
+    rows = None
+    if routing:
+        rows = _rows(choice, len(prompt_ids) + len(token_ids))
+    return Sample(
+        prompt_ids=prompt_ids,
+        token_ids=token_ids,
+        logprobs=_logprobs(choice.get("logprobs"), token_ids),
+        routed_experts=rows,
+        finish_reason=choice.get("finish_reason"),
+    )
+
+
+def _ids(found: Any, name: str) -> list[int]:
+    if found is None:
+        raise CaptureError(
+            f"no {name}, and text may be tokenized otherwise. Ask with return_token_ids=True (in extra_body of the "
+            f"OpenAI client); {REMEDY}. Where /inference/v1/generate does not know it, put the ids that were sent "
+            "into the response as prompt_token_ids"
+        )
+    if not isinstance(found, list) or not all(type(token) is int for token in found):
+        raise CaptureError(f"{name}: expected a list of integers, got {found!r:.80}")
+    return found
+
+
+def _logprobs(found: Any, token_ids: list[int]) -> list[float]:
+    if not found and token_ids:
+        raise CaptureError(
+            "no log-probabilities: ask for them with logprobs=0 (completions), logprobs=True and top_logprobs=0 (chat) "
+            f"or sampling_params.logprobs=0 (generate); {REMEDY}"
+        )
+    try:
+        if "token_logprobs" in (found or {}):
+            tokens, values = list(found["tokens"]), list(found["token_logprobs"])
+        else:
+            entries = (found or {}).get("content") or []
+            tokens = [entry.get("token_id", entry.get("token")) for entry in entries]
+            values = [entry["logprob"] for entry in entries]
+        missing = [i for i, value in enumerate(values) if value is None or value <= UNKNOWN_LOGPROB]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CaptureError(f"logprobs: expected those of an OpenAI route or of generate, got {found!r:.80}") from error
+    if not len(values) == len(tokens) == len(token_ids):
+        raise CaptureError(
+            f"expected a log-probability of each of {len(token_ids)} sampled tokens, got {len(values)} of "
+            f"{len(tokens)} tokens. echo=True would add those of the prompt"
+        )
+    if missing:
+        raise CaptureError(f"the server does not know the log-probabilities of sampled tokens {missing[:16]}")
+    for i, (token, sampled) in enumerate(zip(tokens, token_ids, strict=True)):
+        known = token if isinstance(token, int) else _placeholder(token)
+        if known is not None and known != sampled:
+            raise CaptureError(f"sampled token {i} is {sampled}, but its log-probability is of token {known}")
+    return values
+
+
+def _placeholder(token: Any) -> int | None:
+    """The id in `token_id:17`; None for text, which tells no id."""
+    number = str(token).removeprefix("token_id:")
+    return int(number) if number != token and number.isdecimal() else None
+
+
+def _rows(choice: Mapping[str, Any], tokens: int) -> np.ndarray | None:
+    text = choice.get("routed_experts")
+    if text is not None and not isinstance(text, str):
+        raise CaptureError(f"routed_experts: expected base64 text, got {type(text).__name__}")
+    if text is not None:
+        return decode_npy(text, max_bytes=HEADER_BYTES + tokens * MAX_ROW_BYTES)
+    if choice.get("finish_reason") == "abort":
+        return None
+    if "routed_experts" not in choice:
+        raise CaptureError(
+            f"no routing: the choice has no field routed_experts, only {sorted(choice)}. vLLM before 0.22 does not "
+            "send it, a streamed response of an OpenAI route neither, and something between may have dropped it"
+        )
+    raise CaptureError(
+        "no routing: routed_experts is null. Start the server with --enable-return-routed-experts "
+        "(r3.capture.server_args does)"
+    )
