@@ -310,7 +310,7 @@ QUESTION = "\nState the final answer to the following arithmetic problem: {} + {
 
 @pytest.fixture(scope="module")
 def conversations(engine, demo_config):
-    """The model, and three-turn conversations with prefix caching and `prompt_start`, each with one prefill of it all."""
+    """The model, and three-turn conversations with prefix caching and `prompt_start`, each with a prefill of it all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from vllm import SamplingParams
 
