@@ -1,0 +1,158 @@
+"""The command line and the request's fields that capture over HTTP needs stay in step with the offline engine's."""
+
+import asyncio
+import inspect
+import json
+from concurrent.futures import Future
+from dataclasses import fields
+
+import pytest
+from conftest import DEMO_MODEL
+from test_collect import SPEC, output, rows
+
+import r3
+from r3.capture import collect, engine_kwargs, request_fields, sampling_kwargs, server_args, server_command
+
+
+@pytest.fixture(scope="module")
+def parsed():
+    """vLLM's engine arguments as its own parser makes them of a command line."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ModuleNotFoundError:
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+
+    def parse(args: list[str]):
+        found = make_arg_parser(FlexibleArgumentParser()).parse_args(args)
+        found.model = found.model_tag or found.model  # as `vllm serve` does
+        return AsyncEngineArgs.from_cli_args(found), found
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["generator.inference_engine.max_model_len=256", "trainer.seed=7"],
+        [
+            "generator.inference_engine.enable_return_routed_experts=false",
+            "trainer.policy.fsdp_config.moe_enable_routing_replay=false",
+            "generator.inference_engine.enforce_eager=false",
+        ],
+    ],
+)
+def test_the_server_gets_what_the_offline_engine_gets(parsed, overrides):
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = r3.R3Config.from_overrides(overrides, {"trainer.policy.model.path": str(DEMO_MODEL)})
+    args = server_args(config)
+    server, of_server = parsed(args)
+    offline = EngineArgs(**engine_kwargs(config))
+    names = {field.name for field in fields(EngineArgs)} - {"generation_config"}
+
+    def set_apart(args, plain) -> dict:
+        return {name: getattr(args, name) for name in names if getattr(args, name) != getattr(plain, name)}
+
+    asked = set_apart(offline, EngineArgs())
+    assert len(asked) > 5
+    assert set_apart(server, parsed([])[0]) == asked
+    assert of_server.model_tag == str(DEMO_MODEL)
+    # A model's own top_k, top_p or temperature fill nothing in.
+    assert server.generation_config == "vllm"
+    assert of_server.enable_scale_out
+    # Also where the command `vllm` cannot run.
+    assert parsed(server_command(config)[3:])[1].model == str(DEMO_MODEL)
+
+
+def test_requests_ask_for_what_the_offline_engine_is_asked(demo_config):
+    asked = sampling_kwargs(demo_config)
+    completions = request_fields(demo_config)
+    extra = completions.pop("extra_body")
+    assert completions | {"top_k": extra["top_k"]} == asked
+    assert extra == {"top_k": -1, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    chat = request_fields(demo_config, "chat", 5)
+    assert (chat["logprobs"], chat["top_logprobs"]) == (True, asked["logprobs"])
+    assert chat["extra_body"]["routed_experts_prompt_start"] == 5
+    assert request_fields(demo_config, "generate", 5) == {
+        "sampling_params": asked | {"routed_experts_prompt_start": 5},
+        "return_token_ids": True,
+    }
+
+
+def test_every_field_is_one_that_vllm_and_the_client_know(demo_config):
+    from openai.resources import Completions
+    from openai.resources.chat import Completions as ChatCompletions
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
+
+    for route, client, request in (
+        ("completions", Completions, CompletionRequest),
+        ("chat", ChatCompletions, ChatCompletionRequest),
+    ):
+        asked = request_fields(demo_config, route, 3)
+        assert set(asked) <= set(inspect.signature(client.create).parameters)
+        assert set(asked["extra_body"]) <= set(request.model_fields)
+    made = GenerateRequest(token_ids=[1], **json.loads(json.dumps(request_fields(demo_config, "generate", 3))))
+    assert made.sampling_params.logprobs == 0
+
+
+def test_a_route_that_is_none_is_refused(demo_config):
+    with pytest.raises(r3.ConfigError, match="expected one of completions, chat, generate, got 'responses'"):
+        request_fields(demo_config, "responses")
+    with pytest.raises(r3.ConfigError, match="prompt_start: expected 0 or more, got -1"):
+        request_fields(demo_config, prompt_start=-1)
+
+
+def test_failed_requests_are_listed_and_the_rest_is_kept():
+    async def fail():
+        raise TimeoutError("no answer in 5 s")
+
+    async def answer():
+        return output(rows())
+
+    async def both():
+        return await asyncio.gather(fail(), answer(), return_exceptions=True)
+
+    kept = collect(asyncio.run(both()), SPEC, on_error="skip", weight_version=[1, 2])
+    assert [rollout.prompt_index for rollout in kept] == [1]
+    assert [rollout.weight_version for rollout in kept] == [2]
+    assert kept.failed == {0: "sample 0 (prompt 0): the request failed with TimeoutError: no answer in 5 s"}
+    running, cancelled, done = Future(), Future(), Future()
+    cancelled.cancel()
+    done.set_result(output(rows()))
+    kept = collect([running, cancelled, done], SPEC, on_error="skip")
+    assert len(kept) == 1
+    assert "still running" in kept.failed[0]
+    assert "was cancelled" in kept.failed[1]
+    with pytest.raises(r3.CaptureError, match="expected one for each of 2 responses, got 1"):
+        collect([output(rows())] * 2, SPEC, weight_version=[1])
+
+
+def test_an_aborted_choice_keeps_the_rows_that_came():
+    import base64
+    import io
+
+    import numpy as np
+
+    def choice(array) -> dict:
+        file = io.BytesIO()
+        if array is not None:
+            np.save(file, array)
+        return {
+            "token_ids": [5, 6, 7],
+            "prompt_token_ids": [1, 2, 3, 4],
+            "logprobs": {"tokens": ["a", "b", "c"], "token_logprobs": [-0.5, -0.6, -0.7]},
+            "routed_experts": base64.b64encode(file.getvalue()).decode() if array is not None else None,
+            "finish_reason": "abort",
+        }
+
+    (some, none) = collect([{"choices": [choice(rows()[:5]), choice(None)]}], SPEC)
+    assert some.routing.valid.tolist() == [[True] * 5 + [False] * 2]
+    assert np.array_equal(some.routing.expert_ids[0, :5].numpy(), rows()[:5])
+    assert not none.routing.valid.any()
+    assert none.token_ids == [5, 6, 7]
