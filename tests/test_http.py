@@ -57,10 +57,10 @@ def test_the_server_gets_what_the_offline_engine_gets(parsed, overrides):
     def set_apart(args, plain) -> dict:
         return {name: getattr(args, name) for name in names if getattr(args, name) != getattr(plain, name)}
 
-    asked = set_apart(offline, EngineArgs())
+    asked = set_apart(offline, EngineArgs(model=str(DEMO_MODEL)))
     assert len(asked) > 5
-    assert set_apart(server, parsed([])[0]) == asked
-    assert of_server.model_tag == str(DEMO_MODEL)
+    assert set_apart(server, parsed([str(DEMO_MODEL)])[0]) == asked
+    assert server.model == offline.model
     # A model's own top_k, top_p or temperature fill nothing in.
     assert server.generation_config == "vllm"
     assert of_server.enable_scale_out
