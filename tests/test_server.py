@@ -12,11 +12,12 @@ import httpx
 import openai
 import pytest
 import torch
+import vllm
 from conftest import DEMO_MODEL
 from server import running_server
 
 import r3
-from r3.capture import Rollout, Rollouts, collect, request_fields
+from r3.capture import Rollout, Rollouts, collect, handshake, request_fields
 from r3.diagnostics import compare_logprobs
 from r3.parallel import token_logprobs
 
@@ -277,6 +278,30 @@ def test_another_model_behind_the_url_is_seen(response, spec):
     ):
         with pytest.raises(r3.CaptureError, match=expected):
             collect([response], other)
+
+
+def test_a_handshake_says_what_works(server, model, spec):
+    found = handshake(f"{server.url}/v1/", spec)
+    assert (found.prompt_tokens, found.sampled_tokens, found.rows) == (7, 4, 10)
+    assert (found.layers, found.decoder_layers, found.experts, found.top_k) == (8, 8, 32, 4)
+    assert found.vllm_version == vllm.__version__
+    assert found.model == model
+    assert found.seconds > 0
+
+
+def test_a_handshake_says_what_does_not(server, spec):
+    for other, message in (
+        (dataclasses.replace(spec, top_k=8), r"= \(10, 8, 8\), got uint8 \(10, 8, 4\)"),
+        (dataclasses.replace(spec, layer_ids=tuple(range(1, 8))), r"layers \[0\] are routed in the engine"),
+    ):
+        with pytest.raises(r3.CaptureError, match=rf"handshake with {server.url}: [\s\S]*{message}"):
+            handshake(server.url, other)
+    with pytest.raises(r3.CaptureError, match="answered with status 400"):
+        handshake(server.url, spec, prompt_ids=[100_000])
+    with pytest.raises(r3.CaptureError, match=r"no answer from .*/version: .*Is the server up"):
+        handshake("http://127.0.0.1:9", spec)
+    with pytest.raises(r3.CaptureError, match="expected http://host:port, got 'localhost:8000'"):
+        handshake("localhost:8000", spec)
 
 
 def test_a_server_that_dies_in_a_request_costs_that_request_alone(server, client, model, config, spec):

@@ -4,7 +4,9 @@ Limits of this version: one model behind a URL; streams of `/inference/v1/genera
 """
 
 from r3.capture.collect import collect
+from r3.capture.endpoint import Endpoint
 from r3.capture.engine import engine_kwargs, running_engine, sampling_kwargs
+from r3.capture.handshake import Handshake, handshake
 from r3.capture.overlap import OverlapReport, compare_overlap
 from r3.capture.rollout import Rollout, RolloutBatch, Rollouts
 from r3.capture.serve import request_fields, server_args, server_command
@@ -12,6 +14,8 @@ from r3.capture.stitch import next_prompt_start, stitch, stitch_runs
 from r3.capture.versions import resolve_mixed_versions, stamp_versions
 
 __all__ = [
+    "Endpoint",
+    "Handshake",
     "OverlapReport",
     "Rollout",
     "RolloutBatch",
@@ -19,6 +23,7 @@ __all__ = [
     "collect",
     "compare_overlap",
     "engine_kwargs",
+    "handshake",
     "next_prompt_start",
     "request_fields",
     "resolve_mixed_versions",

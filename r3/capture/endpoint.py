@@ -1,0 +1,85 @@
+"""One vLLM server behind a URL, asked with nothing but the standard library: for checks, not for rollouts."""
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+from r3.errors import CaptureError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A server of which every answer is JSON, empty, or an error in plain words.
+
+    Attributes:
+        url: `http://host:port`, with or without `/v1` at its end.
+        timeout_s: of each request.
+        api_key: what the server was started with as `--api-key`.
+    """
+
+    url: str
+    timeout_s: float = 60.0
+    api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def base(self) -> str:
+        """The URL without `/v1`."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON that `path` answers with, None for an empty answer; a POST where there is a `body`.
+
+        Raises:
+            CaptureError: no answer in time, an error status with what the server said, or no JSON.
+        """
+        url = f"{self.base}{path}"
+        if not url.startswith(("http://", "https://")):
+            raise CaptureError(f"url: expected http://host:port, got {self.url!r}")
+        headers = {"Content-Type": "application/json"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            request = urllib.request.Request(url, data, headers)
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
+                content = answer.read()
+        except urllib.error.HTTPError as error:
+            said = error.read()[:500].decode(errors="replace")
+            raise CaptureError(f"{url} answered with status {error.code}: {said or error.reason}") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            waited = f" in {self.timeout_s:g} s" if isinstance(reason, TimeoutError) else ""
+            raise CaptureError(
+                f"no answer from {url}{waited}: {reason or type(error).__name__}. Is the server up, and is this its "
+                "address? vLLM answers only when the model is loaded"
+            ) from error
+        try:
+            return json.loads(content) if content else None
+        except ValueError as error:
+            raise CaptureError(f"{url}: expected JSON, got {content[:80]!r}: is this a vLLM server?") from error
+
+    def version(self) -> str:
+        """The server's vLLM.
+
+        Raises:
+            CaptureError: as `ask`, or not a vLLM server.
+        """
+        found = self.ask("/version")
+        if not isinstance(found, dict) or not isinstance(found.get("version"), str):
+            raise CaptureError(f"{self.base}/version: expected vLLM's, got {found!r:.80}: is this a vLLM server?")
+        return found["version"]
+
+    def model(self) -> str:
+        """The name by which the server's first model is asked for.
+
+        Raises:
+            CaptureError: as `ask`, or no model.
+        """
+        found = self.ask("/v1/models")
+        try:
+            return str(found["data"][0]["id"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise CaptureError(f"{self.base}/v1/models: expected a list of models, got {found!r:.80}") from error

@@ -1,0 +1,147 @@
+"""A short exchange with an engine or a server that proves, before anything is trained, that capture works."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from r3.capture.collect import collect
+from r3.capture.endpoint import Endpoint
+from r3.capture.rollout import Rollout
+from r3.errors import CaptureError
+from r3.routing import RoutingSpec
+
+# In every vocabulary, and fewer than a block of the prefix cache: each handshake is computed anew.
+PROMPT_IDS = (3, 5, 7, 11, 13, 17, 19)
+# Of a token that alone is allowed, whatever is rounded.
+CERTAIN_NATS = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handshake:
+    """What an exchange has shown.
+
+    Attributes:
+        engine: `vllm.LLM`, or the URL.
+        vllm_version: of the engine.
+        model: as the engine calls it.
+        prompt_tokens, sampled_tokens: of the request.
+        rows: rows of routing that came and were right: all but the last token's.
+        layers: decoder layers that have a router, of `decoder_layers`.
+        experts, top_k: of the trainer, which the rows fit.
+        seconds: of the whole exchange.
+    """
+
+    engine: str
+    vllm_version: str
+    model: str
+    prompt_tokens: int
+    sampled_tokens: int
+    rows: int
+    layers: int
+    decoder_layers: int
+    experts: int
+    top_k: int
+    seconds: float
+
+
+def handshake(
+    engine: Any,
+    spec: RoutingSpec,
+    *,
+    prompt_ids: Sequence[int] = PROMPT_IDS,
+    max_tokens: int = 4,
+    timeout_s: float = 60.0,
+    api_key: str | None = None,
+) -> Handshake:
+    """Sample a few tokens greedily, and one that is forced, and check all that training will rely on.
+
+    Token ids, log-probabilities and rows come and fit each other; rows are complete, distinct and in range; every layer
+    that the trainer replays was captured, and none besides; the log-probabilities are those of the distribution that
+    is sampled from (where one token alone is allowed, its log-probability is 0).
+
+    Args:
+        engine: a `vllm.LLM`, or the URL of a server (`http://host:port`).
+        spec: the routing that the trainer's model can replay (`Replay.spec`).
+        prompt_ids: ids in the model's vocabulary.
+        max_tokens: tokens to sample.
+        timeout_s: of each of a server's answers; an engine in this process has no timeout.
+        api_key: of a server that wants one.
+
+    Raises:
+        CaptureError: the first thing that is wrong, and what to do about it.
+
+    Example:
+        >>> handshake("http://127.0.0.1:8000", r3.attach(model).spec)  # doctest: +SKIP
+    """
+    started = time.perf_counter()
+    ask = _ask_server if isinstance(engine, str) else _ask_engine
+    greedy: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True}
+    forced = greedy | {"temperature": 1.0, "max_tokens": 1, "allowed_token_ids": [prompt_ids[0]]}
+    try:
+        name, version, model, responses = ask(engine, list(prompt_ids), [greedy, forced], timeout_s, api_key)
+        (sampled,) = collect(responses[:1], spec)
+        (certain,) = collect(responses[1:], spec)
+        _require(sampled, certain, list(prompt_ids), max_tokens, spec)
+    except CaptureError as error:
+        raise CaptureError(f"handshake with {engine if isinstance(engine, str) else 'the engine'}: {error}") from error
+    assert sampled.routing is not None
+    return Handshake(
+        engine=name,
+        vllm_version=version,
+        model=model,
+        prompt_tokens=len(sampled.prompt_ids),
+        sampled_tokens=len(sampled.token_ids),
+        rows=sampled.routing.rows_valid,
+        layers=len(spec.layer_ids),
+        decoder_layers=spec.num_layers,
+        experts=spec.num_experts,
+        top_k=spec.top_k,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _require(sampled: Rollout, certain: Rollout, prompt_ids: list[int], max_tokens: int, spec: RoutingSpec) -> None:
+    """What `collect` cannot know: what was sent, and that rows of one slot are not all 0."""
+    if sampled.prompt_ids != prompt_ids:
+        raise CaptureError(f"prompt_token_ids: expected those that were sent, {prompt_ids}, got {sampled.prompt_ids}")
+    if len(sampled.token_ids) != max_tokens:  # the server may limit it
+        raise CaptureError(f"expected {max_tokens} sampled tokens, got {len(sampled.token_ids)}")
+    if certain.token_ids != prompt_ids[:1]:
+        raise CaptureError(f"allowed_token_ids={prompt_ids[:1]}: expected that token, got {certain.token_ids}")
+    if certain.logprobs.abs().max() > CERTAIN_NATS:
+        raise CaptureError(
+            "log-probabilities are not those of the distribution that is sampled from: of a token that alone was "
+            f"allowed, expected 0, got {certain.logprobs[0]:.4f}. Start the engine with "
+            "logprobs_mode=processed_logprobs (r3.capture.engine_kwargs and server_args do)"
+        )
+    routing = sampled.routing
+    assert routing is not None
+    if spec.top_k == 1 and not torch.any(routing.expert_ids):
+        raise CaptureError(
+            f"expert 0 in all {len(spec.layer_ids)} layers for all {routing.rows_valid} tokens: nothing was captured. "
+            "vLLM's CPU build 0.30 does this when it compiles: use enforce_eager=True; so do monolithic MoE kernels"
+        )
+
+
+def _ask_engine(
+    engine: Any, prompt_ids: list[int], requests: list[dict[str, Any]], timeout_s: float, api_key: str | None
+) -> tuple[str, str, str, list[Any]]:
+    import vllm
+
+    prompts = [{"prompt_token_ids": prompt_ids} for _ in requests]
+    sampling = [vllm.SamplingParams(logprobs=0, **request) for request in requests]
+    outputs = engine.generate(prompts, sampling, use_tqdm=False)
+    return "vllm.LLM", vllm.__version__, engine.llm_engine.model_config.model, outputs
+
+
+def _ask_server(
+    url: str, prompt_ids: list[int], requests: list[dict[str, Any]], timeout_s: float, api_key: str | None
+) -> tuple[str, str, str, list[Any]]:
+    server = Endpoint(url=url, timeout_s=timeout_s, api_key=api_key)
+    version, model = server.version(), server.model()
+    fields = {"model": model, "prompt": prompt_ids, "logprobs": 0}
+    fields |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    return url, version, model, [server.ask("/v1/completions", fields | request) for request in requests]
