@@ -18,9 +18,10 @@ LAYER_IDS = (0, 1, 2)
 
 
 def row(position: int, prefill: int) -> list[list[int]]:
-    """`[L, K]`: the row that the forwards of turn `prefill` give the token at `position`."""
-    first = position + 3 * prefill
-    return [[(first + layer) % EXPERTS, (first + layer + 1) % EXPERTS] for layer in LAYER_IDS]
+    """`[L, K]`: the row that the forwards of turn `prefill` give the token at `position`; two turns differ in order."""
+    first = position + 3 * (prefill // 2)
+    slots = (0, 1) if prefill % 2 else (1, 0)
+    return [[(first + layer + slot) % EXPERTS for slot in slots] for layer in LAYER_IDS]
 
 
 def turn(number: int, prompt: list[int], sampled: list[int], start: int = 0, lost: int = 0, **changes: Any) -> Rollout:
