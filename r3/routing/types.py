@@ -268,8 +268,23 @@ def replace_trusted(
     rows_valid: int | None = None,
 ) -> RolloutRouting:
     """A `RolloutRouting` of rows that another one has checked already: content is not looked at again."""
+    return trusted(expert_ids, valid, layer_ids or like.layer_ids, like.num_experts, weight_version, rows_valid)
+
+
+def trusted(
+    expert_ids: Tensor,
+    valid: Tensor,
+    layer_ids: tuple[int, ...],
+    num_experts: int,
+    weight_version: int | None,
+    rows_valid: int | None = None,
+) -> RolloutRouting:
+    """A `RolloutRouting` of what the caller has checked: nothing is looked at or copied.
+
+    The ids are in the compact dtype, distinct and in range in valid rows, and 0 in the others.
+    """
     new = object.__new__(RolloutRouting)
-    new._set(expert_ids, valid, layer_ids or like.layer_ids, like.num_experts, weight_version)
+    new._set(expert_ids, valid, layer_ids, num_experts, weight_version)
     if rows_valid is not None:
         vars(new)["rows_valid"] = rows_valid
     return new
