@@ -176,6 +176,13 @@ def test_the_boundary_row_comes_from_the_next_turn_and_from_nowhere_else():
     assert stitch([first]).routing.valid.tolist() == [[True] * 4 + [False]]
 
 
+def test_without_a_choice_the_row_under_which_a_token_was_sampled_stays():
+    turns = played([Plan(3, 4, 0, 99), Plan(2, 3, 0, 99)])
+    assert compare_overlap(turns).rows
+    assert same(stitch(turns), stitch(turns, overlap="earlier"))
+    assert not same(stitch(turns), stitch(turns, overlap="later"))
+
+
 def test_a_turn_that_is_missing_at_the_end_or_between_leaves_its_tokens_unsampled():
     turns = played([Plan(3, 4, 0, 99), Plan(2, 3, 0, 99), Plan(5, 1, 0, 99)])
     assert stitch(turns[:2]).token_ids == stitch(turns).token_ids[: len(turns[1]) - len(turns[0].prompt_ids)]
@@ -187,9 +194,13 @@ def test_a_turn_that_is_missing_at_the_end_or_between_leaves_its_tokens_unsample
 
 def test_turns_without_routing_are_joined_without():
     turns = [dataclasses.replace(t, routing=None) for t in played([Plan(3, 4, 0, None), Plan(2, 3, 0, None)])]
-    joined = stitch(turns)
+    joined = stitch(turns, overlap="later")
     assert joined.routing is None
     assert joined.row_versions.tolist() == [11] * (len(joined) - 1) + [-1]
+    # Version 10 consumed all of the first turn but its last token.
+    first = len(turns[0]) - 1
+    earlier = stitch(turns, overlap="earlier").row_versions.tolist()
+    assert earlier == [10] * first + [11] * (len(joined) - 1 - first) + [-1]
     assert stitch([dataclasses.replace(t, row_versions=None) for t in turns]).row_versions is None
     with pytest.raises(CaptureError, match="turn 0 has no routing"):
         next_prompt_start(turns)
@@ -248,8 +259,9 @@ def test_rows_before_the_drift_come_from_the_turns_before_it():
     assert two.weight_versions == (10, 11)
     assert two.spans_versions
     # Its own rows, asked for from 0, leave the turns before it no part.
-    _, alone = stitch_runs([first, turn(1, prompt, [8, 9])])
-    assert alone.weight_versions == (11,)
+    for overlap in ("earlier", "later"):
+        _, alone = stitch_runs([first, turn(1, prompt, [8, 9])], overlap=overlap)
+        assert alone.weight_versions == (11,)
     # A prompt that became shorter than what is held: still below its length.
     assert next_prompt_start([first], [1, 2]) == 1
     assert next_prompt_start([]) == 0
@@ -299,7 +311,7 @@ def test_turns_of_different_kinds_are_refused(change, message):
 def test_no_turns_and_unknown_choices_are_refused():
     with pytest.raises(CaptureError, match="at least one, got none"):
         stitch([])
-    with pytest.raises(CaptureError, match="overlap: expected one of later, earlier, got 'both'"):
+    with pytest.raises(CaptureError, match="overlap: expected one of earlier, later, got 'both'"):
         stitch([turn(0, [1], [2])], overlap="both")  # pyrefly: ignore
 
 

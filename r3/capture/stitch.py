@@ -17,16 +17,17 @@ from r3.errors import CaptureError
 from r3.routing import RolloutRouting
 from r3.routing.types import replace_trusted
 
-Overlap = Literal["later", "earlier"]
+Overlap = Literal["earlier", "later"]
 
 
-def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "later") -> Rollout:
+def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "earlier") -> Rollout:
     """Join the turns of one conversation; each turn's prompt is the whole conversation before it, as token ids.
 
     Args:
         turns: in order, as `collect` made them; some may themselves be joined turns. A turn that ended early, or was
             asked with `routed_experts_prompt_start`, has fewer rows; turns missing at the end are no obstacle.
-        overlap: whose row a token gets that several turns captured: that of the last or of the first of them. See
+        overlap: whose row a token gets that several turns captured. The "earlier" one is that under which the
+            log-probability after it was computed; the "later" one that which the last turn attended to. See
             `compare_overlap` for how often they differ.
 
     Returns:
@@ -43,7 +44,7 @@ def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "later") -> Rollout:
     return _joined(turns, [], overlap)
 
 
-def stitch_runs(turns: Sequence[Rollout], *, overlap: Overlap = "later") -> list[Rollout]:
+def stitch_runs(turns: Sequence[Rollout], *, overlap: Overlap = "earlier") -> list[Rollout]:
     """`stitch` for conversations whose prompts drift: one rollout for each longest run of turns that hold together.
 
     Each sampled token is in exactly one of them as sampled: a prompt that lost or changed tokens of earlier turns
@@ -105,10 +106,12 @@ class _Piece(NamedTuple):
 
 
 def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap) -> Rollout:
-    """One rollout of the turns of `run`, with rows of the turns `before` it as far as the tokens are the same."""
+    """One rollout of the turns of `run`. Where they have no row, that of a turn `before` is taken, if the tokens up to
+    there are the same."""
     ids, prompt = ids_of(run[-1]), len(run[0].prompt_ids)
     sources = [_Source(turn, shared_length(ids_of(turn), ids)) for turn in before]
-    pieces = _pieces(sources + [_Source(turn, len(turn)) for turn in run], len(ids), overlap)
+    sources += [_Source(turn, len(turn)) for turn in (run if overlap == "later" else reversed(run))]
+    pieces = _pieces(sources, len(ids))
     took_part = [*(piece.turn for piece in pieces if piece.turn is not None), *run]
 
     response_mask = torch.zeros(len(ids) - prompt, dtype=torch.bool)
@@ -130,12 +133,10 @@ def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap)
     )
 
 
-def _pieces(sources: Sequence[_Source], length: int, overlap: Overlap) -> list[_Piece]:
-    """Where the row of each of `length` tokens comes from."""
+def _pieces(sources: Sequence[_Source], length: int) -> list[_Piece]:
+    """Where the row of each of `length` tokens comes from: the last of the sources that has it."""
     owner = torch.full((length,), -1)
-    order = range(len(sources)) if overlap == "later" else reversed(range(len(sources)))
-    for i in order:
-        turn, shared = sources[i]
+    for i, (turn, shared) in enumerate(sources):
         if turn.routing is not None:
             owner[:shared].masked_fill_(turn.routing.valid[0, :shared].cpu(), i)
         else:
