@@ -1,8 +1,12 @@
-"""The command line: `r3 demo`, `r3 report`."""
+"""The command line: `r3 demo`, `r3 doctor`, `r3 report`."""
 
 import argparse
+import contextlib
+import json
 import os
 import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from r3.errors import R3Error
@@ -30,6 +34,41 @@ def demo(args: argparse.Namespace) -> None:
     os.execv(sys.executable, [sys.executable, "-W", "ignore", str(script), *args.overrides])
 
 
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What libraries and their processes print does not come between the lines of our own output."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from r3.config import R3Config
+    from r3.doctor import examine
+
+    config = R3Config.from_overrides(args.overrides, {"trainer.policy.model.path": args.model or ""})
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # also in the engine's processes
+    checks = []
+    with _stdout_to_stderr() if args.json else contextlib.nullcontext():
+        for check in examine(config, url=args.url, engine=args.engine, timeout_s=args.timeout_s, api_key=args.api_key):
+            checks.append(check)
+            if not args.json:
+                print(f"{check.status:8} {check.name}: {check.detail}", flush=True)
+                if check.remedy:
+                    print(f"{'':8} -> {check.remedy}", flush=True)
+    problems = sum(check.status == "problem" for check in checks)
+    if args.json:
+        print(json.dumps({"problems": problems, "checks": [asdict(check) for check in checks]}, indent=2))
+    if problems:
+        sys.exit(1)
+
+
 def report(args: argparse.Namespace) -> None:
     from r3.diagnostics import write_report
 
@@ -44,6 +83,16 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as trainer.max_steps=3")
     sub.add_argument("--settings", action="store_true", help="list all settings with their defaults, and stop")
     sub.set_defaults(run_command=demo)
+
+    sub = commands.add_parser("doctor", help="check this environment, a model, a server or an engine")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run that is meant")
+    sub.add_argument("--model", metavar="PATH", help="folder of the policy: trainer.policy.model.path")
+    sub.add_argument("--url", help="a vLLM server to check, such as http://127.0.0.1:8000")
+    sub.add_argument("--api-key", help="of the server")
+    sub.add_argument("--timeout-s", type=float, default=60.0, help="of each of the server's answers (default 60)")
+    sub.add_argument("--engine", action="store_true", help="start an engine of the settings and check its capture")
+    sub.add_argument("--json", action="store_true", help="print the results as JSON")
+    sub.set_defaults(run_command=doctor)
 
     sub = commands.add_parser("report", help="write the report of a run folder, and print where it is")
     sub.add_argument("run", type=Path, help="a run folder")

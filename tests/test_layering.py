@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "config": {"errors"},
     "routing": BOTTOM,
     **{part: BOTTOM | {"routing"} for part in MIDDLE},
-    "cli": BOTTOM | MIDDLE | {"routing"},
+    "doctor": BOTTOM | MIDDLE | {"routing"},
+    "cli": BOTTOM | MIDDLE | {"routing", "doctor"},
     "__main__": {"cli"},
 }
 ABOVE = {"trainer_hooks", "examples", "tests", "benchmarks"}
