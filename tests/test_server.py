@@ -14,11 +14,13 @@ import pytest
 import torch
 import vllm
 from conftest import DEMO_MODEL
+from models import tiny_moe
 from server import running_server
 
 import r3
 from r3.capture import Rollout, Rollouts, collect, handshake, request_fields
 from r3.diagnostics import compare_logprobs
+from r3.doctor import examine
 from r3.parallel import token_logprobs
 
 pytestmark = pytest.mark.engine
@@ -302,6 +304,30 @@ def test_a_handshake_says_what_does_not(server, spec):
         handshake("http://127.0.0.1:9", spec)
     with pytest.raises(r3.CaptureError, match="expected http://host:port, got 'localhost:8000'"):
         handshake("localhost:8000", spec)
+
+
+def test_doctor_checks_a_server_with_the_trainers_model(server, config):
+    checks = {check.name: check for check in examine(config, url=server.url)}
+    told = {name: check.status for name, check in checks.items() if check.status != "ok"}
+    # The control routes alone are not there: nothing here asks for them.
+    assert told == {"server routes": "warning"}
+    assert "VLLM_SERVER_DEV_MODE=1" in checks["server routes"].detail
+    assert "token-in" not in checks["server routes"].detail
+    assert checks["server capture"].detail.startswith("10 rows of 8 layers, 4 sampled tokens")
+
+
+def test_doctor_sees_that_the_server_has_another_model(server, tmp_path):
+    tiny_moe().save_pretrained(tmp_path)
+    other = r3.R3Config.from_overrides([], {"trainer.policy.model.path": str(tmp_path)})
+    capture = {check.name: check for check in examine(other, url=server.url)}["server capture"]
+    assert capture.status == "problem"
+    assert "= (10, 3, 2), got uint8 (10, 8, 4)" in capture.detail
+
+
+def test_doctor_without_a_model_does_not_check_routing(server):
+    checks = {check.name: check for check in examine(r3.R3Config(), url=server.url)}
+    assert (checks["server"].status, checks["server capture"].status) == ("ok", "warning")
+    assert "--model" in checks["server capture"].remedy
 
 
 def test_a_server_that_dies_in_a_request_costs_that_request_alone(server, client, model, config, spec):
