@@ -110,11 +110,13 @@ def check_rows(
     Raises:
         error: names sample, position and decoder layer of the first offending rows.
     """
+    if not expert_ids.numel():
+        return
     rows = expert_ids.reshape(-1, *expert_ids.shape[2:])
     many = rows.numel() >= MANY_IDS
     found: list[tuple[int, int]] = []
     total = 0
-    for index in _blocks(valid.reshape(-1), max(1, expert_ids.shape[2] * expert_ids.shape[3])):
+    for index in row_blocks(valid.reshape(-1), expert_ids.shape[2] * expert_ids.shape[3]):
         block = rows[index]
         if block.device.type == "cpu":
             ids = block.reshape(-1, block.shape[-1]).numpy()
@@ -138,7 +140,7 @@ def check_rows(
     )
 
 
-def _blocks(valid: Tensor, row_ids: int) -> Iterator[slice | Tensor]:
+def row_blocks(valid: Tensor, row_ids: int) -> Iterator[slice | Tensor]:
     """Indices of all rows that are valid, in order, for at most `_BLOCK_IDS` ids each: slices where runs are long."""
     step = max(1, _BLOCK_IDS // row_ids)
     where = valid.nonzero().squeeze(-1)

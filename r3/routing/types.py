@@ -238,6 +238,37 @@ class RolloutRouting:
             at += b
         return replace_trusted(parts[0], expert_ids, valid, weight_version=_version(parts))
 
+    def to_bytes(self, *, compress: bool = False) -> bytes:
+        """The wire form, which `from_bytes` reads: described in docs/wire-format.md.
+
+        Args:
+            compress: Huffman codes of the ids' bytes, by zlib. Slow, and seldom much smaller: docs/performance.md.
+
+        Raises:
+            RoutingError: a decoder layer or weight version that the format cannot hold.
+        """
+        from r3.routing.wire import encode
+
+        return encode(self, compress=compress)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview, *, max_bytes: int = 1 << 32) -> "RolloutRouting":
+        """The routing that `to_bytes` wrote, checked like any that comes from outside.
+
+        Ids that are not compressed are not copied: the routing keeps `data` alive, which must not be changed.
+
+        Args:
+            data: one whole message.
+            max_bytes: the most that ids and validity may take in memory; nothing larger is allocated.
+
+        Raises:
+            RoutingError: not a message, one of a newer format, truncated, damaged, larger than `max_bytes`, or with
+                ids out of range or repeated in a valid row.
+        """
+        from r3.routing.wire import decode
+
+        return decode(data, max_bytes=max_bytes)
+
     def _with(self, expert_ids: Tensor, valid: Tensor, rows_valid: int | None = None) -> "RolloutRouting":
         return replace_trusted(self, expert_ids, valid, weight_version=self.weight_version, rows_valid=rows_valid)
 
