@@ -14,7 +14,7 @@ from r3.errors import SHOWN, RoutingError, summary
 
 _BLOCK_IDS = 1 << 24  # ids looked at in one go: bounds the extra memory
 _CACHED_BYTES = 1 << 18  # ids whose columns, and results of comparing them, stay in a core's cache
-MANY_IDS = 1 << 20  # from here on a compiled check is worth its start
+MANY_IDS = 1 << 18  # from here on a compiled check is worth its start
 _RUN_ROWS = 64  # mean length of runs of valid rows from which slices are faster than a gather
 
 
