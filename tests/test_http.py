@@ -1,17 +1,26 @@
 """The command line and the request's fields that capture over HTTP needs stay in step with the offline engine's."""
 
 import asyncio
+import base64
+import dataclasses
 import inspect
+import io
 import json
 from concurrent.futures import Future
 from dataclasses import fields
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from conftest import DEMO_MODEL
 from test_collect import SPEC, output, rows
 
 import r3
 from r3.capture import collect, engine_kwargs, request_fields, sampling_kwargs, server_args, server_command
+from r3.capture.handshake import _require
+
+CERTAIN = [{token: SimpleNamespace(logprob=0.0)} for token in (5, 6, 7)]
 
 
 @pytest.fixture(scope="module")
@@ -133,25 +142,57 @@ def test_failed_requests_are_listed_and_the_rest_is_kept():
         collect([output(rows())] * 2, SPEC, weight_version=[1])
 
 
+def choice(array: np.ndarray | None, **changes) -> dict:
+    """A choice of `/v1/completions`."""
+    file = io.BytesIO()
+    if array is not None:
+        np.save(file, array)
+    return {
+        "token_ids": [5, 6, 7],
+        "prompt_token_ids": [1, 2, 3, 4],
+        "logprobs": {"tokens": ["a", "b", "c"], "token_logprobs": [-0.5, -0.6, -0.7]},
+        "routed_experts": base64.b64encode(file.getvalue()).decode() if array is not None else None,
+        "finish_reason": "length",
+    } | changes
+
+
+def test_log_probabilities_that_name_tokens_by_number_are_compared():
+    """As `/inference/v1/generate` of vLLM 0.32 does, which this environment's version does not."""
+    content = [{"token_id": token, "logprob": -0.1 * token} for token in (5, 6, 7)]
+    found = collect([{"choices": [choice(rows(), logprobs={"content": content})]}], SPEC).items[0]
+    torch.testing.assert_close(found.logprobs, torch.tensor([-0.5, -0.6, -0.7]))
+    content[1]["token_id"] = 8
+    with pytest.raises(r3.CaptureError, match="sampled token 1 is 6, but its log-probability is of token 8"):
+        collect([{"choices": [choice(rows(), logprobs={"content": content})]}], SPEC)
+
+
+def test_a_prompt_that_the_server_does_not_return_may_be_put_into_the_response():
+    response = {"request_id": "a", "choices": [choice(rows(), prompt_token_ids=None)]}
+    with pytest.raises(r3.CaptureError, match=r"no prompt_token_ids.*put the ids that were sent into the response"):
+        collect([response], SPEC)
+    assert collect([response | {"prompt_token_ids": [1, 2, 3, 4]}], SPEC).items[0].prompt_ids == [1, 2, 3, 4]
+
+
+def test_a_handshake_refuses_log_probabilities_of_another_distribution():
+    """Seen with a server of logprobs_mode=raw_logprobs: -11.7 where one token alone was allowed."""
+    greedy, forced = collect([output(rows()), output(rows(), logprobs=CERTAIN)], SPEC)
+    _require(greedy, dataclasses.replace(forced, token_ids=[1]), [1, 2, 3, 4], 3, SPEC)
+    with pytest.raises(r3.CaptureError, match=r"expected 0, got -0.5000. .*logprobs_mode=processed_logprobs"):
+        _require(greedy, dataclasses.replace(greedy, token_ids=[1]), [1, 2, 3, 4], 3, SPEC)
+    with pytest.raises(r3.CaptureError, match=r"expected those that were sent, \[9\], got \[1, 2, 3, 4\]"):
+        _require(greedy, forced, [9], 3, SPEC)
+
+
+def test_a_handshake_refuses_rows_of_one_slot_that_are_all_zero():
+    spec = dataclasses.replace(SPEC, top_k=1)
+    (greedy,) = collect([output(rows()[..., :1] * 0, logprobs=CERTAIN)], spec)
+    with pytest.raises(r3.CaptureError, match=r"expert 0 in all 3 layers for all 6 tokens: nothing was captured"):
+        _require(greedy, dataclasses.replace(greedy, token_ids=[1]), [1, 2, 3, 4], 3, spec)
+
+
 def test_an_aborted_choice_keeps_the_rows_that_came():
-    import base64
-    import io
-
-    import numpy as np
-
-    def choice(array) -> dict:
-        file = io.BytesIO()
-        if array is not None:
-            np.save(file, array)
-        return {
-            "token_ids": [5, 6, 7],
-            "prompt_token_ids": [1, 2, 3, 4],
-            "logprobs": {"tokens": ["a", "b", "c"], "token_logprobs": [-0.5, -0.6, -0.7]},
-            "routed_experts": base64.b64encode(file.getvalue()).decode() if array is not None else None,
-            "finish_reason": "abort",
-        }
-
-    (some, none) = collect([{"choices": [choice(rows()[:5]), choice(None)]}], SPEC)
+    choices = [choice(array, finish_reason="abort") for array in (rows()[:5], None)]
+    some, none = collect([{"choices": choices}], SPEC)
     assert some.routing.valid.tolist() == [[True] * 5 + [False] * 2]
     assert np.array_equal(some.routing.expert_ids[0, :5].numpy(), rows()[:5])
     assert not none.routing.valid.any()

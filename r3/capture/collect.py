@@ -43,7 +43,7 @@ def collect(
             experts nor a dense layer from a layer that always chose expert 0. None leaves routing out.
         weight_version: the version that the engine sampled with, or one for each response.
         prompt_start: the requests' `routed_experts_prompt_start`: the tokens before it have no rows. Where a server
-            does not know the field (the OpenAI routes before vLLM 0.30), and so sends all rows, all are kept.
+            does not know the field (the OpenAI routes of vLLM 0.26), and so sends all rows, all are kept.
         on_error: "skip" keeps the samples that are right, and says in `Rollouts.failed` what is wrong with the others.
 
     Raises:
