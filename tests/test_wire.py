@@ -1,5 +1,6 @@
 """The wire form of routing: it comes back as it went, and bytes that are not it are refused, within bounded memory."""
 
+import contextlib
 import random
 import struct
 import tracemalloc
@@ -56,6 +57,17 @@ def reseal(message: bytearray) -> bytes:
     struct.pack_into("<I", message, 68, zlib.crc32(message[head:]))
     struct.pack_into("<I", message, 16, zlib.crc32(message[20:head], zlib.crc32(message[:16])))
     return bytes(message)
+
+
+@contextlib.contextmanager
+def warning_each_time():
+    """torch gives most of its warnings once a process: an earlier test may have had it."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        yield
+    finally:
+        torch.set_warn_always(before)
 
 
 @settings(max_examples=200, deadline=None)
@@ -123,7 +135,7 @@ def test_runs_of_scrambled_padding_compress_to_little():
 def test_ids_are_not_copied_and_no_warning_is_given():
     made = routing((2, 8000, 24, 10), 512, share=1.0)
     messages = [made.to_bytes(), bytearray(made.to_bytes())]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), warning_each_time():
         warnings.simplefilter("error")
         for message in messages:
             tracemalloc.start()
@@ -223,6 +235,13 @@ def test_huge_declared_sizes_are_refused_without_being_allocated(compress, at, v
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_an_empty_shape_whose_strides_overflow_is_refused():
+    empty = routing((0, 0, 3, 2)).to_bytes()
+    huge = resealed(resealed(empty, 20, b"\xff" * 4), 32, b"\xff" * 4)
+    with pytest.raises(RoutingError, match="at most max_bytes"):
+        RolloutRouting.from_bytes(huge)
 
 
 def test_a_bomb_is_not_inflated_beyond_what_its_header_declares():
