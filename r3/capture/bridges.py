@@ -1,0 +1,100 @@
+"""What differs between vLLM 0.22 and 0.32 in capture, found by feature and never by a version's number.
+
+Each function says which versions it bridges, and can go with the last of them. Objects are vLLM's own.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from r3.capture.slots import SlotStore
+from r3.errors import CaptureError
+
+
+def native_store(scheduler: Any) -> SlotStore | None:
+    """The store by KV slot that vLLM's scheduler keeps (0.22 to 0.30), or None where it keeps none.
+
+    0.31 and later keep rows by block hash in the worker, as `scheduler.aux_output_connector`: there vLLM's own
+    scheduler must be used.
+
+    Raises:
+        CaptureError: vLLM captures in another way.
+    """
+    manager = getattr(scheduler, "routed_experts_mgr", None)
+    if manager is not None:
+        return SlotStore(manager.routed_experts_by_slot, manager.block_size, manager.attn_gid)
+    if getattr(scheduler, "aux_output_connector", None) is not None:
+        raise CaptureError(
+            "scheduler_cls: this vLLM captures through its own connector (0.31 and later): leave out scheduler_cls, or "
+            "enable_return_routed_experts"
+        )
+    return None
+
+
+def native_rows(model_runner_output: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """(slots `[n]`, ids `[n, L, K]`) of a step that vLLM captured itself (0.22 to 0.30), taken out of the output."""
+    rows = getattr(model_runner_output, "routed_experts", None)
+    if rows is None:
+        return None
+    model_runner_output.routed_experts = None
+    return rows.slot_mapping, rows.routing_data
+
+
+def full_attention_group(kv_cache_config: Any) -> tuple[int, int]:
+    """(index, block size) of the first KV cache group whose layers all see the whole sequence.
+
+    `is_full_attention_spec` is there from 0.30; before it, the class of the spec says so.
+
+    Raises:
+        CaptureError: there is none, so that no block keeps its slots.
+    """
+    from vllm.v1 import kv_cache_interface
+
+    is_full = getattr(
+        kv_cache_interface,
+        "is_full_attention_spec",
+        lambda spec: isinstance(spec, kv_cache_interface.FullAttentionSpec),
+    )
+    for index, group in enumerate(kv_cache_config.kv_cache_groups):
+        if is_full(group.kv_cache_spec):
+            return index, group.kv_cache_spec.block_size
+    raise CaptureError("capture needs a KV cache group with full attention, and this model has none")
+
+
+def routers(model: Any) -> list[tuple[int, Any]]:
+    """(decoder layer, router) of each MoE layer of a vLLM model; 0.22 to 0.32.
+
+    Raises:
+        CaptureError: a kernel that chooses experts inside, where no hook sees it, or no MoE layer at all.
+    """
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, MoERunner):
+            continue
+        method = getattr(module, "_quant_method", None)
+        if getattr(method, "is_monolithic", False) or not isinstance(module.router, BaseRouter):
+            raise CaptureError(
+                f"{name}: {type(module.router).__name__} with {type(method).__name__} chooses experts inside its "
+                "kernel, where no hook sees them; choose another MoE backend"
+            )
+        found.append((int(module.layer_id), module.router))
+    if not found:
+        raise CaptureError("the engine's model has no MoE layer: there is nothing to capture")
+    return found
+
+
+def captures_natively(vllm_config: Any) -> bool:
+    """Whether vLLM was asked to capture: a model setting until 0.30, `aux_output_config` from 0.31."""
+    if getattr(vllm_config.model_config, "enable_return_routed_experts", False):
+        return True
+    aux = getattr(vllm_config, "aux_output_config", None)
+    return bool(aux is not None and aux.enabled)
+
+
+def decoder_layers(vllm_config: Any) -> int:
+    """All decoder layers of the model, dense ones and other pipeline stages' included."""
+    count = getattr(vllm_config.model_config, "get_total_num_hidden_layers", None)
+    return count() if count is not None else vllm_config.model_config.hf_text_config.num_hidden_layers
