@@ -92,6 +92,8 @@ class InferenceEngineConfig:
     """Rollouts during which the weights changed: `keep` their routing, under which their tokens were sampled;
     `invalidate` rows of older weights, which are then routed live; or `drop` the rollout."""
     dtype: str = "bfloat16"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     max_model_len: int = 512
     max_num_seqs: int = 256
     enforce_eager: bool = True
@@ -189,6 +191,8 @@ class R3Config:
             "trainer.timeout_s": self.trainer.timeout_s,
             "generator.sampling_params.temperature": self.generator.sampling_params.temperature,
             "generator.sampling_params.max_generate_length": self.generator.sampling_params.max_generate_length,
+            "generator.inference_engine.tensor_parallel_size": engine.tensor_parallel_size,
+            "generator.inference_engine.pipeline_parallel_size": engine.pipeline_parallel_size,
             "generator.inference_engine.weight_sync.chunk_mib": engine.weight_sync.chunk_mib,
             "generator.inference_engine.weight_sync.timeout_s": engine.weight_sync.timeout_s,
         }

@@ -11,6 +11,7 @@ from r3.capture.overlap import OverlapReport, compare_overlap
 from r3.capture.rollout import Rollout, RolloutBatch, Rollouts
 from r3.capture.serve import request_fields, server_args, server_command
 from r3.capture.stitch import next_prompt_start, stitch, stitch_runs
+from r3.capture.stream import rollout
 from r3.capture.versions import resolve_mixed_versions, stamp_versions
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "next_prompt_start",
     "request_fields",
     "resolve_mixed_versions",
+    "rollout",
     "running_engine",
     "sampling_kwargs",
     "server_args",

@@ -3,12 +3,41 @@
 Each function says which versions it bridges, and can go with the last of them. Objects are vLLM's own.
 """
 
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import numpy as np
 
 from r3.capture.slots import SlotStore
-from r3.errors import CaptureError
+from r3.errors import CaptureError, ConfigError
+
+Way = Literal["blocks", "vllm", "hooks"]
+
+
+def capture_way(*, pipeline_parallel_size: int) -> Way:
+    """How an engine of the installed vLLM captures.
+
+    - "blocks": vLLM captures, `r3.capture.scheduler` sends the rows; 0.22 to 0.30.
+    - "vllm": vLLM captures and sends; 0.31 and later, with Triton.
+    - "hooks": `r3.capture.worker` captures, `r3.capture.scheduler` sends; where vLLM refuses: with pipeline
+      parallelism, and without Triton from 0.31.
+
+    Raises:
+        ConfigError: a vLLM that does not return routing by this contract, as 0.21 and before.
+    """
+    from vllm import SamplingParams
+    from vllm.model_executor.layers.fused_moe import routed_experts_capturer
+    from vllm.triton_utils import HAS_TRITON
+
+    if not hasattr(SamplingParams(), "routed_experts_prompt_start"):
+        raise ConfigError("this vLLM returns routing by another contract, or not at all: expected 0.22 or later")
+    if pipeline_parallel_size > 1:
+        return "hooks"
+    if hasattr(routed_experts_capturer, "RoutedExpertsManager"):
+        return "blocks"
+    if find_spec("vllm.distributed.aux_output_connector") is None:
+        raise ConfigError("this vLLM captures in a way that r3 does not know: expected 0.22 to 0.32")
+    return "vllm" if HAS_TRITON else "hooks"
 
 
 def native_store(scheduler: Any) -> SlotStore | None:

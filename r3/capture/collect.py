@@ -26,7 +26,7 @@ def collect(
     spec: RoutingSpec | None,
     *,
     weight_version: int | Sequence[int | None] | None = None,
-    prompt_start: int = 0,
+    prompt_start: int | Sequence[int] = 0,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> Rollouts:
     """Turn what vLLM returned into rollouts, or say which of them were not captured rightly.
@@ -42,27 +42,29 @@ def collect(
         spec: the routing that the trainer's model can replay (`Replay.spec`): the outputs tell neither the number of
             experts nor a dense layer from a layer that always chose expert 0. None leaves routing out.
         weight_version: the version that the engine sampled with, or one for each response.
-        prompt_start: the requests' `routed_experts_prompt_start`: the tokens before it have no rows. Where a server
-            does not know the field (the OpenAI routes of vLLM 0.26), and so sends all rows, all are kept.
+        prompt_start: the requests' `routed_experts_prompt_start`, or one for each response: the tokens before it have
+            no rows. Where a server does not know the field (the OpenAI routes of vLLM 0.26), and so sends all rows, all
+            are kept.
         on_error: "skip" keeps the samples that are right, and says in `Rollouts.failed` what is wrong with the others.
 
     Raises:
         CaptureError: no routing, a wrong number of rows, layers or slots, a layer that was never captured, expert ids
             out of range or repeated in a row, no token ids or log-probabilities, or a request that failed. Names the
-            samples. Also if no sample is right, or there are not as many weight versions as responses.
+            samples. Also if no sample is right, or there are not as many weight versions or starts as responses.
     """
-    versions = _versions(weight_version, len(responses))
+    versions = _each("weight_version", weight_version, len(responses))
+    starts = _each("prompt_start", prompt_start, len(responses))
     items: list[Rollout] = []
     problems: dict[int, str] = {}
     cause: Exception | None = None
     prompt = 0
-    for response, version in zip(responses, versions, strict=True):
+    for response, version, start in zip(responses, versions, starts, strict=True):
         within = -1
         try:
             for number, (within, read) in enumerate(_samples(response, routing=spec is not None)):
                 place = len(items) + len(problems)
                 try:
-                    items.append(_rollout(read(), prompt + within, spec, version, prompt_start))
+                    items.append(_rollout(read(), prompt + within, spec, version, start or 0))
                 except CaptureError as error:
                     problems[place] = f"sample {place} (prompt {prompt + within}, completion {number}): {error}"
         except CaptureError as error:
@@ -137,9 +139,10 @@ def _require_logprobs(logprobs: Sequence[float]) -> None:
             )
 
 
-def _versions(given: int | Sequence[int | None] | None, responses: int) -> Sequence[int | None]:
+def _each(name: str, given: int | Sequence[int | None] | None, responses: int) -> Sequence[int | None]:
+    """What was given for all responses, or for each, as one for each."""
     if given is None or isinstance(given, int):
         return [given] * responses
     if len(given) != responses:
-        raise CaptureError(f"weight_version: expected one for each of {responses} responses, got {len(given)}")
+        raise CaptureError(f"{name}: expected one for each of {responses} responses, got {len(given)}")
     return given

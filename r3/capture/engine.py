@@ -6,18 +6,21 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from r3.config import R3Config
+from r3.capture.bridges import capture_way
+from r3.config import InferenceEngineConfig, R3Config
 from r3.errors import ConfigError
 
 # By name: it is imported in vLLM's workers, and capture does not know the weight sync.
 WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
+WORKER = "r3.capture.worker.CapturingWorker"
+SCHEDULER = "r3.capture.scheduler.capture_scheduler"
 
 
 def engine_kwargs(config: R3Config) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM`: capture on, sampled log-probabilities as the trainer computes them, sync ready.
 
     Raises:
-        ConfigError: replay is switched on while capture is switched off.
+        ConfigError: settings that contradict each other, or under which this vLLM cannot capture.
     """
     from vllm.platforms import current_platform
 
@@ -29,7 +32,8 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
         "seed": config.trainer.seed,
         "max_model_len": engine.max_model_len,
         "max_num_seqs": engine.max_num_seqs,
-        "enable_return_routed_experts": engine.enable_return_routed_experts,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "pipeline_parallel_size": engine.pipeline_parallel_size,
         "enforce_eager": engine.enforce_eager,
         # Those of the distribution that was sampled from, temperature included; not the raw logits'.
         "logprobs_mode": "processed_logprobs",
@@ -47,6 +51,18 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
         kwargs["kv_cache_memory_bytes"] = int(engine.cpu_kv_cache_gib * 2**30)
     else:
         kwargs["gpu_memory_utilization"] = engine.gpu_memory_utilization
+    return kwargs | _capture_kwargs(engine)
+
+
+def _capture_kwargs(engine: InferenceEngineConfig) -> dict[str, Any]:
+    if not engine.enable_return_routed_experts:
+        return {"enable_return_routed_experts": False}
+    way = capture_way(pipeline_parallel_size=engine.pipeline_parallel_size)
+    kwargs: dict[str, Any] = {"enable_return_routed_experts": way != "hooks"}
+    if way == "hooks":
+        kwargs["worker_cls"] = WORKER
+    if way != "vllm":
+        kwargs["scheduler_cls"] = SCHEDULER
     return kwargs
 
 

@@ -1,14 +1,14 @@
 """The scheduler of an engine that captures: `LLM(scheduler_cls="r3.capture.scheduler.capture_scheduler")`.
 
-It keeps the rows of all tokens by KV slot and sends those of a request every `STEPS_A_MESSAGE` steps and when it ends,
-before its blocks are freed. vLLM 0.22 to 0.30 keep the same store, and send a row a request and step: a few hundred
-small arrays a step, each of them encoded, decoded and joined by itself.
+It keeps the rows of all tokens by KV slot and sends those of a request with its first token, every `STEPS_A_MESSAGE`
+steps, and when it ends, before its blocks are freed. vLLM 0.22 to 0.30 keep the same store, and send a row a request
+and step: a few hundred small arrays a step, each of them encoded, decoded and joined by itself.
 
 Rows come from vLLM's own capture (0.22 to 0.30), or from the hooks of `r3.capture.worker` where vLLM refuses to.
 
 Limits
-1. An aborted request has lost the rows of its last steps, up to `STEPS_A_MESSAGE`. Requests with stop strings send
-   their rows each step: it is the front end that ends them.
+1. An aborted request has lost the rows of its last steps, fewer than `STEPS_A_MESSAGE`. Requests with stop strings
+   send their rows each step: it is the front end that ends them.
 2. Rows of a request that was preempted are those under which its tokens were sampled, not those of its second prefill.
 
 Imported in the engine's process alone.
@@ -24,7 +24,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from r3.capture.bridges import full_attention_group, native_rows, native_store
 from r3.capture.slots import SlotStore, step_positions
 
-STEPS_A_MESSAGE = 128
+STEPS_A_MESSAGE = 64
 
 
 @dataclass
@@ -50,6 +50,7 @@ class CapturingScheduler:
         self.enable_return_routed_experts = False
         self.r3_progress: dict[str, _Progress] = {}
         self.r3_finished: dict[str, np.ndarray] = {}
+        self.r3_new: set[str] = set()  # requests without a token
         self.r3_eager: set[str] = set()  # requests with stop strings
         # Blocks that a request had when it was preempted, and the last step that wrote into them.
         self.r3_freed: dict[str, tuple[list[int], int]] = {}
@@ -63,8 +64,10 @@ class CapturingScheduler:
         return output
 
     def add_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if request.sampling_params is not None and request.sampling_params.stop:
-            self.r3_eager.add(request.request_id)
+        if request.sampling_params is not None:
+            self.r3_new.add(request.request_id)
+            if request.sampling_params.stop:
+                self.r3_eager.add(request.request_id)
         return super().add_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -72,7 +75,8 @@ class CapturingScheduler:
         try:
             self._r3_write(scheduler_output, model_runner_output)
             outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-            if self.r3_finished or self.r3_eager or self.r3_freed or step % STEPS_A_MESSAGE == 0:
+            # In most steps of most requests nothing is to be sent.
+            if self.r3_finished or self.r3_new or self.r3_eager or self.r3_freed or step % STEPS_A_MESSAGE == 0:
                 for client in outputs.values():
                     for output in client.outputs:
                         if output.new_token_ids:
@@ -90,9 +94,12 @@ class CapturingScheduler:
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         if self.r3_updating is not None and request.num_output_tokens:
             self._r3_read(request)
-            self.r3_finished[request.request_id] = self._r3_take(request.request_id)
+            rows = self._r3_take(request.request_id)
+            if rows is not None:
+                self.r3_finished[request.request_id] = rows
         self.r3_progress.pop(request.request_id, None)
         self.r3_freed.pop(request.request_id, None)
+        self.r3_new.discard(request.request_id)
         self.r3_eager.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
@@ -127,9 +134,10 @@ class CapturingScheduler:
         if finished is not None:
             return finished
         progress = self.r3_progress.get(request_id)
-        due = step % STEPS_A_MESSAGE == 0 or request_id in self.r3_eager or (progress is not None and progress.read)
+        due = step % STEPS_A_MESSAGE == 0 or request_id in self.r3_new or request_id in self.r3_eager
         # A request that was preempted is computed again: what could be read later would be the rows of that.
-        if due or request_id in self.r3_freed:
+        if due or request_id in self.r3_freed or (progress is not None and progress.read):
+            self.r3_new.discard(request_id)
             self._r3_read(self.requests[request_id])  # type: ignore[attr-defined]
             return self._r3_take(request_id)
         return None
