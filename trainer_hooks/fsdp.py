@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import r3
-from r3.capture import Rollouts, collect, running_engine, sampling_kwargs
+from r3.capture import Rollouts, collect, handshake, resolve_mixed_versions, running_engine, sampling_kwargs
 from r3.config import R3Config, local_rank, process_rank
 from r3.diagnostics import LiveTable, LogprobSums, RoutingSums, RunFolder, write_report
 from r3.parallel import Agreement, make_mesh, shard_parameters, token_logprobs, ulysses
@@ -204,7 +204,8 @@ class GRPOTrainer:
         prompts = [{"prompt_token_ids": tokenizer(self.task.prompt(problem)).input_ids} for problem in problems]
         outputs = self.engine.generate(prompts, SamplingParams(**sampling_kwargs(self.config)), use_tqdm=False)
         spec = self.policy.replay.spec if self.policy.replay else None
-        return collect(outputs, spec, weight_version=self.sync.version)
+        rollouts = collect(outputs, spec, weight_version=self.sync.version)
+        return resolve_mixed_versions(rollouts, self.config.generator.inference_engine.mixed_weight_versions)
 
     def rewards(self, problems: Sequence[Any], rollouts: Rollouts) -> Tensor:
         """`[prompts, samples]`, by the task's own verifier."""
@@ -333,6 +334,8 @@ def train(config: R3Config, task: Task) -> Path:
         with contextlib.ExitStack() as stack:
             with policy.agreement.before_going_on():
                 engine = stack.enter_context(running_engine(config)) if rank == 0 else None
+                if engine is not None and policy.replay is not None:
+                    handshake(engine, policy.replay.spec)
             GRPOTrainer(config, task, policy, engine).train(folder)
     if rank == 0:
         write_report(path)

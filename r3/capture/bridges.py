@@ -111,8 +111,23 @@ def routers(model: Any) -> list[tuple[int, Any]]:
             )
         found.append((int(module.layer_id), module.router))
     if not found:
-        raise CaptureError("the engine's model has no MoE layer: there is nothing to capture")
+        raise CaptureError(
+            "the engine's model has no MoE layer, or one of its pipeline stages has none: there is nothing to capture"
+        )
     return found
+
+
+def make_stage_buffers(runner: Any) -> None:
+    """Buffers for what the earlier pipeline stage sends, on the CPU; 0.30 to 0.32.
+
+    vLLM makes them in its warm-up run, which it leaves out on the CPU in eager mode, and then ends on an assertion.
+    """
+    from vllm.distributed import get_pp_group
+
+    if runner.device.type == "cpu" and not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
 
 
 def captures_natively(vllm_config: Any) -> bool:

@@ -7,7 +7,6 @@ the row at position P - 1 + i and sampled token i come from the same weights.
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal, get_args
 
 import torch
 
@@ -15,7 +14,7 @@ from r3.capture.rollout import Rollout, Rollouts
 from r3.errors import CaptureError, summary
 from r3.routing.types import replace_trusted
 
-Policy = Literal["keep", "invalidate", "drop"]
+POLICIES = ("keep", "invalidate", "drop")
 
 
 def stamp_versions(rollout: Rollout, boundaries: Sequence[tuple[int, int]]) -> Rollout:
@@ -58,7 +57,7 @@ def stamp_versions(rollout: Rollout, boundaries: Sequence[tuple[int, int]]) -> R
     return replace(rollout, routing=routing, weight_versions=tuple(took_part), row_versions=row_versions)
 
 
-def resolve_mixed_versions(rollouts: Rollouts, policy: Policy) -> Rollouts:
+def resolve_mixed_versions(rollouts: Rollouts, policy: str) -> Rollouts:
     """What the setting `generator.inference_engine.mixed_weight_versions` makes of rollouts that span versions.
 
     Args:
@@ -73,8 +72,8 @@ def resolve_mixed_versions(rollouts: Rollouts, policy: Policy) -> Rollouts:
     Raises:
         CaptureError: an unknown policy; or every rollout was dropped.
     """
-    if policy not in get_args(Policy):
-        raise CaptureError(f"policy: expected one of {', '.join(get_args(Policy))}, got {policy!r}")
+    if policy not in POLICIES:
+        raise CaptureError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
     mixed = [rollout.spans_versions for rollout in rollouts]
     items, failed = list(rollouts), dict(rollouts.failed)
     if policy == "invalidate":

@@ -1,13 +1,13 @@
-"""A worker that captures by hooks of its own, for engines in which vLLM refuses: `LLM(**hooked_kwargs)`.
+"""A worker that captures by hooks of its own, for engines in which vLLM refuses: `LLM(worker_cls=...)` by its name.
 
 vLLM refuses on the CPU from 0.31 (its connector needs Triton) and with pipeline parallelism. The hook that it calls
 with each router's choice is still there: this worker sets it, and gives each step's ids `[tokens, L, K]` to
 `r3.capture.scheduler`, which knows the tokens' places in the KV cache.
 
 Limits
-1. One data-parallel rank an engine, no context parallelism, and no sequence parallelism of the MoE layers.
-2. On the CPU the engine must not compile: compiled code does not call the hook. A layer whose hook was not called
-   returns zeros, which `collect` refuses.
+1. One data-parallel rank an engine, no context parallelism, no sequence parallelism of the MoE layers, no microbatches.
+2. On the CPU the engine must not compile: compiled code does not call the hook.
+3. A layer whose hook was not called returns zeros, which `collect` refuses.
 
 Imported in the engine's worker processes alone.
 """
@@ -18,7 +18,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
-from r3.capture.bridges import captures_natively, decoder_layers, routers
+from r3.capture.bridges import captures_natively, decoder_layers, make_stage_buffers, routers
 from r3.errors import CaptureError
 
 if current_platform.is_cpu():
@@ -32,14 +32,18 @@ KEY = "r3_rows"
 class CapturingWorker(PlatformWorker):
     """vLLM's worker with hooks on its routers."""
 
+    def init_device(self) -> None:
+        check_settings(self.vllm_config)
+        super().init_device()
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        check_parallelism(self.vllm_config)
+        make_stage_buffers(self.model_runner)
         self.r3_hooks = RouterHooks(self.model_runner, self.vllm_config, self.device)
 
 
-def check_parallelism(vllm_config: Any) -> None:
-    """Raise `CaptureError` for settings under which rows cannot be told apart."""
+def check_settings(vllm_config: Any) -> None:
+    """Raise `CaptureError` for settings under which hooks are not called, or rows cannot be told apart."""
     parallel = vllm_config.parallel_config
     found = {
         "data_parallel_size": parallel.data_parallel_size,
@@ -49,10 +53,14 @@ def check_parallelism(vllm_config: Any) -> None:
     wrong = [f"{name}={size}" for name, size in found.items() if size > 1]
     if getattr(parallel, "use_sequence_parallel_moe", False):
         wrong.append("sequence-parallel MoE layers")
+    if getattr(parallel, "use_ubatching", False):
+        wrong.append("microbatches (enable_dbo or ubatch_size)")
+    if current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
+        wrong.append("enforce_eager=False (compiled code on the CPU calls no hooks)")
     if captures_natively(vllm_config):
         wrong.append("enable_return_routed_experts=True (vLLM captures by itself)")
     if wrong:
-        raise CaptureError(f"capture by hooks: expected none of them, got {', '.join(wrong)}")
+        raise CaptureError(f"capture by hooks cannot work with {', '.join(wrong)}: leave out what is named")
 
 
 class RouterHooks:
@@ -88,9 +96,11 @@ class RouterHooks:
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None, **kwargs: Any) -> Any:
         tokens = scheduler_output.total_num_scheduled_tokens
+        self._step = None
         # A layer that is not called leaves zeros, not the rows of the step before.
         self._ids[:tokens].zero_()
-        earlier = None if intermediate_tensors is None else intermediate_tensors.tensors.pop(KEY)
+        # Dummy runs come without: vLLM makes their tensors up.
+        earlier = None if intermediate_tensors is None else intermediate_tensors.tensors.pop(KEY, None)
         output = self._execute(scheduler_output, intermediate_tensors, **kwargs)
         if not tokens:
             return output
