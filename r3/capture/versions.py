@@ -11,10 +11,9 @@ from itertools import pairwise
 import torch
 
 from r3.capture.rollout import Rollout, Rollouts
+from r3.config import MIXED_VERSIONS
 from r3.errors import CaptureError, summary
 from r3.routing.types import replace_trusted
-
-POLICIES = ("keep", "invalidate", "drop")
 
 
 def stamp_versions(rollout: Rollout, boundaries: Sequence[tuple[int, int]]) -> Rollout:
@@ -72,8 +71,8 @@ def resolve_mixed_versions(rollouts: Rollouts, policy: str) -> Rollouts:
     Raises:
         CaptureError: an unknown policy; or every rollout was dropped.
     """
-    if policy not in POLICIES:
-        raise CaptureError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+    if policy not in MIXED_VERSIONS:
+        raise CaptureError(f"policy: expected one of {', '.join(MIXED_VERSIONS)}, got {policy!r}")
     mixed = [rollout.spans_versions for rollout in rollouts]
     items, failed = list(rollouts), dict(rollouts.failed)
     if policy == "invalidate":
