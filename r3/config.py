@@ -159,10 +159,10 @@ class R3Config:
         config.check()
         return config
 
-    def check(self, ranks: int = 1) -> None:
+    def check(self, ranks: int | None = None) -> None:
         """Raise `ConfigError` for settings that contradict each other or make no sense; all of them at once.
 
-        `ranks` is the number of trainer processes.
+        `ranks` is the number of trainer processes, where it is known.
         """
         fsdp, engine = self.trainer.policy.fsdp_config, self.generator.inference_engine
         problems = []
@@ -202,7 +202,7 @@ class R3Config:
                 f"generator.n_samples_per_prompt: expected at least 2 to compare with each other, got "
                 f"{self.generator.n_samples_per_prompt}"
             )
-        if ranks > 1 and not problems:
+        if ranks is not None and not problems:
             problems += self._problems_of_ranks(ranks)
         if problems:
             raise ConfigError("; ".join(problems))

@@ -47,3 +47,13 @@ def test_replay_without_capture_is_refused():
 def test_bad_settings_are_refused_by_name(pair, message):
     with pytest.raises(ConfigError, match=message):
         R3Config.from_overrides([pair])
+
+
+def test_settings_that_the_number_of_ranks_contradicts_are_refused():
+    config = R3Config.from_overrides(["trainer.policy.sequence_parallel_size=2"])
+    config.check(ranks=2)
+    for ranks in (1, 3):
+        with pytest.raises(
+            ConfigError, match=f"sequence_parallel_size: expected a divisor of the {ranks} ranks, got 2"
+        ):
+            config.check(ranks)
