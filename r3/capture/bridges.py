@@ -3,6 +3,7 @@
 Each function says which versions it bridges, and can go with the last of them. Objects are vLLM's own.
 """
 
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -142,3 +143,12 @@ def decoder_layers(vllm_config: Any) -> int:
     """All decoder layers of the model, dense ones and other pipeline stages' included."""
     count = getattr(vllm_config.model_config, "get_total_num_hidden_layers", None)
     return count() if count is not None else vllm_config.model_config.hf_text_config.num_hidden_layers
+
+
+def server_settings() -> frozenset[str]:
+    """Names of the settings of vLLM's HTTP server beside the engine's; they moved in 0.30."""
+    try:
+        from vllm.entrypoints.launchers.cli_args import FrontendArgs
+    except ModuleNotFoundError:
+        from vllm.entrypoints.openai.cli_args import FrontendArgs
+    return frozenset(field.name for field in fields(FrontendArgs))

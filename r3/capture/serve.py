@@ -6,9 +6,9 @@ Both derive from what `r3.capture.engine` gives the offline engine, so that the 
 import importlib.metadata
 import json
 import sys
-from dataclasses import fields
 from typing import Any, Literal
 
+from r3.capture.bridges import server_settings
 from r3.capture.engine import engine_kwargs, sampling_kwargs
 from r3.config import R3Config
 from r3.errors import ConfigError
@@ -47,16 +47,7 @@ def server_args(config: R3Config) -> list[str]:
             case _:
                 args += [flag, str(value)]
     args += ["--generation-config", "vllm"]
-    return [*args, "--enable-scale-out"] if "enable_scale_out" in _server_settings() else args
-
-
-def _server_settings() -> frozenset[str]:
-    """Names of the server's own settings in the installed vLLM."""
-    try:
-        from vllm.entrypoints.launchers.cli_args import FrontendArgs
-    except ModuleNotFoundError:  # vLLM before 0.30
-        from vllm.entrypoints.openai.cli_args import FrontendArgs
-    return frozenset(field.name for field in fields(FrontendArgs))
+    return [*args, "--enable-scale-out"] if "enable_scale_out" in server_settings() else args
 
 
 def server_command(config: R3Config) -> list[str]:
