@@ -125,3 +125,16 @@ def test_missing_logprobs_are_refused_and_nothing_is_not_a_batch():
         collect([output(rows(), logprobs=None)], SPEC)
     with pytest.raises(CaptureError, match="got none"):
         collect([], SPEC)
+
+
+def test_versions_that_the_engine_tells_are_those_of_the_rows():
+    def told(*spans):
+        return [SimpleNamespace(version=version, start=start, end=None) for version, start in spans]
+
+    (spanning,) = collect([output(rows(), weight_versions=told(("7", 0), ("8", 2)))], SPEC)
+    assert spanning.weight_versions == (7, 8)
+    assert spanning.row_versions.tolist() == [7, 7, 7, 7, 7, 8, -1]
+    (unlabelled,) = collect([output(rows(), weight_versions=told(("default", 0)))], SPEC, weight_version=7)
+    assert unlabelled.weight_versions == (7,)
+    with pytest.raises(CaptureError, match="expected 6, but the engine says that it sampled with 7 from token 0"):
+        collect([output(rows(), weight_versions=told(("7", 0)))], SPEC, weight_version=6)

@@ -197,3 +197,12 @@ def test_an_aborted_choice_keeps_the_rows_that_came():
     assert np.array_equal(some.routing.expert_ids[0, :5].numpy(), rows()[:5])
     assert not none.routing.valid.any()
     assert none.token_ids == [5, 6, 7]
+
+
+def test_versions_that_the_server_tells_are_those_of_the_rows():
+    """As `/inference/v1/generate` of vLLM 0.32 does."""
+    spans = [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 3}]
+    (spanning,) = collect([{"choices": [choice(rows(), weight_versions=spans)]}], SPEC)
+    assert spanning.row_versions.tolist() == [3, 3, 3, 3, 4, 4, -1]
+    with pytest.raises(r3.CaptureError, match="weight_versions: expected spans"):
+        collect([{"choices": [choice(rows(), weight_versions=[{"version": 3}])]}], SPEC)

@@ -14,6 +14,7 @@ from r3.capture.http import Read, http_samples
 from r3.capture.rollout import Rollout, Rollouts
 from r3.capture.rows import checked_rows
 from r3.capture.sample import Sample, engine_sample
+from r3.capture.versions import stamp_versions
 from r3.errors import CaptureError, summary
 from r3.routing import RoutingSpec
 
@@ -41,7 +42,8 @@ def collect(
               give them. What failed is reported like a response that cannot be used.
         spec: the routing that the trainer's model can replay (`Replay.spec`): the outputs tell neither the number of
             experts nor a dense layer from a layer that always chose expert 0. None leaves routing out.
-        weight_version: the version that the engine sampled with, or one for each response.
+        weight_version: the version that the engine sampled with, or one for each response. Where the engine tells by
+            itself (vLLM 0.32, after a sync that labels its weights), its word is compared.
         prompt_start: the requests' `routed_experts_prompt_start`, or one for each response: the tokens before it have
             no rows. Where a server does not know the field (the OpenAI routes of vLLM 0.26), and so sends all rows, all
             are kept.
@@ -49,8 +51,9 @@ def collect(
 
     Raises:
         CaptureError: no routing, a wrong number of rows, layers or slots, a layer that was never captured, expert ids
-            out of range or repeated in a row, no token ids or log-probabilities, or a request that failed. Names the
-            samples. Also if no sample is right, or there are not as many weight versions or starts as responses.
+            out of range or repeated in a row, no token ids or log-probabilities, other weights than were given, or a
+            request that failed. Names the samples. Also if no sample is right, or there are not as many weight versions
+            or starts as responses.
     """
     versions = _each("weight_version", weight_version, len(responses))
     starts = _each("prompt_start", prompt_start, len(responses))
@@ -117,7 +120,7 @@ def _rollout(
             complete=complete,
             weight_version=weight_version,
         )
-    return Rollout(
+    made = Rollout(
         prompt_ids=sample.prompt_ids,
         token_ids=sample.token_ids,
         response_mask=torch.ones(len(sample.token_ids), dtype=torch.bool),
@@ -128,6 +131,14 @@ def _rollout(
         weight_versions=() if weight_version is None else (weight_version,),
         row_versions=None if weight_version is None else torch.full((tokens,), weight_version, dtype=torch.int32),
     )
+    if not sample.versions:
+        return made
+    if weight_version is not None and {version for _, version in sample.versions} != {weight_version}:
+        raise CaptureError(
+            f"weight_version: expected {weight_version}, but the engine says that it sampled with "
+            f"{', '.join(f'{version} from token {start}' for start, version in sample.versions)}"
+        )
+    return stamp_versions(made, sample.versions)
 
 
 def _require_logprobs(logprobs: Sequence[float]) -> None:

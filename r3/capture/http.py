@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 
 from r3.capture.rows import decode_npy
-from r3.capture.sample import Sample
+from r3.capture.sample import Sample, told_versions
 from r3.errors import CaptureError
 
 # More than any model returns for a token: 512 layers of 32 slots of 4 bytes. And the array's header.
 MAX_ROW_BYTES, HEADER_BYTES = 1 << 16, 1 << 12
 # What vLLM sends for minus infinity, and for a token whose log-probability it does not know.
 UNKNOWN_LOGPROB = -9999.0
+# Of a stream's last chunk.
+CARRIED = ("routed_experts", "finish_reason", "weight_versions")
 REMEDY = "r3.capture.request_fields gives the fields that a request needs"
 
 Read = Callable[[], Sample]
@@ -99,7 +101,7 @@ def _stream(chunks: Sequence[Any]) -> Mapping[str, Any]:
             whole = choices.setdefault(part.get("index", 0), {"token_ids": [], "logprobs": {"content": []}})
             whole["token_ids"] += part.get("token_ids") or []
             whole["logprobs"]["content"] += (part.get("logprobs") or {}).get("content") or []
-            whole |= {name: part[name] for name in ("routed_experts", "finish_reason") if part.get(name) is not None}
+            whole |= {name: part[name] for name in CARRIED if part.get(name) is not None}
     unfinished = [index for index, choice in choices.items() if "finish_reason" not in choice]
     if unfinished or not choices:
         raise CaptureError(
@@ -124,7 +126,15 @@ def _sample(choice: Mapping[str, Any], prompt: Any, routing: bool) -> Sample:
         logprobs=_logprobs(choice.get("logprobs"), token_ids),
         routed_experts=rows,
         finish_reason=choice.get("finish_reason"),
+        versions=_versions(choice.get("weight_versions")),
     )
+
+
+def _versions(spans: Any) -> tuple[tuple[int, int], ...]:
+    try:
+        return told_versions([(span["version"], span["start"]) for span in spans or ()])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CaptureError(f"weight_versions: expected spans with version and start, got {spans!r:.80}") from error
 
 
 def _ids(found: Any, name: str) -> list[int]:

@@ -1,5 +1,6 @@
 """One completion as the engine gave it, before its content is checked: the same for every way to ask vLLM."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ class Sample:
         logprobs: G log-probabilities of `token_ids`, nats.
         routed_experts: integer `[rows, decoder layers, K]`, None where the engine gave none.
         finish_reason: as vLLM gives it.
+        versions: (first sampled token, version of the weights from it on), where the engine tells (vLLM 0.32).
     """
 
     prompt_ids: list[int]
@@ -25,6 +27,7 @@ class Sample:
     logprobs: list[float]
     routed_experts: np.ndarray | None
     finish_reason: str | None
+    versions: tuple[tuple[int, int], ...] = ()
 
 
 def engine_sample(output: Any, completion: Any) -> Sample:
@@ -46,4 +49,17 @@ def engine_sample(output: Any, completion: Any) -> Sample:
         logprobs=[entry[token].logprob for token, entry in zip(token_ids, completion.logprobs, strict=True)],
         routed_experts=completion.routed_experts,
         finish_reason=completion.finish_reason,
+        versions=told_versions(
+            [(span.version, span.start) for span in getattr(completion, "weight_versions", None) or ()]
+        ),
     )
+
+
+def told_versions(spans: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...]:
+    """(first sampled token, version) of vLLM's (label, first sampled token); nothing if a label is no number.
+
+    The label is what the last sync gave the engine, "default" before one did.
+    """
+    if not all(label.isdecimal() for label, _ in spans):
+        return ()
+    return tuple((start, int(label)) for label, start in spans)

@@ -121,6 +121,9 @@ class WeightSync:
                 raise SyncError(f"expected version {version} with digest {total} on every worker, got:{summary(wrong)}")
             if not self._engine.reset_prefix_cache():
                 raise SyncError("the engine did not reset its prefix cache, which holds keys of the old weights")
+            label = getattr(self._engine, "update_weight_version", None)  # vLLM 0.27 and later
+            if label is not None:
+                label(str(version))
         except BaseException as error:
             self._abort(version, error)
             raise
