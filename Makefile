@@ -7,6 +7,10 @@ unexport PYTHONDONTWRITEBYTECODE
 BIN := .venv/bin
 READY := .venv/.r3-ready
 
+# Most of an engine's start is one thread that imports: two files of tests at a time, in the order of their names, so that
+# those with engines do not all come last.
+PYTEST := -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+
 # The newest CPU build of vLLM has an environment of its own. It captures in another way, and these tests are of capture.
 NEWEST := .venv-newest
 NEWEST_TESTS := hooks collect rows http stitch server
@@ -19,10 +23,10 @@ demo: $(READY)  ## train a small MoE with replay, and measure the gap live and r
 	$(BIN)/r3 demo $(ARGS)
 
 test: lint  ## lint, then every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 test-newest: $(NEWEST)/.r3-ready  ## the tests of capture with the newest CPU build of vLLM
-	$(NEWEST)/bin/python -m pytest -m "not gpu" $(NEWEST_TESTS:%=tests/test_%.py) $(ARGS)
+	$(NEWEST)/bin/python $(PYTEST) $(NEWEST_TESTS:%=tests/test_%.py) $(ARGS)
 
 lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .

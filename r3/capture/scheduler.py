@@ -133,12 +133,15 @@ class CapturingScheduler:
         finished = self.r3_finished.pop(request_id, None)
         if finished is not None:
             return finished
+        request = self.requests.get(request_id)  # type: ignore[attr-defined]
+        if request is None:  # it has ended, and no rows ever came: `collect` says so
+            return None
         progress = self.r3_progress.get(request_id)
         due = step % STEPS_A_MESSAGE == 0 or request_id in self.r3_new or request_id in self.r3_eager
         # A request that was preempted is computed again: what could be read later would be the rows of that.
         if due or request_id in self.r3_freed or (progress is not None and progress.read):
             self.r3_new.discard(request_id)
-            self._r3_read(self.requests[request_id])  # type: ignore[attr-defined]
+            self._r3_read(request)
             return self._r3_take(request_id)
         return None
 
