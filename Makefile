@@ -37,7 +37,7 @@ format: $(READY)  ## mend style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-env: $(READY)  ## make .venv (R3_EXTRA=cpu|gpu chooses the vLLM build)
+env: $(READY)  ## make .venv (R3_EXTRA=cpu|newest|gpu chooses the vLLM build)
 
 $(READY): pyproject.toml scripts/make-env
 	scripts/make-env
