@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 import torch
-from flips import explained_flips, router_logits
+from flips import assert_explained, explained_flips, router_logits
 
 import r3
 from r3.capture import engine_kwargs, rollout
@@ -14,8 +14,6 @@ pytestmark = pytest.mark.engine
 
 BLOCKS = 12
 REQUESTS = 24
-# What rounding explains on this model (tests/test_stitch.py); a wrong row has 140 in the median.
-FIRST_ULPS, FOLLOWING_ULPS = 16, 64
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +145,11 @@ async def alone(engine, spec, item, name):
     return RolloutRouting(routing.expert_ids[:, : len(ids)], valid, routing.layer_ids, routing.num_experts)
 
 
-def assert_explained(model, item, expected, capsys):
+def assert_alike(model, item, expected, capsys):
     report = explained_flips(item.routing, expected, router_logits(model, item.prompt_ids + item.token_ids, expected))
     with capsys.disabled():
         print(f"\n{report}")
-    assert report.unmatched_tokens == 0
-    assert report.share < 0.02
-    assert report.first_margin_ulps < FIRST_ULPS
-    assert report.following_margin_ulps < FOLLOWING_ULPS
-    return report
+    assert_explained(report)
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -169,7 +163,7 @@ def test_rows_of_many_requests_at_once_are_those_of_each_alone(engine, loop, mod
         assert item.routing.rows_valid == len(item) - 1
     for i in range(0, len(items), 7):
         expected = loop.run_until_complete(alone(engine, spec, items[i], f"alone-{n}-{i}"))
-        assert_explained(model, items[i], expected, capsys)
+        assert_alike(model, items[i], expected, capsys)
 
 
 def test_stop_strings_leave_no_row_out(engine, loop, spec):
@@ -213,7 +207,7 @@ def test_aborted_requests_keep_the_rows_that_had_come(engine, loop, model, spec,
     kept = RolloutRouting(
         expected.expert_ids, expected.valid & aborted.routing.valid, expected.layer_ids, expected.num_experts
     )
-    assert_explained(model, aborted, kept, capsys)
+    assert_alike(model, aborted, kept, capsys)
 
 
 def test_tokens_carry_the_version_under_which_they_came(engine, loop, spec):

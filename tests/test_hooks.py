@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEMO_MODEL, HERE
-from flips import explained_flips, router_logits
-from test_stitch import FIRST_ULPS
+from flips import FIRST_ULPS, explained_flips, router_logits
 
 import r3
 from r3 import CaptureError, RolloutRouting
