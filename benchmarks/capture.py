@@ -5,6 +5,8 @@
 
 One line of JSON. Random weights. The engines of all ways stand side by side on one GPU and take turns, so that each
 ratio is of the same run: `off` without capture, `vllm` with vLLM's own scheduler, `r3` with `r3.capture.scheduler`.
+`agreement` is the share of choices (token and layer) that a prefill of the same tokens, alone, makes again: the rest is
+what rounding flips, and rows that are a token off would agree in nothing.
 """
 
 import argparse
@@ -87,6 +89,25 @@ def tokens_per_second(llm: Any, batch: int, prompt: int, output: int, seed: int,
     return batch * output / taken
 
 
+def agreement(llm: Any, batch: int, prompt: int, output: int) -> float:
+    """Share of the choices of requests that ran together which a prefill of the same tokens, alone, makes again."""
+    from vllm import SamplingParams
+
+    ids = torch.randint(0, VOCABULARY, (batch, prompt), generator=torch.Generator().manual_seed(99)).tolist()
+    together = SamplingParams(temperature=1.0, max_tokens=output, ignore_eos=True, detokenize=False)
+    alone = SamplingParams(max_tokens=1, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": row} for row in ids], together, use_tqdm=False)
+    same: list[float] = []
+    for row, request in list(zip(ids, outputs, strict=True))[:: max(1, batch // 8)]:
+        sampled = request.outputs[0]
+        assert llm.reset_prefix_cache()
+        again = llm.generate([{"prompt_token_ids": row + list(sampled.token_ids[:-1])}], alone, use_tqdm=False)
+        found, expected = (np.sort(r.routed_experts, axis=-1) for r in (sampled, again[0].outputs[0]))
+        assert found.shape == expected.shape, (found.shape, expected.shape)
+        same.append(float((found == expected).all(-1).mean()))
+    return float(np.mean(same))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="24-layers")
@@ -105,6 +126,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder), args.shape)
         engines = {way: engine(Path(folder), way, args) for way in ways}
+        batch, output = max(args.batches), int(args.outputs.split(",")[0])
+        found["agreement"] = {
+            way: agreement(made, batch, args.prompt, output) for way, made in engines.items() if way != "off"
+        }
+        print(json.dumps(found["agreement"]), file=sys.stderr, flush=True)
         for batch in args.batches:
             for output in map(int, args.outputs.split(",")):
                 rates: dict[str, list[float]] = {way: [] for way in ways}
