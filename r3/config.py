@@ -1,7 +1,8 @@
 """Settings: frozen dataclasses that mirror the dotted `key=value` names, and the only reader of the environment."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -224,6 +225,21 @@ class R3Config:
     def to_flat(self) -> dict[str, Any]:
         """Dotted key -> value, as `from_overrides` takes them."""
         return _flat(self)
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables for what is made in this context, for libraries that read theirs nowhere else."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def local_rank() -> int:

@@ -51,6 +51,26 @@ def engine(demo_config):
         os.environ["PYTHONPATH"] = before
 
 
+@pytest.fixture(scope="session")
+def weights(demo_config):
+    """The weights that the engine starts with, by the names of transformers (experts fused)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = demo_config.trainer.policy.model.path
+    return dict(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).state_dict())
+
+
+@pytest.fixture(scope="session")
+def reference(engine):
+    """Greedy output under the weights that the engine loaded itself."""
+    from syncs import greedy
+
+    first = greedy(engine)
+    assert greedy(engine) == first, "the engine does not repeat itself: nothing can be compared"
+    return first
+
+
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tests/test_every_model.py runs its models")
     parser.addoption("--support-table", action="store_true", help="write docs/models.md from tests/test_every_model.py")

@@ -1,14 +1,9 @@
-"""Weight sync: `begin -> chunks -> commit`, in one layerwise-reload bracket, acknowledged by every worker or failed.
-
-Limits of this version:
-1. Engines: `vllm.LLM`. Transports: `files`, for engines on the same host or with a shared folder.
-2. A worker that saw a failure is poisoned and says so; what was in flight in the engine is not stopped.
-3. Quantised engines are refused.
-"""
+"""Weight sync: `begin -> chunks -> seal -> commit`, in one layerwise-reload bracket, acknowledged by every worker or
+failed."""
 
 from r3.weight_sync.digest import combine, digest
 from r3.weight_sync.session import SyncReceipt, WeightSync, gathered
-from r3.weight_sync.transport import FilesTransport, Transport
+from r3.weight_sync.transports import FilesTransport, GlooTransport, IpcTransport, NcclTransport, Transport
 
 WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
 """For `LLM(worker_extension_cls=...)`: the part of the sync that runs in vLLM's workers."""
@@ -16,6 +11,9 @@ WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
 __all__ = [
     "WORKER_EXTENSION",
     "FilesTransport",
+    "GlooTransport",
+    "IpcTransport",
+    "NcclTransport",
     "SyncReceipt",
     "Transport",
     "WeightSync",

@@ -1,16 +1,31 @@
 """The trainer's side of a sync: `WeightSync(engine).push(named_tensors, version=...)`."""
 
+import os
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from r3.errors import SyncError, summary
-from r3.weight_sync.digest import combine, digest
-from r3.weight_sync.transport import TRANSPORTS, Chunk, Transport
+from r3.weight_sync.delta import Base
+from r3.weight_sync.digest import ContentDigests, combine
+from r3.weight_sync.engines import Engine, engine_of
+from r3.weight_sync.source import WeightSource
+from r3.weight_sync.transports import Chunk, Transport, transport_of
+
+Replies = list[dict[str, Any]]
+Weight = Tensor | WeightSource
+
+_CASTABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+_ABORT_S = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +35,14 @@ class SyncReceipt:
     Attributes:
         version: committed, the same on every worker.
         digest: of names and content of all tensors, equal on both sides.
-        workers: how many acknowledged.
-        tensors, chunks, bytes: what was sent.
-        seconds: from begin to the last acknowledgement, caches reset.
+        workers: how many acknowledged, of all engines.
+        tensors, chunks: what was sent.
+        bytes: of the tensors.
+        sent_bytes: handed to the transport: less than `bytes` if only changes were sent.
+        complete: whether all tensors were sent whole.
+        seconds: from begin to the last acknowledgement, caches reset and engines resumed.
+        stages_s: the trainer's time by stage: pause, begin, gather (making the tensors, digests and delta included),
+            publish, transfer, wait (for workers that still load the chunk before), seal, commit, resume.
     """
 
     version: int
@@ -31,21 +51,32 @@ class SyncReceipt:
     tensors: int
     chunks: int
     bytes: int
+    sent_bytes: int
+    complete: bool
     seconds: float
+    stages_s: dict[str, float]
 
 
 class WeightSync:
-    """Complete weight syncs into a running engine, each of which commits on every worker or raises.
+    """Weight syncs into running engines, each of which commits on every worker of every engine or raises.
 
     Args:
-        engine: a `vllm.LLM` started with `worker_extension_cls=r3.weight_sync.WORKER_EXTENSION`.
-        transport: a `Transport`, or the name of one.
-        dtype: floating-point tensors are sent in this dtype (the engine's), None to send them as they are.
+        engine: a `vllm.LLM`, an `AsyncLLM`, the URL of a `vllm serve`, an `Engine`, or several of these. All run with
+            `worker_extension_cls=r3.weight_sync.WORKER_EXTENSION`.
+        transport: a `Transport`, or the name of one: files, gloo, nccl, ipc.
+        delta: send only what changed since the last acknowledged version. Trainer and each worker then keep a copy of
+        the
+            weights in main memory. The first sync, and any after a failure, is complete.
+        dtype: 16-, 32- and 64-bit floating-point tensors are sent in this dtype (the engine's), None to send all as
+        they
+            are. A `WeightSource` says for itself.
         chunk_bytes: largest chunk; one tensor that is larger is a chunk of its own.
-        timeout_s: longest wait for any answer of the engine.
+        timeout_s: longest wait for any one answer of an engine. Also how long a sync may be silent before another
+        sender may
+            take over from it.
 
     Raises:
-        SyncError: the engine has no such extension, or a worker is not ready.
+        SyncError: an engine has no such extension, or a worker does not answer.
 
     Example:
         >>> sync = WeightSync(llm, dtype=torch.bfloat16)                                    # doctest: +SKIP
@@ -54,40 +85,49 @@ class WeightSync:
 
     def __init__(
         self,
-        engine: Any,
+        engine: Any | Sequence[Any],
         *,
         transport: str | Transport = "files",
+        delta: bool = False,
         dtype: torch.dtype | None = None,
         chunk_bytes: int = 256 << 20,
         timeout_s: float = 600.0,
     ) -> None:
-        if isinstance(transport, str):
-            if transport not in TRANSPORTS:
-                raise SyncError(f"transport: expected one of {sorted(TRANSPORTS)}, got {transport!r}")
-            transport = TRANSPORTS[transport]()
         if chunk_bytes <= 0 or timeout_s <= 0:
             raise SyncError(f"expected chunk_bytes and timeout_s above 0, got {chunk_bytes} and {timeout_s}")
-        self._engine = engine
-        self._transport = transport
+        self._engines = [engine_of(one) for one in (engine if isinstance(engine, list | tuple) else [engine])]
+        if not self._engines:
+            raise SyncError("engine: expected at least one, got an empty list")
+        self._transport = transport_of(transport)
+        self._transport.timeout_s = timeout_s
+        self._base = Base() if delta else None
         self._dtype = dtype
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
+        self._sender = f"process {os.getpid()} on {socket.gethostname()}"
         self.poisoned: str | None = None
-        """Why the engine's weights cannot be trusted until the next complete sync commits; None if they can."""
-        self.version: int | None = self._call("r3_status")[0]["version"]
-        """The version that every worker committed last; None before the first sync."""
+        """Why the engines' weights cannot be trusted until the next sync commits; None if they can."""
+        status = self._call("r3_status")
+        versions = {reply["version"] for reply in status}
+        self.version: int | None = versions.pop() if len(versions) == 1 else None
+        """The version that every worker committed last; None before the first sync, and where workers differ."""
+        causes = [f"{_who(reply)}: {reply['cause']}" for reply in status if reply["state"] == "poisoned"]
+        if causes:
+            self.poisoned = f"before this sender: {causes[0]}"
 
-    def push(self, named_tensors: Iterable[tuple[str, Tensor]], *, version: int) -> SyncReceipt:
+    def push(self, named_tensors: Iterable[tuple[str, Weight]], *, version: int) -> SyncReceipt:
         """Send all weights and commit them as `version`.
 
         Args:
             named_tensors: the whole checkpoint, by Hugging Face names. A sharded tensor (DTensor) is gathered when its
-                chunk is sent, so that every rank of its mesh must iterate; the others may discard.
+            chunk is
+                sent, so that every rank of its mesh must iterate; the others may discard. They must not change before
+                this returns.
             version: above every version committed before.
 
         Raises:
-            SyncError: the sync did not commit everywhere; says which worker and why. The engine is then poisoned
-                (`self.poisoned`) unless it refused the sync before touching a weight.
+            SyncError: the sync did not commit everywhere; says which worker and why. The engines are then poisoned
+                (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
         """
         tensors = list(named_tensors)
         chunks = self._chunks(tensors)
@@ -100,47 +140,8 @@ class WeightSync:
                 pass
             raise
 
-    def _push(self, tensors: list[tuple[str, Tensor]], chunks: Iterator[Chunk], version: int) -> SyncReceipt:
-        start = time.perf_counter()
-        manifest = self._manifest(tensors)
-        self._require_idle()
-        self._call("r3_begin", version, self._transport.name, manifest)
-        sent: dict[str, int] = {}
-        index, size = -1, 0
-        try:
-            for index, chunk in enumerate(chunks):
-                digests = {name: digest(tensor) for name, tensor in chunk}
-                with self._transport.sending(index, chunk) as where:
-                    self._call("r3_load", version, where, digests)
-                sent |= digests
-                size += sum(tensor.nbytes for _, tensor in chunk)
-            total = combine(sent)
-            answers = self._call("r3_commit", version)
-            wrong = [f"rank {a['rank']}: {a}" for a in answers if (a["version"], a["digest"]) != (version, total)]
-            if wrong:
-                raise SyncError(f"expected version {version} with digest {total} on every worker, got:{summary(wrong)}")
-            if not self._engine.reset_prefix_cache():
-                raise SyncError("the engine did not reset its prefix cache, which holds keys of the old weights")
-            label = getattr(self._engine, "update_weight_version", None)  # vLLM 0.27 and later
-            if label is not None:
-                label(str(version))
-        except BaseException as error:
-            self._abort(version, error)
-            raise
-        self.poisoned = None
-        self.version = version
-        return SyncReceipt(
-            version=version,
-            digest=total,
-            workers=len(answers),
-            tensors=len(sent),
-            chunks=index + 1,
-            bytes=size,
-            seconds=time.perf_counter() - start,
-        )
-
     def require_committed(self) -> None:
-        """Raise `SyncError` if the engine's weights cannot be trusted: call before every rollout."""
+        """Raise `SyncError` if the engines' weights cannot be trusted: call before every rollout."""
         if self.poisoned is not None:
             raise SyncError(
                 f"the engine holds half-loaded weights since a sync failed ({self.poisoned}); only a complete sync "
@@ -148,69 +149,287 @@ class WeightSync:
             )
 
     def close(self) -> None:
-        """Give back what the transport holds."""
+        """Give back what the transport and the engines' adapters hold. The engines run on."""
         self._transport.close()
+        for engine in self._engines:
+            engine.close()
 
-    def _abort(self, version: int, error: BaseException) -> None:
-        self.poisoned = f"{type(error).__name__}: {error}"
+    def _push(self, tensors: list[tuple[str, Weight]], chunks: Iterator[Chunk], version: int) -> SyncReceipt:
+        clock = _Clock()
+        manifest = self._manifest(tensors)
+        sync_id = uuid.uuid4().hex[:12]
+        sent = _Sent()
         try:
-            self._call("r3_abort", version, self.poisoned)
+            with clock.stage("pause"):
+                self._each(lambda engine: engine.pause(timeout_s=self._timeout_s))
+            with clock.stage("begin"):
+                complete = self._begin(sync_id, version, manifest)
+            self._send(sync_id, chunks, sent, clock)
+            with clock.stage("seal"):
+                total = self._seal(sync_id, sent.digests)
+            with clock.stage("commit"):
+                answers = self._call("r3_commit", sync_id)
+                _require_equal(answers, version, total)
+                if self._base is not None:
+                    self._base.version = version
+            with clock.stage("resume"):
+                self._each(lambda engine: engine.reset_caches(timeout_s=self._timeout_s))
+                self._each(lambda engine: engine.label(version, timeout_s=self._timeout_s))
+                self._each(lambda engine: engine.resume(timeout_s=self._timeout_s))
+        except BaseException as error:
+            self._abort(sync_id, sent, error)
+            raise
+        self.poisoned = None
+        self.version = version
+        return SyncReceipt(
+            version=version,
+            digest=total,
+            workers=len(answers),
+            tensors=len(manifest),
+            chunks=sent.chunks,
+            bytes=sent.bytes,
+            sent_bytes=sent.sent_bytes,
+            complete=complete,
+            seconds=clock.total_s(),
+            stages_s=clock.stages_s,
+        )
+
+    def _begin(self, sync_id: str, version: int, manifest: dict[str, list]) -> bool:
+        """Open the sync on all workers. Says whether it is complete."""
+        status = self._call("r3_status")
+        base_version = None if self._base is None else self._base.version
+        # One worker without the base, restarted perhaps, and all get everything.
+        if any(reply["base_version"] != base_version or reply["state"] != "idle" for reply in status):
+            base_version = None
+        if self._base is not None:
+            self._base.begin(complete=base_version is None)
+        offer = self._transport.offer(len(status), {reply["generation"] for reply in status})
+        sync = {
+            "id": sync_id,
+            "version": version,
+            "sender": self._sender,
+            "lease_s": self._timeout_s,
+            "timeout_s": self._timeout_s,
+            "offer": offer,
+            "manifest": manifest,
+            "keep_base": self._base is not None,
+            "base_version": base_version,
+        }
+        sizes = Counter(reply["engine"] for reply in status)
+        firsts = {index: sum(sizes[before] for before in range(index)) for index in range(len(self._engines))}
+        call = self._start("r3_begin", lambda index: (sync | {"first_rank": firsts[index]},))
+        join = _Calls([lambda: self._transport.join(call.failed)])
+        _first_failure_of(join, call)
+        return base_version is None
+
+    def _send(self, sync_id: str, chunks: Iterator[Chunk], sent: "_Sent", clock: "_Clock") -> None:
+        """All chunks: while the workers load one, the next is made ready."""
+        loading: _Calls | None = None
+        while True:
+            index = sent.chunks
+            with clock.stage("gather"):
+                chunk = next(chunks, None)
+                if chunk is None:
+                    break
+                sent.add(chunk)
+                names = [name for name, _ in chunk]
+                wire = chunk if self._base is None else self._base.encode(chunk)
+                sent.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
+            with clock.stage("publish"):
+                where = self._transport.publish(index, wire)
+            with clock.stage("wait"):
+                if loading is not None:
+                    loading.result()
+                    # Its answer says that the chunk before it is needed no more.
+                    self._transport.release(index - 2)
+            sent.chunks += 1
+            with clock.stage("transfer"):
+                loading = self._start("r3_load", lambda _: (sync_id, index, names, where))  # noqa: B023 (started here)
+                self._transport.transfer(index, loading.failed)
+        with clock.stage("wait"):
+            if loading is not None:
+                loading.result()
+
+    def _seal(self, sync_id: str, digests: ContentDigests) -> int:
+        self._transport.settle(lambda: False)
+        named = digests.result()
+        broken = digests.not_finite()
+        if broken:
+            raise SyncError(f"{len(broken)} tensors hold NaN or infinity:{summary(broken)}")
+        answers = self._call("r3_seal", sync_id, named)
+        total = combine(named)
+        wrong = [f"{_who(a)}: {a.get('digest')}" for a in answers if a.get("digest") != total]
+        if wrong:
+            raise SyncError(f"expected digest {total} on every worker, got:{summary(wrong)}")
+        return total
+
+    def _abort(self, sync_id: str, sent: "_Sent", error: BaseException) -> None:
+        cause = f"{type(error).__name__}: {error}"
+        self._transport.abort()
+        call = self._start("r3_abort", lambda _: (sync_id, cause), timeout_s=min(_ABORT_S, self._timeout_s))
+        try:
+            replies = call.result()
         except Exception as second:  # the first error is the one to report
-            error.add_note(f"abort was not acknowledged: {second}") if hasattr(error, "add_note") else None
+            _add_note(error, f"abort was not acknowledged by all: {second}")
+            replies = []
+        if not sent.chunks and self.poisoned is None:
+            # No weight was touched. Generation goes on, unless another sender is at work or has left engines broken.
+            if replies and all(reply["state"] == "idle" for reply in replies):
+                try:
+                    self._each(lambda engine: engine.resume(timeout_s=min(_ABORT_S, self._timeout_s)))
+                except Exception as second:
+                    _add_note(error, f"the engine does not go on: {second}")
+            return
+        self.poisoned = self.poisoned or cause
+        for engine in self._engines:
+            engine.refuse(cause)
 
-    def _require_idle(self) -> None:
-        engine = getattr(self._engine, "llm_engine", None)
-        if engine is not None and engine.has_unfinished_requests():
-            raise SyncError("the engine has unfinished requests; finish or abort them before a sync")
+    def _call(self, method: str, *args: Any) -> Replies:
+        """Call `method` on every worker of every engine; raises if one did not answer, or answered with an error."""
+        return self._start(method, lambda _: args).result()
 
-    def _call(self, method: str, *args: Any) -> list[dict[str, Any]]:
-        """Call `method` on every worker; raises if any did not answer, or answered with an error."""
-        rpc: Callable | None = getattr(self._engine, "collective_rpc", None)
-        if rpc is None:
-            raise SyncError(f"engine: expected a vllm.LLM, got {type(self._engine).__name__}")
-        try:
-            answers = rpc(method, timeout=self._timeout_s, args=args)
-        except Exception as error:
-            raise SyncError(
-                f"{method} was not answered within {self._timeout_s:g} s or not understood ({type(error).__name__}: "
-                f"{error}). The engine must run with worker_extension_cls='r3.weight_sync.worker.WeightSyncWorker'"
-            ) from error
-        failed = [f"worker rank {answer['rank']}: {answer['error']}" for answer in answers if "error" in answer]
-        if failed:
-            raise SyncError(f"{method} failed on {len(failed)} of {len(answers)} workers:{summary(failed)}")
-        return answers
+    def _start(self, method: str, args: Callable[[int], tuple], timeout_s: float | None = None) -> "_Calls":
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
 
-    def _sent_dtype(self, tensor: Tensor) -> torch.dtype:
-        return self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
+        def on(index: int, engine: Engine) -> Callable[[], Replies]:
+            return lambda: _checked(engine, index, method, engine.call(method, *args(index), timeout_s=limit_s))
 
-    def _manifest(self, tensors: list[tuple[str, Tensor]]) -> dict[str, list]:
+        return _Calls([on(index, engine) for index, engine in enumerate(self._engines)])
+
+    def _each(self, action: Callable[[Engine], None]) -> None:
+        _Calls([(lambda engine=engine: action(engine)) for engine in self._engines]).result()
+
+    def _sent_dtype(self, weight: Weight) -> torch.dtype:
+        keeps = isinstance(weight, WeightSource) and weight.keep_dtype
+        return weight.dtype if keeps or self._dtype is None or weight.dtype not in _CASTABLE else self._dtype
+
+    def _manifest(self, tensors: list[tuple[str, Weight]]) -> dict[str, list]:
         """Name -> [shape, dtype] of what will be sent."""
         if not tensors:
             raise SyncError("named_tensors: expected the whole checkpoint, got nothing")
-        manifest = {name: [list(tensor.shape), str(self._sent_dtype(tensor))] for name, tensor in tensors}
-        if len(manifest) != len(tensors):
-            names = [name for name, _ in tensors]
-            twice = sorted({name for name in names if names.count(name) > 1})
+        manifest = {name: [list(weight.shape), str(self._sent_dtype(weight))] for name, weight in tensors}
+        twice = sorted(name for name, count in Counter(name for name, _ in tensors).items() if count > 1)
+        if twice:
             raise SyncError(f"named_tensors: {len(twice)} names occur twice:{summary(twice)}")
         return manifest
 
-    def _chunks(self, tensors: list[tuple[str, Tensor]]) -> Iterator[Chunk]:
+    def _chunks(self, tensors: list[tuple[str, Weight]]) -> Iterator[Chunk]:
         """Whole tensors, gathered and cast, in chunks of at most `chunk_bytes`."""
         chunk: Chunk = []
         size = 0
-        for name, tensor in tensors:
-            dtype = self._sent_dtype(tensor)
-            nbytes = tensor.numel() * dtype.itemsize
+        for name, weight in tensors:
+            dtype = self._sent_dtype(weight)
+            nbytes = weight.shape.numel() * dtype.itemsize
             if chunk and size + nbytes > self._chunk_bytes:
                 yield chunk
                 chunk, size = [], 0
-            chunk.append((name, gathered(tensor).to(dtype)))
+            chunk.append((name, gathered(weight).to(dtype).contiguous()))
             size += nbytes
         if chunk:
             yield chunk
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole of `tensor`. One that is sharded (DTensor) is gathered: every rank of its mesh must come here."""
-    whole = tensor.detach()
+@dataclass
+class _Sent:
+    digests: ContentDigests = field(default_factory=ContentDigests)
+    chunks: int = 0
+    bytes: int = 0
+    sent_bytes: int = 0
+
+    def add(self, chunk: Chunk) -> None:
+        self.digests.add(chunk)
+        self.bytes += sum(tensor.nbytes for _, tensor in chunk)
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.stages_s: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages_s[name] = self.stages_s.get(name, 0.0) + time.perf_counter() - start
+
+    def total_s(self) -> float:
+        return time.perf_counter() - self._start
+
+
+class _Calls:
+    """Calls under way side by side, each in a thread that does not keep the process from ending."""
+
+    def __init__(self, calls: list[Callable[[], Any]]) -> None:
+        self._answers: list[Any] = [None] * len(calls)
+        self._errors: list[BaseException] = []
+        self._threads = [threading.Thread(target=self._run, args=item, daemon=True) for item in enumerate(calls)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, index: int, call: Callable[[], Any]) -> None:
+        try:
+            self._answers[index] = call()
+        except BaseException as error:
+            self._errors.append(error)
+
+    def done(self) -> bool:
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def failed(self) -> bool:
+        """Whether one has failed: what it should have taken part in, it will not."""
+        return bool(self._errors)
+
+    def result(self) -> list[Any]:
+        """All answers, joined. Each call ends by its own timeout. Raises what went wrong, of all calls."""
+        for thread in self._threads:
+            thread.join()
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            raise SyncError(f"{len(self._errors)} engines failed:{summary(str(error) for error in self._errors)}")
+        return [reply for answer in self._answers if answer is not None for reply in answer]
+
+
+def _first_failure_of(*calls: _Calls) -> None:
+    """Wait for all. Raises as soon as one has failed: the others may be waiting for it."""
+    while not all(call.done() for call in calls):
+        for call in calls:
+            if call.failed():
+                call.result()
+        time.sleep(1e-3)
+    for call in calls:
+        call.result()
+
+
+def _checked(engine: Engine, index: int, method: str, replies: Replies) -> Replies:
+    failed = [f"{_who(r | {'engine_name': engine.name})}: {r['error']}" for r in replies if "error" in r]
+    if failed:
+        raise SyncError(f"{method} failed on {len(failed)} of {len(replies)} workers:{summary(failed)}")
+    return [reply | {"engine": index, "engine_name": engine.name} for reply in replies]
+
+
+def _who(reply: dict[str, Any]) -> str:
+    dp = f", data-parallel rank {reply['dp_rank']}" if reply.get("dp_size", 1) > 1 else ""
+    return f"{reply.get('engine_name', 'engine')}, worker rank {reply['rank']}{dp}"
+
+
+def _require_equal(answers: Replies, version: int, digest: int) -> None:
+    wrong = [f"{_who(a)}: version {a['version']}, digest {a['digest']}" for a in answers]
+    wrong = [w for w, a in zip(wrong, answers, strict=True) if (a["version"], a["digest"]) != (version, digest)]
+    if wrong:
+        raise SyncError(f"expected version {version} with digest {digest} on every worker, got:{summary(wrong)}")
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    if hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(note)
+
+
+def gathered(weight: Weight) -> Tensor:
+    """The whole of `weight`. One that is sharded (DTensor) is gathered: every rank of its mesh must come here."""
+    whole = weight.make() if isinstance(weight, WeightSource) else weight.detach()
     return whole.full_tensor() if hasattr(whole, "full_tensor") else whole  # pyrefly: ignore

@@ -1,35 +1,69 @@
 """The worker's side of a sync: `LLM(worker_extension_cls="r3.weight_sync.worker.WeightSyncWorker")`.
 
 vLLM appends the class to its worker's bases: no `__init__` runs, every name starts with `r3_`, and what comes and goes
-is plain dictionaries. A call never raises into the engine; it answers {"error": ...}, and the worker is poisoned unless
-the call was turned away before it touched a weight.
+is plain dictionaries, of which JSON is enough. A call never raises into the engine; it answers {"error": ...}, and the
+worker is poisoned if a weight may have been touched.
+
+States: idle -> begin -> open -> seal -> sealed -> commit -> idle. `abort` of an untouched sync leads back to idle; any
+other failure leads to poisoned, from where only a complete sync leads on. A sync whose sender has died is taken over by
+the next one once its lease is over.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from r3.weight_sync.digest import combine, digest
+from r3.weight_sync.delta import Base
+from r3.weight_sync.digest import ContentDigests, combine
+from r3.weight_sync.fp8 import check_finite_engine
+from r3.weight_sync.plan import LoadPlan
 from r3.weight_sync.reload import LayerwiseReload
-from r3.weight_sync.transport import TRANSPORTS, Chunk
+from r3.weight_sync.transports import RECEIVERS, Chunk, Receiver
 
 Reply = dict[str, Any]
 
 
 @dataclass
-class _Session:
-    """State of a worker's sync: idle, open or poisoned."""
+class _Sync:
+    """A sync that is open or sealed."""
 
-    state: str = "idle"
+    id: str
+    version: int
+    manifest: dict[str, tuple[tuple[int, ...], str]]
+    reload: LayerwiseReload
+    lease_s: float
+    sender: str
+    base: Base | None
+    delta: bool
+    digests: ContentDigests = field(default_factory=ContentDigests)
+    received: set[str] = field(default_factory=set)
+    chunks: int = 0
+    touched: bool = False
+    sealed: int | None = None
+    loaded: Any = None  # CUDA event after the last chunk's copies
+    until: float = 0.0
+
+    def renew(self) -> None:
+        self.until = time.monotonic() + self.lease_s
+
+
+@dataclass
+class _State:
     version: int | None = None  # committed
-    incoming: int | None = None
-    transport: str = ""
-    manifest: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
-    received: dict[str, int] = field(default_factory=dict)
-    reload: LayerwiseReload | None = None
-    cause: str = ""
+    cause: str = ""  # of the poisoning; empty if the weights can be trusted
+    sync: _Sync | None = None
+    receiver: Receiver | None = None
+    plan: LoadPlan | None = None
+    base: Base | None = None
+
+    @property
+    def name(self) -> str:
+        if self.sync is not None:
+            return "open" if self.sync.sealed is None else "sealed"
+        return "poisoned" if self.cause else "idle"
 
 
 class _RefusedError(RuntimeError):
@@ -37,121 +71,269 @@ class _RefusedError(RuntimeError):
 
 
 class WeightSyncWorker:
-    """Mixed into vLLM's worker."""
+    """Mixed into vLLM's worker, which has these."""
+
+    rank: int
+    device: torch.device
+    vllm_config: Any
+    model_runner: Any
 
     def r3_status(self) -> Reply:
-        """State ("idle", "open", "poisoned"), committed version and, if poisoned, the cause."""
-        return self._r3_reply(lambda session: {"state": session.state, "cause": session.cause})
+        """State ("idle", "open", "sealed", "poisoned"), cause, and what a sender needs to know of this worker."""
+        return self._r3_reply(lambda state: {"quantization": self._r3_quantization()})
 
-    def r3_begin(self, version: int, transport: str, manifest: dict[str, list]) -> Reply:
-        """Open a sync of the tensors in `manifest` (name -> [shape, dtype]); heals a poisoned worker."""
+    def r3_begin(self, sync: dict[str, Any]) -> Reply:
+        """Open a sync. Heals a poisoned worker if it commits.
 
-        def begin(session: _Session) -> Reply:
-            if session.state == "open":
-                raise _RefusedError(f"sync of version {session.incoming} is open; commit or abort it first")
-            if session.version is not None and version <= session.version:
-                raise _RefusedError(f"expected a version above {session.version}, got {version}")
-            if transport not in TRANSPORTS:
-                raise _RefusedError(f"expected a transport of {sorted(TRANSPORTS)}, got {transport!r}")
-            if self.vllm_config.model_config.quantization is not None:  # type: ignore[attr-defined]
-                raise _RefusedError("the engine is quantised; sync into quantised engines is not supported")
-            session.incoming = version
-            session.transport = transport
-            session.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest.items()}
-            session.received = {}
-            session.reload = LayerwiseReload(self.model_runner.model, self.vllm_config)  # type: ignore[attr-defined]
-            session.reload.begin()
-            session.state = "open"
-            return {}
+        Args:
+            sync: id, version, sender (in words), lease_s (how long it may be silent), timeout_s, offer (of the
+                transport), first_rank (of this engine's workers), manifest (name -> [shape, dtype]), keep_base,
+                base_version (None: complete).
+        """
+        return self._r3_reply(lambda state: self._r3_open(state, sync))
 
-        return self._r3_reply(begin)
+    def r3_load(self, sync_id: str, index: int, names: list[str], where: dict[str, Any]) -> Reply:
+        """Receive chunk number `index`, which holds the tensors called `names`, and load it.
 
-    def r3_load(self, version: int, where: dict[str, Any], digests: dict[str, int]) -> Reply:
-        """Receive one chunk, check it against manifest and digests, and load it."""
+        The answer says that nothing is needed any more of the chunks before it.
+        """
 
-        def load(session: _Session) -> Reply:
-            reload = self._r3_open(session, version)
-            chunk = TRANSPORTS[session.transport].receive(where)
-            session.received |= _checked(chunk, session, digests)
-            reload.load(chunk)
+        def load(state: _State) -> Reply:
+            sync = self._r3_of(state, sync_id, "open")
+            if index != sync.chunks:
+                raise RuntimeError(f"expected chunk {sync.chunks}, got {index}: one was lost, doubled or reordered")
+            assert state.receiver is not None
+            chunk = state.receiver.receive(where)
+            if sync.base is not None:
+                chunk = [(name, tensor.to(self.device)) for name, tensor in sync.base.decode(names, chunk)]
+            _check(chunk, names, sync)
+            sync.digests.add(chunk)
+            sync.touched = True
+            sync.reload.load(chunk)
+            sync.received.update(names)
+            sync.chunks += 1
+            self._r3_wait_for_the_chunk_before(sync)
             return {}
 
         return self._r3_reply(load)
 
-    def r3_commit(self, version: int) -> Reply:
-        """Close the bracket if everything has come; answers the digest of all that was loaded."""
+    def r3_seal(self, sync_id: str, digests: dict[str, int]) -> Reply:
+        """Check that everything has come as it was sent, and let vLLM finish its layers. Answers the digest of all."""
 
-        def commit(session: _Session) -> Reply:
-            reload = self._r3_open(session, version)
-            unsent = sorted(session.manifest.keys() - session.received.keys())
-            if unsent:
-                raise RuntimeError(f"{len(unsent)} tensors of the manifest have not come: {unsent[:16]}")
-            missing = reload.missing()
+        def seal(state: _State) -> Reply:
+            sync = self._r3_of(state, sync_id, "open")
+            assert state.receiver is not None
+            state.receiver.settle()
+            _check_content(sync, digests)
+            missing = sync.reload.missing()
             if missing:
                 raise RuntimeError(
                     f"{len(missing)} layers of the engine have not got all their weights: {'; '.join(missing[:16])}"
                 )
-            reload.finish()
-            session.state, session.version, session.incoming, session.reload = "idle", version, None, None
-            session.cause = ""
-            return {"digest": combine(session.received)}
+            sync.reload.finish()
+            wrong = check_finite_engine(self.model_runner.model)
+            if wrong:
+                raise RuntimeError(
+                    f"{len(wrong)} tensors of the engine were left uninitialised: {'; '.join(wrong[:16])}"
+                )
+            if state.cause:
+                _zero(self.model_runner.kv_caches)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            sync.sealed = combine(digests)
+            return {"digest": sync.sealed}
+
+        return self._r3_reply(seal)
+
+    def r3_commit(self, sync_id: str) -> Reply:
+        """The sealed weights are the committed ones from here on."""
+
+        def commit(state: _State) -> Reply:
+            sync = self._r3_of(state, sync_id, "sealed")
+            state.version, state.cause, state.sync = sync.version, "", None
+            state.plan = sync.reload.learned
+            if sync.base is not None:
+                sync.base.version = sync.version
+            return {"digest": sync.sealed}
 
         return self._r3_reply(commit)
 
-    def r3_abort(self, version: int, cause: str) -> Reply:
-        """Give up the open sync: the worker is poisoned until a complete sync commits."""
+    def r3_abort(self, sync_id: str, cause: str) -> Reply:
+        """Give up the sync. The worker is poisoned, unless no weight was touched."""
 
-        def abort(session: _Session) -> Reply:
-            if session.state == "open" and session.incoming == version:
-                _poison(session, cause)
-            return {"state": session.state}
+        def abort(state: _State) -> Reply:
+            if state.sync is not None and state.sync.id == sync_id:
+                self._r3_give_up(state, cause)
+            return {}
 
         return self._r3_reply(abort)
 
-    def _r3_open(self, session: _Session, version: int) -> LayerwiseReload:
-        if session.state != "open" or session.incoming != version or session.reload is None:
-            raise _RefusedError(
-                f"no sync of version {version} is open: the worker is {session.state}"
-                + (f" ({session.cause})" if session.cause else "")
+    def _r3_open(self, state: _State, sync: dict[str, Any]) -> Reply:
+        if state.sync is not None:
+            left_s = state.sync.until - time.monotonic()
+            if left_s > 0:
+                raise _RefusedError(
+                    f"a sync of version {state.sync.version} by {state.sync.sender} is {state.name}: let it commit or "
+                    f"abort; if its sender has died, another can begin in {left_s:.1f} s"
+                )
+            self._r3_give_up(
+                state, f"its sender, {state.sync.sender}, was silent for more than {state.sync.lease_s:g} s"
             )
-        return session.reload
+        version, offer, complete = sync["version"], sync["offer"], sync["base_version"] is None
+        if state.version is not None and version <= state.version:
+            raise _RefusedError(f"expected a version above {state.version}, got {version}")
+        if offer["transport"] not in RECEIVERS:
+            raise _RefusedError(f"expected a transport of {sorted(RECEIVERS)}, got {offer['transport']!r}")
+        base = state.base if sync["keep_base"] else None
+        if not complete and (base is None or base.version != sync["base_version"] or state.cause):
+            raise _RefusedError(f"this worker has no base of version {sync['base_version']}: send a complete sync")
+        self._r3_check_quantization(sync["manifest"])
+        if sync["keep_base"]:
+            base = state.base = base or Base()
+            base.begin(complete)
+        else:
+            state.base = None
+        self._r3_join(state, sync)
+        reload = LayerwiseReload(self.model_runner.model, self.vllm_config, state.plan)
+        manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in sync["manifest"].items()}
+        state.sync = _Sync(
+            id=sync["id"],
+            version=version,
+            manifest=manifest,
+            reload=reload,
+            lease_s=sync["lease_s"],
+            sender=sync["sender"],
+            base=base,
+            delta=not complete,
+        )
+        state.sync.renew()
+        reload.begin()
+        return {}
 
-    def _r3_reply(self, action: Callable[[_Session], Reply]) -> Reply:
-        session: _Session = self.__dict__.setdefault("r3_session", _Session())
+    def _r3_join(self, state: _State, sync: dict[str, Any]) -> None:
+        offer = sync["offer"]
+        generation = offer.get("generation")
+        if state.receiver is not None and generation is not None and state.receiver.generation == generation:
+            return
+        _drop_receiver(state)
+        parallel = self.vllm_config.parallel_config
+        rank = sync["first_rank"] + parallel.data_parallel_rank * parallel.world_size + self.rank
+        try:
+            state.receiver = RECEIVERS[offer["transport"]](offer, rank, self.device, sync["timeout_s"])
+        except Exception as error:
+            raise _RefusedError(f"{type(error).__name__}: {error}") from error
+
+    def _r3_of(self, state: _State, sync_id: str, expected: str) -> _Sync:
+        if state.sync is None or state.sync.id != sync_id or state.name != expected:
+            raise _RefusedError(
+                f"sync {sync_id} is not {expected} here: the worker is {state.name}"
+                + (f" ({state.cause})" if state.cause else "")
+            )
+        state.sync.renew()
+        return state.sync
+
+    def _r3_wait_for_the_chunk_before(self, sync: _Sync) -> None:
+        """On a GPU copies are queued: this bounds how many chunks hold memory, and is what the answer promises."""
+        if self.device.type != "cuda":
+            return
+        before, sync.loaded = sync.loaded, torch.cuda.current_stream(self.device).record_event()
+        if before is not None:
+            before.synchronize()
+
+    def _r3_give_up(self, state: _State, cause: str) -> None:
+        sync, state.sync = state.sync, None
+        _drop_receiver(state)
+        if sync is not None:
+            if sync.touched:
+                state.cause = cause
+            sync.reload.abandon()
+
+    def _r3_quantization(self) -> str | None:
+        return self.vllm_config.model_config.quantization
+
+    def _r3_check_quantization(self, manifest: dict[str, list]) -> None:
+        quantization = self._r3_quantization()
+        if quantization is None:
+            return
+        if quantization != "fp8":
+            raise _RefusedError(
+                f"the engine is quantised ({quantization}); only fp8 with block scales can be synced into"
+            )
+        if not any(name.endswith(".weight_scale_inv") for name in manifest):
+            raise _RefusedError(
+                "the engine holds FP8 weights with block scales, and no *.weight_scale_inv is sent: vLLM would leave its "
+                "scales uninitialised. Send what r3.weight_sync.quantised makes of the weights"
+            )
+
+    def _r3_reply(self, action: Callable[[_State], Reply]) -> Reply:
+        state: _State = self.__dict__.setdefault("r3_state", _State())
         reply: Reply = {}
         try:
-            reply = action(session)
+            reply = action(state)
+        except _RefusedError as error:
+            reply = {"error": str(error), "refused": True}
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"}
-            if not isinstance(error, _RefusedError):
-                _poison(session, reply["error"])
-        return {"rank": self.rank, "version": session.version, **reply}  # type: ignore[attr-defined]
+            self._r3_give_up(state, reply["error"])
+        parallel = self.vllm_config.parallel_config
+        return {
+            "rank": self.rank,
+            "dp_rank": parallel.data_parallel_rank,
+            "world_size": parallel.world_size,
+            "dp_size": parallel.data_parallel_size,
+            "version": state.version,
+            "state": state.name,
+            "cause": state.cause,
+            "generation": None if state.receiver is None else state.receiver.generation,
+            "base_version": None if state.base is None else state.base.version,
+            **reply,
+        }
 
 
-def _poison(session: _Session, cause: str) -> None:
-    session.state, session.incoming, session.reload, session.cause = "poisoned", None, None, cause
+def _drop_receiver(state: _State) -> None:
+    if state.receiver is not None:
+        state.receiver.abort()
+        state.receiver = None
 
 
-def _checked(chunk: Chunk, session: _Session, digests: dict[str, int]) -> dict[str, int]:
-    """Digests of a chunk that is exactly what the manifest and the sender say."""
+def _check(chunk: Chunk, names: list[str], sync: _Sync) -> None:
+    """A chunk is exactly what was announced with it, and what the manifest says."""
     problems = []
-    found: dict[str, int] = {}
+    came: set[str] = set()
     for name, tensor in chunk:
-        expected = session.manifest.get(name)
+        expected = sync.manifest.get(name)
         got = (tuple(tensor.shape), str(tensor.dtype))
         if expected is None:
             problems.append(f"{name}: not in the manifest")
-        elif name in session.received or name in found:
+        elif name in sync.received or name in came:
             problems.append(f"{name}: came twice")
         elif got != expected:
             problems.append(f"{name}: expected {expected}, got {got}")
-        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{name}: holds NaN or infinity")
-        else:
-            found[name] = digest(tensor)
-            if found[name] != digests.get(name):
-                problems.append(f"{name}: expected digest {digests.get(name)}, got {found[name]}")
-    problems += [f"{name}: announced with this chunk, did not come" for name in sorted(digests.keys() - found.keys())]
+        came.add(name)
+    problems += [f"{name}: announced with this chunk, did not come" for name in names if name not in came]
+    problems += [f"{name}: came with this chunk, was not announced" for name in came - set(names)]
     if problems:
         raise RuntimeError(f"bad chunk: {'; '.join(problems[:16])}")
-    return found
+
+
+def _check_content(sync: _Sync, digests: dict[str, int]) -> None:
+    """Everything that was announced has come, with the content that was sent, and finite."""
+    unsent = sorted(sync.manifest.keys() - sync.received)
+    if unsent:
+        raise RuntimeError(f"{len(unsent)} tensors of the manifest have not come: {unsent[:16]}")
+    found = sync.digests.result()
+    wrong = [f"{n}: expected digest {digests.get(n)}, got {d}" for n, d in found.items() if digests.get(n) != d]
+    wrong += [f"{name}: holds NaN or infinity" for name in sync.digests.not_finite()]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} tensors have not come as they were sent: {'; '.join(wrong[:16])}")
+
+
+def _zero(caches: Any) -> None:
+    """Clear KV caches: what a half-loaded model wrote, NaN perhaps, outlives a reset of the prefix cache."""
+    if isinstance(caches, torch.Tensor):
+        caches.zero_()
+    elif isinstance(caches, dict):
+        _zero(list(caches.values()))
+    else:
+        for cache in caches:
+            _zero(cache)

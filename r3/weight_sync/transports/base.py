@@ -1,0 +1,130 @@
+"""What a transport is: how the bytes of a chunk get from the trainer to every worker of every engine.
+
+A sync is the same calls for all transports. The trainer's side (`Transport`) and the worker's (`Receiver`) share
+nothing but plain dictionaries, which travel with the calls of the sync (so: strings, integers, lists; JSON is enough).
+
+    trainer                                   each worker
+    offer = transport.offer(...)
+    call begin(offer)               ->        receiver = RECEIVERS[offer["transport"]](offer, rank, device, timeout_s)
+    transport.join(stop)            <->       (joins meanwhile)
+    where = transport.publish(i, chunk)
+    call load(i, where)             ->        chunk = receiver.receive(where)
+    transport.transfer(i, stop)     <->       (receives meanwhile)
+    transport.release(i)            <-        answer to chunk i + 1, or to the seal
+    transport.settle(stop)          <->       receiver.settle()
+
+`join`, `transfer` and `settle` deadlock if one side comes and the other never does: they end at `timeout_s`, or as soon
+as `stop()` is true, which says that a worker has answered and will not come. After any failure both sides abort, and
+the next sync starts from an `offer` that knows nothing of this one.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from r3.errors import SyncError
+
+Chunk = list[tuple[str, Tensor]]
+Where = dict[str, Any]
+Stop = Callable[[], bool]
+
+
+class Transport(ABC):
+    """The trainer's side.
+
+    Attributes:
+        timeout_s: longest wait for the other side. Set by the session.
+    """
+
+    name: ClassVar[str]
+    timeout_s: float = 600.0
+
+    def offer(self, workers: int, generations: set[str | None]) -> Where:
+        """What the workers need to join: at least {"transport": name}.
+
+        Args:
+            workers: how many will join, of all engines.
+            generations: of the receivers that the workers still hold; {None} where there are none. A transport that
+                keeps connections goes on with them only if all hold its own.
+        """
+        return {"transport": self.name}
+
+    def join(self, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
+        """Connect to the workers, which are at `begin` meanwhile."""
+
+    @abstractmethod
+    def publish(self, index: int, chunk: Chunk) -> Where:
+        """Make ready what `receive` needs for chunk number `index`. It is kept until `release(index)`."""
+
+    def transfer(self, index: int, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
+        """Move the bytes, while the workers receive."""
+
+    def release(self, index: int) -> None:  # noqa: B027 (nothing to do for some)
+        """No worker needs chunk `index` any more."""
+
+    def settle(self, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
+        """Wait for what was queued on a device."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Drop everything of a sync that failed. The transport can be used again."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the transport holds."""
+
+
+class Receiver(ABC):
+    """A worker's side.
+
+    Args:
+        offer: of the transport.
+        rank: of this worker among all workers of all engines, from 0.
+        device: where the model is.
+        timeout_s: longest wait for the other side.
+
+    Attributes:
+        generation: names the connection that this receiver keeps from sync to sync; None if it keeps none.
+        owned: whether received tensors have memory of their own, or may be overwritten when the next chunk comes.
+    """
+
+    generation: str | None = None
+    owned: bool = True
+
+    def __init__(self, offer: Where, rank: int, device: torch.device, timeout_s: float) -> None:
+        self.offer = offer
+        self.rank = rank
+        self.device = device
+        self.timeout_s = timeout_s
+
+    @abstractmethod
+    def receive(self, where: Where) -> Chunk:
+        """The tensors of a chunk. Raises if it is not there or not whole."""
+
+    def settle(self) -> None:  # noqa: B027 (nothing to do for some)
+        """Wait, for `timeout_s` at most, until everything that was received is here."""
+
+    def abort(self) -> None:  # noqa: B027
+        """Drop everything of a sync that failed."""
+
+
+def wait_until(done: Callable[[], bool], stop: Stop, timeout_s: float, what: str) -> None:
+    """Wait for `done()`. Raises `SyncError` at the timeout, or once `stop()` is true and `done()` is not soon after."""
+    start = time.monotonic()
+    stopped: float | None = None
+    pause_s = 20e-6
+    while not done():
+        now = time.monotonic()
+        if stopped is None and stop():
+            stopped = now
+        # The other side's answer can overtake the last bytes.
+        if stopped is not None and now - stopped > 1.0:
+            raise SyncError(f"{what}: the other side has answered and does not come")
+        if now - start > timeout_s:
+            raise SyncError(f"{what}: not done within {timeout_s:g} s: the other side died, was stopped, or never came")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 2e-3)

@@ -1,0 +1,119 @@
+"""Processes that receive as an engine's workers do, for tests of transports without an engine."""
+
+import os
+import pickle
+import signal
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+class Workers:
+    """`size` processes, each with a receiver of its own. Calls go to all of them; their answers are waited for apart."""
+
+    def __init__(self, size: int, device: str = "cpu") -> None:
+        self._device = device
+        self._context = mp.get_context("spawn")
+        self.processes: list[Any] = []
+        self._ends: list[Connection] = []
+        for rank in range(size):
+            self._start(rank)
+
+    def _start(self, rank: int) -> None:
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(there, rank, self._device), daemon=True)
+        process.start()
+        self.processes[rank : rank + 1] = [process]
+        self._ends[rank : rank + 1] = [here]
+
+    def call(self, name: str, *args: Any) -> "Answers":
+        for end in self._ends:
+            end.send((name, args))
+        return Answers(self._ends)
+
+    def run(self, name: str, *args: Any) -> list[Any]:
+        return self.call(name, *args).all()
+
+    def send_signal(self, rank: int, number: int) -> None:
+        os.kill(self.processes[rank].pid, number)
+
+    def restart(self, rank: int) -> None:
+        self.processes[rank].kill()
+        self.processes[rank].join()
+        self._start(rank)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+class Answers:
+    def __init__(self, ends: list[Connection]) -> None:
+        self._ends = ends
+
+    def all(self, timeout_s: float = 60.0) -> list[Any]:
+        """An answer of each, in order; an exception is returned as one, and so is a process that has died."""
+        found = []
+        for end in self._ends:
+            if not wait([end], timeout_s):
+                raise TimeoutError("a receiver hangs")
+            try:
+                found.append(pickle.loads(end.recv_bytes()))
+            except EOFError as error:
+                found.append(error)
+        return found
+
+
+def _serve(end: Connection, rank: int, device: str) -> None:
+    from r3.weight_sync.transports import RECEIVERS
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    where = torch.device(device)
+    if device == "cuda":
+        where = torch.device("cuda", (rank + 1) % torch.cuda.device_count())
+        torch.cuda.set_device(where)
+        if torch.cuda.device_count() < 2:
+            os.environ |= {"NCCL_HOSTID": f"worker-{rank}", "NCCL_SOCKET_IFNAME": "lo"}
+    receiver: Any = None
+    kept: list = []
+    while True:
+        try:
+            name, args = end.recv()
+        except EOFError:
+            return
+        try:
+            answer: Any = None
+            if name == "join":
+                offer, timeout_s = args
+                if receiver is None or receiver.generation is None or receiver.generation != offer.get("generation"):
+                    receiver = RECEIVERS[offer["transport"]](offer, rank, where, timeout_s)
+                    answer = "joined"
+                kept = []
+            elif name == "receive":
+                kept += [(key, tensor.clone()) for key, tensor in receiver.receive(*args)]
+                if where.type == "cuda":
+                    torch.cuda.current_stream(where).synchronize()
+            elif name == "settle":
+                receiver.settle()
+                answer = [
+                    (
+                        key,
+                        str(t.dtype),
+                        list(t.shape),
+                        t.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+                    )
+                    for key, t in kept
+                ]
+            elif name == "generation":
+                answer = None if receiver is None else receiver.generation
+            elif name == "abort":
+                if receiver is not None:
+                    receiver.abort()
+                receiver = None
+        except Exception as error:
+            answer = error
+        end.send_bytes(pickle.dumps(answer))
