@@ -8,6 +8,7 @@ import torch.distributed as dist
 from zoo import CASES
 
 import r3
+from r3 import SyncError
 from r3.parallel import (
     gather_sequence,
     make_mesh,
@@ -18,7 +19,9 @@ from r3.parallel import (
     ulysses,
 )
 from r3.routing import Packing, RolloutRouting, shard
-from r3.weight_sync import WeightSync, gathered
+from r3.weight_sync import WeightSync, gathered, named_weights
+from r3.weight_sync.engines import Engine
+from trainer_hooks.fsdp import push_from_all_ranks
 
 LENGTHS = (7, 4, 9, 3)
 WIDTH = 10
@@ -264,29 +267,50 @@ def stays_away() -> str:
     return "elsewhere"
 
 
-class BrokenEngine:
+class BrokenEngine(Engine):
     """Stands for an engine whose worker is lost when the second chunk comes."""
+
+    name = "engine"
 
     def __init__(self) -> None:
         self.loads = 0
 
-    def collective_rpc(self, method: str, timeout: float, args: tuple) -> list[dict[str, Any]]:
+    def call(self, method: str, *args: Any, timeout_s: float) -> list[dict[str, Any]]:
         self.loads += method == "r3_load"
         if self.loads > 1:
-            raise RuntimeError("worker lost")
-        return [{"rank": 0, "version": None, "digest": 0}]
+            raise SyncError("worker lost")
+        state = {"state": "idle", "version": None, "generation": None, "base_version": None}
+        return [{"rank": 0, "digest": 0, **state}]
+
+    def nothing(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    pause = resume = reset_caches = label = refuse = allow = close = nothing
 
 
 def push_fails_midway() -> None:
-    """What the trainer does at a sync, on the first rank and on the others."""
+    """A sync of the trainer's, on the rank with the engine and on the others."""
     model, _ = build("softmax")
     shard_parameters(model, make_mesh("cpu"), param_dtype=torch.float32)
-    tensors = model.state_dict().items()
-    with r3.parallel.Agreement(timeout_s=30).before_going_on():
-        if dist.get_rank() == 0:
-            WeightSync(BrokenEngine(), chunk_bytes=1 << 14).push(tensors, version=1)
-        for _, tensor in tensors:
-            gathered(tensor)
+    sync = WeightSync(BrokenEngine(), chunk_bytes=1 << 14) if dist.get_rank() == 0 else None
+    push_from_all_ranks(sync, named_weights(model), 1, r3.parallel.Agreement(timeout_s=30))
+
+
+def gather_fails_on_one_rank() -> None:
+    """A rank cannot make one of the weights."""
+    model, _ = build("softmax")
+    shard_parameters(model, make_mesh("cpu"), param_dtype=torch.float32)
+    weights = named_weights(model)
+    if dist.get_rank() == 1:
+        name, source = weights[3]
+
+        def fails():
+            gathered(source)
+            raise MemoryError(f"no memory for {name}")
+
+        weights[3] = (name, dataclasses.replace(source, make=fails))
+    sync = WeightSync(BrokenEngine(), chunk_bytes=1 << 40) if dist.get_rank() == 0 else None
+    push_from_all_ranks(sync, weights, 1, r3.parallel.Agreement(timeout_s=10))
 
 
 def alone_and_sliced(name: str) -> dict[str, float] | str:

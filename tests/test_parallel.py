@@ -245,8 +245,16 @@ def test_a_sync_that_fails_on_the_first_rank_leaves_nobody_waiting(two):
     first, second = two.run(jobs.push_fails_midway, timeout_s=60)
     assert isinstance(first, SyncError)
     assert "worker lost" in str(first)
-    assert isinstance(second, ParallelError)
-    assert "rank 0: SyncError" in str(second)
+    assert isinstance(second, SyncError)
+    assert "rank 0: SyncError: worker lost" in str(second)
+
+
+def test_a_rank_that_cannot_gather_fails_the_sync_on_every_rank(two):
+    first, second = two.run(jobs.gather_fails_on_one_rank, timeout_s=60)
+    assert isinstance(first, SyncError)
+    assert "rank 1: SyncError: 1 weights could not be gathered" in str(first)
+    assert isinstance(second, SyncError)
+    assert "MemoryError: no memory for" in str(second)
 
 
 def call(family, options):

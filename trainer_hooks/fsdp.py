@@ -22,9 +22,10 @@ import r3
 from r3.capture import Rollouts, collect, handshake, resolve_mixed_versions, running_engine, sampling_kwargs
 from r3.config import R3Config, local_rank, process_rank
 from r3.diagnostics import LiveTable, LogprobSums, RoutingSums, RunFolder, write_report
+from r3.errors import ParallelError, SyncError
 from r3.parallel import Agreement, make_mesh, shard_parameters, token_logprobs, ulysses
 from r3.routing import prefetch
-from r3.weight_sync import SyncReceipt, WeightSync, gathered
+from r3.weight_sync import SyncReceipt, Weight, WeightSource, WeightSync, gather_all, named_weights
 from trainer_hooks.batches import Rows, StepBatch
 
 logger = logging.getLogger("r3")
@@ -77,6 +78,7 @@ class Policy:
         policy = config.trainer.policy
         fsdp, capture = policy.fsdp_config, config.generator.inference_engine.enable_return_routed_experts
         self.temperature = config.generator.sampling_params.temperature
+        self.fused_experts = config.generator.inference_engine.weight_sync.fused_experts
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
         self.mesh = make_mesh(self.device.type, policy.sequence_parallel_size)
         self.agreement = Agreement(timeout_s=config.trainer.timeout_s)
@@ -114,9 +116,9 @@ class Policy:
         """This rank's part of `whole` on its device, `size` rollouts at a time."""
         return prefetch(whole.rows(self.mesh, size=size, packed=self.packed), self.device)
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights by Hugging Face names; sharded ones as they are."""
-        yield from self.model.state_dict().items()
+    def named_weights(self) -> list[tuple[str, WeightSource]]:
+        """All weights by the names of a checkpoint; sharded ones are gathered when their turn comes."""
+        return named_weights(self.model, fused_experts=self.fused_experts)
 
 
 class GRPOTrainer:
@@ -141,6 +143,7 @@ class GRPOTrainer:
         return WeightSync(
             self.engine,
             transport=engine.weight_sync.transport,
+            delta=engine.weight_sync.delta,
             dtype=getattr(torch, engine.dtype),
             chunk_bytes=int(engine.weight_sync.chunk_mib * 2**20),
             timeout_s=engine.weight_sync.timeout_s,
@@ -291,16 +294,41 @@ class GRPOTrainer:
         return -clipped_objective(ratio, rows.advantages, low, high).sum(), outside
 
     def push(self, version: int) -> SyncReceipt | None:
-        """A complete sync of the policy's weights into the engine; the receipt where the engine is.
+        """A sync of the policy's weights into the engine; the receipt where the engine is."""
+        return push_from_all_ranks(self.sync, self.policy.named_weights(), version, self.policy.agreement)
 
-        Sharded tensors are gathered one by one: no rank holds more than a chunk, or one tensor, beside its shards.
-        """
-        with self.policy.agreement.before_going_on():
-            if self.sync is not None:
-                return self.sync.push(self.policy.named_tensors(), version=version)
-            for _, tensor in self.policy.named_tensors():
-                gathered(tensor)
-        return None
+
+def push_from_all_ranks(
+    sync: WeightSync | None, weights: Sequence[tuple[str, Weight]], version: int, agreement: Agreement
+) -> SyncReceipt | None:
+    """A sync of sharded weights: one rank has the `sync`, and all gather. Every rank calls this.
+
+    Sharded tensors are gathered one by one: no rank holds more than a chunk, or one tensor, beside its shards.
+
+    Returns:
+        The receipt on the rank with the `sync`, None on the others.
+
+    Raises:
+        SyncError: on every rank, if the sync did not commit everywhere or a rank could not gather; it says why.
+    """
+    try:
+        if sync is None:
+            with agreement.before_going_on():
+                gather_all(weights)
+            agreement.exchange(None)  # whether it was committed
+            return None
+        try:
+            receipt = sync.push(weights, version=version, agree=lambda: agreement.exchange(None))
+        except ParallelError:  # of the line above: all ranks know
+            raise
+        except Exception as error:
+            with contextlib.suppress(ParallelError):
+                agreement.exchange(f"{type(error).__name__}: {error}")
+            raise
+        agreement.exchange(None)
+    except ParallelError as error:  # what another rank raised
+        raise SyncError(str(error)) from error
+    return receipt
 
 
 def broadcast(whole: StepBatch | None) -> StepBatch:

@@ -2,7 +2,8 @@
 failed."""
 
 from r3.weight_sync.digest import combine, digest
-from r3.weight_sync.session import SyncReceipt, WeightSync, gathered
+from r3.weight_sync.session import SyncReceipt, WeightSync, gather_all
+from r3.weight_sync.source import Weight, WeightSource, adapter_weights, gathered, named_weights
 from r3.weight_sync.transports import FilesTransport, GlooTransport, IpcTransport, NcclTransport, Transport
 
 WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
@@ -16,8 +17,13 @@ __all__ = [
     "NcclTransport",
     "SyncReceipt",
     "Transport",
+    "Weight",
+    "WeightSource",
     "WeightSync",
+    "adapter_weights",
     "combine",
     "digest",
+    "gather_all",
     "gathered",
+    "named_weights",
 ]

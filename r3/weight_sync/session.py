@@ -1,5 +1,6 @@
 """The trainer's side of a sync: `WeightSync(engine).push(named_tensors, version=...)`."""
 
+import contextlib
 import os
 import socket
 import threading
@@ -7,22 +8,19 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from r3.errors import SyncError, summary
 from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import ContentDigests, combine
 from r3.weight_sync.engines import Engine, engine_of
-from r3.weight_sync.source import WeightSource
+from r3.weight_sync.source_tensor import Weight, WeightSource, gathered
 from r3.weight_sync.transports import Chunk, Transport, transport_of
 
 Replies = list[dict[str, Any]]
-Weight = Tensor | WeightSource
 
 _CASTABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _ABORT_S = 15.0
@@ -115,7 +113,9 @@ class WeightSync:
         if causes:
             self.poisoned = f"before this sender: {causes[0]}"
 
-    def push(self, named_tensors: Iterable[tuple[str, Weight]], *, version: int) -> SyncReceipt:
+    def push(
+        self, named_tensors: Iterable[tuple[str, Weight]], *, version: int, agree: Callable[[], Any] | None = None
+    ) -> SyncReceipt:
         """Send all weights and commit them as `version`.
 
         Args:
@@ -124,20 +124,22 @@ class WeightSync:
                 sent, so that every rank of its mesh must iterate; the others may discard. They must not change before
                 this returns.
             version: above every version committed before.
+            agree: called when all workers hold all weights and before any commits: what it raises ends the sync. Ranks
+                that gather together tell each other here that each of them has.
 
         Raises:
             SyncError: the sync did not commit everywhere; says which worker and why. The engines are then poisoned
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
         """
         tensors = list(named_tensors)
-        chunks = self._chunks(tensors)
+        ungathered = iter(tensors)
         try:
-            return self._push(tensors, chunks, version)
+            return self._push(tensors, self._chunks(ungathered), version, agree or (lambda: None))
         except Exception:
             # Whatever went wrong here, the other ranks of sharded tensors gather all of them: they must not be left
             # waiting for this one.
-            for _ in chunks:
-                pass
+            with contextlib.suppress(Exception):
+                gather_all(ungathered)
             raise
 
     def require_committed(self) -> None:
@@ -154,7 +156,9 @@ class WeightSync:
         for engine in self._engines:
             engine.close()
 
-    def _push(self, tensors: list[tuple[str, Weight]], chunks: Iterator[Chunk], version: int) -> SyncReceipt:
+    def _push(
+        self, tensors: list[tuple[str, Weight]], chunks: Iterator[Chunk], version: int, agree: Callable[[], Any]
+    ) -> SyncReceipt:
         clock = _Clock()
         manifest = self._manifest(tensors)
         sync_id = uuid.uuid4().hex[:12]
@@ -167,6 +171,7 @@ class WeightSync:
             self._send(sync_id, chunks, sent, clock)
             with clock.stage("seal"):
                 total = self._seal(sync_id, sent.digests)
+                agree()
             with clock.stage("commit"):
                 answers = self._call("r3_commit", sync_id)
                 _require_equal(answers, version, total)
@@ -313,7 +318,7 @@ class WeightSync:
             raise SyncError(f"named_tensors: {len(twice)} names occur twice:{summary(twice)}")
         return manifest
 
-    def _chunks(self, tensors: list[tuple[str, Weight]]) -> Iterator[Chunk]:
+    def _chunks(self, tensors: Iterable[tuple[str, Weight]]) -> Iterator[Chunk]:
         """Whole tensors, gathered and cast, in chunks of at most `chunk_bytes`."""
         chunk: Chunk = []
         size = 0
@@ -323,10 +328,30 @@ class WeightSync:
             if chunk and size + nbytes > self._chunk_bytes:
                 yield chunk
                 chunk, size = [], 0
-            chunk.append((name, gathered(weight).to(dtype).contiguous()))
+            try:
+                whole = gathered(weight)
+            except Exception as error:
+                raise SyncError(f"{name} could not be gathered: {type(error).__name__}: {error}") from error
+            chunk.append((name, whole.to(dtype).contiguous()))
             size += nbytes
         if chunk:
             yield chunk
+
+
+def gather_all(weights: Iterable[tuple[str, Weight]]) -> None:
+    """What a rank without an engine does while another pushes: gather every weight in step with it, and keep none.
+
+    Raises:
+        SyncError: names what could not be gathered; after the last weight, so that no rank is left waiting in the others.
+    """
+    problems = []
+    for name, weight in weights:
+        try:
+            gathered(weight)
+        except Exception as error:  # noqa: PERF203 (one weight after the other, in step with the other ranks)
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+    if problems:
+        raise SyncError(f"{len(problems)} weights could not be gathered:{summary(problems)}")
 
 
 @dataclass
@@ -348,7 +373,7 @@ class _Clock:
         self._start = time.perf_counter()
         self.stages_s: dict[str, float] = {}
 
-    @contextmanager
+    @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
@@ -427,9 +452,3 @@ def _require_equal(answers: Replies, version: int, digest: int) -> None:
 def _add_note(error: BaseException, note: str) -> None:
     if hasattr(error, "add_note"):  # Python 3.11
         error.add_note(note)
-
-
-def gathered(weight: Weight) -> Tensor:
-    """The whole of `weight`. One that is sharded (DTensor) is gathered: every rank of its mesh must come here."""
-    whole = weight.make() if isinstance(weight, WeightSource) else weight.detach()
-    return whole.full_tensor() if hasattr(whole, "full_tensor") else whole  # pyrefly: ignore
