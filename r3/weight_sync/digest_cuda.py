@@ -1,0 +1,118 @@
+"""The pass of `r3.weight_sync.digest` over bytes in device memory: one Triton kernel for all tensors of a chunk.
+
+Needs Triton; imported only when there is a tensor on CUDA.
+"""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r3.weight_sync.digest_cpu import GOLDEN, M1, M2, WORD
+
+PIECE_BYTES = 1 << 16  # what one program reads; a multiple of 16, so that a tensor's pieces are aligned as it is
+_COLUMNS = tl.constexpr(6)
+_BLOCK = tl.constexpr(1024)
+_GOLDEN = tl.constexpr(GOLDEN)
+_STEP = tl.constexpr(_BLOCK.value * GOLDEN & WORD)
+_M1 = tl.constexpr(M1)
+_M2 = tl.constexpr(M2)
+
+Read = tuple[Tensor, int, int, int | None]
+"""uint8 `[N]`; mask and addend of the lanes; the byte that is NaN, if one is."""
+
+
+def queue(reads: list[Read], device: torch.device) -> Tensor:
+    """Queue the pass on the device's current stream.
+
+    Returns:
+        int64 `[tensors, 2]` on the device: sum of mixed words modulo 2^64 without that of the length, and a number that
+        is not 0 if the tensor is not finite.
+    """
+    with torch.cuda.device(device):
+        sums = torch.zeros(len(reads), 2, dtype=torch.int64, device=device)
+        table = pieces(reads)
+        if len(table):
+            launch(torch.from_numpy(table).pin_memory().to(device, non_blocking=True), sums)
+        for slot, (data, _, _, nan_byte) in enumerate(reads):
+            if nan_byte is not None:
+                sums[slot, 1] += (data == nan_byte).any()
+    return sums
+
+
+def pieces(reads: list[Read]) -> np.ndarray:
+    """int64 `[pieces, 6]`: address, bytes, index of the first word in its tensor, tensor, mask, addend."""
+    lengths = np.array([data.numel() for data, *_ in reads], np.int64)
+    columns = np.array([(data.data_ptr(), mask, ulp) for data, mask, ulp, _ in reads], np.int64).reshape(-1, 3)
+    counts = -(-lengths // PIECE_BYTES)
+    tensor = np.repeat(np.arange(len(reads)), counts)
+    start = (np.arange(len(tensor)) - (np.cumsum(counts) - counts)[tensor]) * PIECE_BYTES
+    table = np.empty((len(tensor), _COLUMNS.value), np.int64)
+    table[:, 0] = columns[tensor, 0] + start
+    table[:, 1] = np.minimum(lengths[tensor] - start, PIECE_BYTES)
+    table[:, 2] = start // 8
+    table[:, 3] = tensor
+    table[:, 4:] = columns[tensor, 1:]
+    return table
+
+
+def launch(table: Tensor, sums: Tensor) -> None:
+    """Add the pieces of `table` to int64 `[tensors, 2]`; both are where the kernel runs."""
+    _read_piece[(len(table),)](table, sums, num_warps=4)  # pyrefly: ignore
+
+
+@triton.jit
+def _mixed(words, places):
+    x = words + places
+    x = (x ^ (x >> 32)) * _M1
+    x = (x ^ (x >> 32)) * _M2
+    return x ^ (x >> 32)
+
+
+@triton.jit
+def _read_piece(table, sums):
+    row = table + tl.program_id(0).to(tl.int64) * _COLUMNS
+    address = tl.load(row)
+    size = tl.load(row + 1).to(tl.int32)
+    first = tl.load(row + 2).to(tl.uint64)
+    found = sums + tl.load(row + 3) * 2
+    mask = tl.load(row + 4).to(tl.uint64)
+    ulp = tl.load(row + 5).to(tl.uint64)
+
+    lane = tl.arange(0, _BLOCK)
+    places = (lane.to(tl.uint64) + first + 1) * _GOLDEN
+    total = tl.zeros([_BLOCK], tl.uint64)
+    seen = tl.zeros([_BLOCK], tl.uint64)
+
+    # Whole blocks of a piece that is aligned to 16 bytes: wide loads without masks. Else none.
+    blocks = tl.where((address & 15) == 0, size // (8 * _BLOCK), 0)
+    aligned = tl.multiple_of(address.to(tl.pointer_type(tl.uint64)), 16)
+    for block in range(blocks):
+        words = tl.load(aligned + block * _BLOCK + lane)
+        total += _mixed(words, places)
+        seen |= (words & mask) + ulp
+        places += _STEP
+
+    # The rest, at any address: a word is put together from the two aligned ones that hold its bytes. An aligned word
+    # with a byte of the tensor in it lies wholly in memory that can be read.
+    base = ((address >> 3) << 3).to(tl.pointer_type(tl.uint64))
+    behind = (address & 7).to(tl.int32)
+    count = (size + 7) // 8
+    shift = (behind * 8).to(tl.uint64)
+    last = (((count * 8) - size) * 8).to(tl.uint64)  # bits of the last word that are not the tensor's
+    for start in range(blocks * _BLOCK, count, _BLOCK):
+        index = start + lane
+        inside = index < count
+        low = tl.load(base + index, mask=inside, other=0)
+        high = tl.load(base + index + 1, mask=inside & ((index + 1) * 8 < behind + size), other=0)
+        words = (low >> shift) | ((high << 1) << (63 - shift))  # two steps, as a shift by 64 is not defined
+        words = tl.where(index == count - 1, (words << last) >> last, words)
+        total += tl.where(inside, _mixed(words, places), 0)
+        seen |= (words & mask) + ulp
+        places += _STEP
+
+    tl.atomic_add(found, tl.sum(total).to(tl.int64), sem="relaxed")
+    # Where the exponent is all ones, and only there, the sum reaches the sign. All who store here store the same.
+    hot = tl.max(((seen & (mask + ulp)) != 0).to(tl.int32))
+    tl.store(found + 1, 1, mask=hot != 0)
