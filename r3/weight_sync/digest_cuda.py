@@ -13,7 +13,9 @@ from r3.weight_sync.digest_cpu import GOLDEN, M1, M2, WORD
 
 PIECE_BYTES = 1 << 16  # what one program reads; a multiple of 16, so that a tensor's pieces are aligned as it is
 _COLUMNS = tl.constexpr(6)
-_BLOCK = tl.constexpr(1024)
+_ROWS = tl.constexpr(4)  # all of a column's are a thread's own, and summed in its registers
+_WIDTH = tl.constexpr(256)
+_BLOCK = tl.constexpr(_ROWS.value * _WIDTH.value)
 _GOLDEN = tl.constexpr(GOLDEN)
 _STEP = tl.constexpr(_BLOCK.value * GOLDEN & WORD)
 _M1 = tl.constexpr(M1)
@@ -71,27 +73,35 @@ def _mixed(words, places):
 
 
 @triton.jit
-def _read_piece(table, sums):
-    row = table + tl.program_id(0).to(tl.int64) * _COLUMNS
-    address = tl.load(row)
-    size = tl.load(row + 1).to(tl.int32)
-    first = tl.load(row + 2).to(tl.uint64)
-    found = sums + tl.load(row + 3) * 2
-    mask = tl.load(row + 4).to(tl.uint64)
-    ulp = tl.load(row + 5).to(tl.uint64)
+def _either(a, b):
+    return a | b
 
-    lane = tl.arange(0, _BLOCK)
-    places = (lane.to(tl.uint64) + first + 1) * _GOLDEN
-    total = tl.zeros([_BLOCK], tl.uint64)
-    seen = tl.zeros([_BLOCK], tl.uint64)
+
+@triton.jit
+def _read_piece(table, sums):
+    entry = table + tl.program_id(0).to(tl.int64) * _COLUMNS
+    address = tl.load(entry)
+    size = tl.load(entry + 1).to(tl.int32)
+    first = tl.load(entry + 2).to(tl.uint64)
+    found = sums + tl.load(entry + 3) * 2
+    mask = tl.load(entry + 4).to(tl.uint64)
+    ulp = tl.load(entry + 5).to(tl.uint64)
+
+    row = tl.arange(0, _ROWS)[:, None] * _WIDTH
+    column = tl.arange(0, _WIDTH)
+    lane = row + column[None]
+    row_places = row.to(tl.uint64) * _GOLDEN
+    places = (column.to(tl.uint64) + first + 1) * _GOLDEN  # of the first row
+    total = tl.zeros([_WIDTH], tl.uint64)
+    seen = tl.zeros([_WIDTH], tl.uint64)
 
     # Whole blocks of a piece that is aligned to 16 bytes: wide loads without masks. Else none.
     blocks = tl.where((address & 15) == 0, size // (8 * _BLOCK), 0)
     aligned = tl.multiple_of(address.to(tl.pointer_type(tl.uint64)), 16)
     for block in range(blocks):
         words = tl.load(aligned + block * _BLOCK + lane)
-        total += _mixed(words, places)
-        seen |= (words & mask) + ulp
+        total += tl.sum(_mixed(words, places[None] + row_places), 0)
+        seen |= tl.reduce((words & mask) + ulp, 0, _either)
         places += _STEP
 
     # The rest, at any address: a word is put together from the two aligned ones that hold its bytes. An aligned word
@@ -108,8 +118,8 @@ def _read_piece(table, sums):
         high = tl.load(base + index + 1, mask=inside & ((index + 1) * 8 < behind + size), other=0)
         words = (low >> shift) | ((high << 1) << (63 - shift))  # two steps, as a shift by 64 is not defined
         words = tl.where(index == count - 1, (words << last) >> last, words)
-        total += tl.where(inside, _mixed(words, places), 0)
-        seen |= (words & mask) + ulp
+        total += tl.sum(tl.where(inside, _mixed(words, places[None] + row_places), 0), 0)
+        seen |= tl.reduce((words & mask) + ulp, 0, _either)
         places += _STEP
 
     tl.atomic_add(found, tl.sum(total).to(tl.int64), sem="relaxed")
