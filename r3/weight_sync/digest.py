@@ -19,6 +19,7 @@ order: any split into chunks, threads and devices gives the same digest.
 
 import hashlib
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -67,8 +68,9 @@ class ContentDigests:
 
     def __init__(self) -> None:
         self._bytes: dict[str, int] = {}  # in the order of adding
+        self._total_bytes = 0
         self._sums: dict[str, int] = {}
-        self._hot: set[str] = set()
+        self._not_finite: set[str] = set()
         self._queued: list[tuple[list[str], Tensor, torch.cuda.Event]] = []
 
     def add(self, chunk: Iterable[tuple[str, Tensor]]) -> None:
@@ -82,23 +84,29 @@ class ContentDigests:
         self._require_readable(tensors)
         by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
         for name, tensor in tensors:
-            self._bytes[name] = tensor.nbytes
-            by_device.setdefault(tensor.device, []).append((name, tensor))
+            by_device.setdefault(tensor.device, []).append((name, tensor.detach()))
+        if any(device.type == "cuda" for device in by_device):
+            _cuda()
+        # Of all that was added so far: a second of compilation pays off after some bytes, in however many tensors.
+        self._total_bytes += sum(tensor.nbytes for _, tensor in tensors)
         for device, part in by_device.items():
-            if device.type == "cuda":
-                sums = _cuda().queue([(_bytes(tensor), *_lanes(tensor.dtype)) for _, tensor in part], device)
-                queued = torch.cuda.Event()
-                queued.record(torch.cuda.current_stream(device))
-                self._queued.append(([name for name, _ in part], sums, queued))
+            if device.type == "cpu":
+                self._read(part)
                 continue
-            # A second of compilation pays off after some bytes, in however many tensors.
-            many = sum(self._bytes.values()) >= digest_cpu.MANY_BYTES
-            for name, tensor in part:
-                mask, ulp, nan_byte = _lanes(tensor.dtype)
-                data = _bytes(tensor).numpy()
-                self._sums[name], hot = digest_cpu.read(data, mask, ulp, many=many)
-                if hot or (nan_byte is not None and bool((data == nan_byte).any())):
-                    self._hot.add(name)
+            sums = _cuda().queue([(tensor.contiguous(), *_lanes(tensor.dtype)) for _, tensor in part], device)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            self._queued.append(([name for name, _ in part], sums, event))
+        self._bytes |= {name: tensor.nbytes for name, tensor in tensors}
+
+    def _read(self, part: list[tuple[str, Tensor]]) -> None:
+        many = self._total_bytes >= digest_cpu.MANY_BYTES
+        for name, tensor in part:
+            mask, ulp, nan_byte = _lanes(tensor.dtype)
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._sums[name], found = digest_cpu.read(data, mask, ulp, many=many)
+            if found or (nan_byte is not None and bool((data == nan_byte).any())):
+                self._not_finite.add(name)
 
     def result(self) -> dict[str, int]:
         """Digest of each tensor by name, in the order of adding. Waits for what is queued, once a device."""
@@ -111,7 +119,7 @@ class ContentDigests:
     def not_finite(self) -> list[str]:
         """Names of the floating and complex tensors that hold NaN or, where the dtype has one, infinity. Waits too."""
         self._collect()
-        return [name for name in self._bytes if name in self._hot]
+        return [name for name in self._bytes if name in self._not_finite]
 
     def _collect(self) -> None:
         by_device: dict[torch.device, list[tuple[list[str], Tensor, torch.cuda.Event]]] = {}
@@ -121,23 +129,23 @@ class ContentDigests:
             for _, _, event in parts:  # queued on a stream that may not be the current one
                 torch.cuda.current_stream(device).wait_event(event)
             names = [name for part, _, _ in parts for name in part]
-            found = torch.cat([sums for _, sums, _ in parts]).tolist()
-            for name, (total, hot) in zip(names, found, strict=True):
+            rows = torch.cat([sums for _, sums, _ in parts]).tolist()
+            for name, (total, found) in zip(names, rows, strict=True):
                 self._sums[name] = total
-                if hot:
-                    self._hot.add(name)
+                if found:
+                    self._not_finite.add(name)
         self._queued = []
 
     def _require_readable(self, tensors: list[tuple[str, Tensor]]) -> None:
         problems = []
-        names: set[str] = set(self._bytes)
+        names: set[str] = set()
         for name, tensor in tensors:
-            if name in names:
+            if name in self._bytes or name in names:
                 problems.append(f"{name}: added twice")
             names.add(name)
             if tensor.device.type not in ("cpu", "cuda") or tensor.layout != torch.strided:
                 problems.append(f"{name}: expected strided memory on cpu or cuda, got {tensor.layout}, {tensor.device}")
-            elif tensor.dtype.is_floating_point and tensor.dtype not in _FINITE | _EXPONENTS | _NAN_BYTE:
+            elif tensor.dtype.is_floating_point and tensor.dtype not in _KNOWN:
                 problems.append(f"{name}: which values of {tensor.dtype} are NaN is not known; send its bytes as uint8")
         if problems:
             raise SyncError(f"cannot take the digest of {len(problems)} tensors:{summary(problems)}")
@@ -151,11 +159,7 @@ def mix(x: int) -> int:
     return x ^ x >> 32
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """uint8 `[N]`, in C order; a view where that is the order in memory."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
+@cache
 def _lanes(dtype: torch.dtype) -> tuple[int, int, int | None]:
     """What shows NaN and infinity: mask and addend of 64-bit words, or the byte that is NaN.
 
@@ -199,4 +203,4 @@ _EXPONENTS: dict[torch.dtype, tuple[int, int]] = _known(
     float8_e5m2=(1, 0x7C),
 )
 _NAN_BYTE: dict[torch.dtype, int] = _known(float8_e4m3fnuz=0x80, float8_e5m2fnuz=0x80, float8_e8m0fnu=0xFF)
-_FINITE: dict[torch.dtype, None] = _known(float4_e2m1fn_x2=None)
+_KNOWN = {*_EXPONENTS, *_NAN_BYTE, *_known(float4_e2m1fn_x2="has neither")}

@@ -22,7 +22,7 @@ _M1 = tl.constexpr(M1)
 _M2 = tl.constexpr(M2)
 
 Read = tuple[Tensor, int, int, int | None]
-"""uint8 `[N]`; mask and addend of the lanes; the byte that is NaN, if one is."""
+"""A contiguous tensor; mask and addend of the lanes in its words; the byte that is NaN, if one is."""
 
 
 def queue(reads: list[Read], device: torch.device) -> Tensor:
@@ -37,25 +37,25 @@ def queue(reads: list[Read], device: torch.device) -> Tensor:
         table = pieces(reads)
         if len(table):
             launch(torch.from_numpy(table).pin_memory().to(device, non_blocking=True), sums)
-        for slot, (data, _, _, nan_byte) in enumerate(reads):
+        for slot, (tensor, _, _, nan_byte) in enumerate(reads):
             if nan_byte is not None:
-                sums[slot, 1] += (data == nan_byte).any()
+                sums[slot, 1] += (tensor.view(torch.uint8) == nan_byte).any()
     return sums
 
 
 def pieces(reads: list[Read]) -> np.ndarray:
-    """int64 `[pieces, 6]`: address, bytes, index of the first word in its tensor, tensor, mask, addend."""
-    lengths = np.array([data.numel() for data, *_ in reads], np.int64)
-    columns = np.array([(data.data_ptr(), mask, ulp) for data, mask, ulp, _ in reads], np.int64).reshape(-1, 3)
+    """int64 `[pieces, 6]`: address, bytes, index of the first word, place of the tensor in `reads`, mask, addend."""
+    lengths = np.array([tensor.nbytes for tensor, *_ in reads], np.int64)
+    columns = np.array([(tensor.data_ptr(), mask, ulp) for tensor, mask, ulp, _ in reads], np.int64).reshape(-1, 3)
     counts = -(-lengths // PIECE_BYTES)
-    tensor = np.repeat(np.arange(len(reads)), counts)
-    start = (np.arange(len(tensor)) - (np.cumsum(counts) - counts)[tensor]) * PIECE_BYTES
-    table = np.empty((len(tensor), _COLUMNS.value), np.int64)
-    table[:, 0] = columns[tensor, 0] + start
-    table[:, 1] = np.minimum(lengths[tensor] - start, PIECE_BYTES)
+    slot = np.repeat(np.arange(len(reads)), counts)
+    start = (np.arange(len(slot)) - (np.cumsum(counts) - counts)[slot]) * PIECE_BYTES
+    table = np.empty((len(slot), _COLUMNS.value), np.int64)
+    table[:, 0] = columns[slot, 0] + start
+    table[:, 1] = np.minimum(lengths[slot] - start, PIECE_BYTES)
     table[:, 2] = start // 8
-    table[:, 3] = tensor
-    table[:, 4:] = columns[tensor, 1:]
+    table[:, 3] = slot
+    table[:, 4:] = columns[slot, 1:]
     return table
 
 
