@@ -1,0 +1,128 @@
+"""The pass of `r3.weight_sync.digest` over bytes in device memory: one Triton kernel for all tensors of a chunk.
+
+Needs Triton; imported only when there is a tensor on CUDA.
+"""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from r3.weight_sync.digest_cpu import GOLDEN, M1, M2, WORD
+
+PIECE_BYTES = 1 << 16  # what one program reads; a multiple of 16, so that a tensor's pieces are aligned as it is
+_COLUMNS = tl.constexpr(6)
+_ROWS = tl.constexpr(4)  # all of a column's are a thread's own, and summed in its registers
+_WIDTH = tl.constexpr(256)
+_BLOCK = tl.constexpr(_ROWS.value * _WIDTH.value)
+_GOLDEN = tl.constexpr(GOLDEN)
+_STEP = tl.constexpr(_BLOCK.value * GOLDEN & WORD)
+_M1 = tl.constexpr(M1)
+_M2 = tl.constexpr(M2)
+
+Read = tuple[Tensor, int, int, int | None]
+"""A contiguous tensor; mask and addend of the lanes in its words; the byte that is NaN, if one is."""
+
+
+def queue(reads: list[Read], device: torch.device) -> Tensor:
+    """Queue the pass on the device's current stream.
+
+    Returns:
+        int64 `[tensors, 2]` on the device: sum of mixed words modulo 2^64 without that of the length, and a number that
+        is not 0 if the tensor is not finite.
+    """
+    with torch.cuda.device(device):
+        sums = torch.zeros(len(reads), 2, dtype=torch.int64, device=device)
+        table = pieces(reads)
+        if len(table):
+            launch(torch.from_numpy(table).pin_memory().to(device, non_blocking=True), sums)
+        for slot, (tensor, _, _, nan_byte) in enumerate(reads):
+            if nan_byte is not None:
+                sums[slot, 1] += (tensor.view(torch.uint8) == nan_byte).any()
+    return sums
+
+
+def pieces(reads: list[Read]) -> np.ndarray:
+    """int64 `[pieces, 6]`: address, bytes, index of the first word, place of the tensor in `reads`, mask, addend."""
+    lengths = np.array([tensor.nbytes for tensor, *_ in reads], np.int64)
+    columns = np.array([(tensor.data_ptr(), mask, ulp) for tensor, mask, ulp, _ in reads], np.int64).reshape(-1, 3)
+    counts = -(-lengths // PIECE_BYTES)
+    slot = np.repeat(np.arange(len(reads)), counts)
+    start = (np.arange(len(slot)) - (np.cumsum(counts) - counts)[slot]) * PIECE_BYTES
+    table = np.empty((len(slot), _COLUMNS.value), np.int64)
+    table[:, 0] = columns[slot, 0] + start
+    table[:, 1] = np.minimum(lengths[slot] - start, PIECE_BYTES)
+    table[:, 2] = start // 8
+    table[:, 3] = slot
+    table[:, 4:] = columns[slot, 1:]
+    return table
+
+
+def launch(table: Tensor, sums: Tensor) -> None:
+    """Add the pieces of `table` to int64 `[tensors, 2]`; both are where the kernel runs."""
+    _read_piece[(len(table),)](table, sums, num_warps=4)  # pyrefly: ignore
+
+
+@triton.jit
+def _mixed(words, places):
+    x = words + places
+    x = (x ^ (x >> 32)) * _M1
+    x = (x ^ (x >> 32)) * _M2
+    return x ^ (x >> 32)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _read_piece(table, sums):
+    entry = table + tl.program_id(0).to(tl.int64) * _COLUMNS
+    address = tl.load(entry)
+    size = tl.load(entry + 1).to(tl.int32)
+    first = tl.load(entry + 2).to(tl.uint64)
+    found = sums + tl.load(entry + 3) * 2
+    mask = tl.load(entry + 4).to(tl.uint64)
+    ulp = tl.load(entry + 5).to(tl.uint64)
+
+    row = tl.arange(0, _ROWS)[:, None] * _WIDTH
+    column = tl.arange(0, _WIDTH)
+    lane = row + column[None]
+    row_places = row.to(tl.uint64) * _GOLDEN
+    places = (column.to(tl.uint64) + first + 1) * _GOLDEN  # of the first row
+    total = tl.zeros([_WIDTH], tl.uint64)
+    seen = tl.zeros([_WIDTH], tl.uint64)
+
+    # Whole blocks of a piece that is aligned to 16 bytes: wide loads without masks. Else none.
+    blocks = tl.where((address & 15) == 0, size // (8 * _BLOCK), 0)
+    aligned = tl.multiple_of(address.to(tl.pointer_type(tl.uint64)), 16)
+    for block in range(blocks):
+        words = tl.load(aligned + block * _BLOCK + lane)
+        total += tl.sum(_mixed(words, places[None] + row_places), 0)
+        seen |= tl.reduce((words & mask) + ulp, 0, _either)
+        places += _STEP
+
+    # The rest, at any address: a word is put together from the two aligned ones that hold its bytes. An aligned word
+    # with a byte of the tensor in it lies wholly in memory that can be read.
+    base = ((address >> 3) << 3).to(tl.pointer_type(tl.uint64))
+    behind = (address & 7).to(tl.int32)
+    count = (size + 7) // 8
+    shift = (behind * 8).to(tl.uint64)
+    last = (((count * 8) - size) * 8).to(tl.uint64)  # bits of the last word that are not the tensor's
+    for start in range(blocks * _BLOCK, count, _BLOCK):
+        index = start + lane
+        inside = index < count
+        low = tl.load(base + index, mask=inside, other=0)
+        high = tl.load(base + index + 1, mask=inside & ((index + 1) * 8 < behind + size), other=0)
+        words = (low >> shift) | ((high << 1) << (63 - shift))  # two steps, as a shift by 64 is not defined
+        words = tl.where(index == count - 1, (words << last) >> last, words)
+        total += tl.sum(tl.where(inside, _mixed(words, places[None] + row_places), 0), 0)
+        seen |= tl.reduce((words & mask) + ulp, 0, _either)
+        places += _STEP
+
+    tl.atomic_add(found, tl.sum(total).to(tl.int64), sem="relaxed")
+    # Where the exponent is all ones, and only there, the sum reaches the sign. All who store here store the same.
+    hot = tl.max(((seen & (mask + ulp)) != 0).to(tl.int32))
+    tl.store(found + 1, 1, mask=hot != 0)

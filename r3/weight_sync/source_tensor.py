@@ -1,0 +1,85 @@
+"""A weight that is known before it is there: name, shape and dtype first, the tensor when its turn comes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from r3.errors import SyncError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightSource:
+    """A tensor that is made only when it is sent: gathered, merged, cut out of a larger one, or quantised.
+
+    Attributes:
+        name: for messages.
+        shape, dtype: of what `make` returns.
+        make: returns the tensor, which may be a view of the live weight: read it, do not write to it. Where the
+            weight is sharded, every rank of its mesh must call it, in the same order.
+        keep_dtype: whether a sync leaves the dtype as it is, even when it casts the other weights to the engine's.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+    keep_dtype: bool = False
+
+
+Weight = Tensor | WeightSource
+
+
+def gathered(weight: Weight) -> Tensor:
+    """The whole of `weight`, detached. A sharded one (DTensor) is gathered: every rank of its mesh must come here.
+
+    Raises:
+        SyncError: a `WeightSource` whose weight has changed its shape or dtype since it was listed.
+    """
+    if isinstance(weight, WeightSource):
+        whole = weight.make()
+        if (whole.shape, whole.dtype) != (weight.shape, weight.dtype):
+            is_now = f"{tuple(whole.shape)} {whole.dtype}"
+            raise SyncError(
+                f"{weight.name}: expected {tuple(weight.shape)} {weight.dtype} as listed, got {is_now}: the model "
+                "has changed since its weights were listed; list them again"
+            )
+        return whole
+    whole = weight.detach()
+    if not hasattr(whole, "full_tensor"):
+        return whole
+    on = whole.device_mesh.device_type  # pyrefly: ignore
+    # Shards that FSDP keeps in main memory are gathered by the backend of the mesh's device.
+    return (whole if whole.device.type == on else whole.to(on)).full_tensor()  # pyrefly: ignore
+
+
+def as_source(name: str, weight: Weight) -> WeightSource:
+    """`weight` as a `WeightSource`."""
+    if isinstance(weight, WeightSource):
+        return weight
+    return WeightSource(name=name, shape=weight.shape, dtype=weight.dtype, make=lambda: gathered(weight))
+
+
+class Together:
+    """Tensors that one call makes all of, to be taken one by one; each is let go of as it is taken.
+
+    They are made anew whenever the one that was taken first is taken again, so that a pass that stopped half way
+    leaves
+    nothing old for the next: every pass takes them in the same order, from the start.
+    """
+
+    def __init__(self, make: Callable[[], list[Tensor]]) -> None:
+        self._make = make
+        self._first: int | None = None
+        self._ready: dict[int, Tensor] = {}
+
+    def take(self, index: int) -> Tensor:
+        if self._first is None:
+            self._first = index
+        if index == self._first:
+            self._ready.clear()
+            self._ready = dict(enumerate(self._make()))
+        elif index not in self._ready:
+            return self._make()[index]
+        return self._ready.pop(index)

@@ -1,0 +1,308 @@
+"""The weights that are sent: names, shapes and bits, whatever wraps the model."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from models import tiny_moe, tokens
+from peft import LoraConfig, get_peft_model
+from ranks import Ranks
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers.utils import logging as transformers_logging
+from zoo.families import CASES
+
+from r3.errors import SyncError
+from r3.weight_sync.source import adapter_weights, gathered, named_weights
+
+transformers_logging.disable_progress_bar()
+
+
+def sent(model: nn.Module, **options) -> dict[str, torch.Tensor]:
+    named = named_weights(model, **options)
+    made = {name: gathered(source) for name, source in named}
+    assert len(made) == len(named), "a name occurs twice"
+    for name, source in named:
+        assert (source.shape, source.dtype) == (made[name].shape, made[name].dtype), name
+        assert made[name].is_contiguous(), name
+    return made
+
+
+def saved(model: nn.Module, folder) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` writes."""
+    model.save_pretrained(folder)
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_as_save_pretrained_writes_it(case, tmp_path):
+    model = case.build(case.dtypes[-1])
+    assert_same(sent(model), saved(model, tmp_path))
+
+
+def test_loaded_model(tmp_path):
+    """A model that comes from a checkpoint remembers how it was converted."""
+    model = tiny_moe()
+    expected = saved(model, tmp_path)
+    assert_same(sent(type(model).from_pretrained(tmp_path)), expected)
+
+
+def test_experts_are_views():
+    model = tiny_moe()
+    experts = model.model.layers[0].mlp.experts
+    for name, source in named_weights(model):
+        if name.startswith("model.layers.0.mlp.experts"):
+            fused = experts.down_proj if "down" in name else experts.gate_up_proj
+            assert gathered(source).untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
+
+
+def test_fused_experts():
+    model = tiny_moe()
+    assert_same(sent(model, fused_experts=True), {n: t.detach() for n, t in model.state_dict().items()})
+    mixtral = CASES["mixtral"].build()
+    assert_same(sent(mixtral, fused_experts=True), sent(mixtral))  # other names: vLLM knows those of the checkpoint
+
+
+def test_tied(tmp_path):
+    model = tiny_moe(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    got = sent(model)
+    assert "lm_head.weight" not in got
+    assert torch.equal(got["model.embed_tokens.weight"], model.lm_head.weight)
+    assert_same(got, saved(model, tmp_path))
+
+
+def test_tied_in_the_engine_only():
+    model = tiny_moe(tie_word_embeddings=True)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(SyncError, match="two in this model"):
+        named_weights(model)
+
+
+def test_tied_in_the_trainer_only():
+    model = tiny_moe(tie_word_embeddings=False)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(SyncError, match="does not say that they are tied"):
+        named_weights(model)
+
+
+def test_buffers():
+    model = CASES["deepseek_v3"].build(torch.bfloat16)
+    named = dict(named_weights(model))
+    biases = [name for name in named if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2
+    assert {name for name, source in named.items() if source.keep_dtype} == set(biases)
+    assert all(named[name].dtype == torch.float32 for name in biases)
+    assert not any("inv_freq" in name for name in named)
+
+
+def test_partial_shapes_are_refused():
+    model = tiny_moe()
+    model.model.layers[1].mlp.experts.down_proj = nn.Parameter(model.model.layers[1].mlp.experts.down_proj[:4])
+    with pytest.raises(SyncError, match=r"layers\.1.*expected \(8, 32, 16\), got \(4, 32, 16\)"):
+        named_weights(model)
+
+
+def test_not_a_transformers_model():
+    with pytest.raises(SyncError, match=r"expected a transformers model.*got Linear"):
+        named_weights(nn.Linear(2, 2))
+
+
+# --- wrappers
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "qwen3_vl_moe"])
+def test_wrapped(name):
+    case = CASES[name]
+    model = case.build()
+    layers = model.model.language_model.layers if name == "qwen3_vl_moe" else model.model.layers
+    expected = sent(model)
+    for index, layer in enumerate(layers):
+        layers[index] = torch.compile(checkpoint_wrapper(layer))
+    assert_same(sent(torch.compile(model)), expected)
+
+
+def test_list_can_be_sent_again():
+    model = tiny_moe()
+    named = named_weights(model)
+    before = {name: gathered(source).clone() for name, source in named}
+    for _, source in named[:40]:  # a pass that stops among the experts
+        gathered(source)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    after = {name: gathered(source) for name, source in named}
+    assert all(torch.equal(after[name], before[name] + 1) for name in before)
+
+
+def test_changed_model_is_refused():
+    model = tiny_moe()
+    named = named_weights(model)
+    model.to(torch.bfloat16)
+    with pytest.raises(SyncError, match=r"expected .*float32 as listed, got .*bfloat16"):
+        [gathered(source) for _, source in named]
+
+
+# --- PEFT
+
+
+def with_lora(model: nn.Module, **settings) -> nn.Module:
+    torch.manual_seed(1)
+    config = LoraConfig(
+        **dict(r=4, lora_alpha=7, init_lora_weights=False, target_modules=["q_proj", "o_proj"]) | settings
+    )
+    return get_peft_model(model, config)
+
+
+ADAPTERS = {
+    "linear": dict(),
+    "rslora": dict(use_rslora=True),
+    "dora": dict(use_dora=True),
+    "bias": dict(lora_bias=True),
+    "experts": dict(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    "head": dict(target_modules=["v_proj", "lm_head", "embed_tokens"]),
+    "modules_to_save": dict(modules_to_save=["lm_head", "input_layernorm"]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_merged_as_merge_and_unload(settings, dtype):
+    model = tiny_moe(dtype, attention_bias=settings.get("lora_bias", False))
+    bare = sent(model)
+    bare = {name: tensor.clone() for name, tensor in bare.items()}
+    model = with_lora(model, **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.5
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    got = sent(model)
+    assert_same(dict(model.state_dict()), before)  # the live model is not touched
+    expected = sent(copy.deepcopy(model).merge_and_unload())
+    assert_same(got, expected)
+    assert sum(not torch.equal(got[name], bare[name]) for name in bare) >= 3, "nothing was merged"
+
+
+def test_several_adapters_and_none():
+    model = with_lora(tiny_moe())
+    bare = {name: tensor.clone() for name, tensor in sent(copy.deepcopy(model).unload()).items()}
+    model.add_adapter("second", LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    assert_same(sent(model), sent(copy.deepcopy(model).merge_and_unload(adapter_names=["default", "second"])))
+    model.merge_adapter(["default", "second"])
+    live = model.model.model.layers[0].self_attn.v_proj.base_layer.weight
+    assert not torch.equal(live, bare["model.layers.0.self_attn.v_proj.weight"])
+    assert torch.equal(sent(model)["model.layers.0.self_attn.v_proj.weight"], live)  # not merged a second time
+
+
+def test_lora_of_one_of_two_tied_weights():
+    model = with_lora(tiny_moe(tie_word_embeddings=True), target_modules=["lm_head"])
+    with pytest.raises(SyncError, match="two in this model"):
+        named_weights(model)
+
+
+def test_prompt_tuning_is_refused():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(SyncError, match="trains a prompt"):
+        named_weights(get_peft_model(tiny_moe(), config))
+
+
+def test_adapter_alone(tmp_path):
+    model = with_lora(tiny_moe())
+    found = adapter_weights(torch.compile(model))
+    model.save_pretrained(tmp_path / "theirs")
+    expected = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert_same({name: gathered(source) for name, source in found.weights}, expected)
+    folder = found.save(tmp_path / "ours")
+    assert_same(load_file(folder / "adapter_model.safetensors"), expected)
+    theirs = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    ours = json.loads((folder / "adapter_config.json").read_text())
+    for config in (ours, theirs):
+        config["target_modules"] = sorted(config["target_modules"])
+        del config["auto_mapping"]  # where PEFT finds the class of the model
+    assert ours == theirs
+    again = peft.PeftModel.from_pretrained(tiny_moe(), folder)
+    assert_same(sent(again), sent(model))
+    with pytest.raises(SyncError, match=r"expected one of \['default'\], got 'other'"):
+        adapter_weights(model, adapter="other")
+    with pytest.raises(SyncError, match="expected a PeftModel"):
+        adapter_weights(tiny_moe())
+
+
+# --- FSDP2
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+def sharded(model: nn.Module, layers) -> nn.Module:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for index, layer in enumerate(layers):
+        layers[index] = checkpoint_wrapper(layer)
+        fully_shard(layers[index], mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    return model
+
+
+def _sharded_is_whole(name: str) -> None:
+    model = CASES[name].build()
+    expected = {name: tensor.clone() for name, tensor in sent(model).items()}
+    layers = model.model.language_model.layers if name == "qwen3_vl_moe" else model.model.layers
+    model = sharded(model, layers)
+    assert_same(sent(model), expected)
+    # After a forward the root's weights are gathered, and bfloat16: the true ones are sent all the same.
+    ids = torch.arange(6)[None]
+    named = named_weights(model)
+    model(input_ids=ids, use_cache=False)
+    assert_same({name: gathered(source) for name, source in named}, expected)
+    model(input_ids=ids, use_cache=False)
+    assert_same(sent(model), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3", "qwen3_vl_moe"])
+def test_sharded(two_ranks, name):
+    two_ranks.all(_sharded_is_whole, name)
+
+
+def _sharded_lora_is_whole(settings: dict) -> None:
+    model = with_lora(tiny_moe(), **settings)
+    expected = sent(copy.deepcopy(model).merge_and_unload())
+    alone = {name: gathered(source).clone() for name, source in adapter_weights(model).weights}
+    model = sharded(model, model.base_model.model.model.layers)
+    assert_same(sent(model), expected)
+    model(input_ids=tokens(1, 6), use_cache=False)
+    assert_same(sent(model), expected)
+    assert_same({name: gathered(source) for name, source in adapter_weights(model).weights}, alone)
+
+
+@pytest.mark.parametrize("name", ["linear", "dora", "experts"])
+def test_sharded_lora(two_ranks, name):
+    two_ranks.all(_sharded_lora_is_whole, ADAPTERS[name])
+
+
+def _sharded_tied_is_whole() -> None:
+    model = tiny_moe(tie_word_embeddings=True)
+    expected = {name: tensor.clone() for name, tensor in sent(model).items()}
+    model = sharded(model, model.model.layers)
+    assert_same(sent(model), expected)
+
+
+def test_sharded_tied(two_ranks):
+    two_ranks.all(_sharded_tied_is_whole)
