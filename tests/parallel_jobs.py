@@ -19,7 +19,7 @@ from r3.parallel import (
     ulysses,
 )
 from r3.routing import Packing, RolloutRouting, shard
-from r3.weight_sync import WeightSync, gathered, named_weights
+from r3.weight_sync import WeightSync, combine, gathered, named_weights
 from r3.weight_sync.engines import Engine
 from trainer_hooks.fsdp import push_from_all_ranks
 
@@ -280,7 +280,7 @@ class BrokenEngine(Engine):
         if self.loads > 1:
             raise SyncError("worker lost")
         state = {"state": "idle", "version": None, "generation": None, "base_version": None}
-        return [{"rank": 0, "digest": 0, **state}]
+        return [{"rank": 0, "digest": combine(args[1]) if method == "r3_seal" else 0, **state}]
 
     def nothing(self, *args: Any, **kwargs: Any) -> None:
         pass

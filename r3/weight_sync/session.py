@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,7 +132,7 @@ class WeightSync:
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
         """
         tensors = list(named_tensors)
-        ungathered = iter(tensors)
+        ungathered = deque(tensors)
         try:
             return self._push(tensors, self._chunks(ungathered), version, agree or (lambda: None))
         except Exception:
@@ -318,16 +318,18 @@ class WeightSync:
             raise SyncError(f"named_tensors: {len(twice)} names occur twice:{summary(twice)}")
         return manifest
 
-    def _chunks(self, tensors: Iterable[tuple[str, Weight]]) -> Iterator[Chunk]:
-        """Whole tensors, gathered and cast, in chunks of at most `chunk_bytes`."""
+    def _chunks(self, ungathered: deque[tuple[str, Weight]]) -> Iterator[Chunk]:
+        """Whole tensors, gathered and cast, in chunks of at most `chunk_bytes`; takes each as it is gathered."""
         chunk: Chunk = []
         size = 0
-        for name, weight in tensors:
+        while ungathered:
+            name, weight = ungathered[0]
             dtype = self._sent_dtype(weight)
             nbytes = weight.shape.numel() * dtype.itemsize
             if chunk and size + nbytes > self._chunk_bytes:
                 yield chunk
                 chunk, size = [], 0
+            ungathered.popleft()
             try:
                 whole = gathered(weight)
             except Exception as error:
@@ -342,7 +344,7 @@ def gather_all(weights: Iterable[tuple[str, Weight]]) -> None:
     """What a rank without an engine does while another pushes: gather every weight in step with it, and keep none.
 
     Raises:
-        SyncError: names what could not be gathered; after the last weight, so that no rank is left waiting in the others.
+        SyncError: names what could not be gathered; after the last weight, so that no rank is left waiting.
     """
     problems = []
     for name, weight in weights:
