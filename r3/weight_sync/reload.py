@@ -24,7 +24,8 @@ class LayerwiseReload:
         vllm_config: the worker's configuration; set as current around every call, as vLLM's loaders expect.
     """
 
-    def __init__(self, model: Any, vllm_config: Any) -> None:
+    def __init__(self, model: Any, vllm_config: Any, plan=None) -> None:
+        self.learned = None
         self._model = model
         self._config = vllm_config
 
@@ -39,6 +40,9 @@ class LayerwiseReload:
         """Load some of the checkpoint's tensors. They are kept until their layer is complete: do not reuse memory."""
         with self._context():
             self._model.load_weights(weights)
+
+    def abandon(self):
+        pass
 
     def missing(self) -> list[str]:
         """Layers that have not got all their weights, each with what it has and needs (in elements)."""
