@@ -263,22 +263,18 @@ def test_the_combined_digest_is_of_names_and_digests_whatever_their_order():
     assert all(0 <= combine(named) < 2**64 for named in (one, *others))
 
 
-def cases(device: str) -> list[tuple[str, torch.Tensor]]:
+def cases(device: str, offsets: tuple[int, ...]) -> list[tuple[str, torch.Tensor]]:
     """Ragged tensors at odd addresses, of all dtypes, some not finite."""
     generator = torch.Generator().manual_seed(0)
     store = torch.randint(256, (400_000,), dtype=torch.uint8, generator=generator).to(device)
-    lengths = [*(0, 1, 2, 7, 8, 9, 15, 16, 17, 100), *(8191, 8192, 8193, 16385, 65535, 65536, 65537, 200_003)]
-    found = [
-        (f"bytes {offset} {length}", store[offset : offset + length])
-        for offset in (0, 1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 66)
-        for length in lengths
-    ]
+    lengths = [*(0, 1, 2, 7, 8, 9, 15, 16, 17, 100), *(8191, 8192, 8193, 65535, 65536, 65537, 140_003)]
+    found = [(f"bytes {offset} {length}", store[offset : offset + length]) for offset in offsets for length in lengths]
     for dtype in DTYPES:
         for count in (1, 13, 5000):
             zeros = torch.zeros(count + 3, dtype=dtype, device=device)
             found += [(f"{dtype} {count} from {start}", zeros[start : start + count]) for start in (0, 1, 2)]
             if dtype.is_floating_point:
-                for place in {0, count // 2, count - 1}:
+                for place in {0, count - 1}:
                     bad = torch.zeros(count, dtype=torch.float32)
                     bad[place] = float("nan")
                     found.append((f"{dtype} {count} NaN at {place}", bad.to(dtype).to(device)))
@@ -294,7 +290,7 @@ def compare_interpreted() -> None:
     from r3.weight_sync import digest_cuda
     from r3.weight_sync.digest import _lanes
 
-    chunk = [(name, tensor.contiguous()) for name, tensor in cases("cpu")]
+    chunk = [(name, tensor.contiguous()) for name, tensor in cases("cpu", (0, 3, 8, 16))]
     expected = ContentDigests()
     expected.add(chunk)
     sums = torch.zeros(len(chunk), 2, dtype=torch.int64)
@@ -322,7 +318,7 @@ def test_the_cuda_kernel_as_triton_interprets_it():
 
 @pytest.mark.gpu
 def test_cuda_gives_what_the_cpu_gives_and_the_host_does_not_wait():
-    chunk = cases("cuda")
+    chunk = cases("cuda", (0, 1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 66))
     digests = ContentDigests()
     digests.add([("warm", torch.ones(1, device="cuda")), ("warm, odd", torch.ones(3, device="cuda")[1:])])
     digests.result()

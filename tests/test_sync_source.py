@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers.utils import logging as transformers_logging
+from vllm_models import FAMILIES, config_of, declared, vllm_model
 from zoo.families import CASES
 
 from r3.errors import SyncError
@@ -306,3 +308,48 @@ def _sharded_tied_is_whole() -> None:
 
 def test_sharded_tied(two_ranks):
     two_ranks.all(_sharded_tied_is_whole)
+
+
+# --- vLLM's own models, on the CPU
+
+
+@pytest.fixture(scope="module")
+def process():
+    ranks = Ranks(1)
+    yield ranks
+    ranks.close()
+
+
+def _vllm_loads(name: str, folder: str) -> int:
+    """vLLM's model is the same from the live weights as from the saved ones. Says how many names fused experts save."""
+    model = CASES[name].build(torch.bfloat16)
+    for key, value in FAMILIES[name].items():
+        setattr(model.config, key, value)
+    checkpoint = saved(model, Path(folder))
+    engine, load = vllm_model(config_of(folder))
+    load(list(checkpoint.items()))
+    expected = declared(engine)
+    assert not any(tensor.isnan().any() for tensor in expected.values())
+    counts = []
+    for fused in (False, True):
+        named = [(name, gathered(source)) for name, source in named_weights(model, fused_experts=fused)]
+        counts.append(len(named))
+        engine, load = vllm_model(config_of(folder))
+        if fused and name.startswith("deepseek"):
+            with pytest.raises(KeyError, match="experts"):
+                load(named)
+        else:
+            load(named)
+            assert_same(declared(engine), expected)
+    for name, source in named_weights(model):
+        if name.endswith("e_score_correction_bias"):
+            there = [t for n, t in expected.items() if n.endswith(name.removeprefix("model."))]
+            assert all(t.dtype == torch.float32 for t in there), name
+            assert source.keep_dtype
+    return counts[0] - counts[1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_vllm_loads_it(process, name, tmp_path):
+    [fewer] = process.all(_vllm_loads, name, str(tmp_path), timeout_s=240)
+    assert (fewer > 0) == (name not in ("mixtral", "granitemoe"))

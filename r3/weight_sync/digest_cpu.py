@@ -13,6 +13,7 @@ WORD = (1 << 64) - 1
 MANY_BYTES = 1 << 28  # from here on a compiled pass is worth its start
 _BLOCK_WORDS = 1 << 14  # three buffers of this size, and what is read, stay in a core's cache
 _COPIED_BYTES = 1 << 20
+_UNROLLED = 4  # words
 
 _Pass = Callable[[np.ndarray, int, int, int], tuple[int, int]]
 
@@ -85,16 +86,29 @@ def _compiled() -> _Pass | None:
         return None
     word = np.uint64
     golden, m1, m2, half = word(GOLDEN), word(M1), word(M2), word(32)
+    step = word(_UNROLLED * GOLDEN & WORD)
+
+    @numba.njit(nogil=True)
+    def mixed(x: np.uint64):
+        x = (x ^ (x >> half)) * m1
+        x = (x ^ (x >> half)) * m2
+        return x ^ (x >> half)
 
     @numba.njit(nogil=True)
     def loop(words: np.ndarray, first: np.uint64, mask: np.uint64, ulp: np.uint64):
         total, seen = word(0), word(0)
-        for i in range(len(words)):
-            x = words[i] + (first + word(i)) * golden
-            x = (x ^ (x >> half)) * m1
-            x = (x ^ (x >> half)) * m2
-            total += x ^ (x >> half)
-            seen |= (words[i] & mask) + ulp
+        place = first * golden
+        together = len(words) // _UNROLLED * _UNROLLED
+        # The inner loop makes the distance to `place` a constant: else each word takes a third multiplication.
+        for at in range(0, together, _UNROLLED):
+            for i in range(_UNROLLED):
+                total += mixed(words[at + i] + (place + word(i) * golden))
+                seen |= (words[at + i] & mask) + ulp
+            place += step
+        for at in range(together, len(words)):
+            total += mixed(words[at] + place)
+            seen |= (words[at] & mask) + ulp
+            place += golden
         return total, seen
 
     def words_pass(words: np.ndarray, first: int, mask: int, ulp: int) -> tuple[int, int]:

@@ -1,0 +1,136 @@
+"""Weights of a 16- or 32-bit trainer for an engine that holds them in FP8, in blocks with a scale each.
+
+sync.push(quantised(named_weights(model), engine_config), version=1)
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r3.errors import SyncError, summary
+from r3.weight_sync.fp8_block import FP8, block_quantise
+from r3.weight_sync.fp8_rules import FUSED_EXPERTS, SCALE, Fp8Scheme, fp8_scheme
+from r3.weight_sync.source_tensor import Together, Weight, WeightSource, as_source, gathered
+
+__all__ = ["Fp8Scheme", "block_quantise", "check_finite_engine", "fp8_scheme", "quantised"]
+
+
+def quantised(
+    named: Iterable[tuple[str, Weight]], config: Any, *, checkpoint: str | Path | None = None
+) -> list[tuple[str, WeightSource]]:
+    """The weights as the engine's FP8 checkpoint has them: what it holds in FP8 as `X.weight` and `X.weight_scale_inv`.
+
+    Each is quantised when its turn comes, on the device where it is made. Fused experts (`fused_experts=True`) are
+    quantised all at once, which is faster, and sent apart under the names of the checkpoint: vLLM 0.26 turns the scales
+    of fused ones by mistake. Those that stay as they are stay fused.
+
+    Args:
+        named: checkpoint names and weights, as `named_weights` gives them.
+        config: Hugging Face configuration of the engine's model, or its `quantization_config`: `quant_method: fp8`,
+            `weight_block_size`, `ignored_layers` or `modules_to_not_convert`, `scale_fmt`.
+        checkpoint: folder from which the engine was started. With it, exactly those weights are quantised that have a
+            scale there; without it, those that vLLM's rules say, from names.
+
+    Raises:
+        SyncError: another quantisation; a weight that the checkpoint holds in FP8 is missing.
+    """
+    scheme = fp8_scheme(config, checkpoint)
+    weights = [(name, as_source(name, weight)) for name, weight in named]
+    if scheme.held is not None:
+        there = {part for name, weight in weights for part in (name, *_parts(name, weight.shape))}
+        lost = sorted(scheme.held - there)
+        if lost:
+            raise SyncError(f"weights that the checkpoint holds in FP8 are missing:{summary(lost)}")
+    sent: list[tuple[str, WeightSource]] = []
+    for name, weight in weights:
+        sent += _quantised(name, weight, scheme) if scheme.holds(name, weight.shape) else [(name, weight)]
+    return sent
+
+
+def _quantised(name: str, weight: WeightSource, scheme: Fp8Scheme) -> list[tuple[str, WeightSource]]:
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        raise SyncError(f"{name}: expected 16- or 32-bit floating-point numbers to quantise, got {weight.dtype}")
+    names = _parts(name, weight.shape)
+    rows, columns = weight.shape[-2], weight.shape[-1]
+    if name.endswith(".gate_up_proj"):
+        rows //= 2  # gate and up never share a block
+    grid = torch.Size([-(-rows // scheme.block[0]), -(-columns // scheme.block[1])])
+
+    def make() -> list[Tensor]:
+        whole = gathered(weight).reshape(-1, rows, columns)
+        numbers, scales = block_quantise(whole, scheme.block, power_of_two=scheme.power_of_two)
+        return [tensor for pair in zip(numbers, scales, strict=True) for tensor in pair]
+
+    together = Together(make)
+
+    def source(index: int, name: str, shape: torch.Size, dtype: torch.dtype) -> tuple[str, WeightSource]:
+        take = lambda: together.take(index)
+        return name, WeightSource(name=name, shape=shape, dtype=dtype, make=take, keep_dtype=True)
+
+    sent = []
+    for index, part in enumerate(names):
+        sent.append(source(2 * index, part, torch.Size([rows, columns]), FP8))
+        sent.append(source(2 * index + 1, part + SCALE, grid, torch.float32))
+    return sent
+
+
+def _parts(name: str, shape: torch.Size) -> list[str]:
+    """The checkpoint's names of the matrices in a weight, in the order in which they lie."""
+    fused = FUSED_EXPERTS.fullmatch(name) if len(shape) == 3 else None
+    if fused is None:
+        return [name]
+    own = ["gate_proj", "up_proj"] if fused[2] == "gate_up_proj" else [fused[2]]
+    return [f"{fused[1]}.{expert}.{part}.weight" for expert in range(shape[0]) for part in own]
+
+
+@torch.no_grad()
+def check_finite_engine(model: nn.Module) -> list[str]:
+    """What is wrong with the FP8 weights and scales of vLLM's `model`, by name; empty if nothing is.
+
+    An expert's scale that was not sent is left as the memory happened to be: NaN, or zero. Looks at FP8 tensors and at
+    whatever has "scale" in its name, parameters and buffers. On a GPU everything is queued, and waited for once.
+    """
+    names: list[str] = []
+    flags: list[Tensor] = []
+    for name, what, tensor in _to_check(model):
+        for problem, bad in _problems(tensor, what):
+            names.append(f"{name}: {problem}")
+            flags.append(bad)
+    found = [name for device in {flag.device for flag in flags} for name in _raised(names, flags, device)]
+    return sorted(found)
+
+
+def _to_check(model: nn.Module) -> Iterator[tuple[str, bool, Tensor]]:
+    """(name, whether it is a scale, tensor)"""
+    for group in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in group:
+            scale = "scale" in name.rpartition(".")[2]
+            if tensor.numel() and tensor.device.type != "meta" and (scale or tensor.dtype in _NAN_BITS):
+                yield name, scale, tensor
+
+
+# FP8 has no arithmetic: mask of the bits to look at, and their pattern in a NaN.
+_NAN_BITS = {
+    torch.float8_e4m3fn: (0x7F, 0x7F),
+    torch.float8_e4m3fnuz: (0xFF, 0x80),
+    torch.float8_e8m0fnu: (0xFF, 0xFF),
+}
+
+
+def _problems(tensor: Tensor, is_scale: bool) -> Iterator[tuple[str, Tensor]]:
+    if tensor.dtype in _NAN_BITS:
+        mask, pattern = _NAN_BITS[tensor.dtype]
+        yield "holds NaN", ((tensor.view(torch.uint8) & mask) == pattern).any()
+    elif tensor.is_floating_point():
+        yield "holds NaN or infinity", ~tensor.isfinite().all()
+        if is_scale:
+            yield "holds a scale of zero", (tensor == 0).any()
+
+
+def _raised(names: list[str], flags: list[Tensor], device: torch.device) -> list[str]:
+    here = [(name, flag) for name, flag in zip(names, flags, strict=True) if flag.device == device]
+    states = torch.stack([flag for _, flag in here]).tolist()
+    return [name for (name, _), state in zip(here, states, strict=True) if state]
