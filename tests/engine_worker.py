@@ -6,18 +6,23 @@ from r3.weight_sync import reload
 from r3.weight_sync.worker import WeightSyncWorker
 
 CLOSINGS = {
-    "expert_prepack": (reload, "expert_prepack", contextlib.nullcontext),
-    "clear_abandoned": (reload, "clear_abandoned", lambda model: None),
+    "expert_prepack": [(reload, "expert_prepack", contextlib.nullcontext)],
+    "clear_abandoned": [
+        (reload, "clear_abandoned", lambda model: None),
+        (reload.LayerwiseReload, "abandon", lambda self: None),
+    ],
 }
 
 
 class BreakableWorker(WeightSyncWorker):
     def r3_test_remove(self, closing: str) -> list:
-        where, name, nothing = CLOSINGS[closing]
-        self.__dict__["r3_removed"] = (where, name, getattr(where, name))
-        setattr(where, name, nothing)
+        removed = self.__dict__["r3_removed"] = []
+        for where, name, nothing in CLOSINGS[closing]:
+            removed.append((where, name, getattr(where, name)))
+            setattr(where, name, nothing)
         return []
 
     def r3_test_restore(self) -> list:
-        setattr(*self.__dict__.pop("r3_removed"))
+        for where, name, closing in self.__dict__.pop("r3_removed"):
+            setattr(where, name, closing)
         return []

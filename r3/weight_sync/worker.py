@@ -207,7 +207,7 @@ class WeightSyncWorker:
             delta=not complete,
         )
         state.sync.renew()
-        reload.begin()
+        reload.begin(manifest)
         return {}
 
     def _r3_join(self, state: _State, sync: dict[str, Any]) -> None:
