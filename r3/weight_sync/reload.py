@@ -6,64 +6,180 @@ Closed here (tests take 2 and 4 out, and see a wrong result):
    the output. The kernel is dropped as its layer is processed; vLLM then builds it anew, and prepacks.
 3. A part of a fused layer is loaded without complaint: what is missing is found before the bracket closes.
 4. What an abandoned bracket has counted and kept is cleared before the next one begins.
+5. Router and shared-expert gate, joined once by `MoERunner`, are joined again when the bracket closes.
+
+The first complete sync also learns a load plan (`r3.weight_sync.plan`); with it, later ones copy straight into the
+engine's tensors, and only what could not be proved goes through vLLM's loaders.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from r3.errors import SyncError, summary
+from r3.weight_sync.plan import LoadPlan, Manifest, Planned
+from r3.weight_sync.plan_learn import Learner, is_deferred
+
+logger = logging.getLogger(__name__)
+
 
 class LayerwiseReload:
-    """One bracket: `begin`, `load` any number of times, `missing`, `finish`.
+    """One bracket: `begin`, `load` any number of times, `missing`, `finish`; or `abandon`.
 
     Args:
         model: the worker's model.
         vllm_config: the worker's configuration; set as current around every call, as vLLM's loaders expect.
+        plan: what an earlier bracket on this model `learned`. Without one, or with one of other tensors, this bracket
+            goes through vLLM's loaders and learns.
     """
 
-    def __init__(self, model: Any, vllm_config: Any, plan=None) -> None:
-        self.learned = None
+    def __init__(self, model: Any, vllm_config: Any, plan: LoadPlan | None = None) -> None:
         self._model = model
         self._config = vllm_config
+        self._plan = plan
+        self._planned: Planned | None = None
+        self._learner: Learner | None = None
+        self.learned: LoadPlan | None = plan
 
-    def begin(self) -> None:
+    @property
+    def planned(self) -> bool:
+        """Whether this bracket uses the plan; known after `begin`."""
+        return self._planned is not None
+
+    def begin(self, manifest: Manifest | None = None) -> None:
+        """Open the bracket.
+
+        Args:
+            manifest: name -> shape, dtype of what will come, all of it or (a delta) a part of the plan's. Other tensors
+                than the plan's: it is not used. None: what comes is taken to be the plan's, tensor by tensor; a layer
+                that gets both planned and other tensors is then `missing` something.
+        """
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         clear_abandoned(self._model)
         with self._context():
             initialize_layerwise_reload(self._model)
+        kernel = self._kernel_tensors()
+        self._planned = self._learner = None
+        if self._plan is not None and (manifest is None or self._plan.serves(manifest)):
+            planned = Planned(plan=self._plan, targets=kernel)
+            if not (changed := planned.mismatches()):
+                self._planned = planned
+                return
+            logger.warning("The engine's tensors have changed; the load plan is learned again:%s", summary(changed))
+        rearranges = bool(getattr(self._config.parallel_config, "enable_eplb", False))
+        self._learner = Learner(self._model, kernel, rearranges=rearranges)
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load some of the checkpoint's tensors. They are kept until their layer is complete: do not reuse memory."""
-        with self._context():
-            self._model.load_weights(weights)
+        """Load some of the checkpoint's tensors. They are read by the time that the current stream gets there."""
+        if self._planned is not None:
+            with torch.no_grad():
+                weights = self._planned.take(weights)
+        # vLLM keeps what it gets until its layer is complete; the memory is the caller's.
+        kept = [(name, tensor.detach().clone(memory_format=torch.contiguous_format)) for name, tensor in weights]
+        if kept:
+            with self._context(), self._learner.watching(kept) if self._learner else nullcontext():
+                self._model.load_weights(kept)
 
-    def abandon(self):
-        pass
+    def missing(self, *, delta: bool = False) -> list[str]:
+        """Layers that have not got all their weights, each with what it has and needs (in elements).
 
-    def missing(self) -> list[str]:
-        """Layers that have not got all their weights, each with what it has and needs (in elements)."""
+        Args:
+            delta: layers that got nothing keep what they have, and planned layers what did not come of them.
+        """
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-        found = []
+        complete, found = set(), []
+        plans = self._planned.plan.layers if self._planned else {}
         for name, layer in self._model.named_modules():
             info = get_layerwise_info(layer)
-            if not info.can_load():
+            got = info.load_numel if info.can_load() else 0
+            if name in plans:
+                taken, expected = self._planned.received.get(name, 0), plans[name].elements  # type: ignore[union-attr]
+                lacks = taken < expected and not delta
+                if got or lacks:
+                    mixed = f", and {got} that the plan does not know" if got else ""
+                    found.append((layer, f"{name} ({type(layer).__name__}): {taken} of {expected} elements{mixed}"))
+                else:
+                    complete |= {_address(tensor) for tensor in self._planned.targets[name].values()}  # type: ignore[union-attr]
                 continue
-            # Of parameters: buffers (rotary tables, attention scales) are in no checkpoint.
-            expected = sum(_loadable_numel(layer, p) for p in layer.parameters(recurse=False))
-            if info.load_numel < expected:
-                found.append(f"{name} ({type(layer).__name__}): {info.load_numel} of {expected} elements")
-        return found
+            if is_deferred(layer):
+                continue  # its scales, where it has any, are optional
+            # Of parameters: buffers (rotary tables) are in no checkpoint.
+            expected = sum(_loadable_numel(layer, n, p) for n, p in layer.named_parameters(recurse=False))
+            if not info.can_load() or got >= expected:
+                complete |= {_address(tensor) for tensor in layer.parameters(recurse=False)}
+            elif got or not delta:
+                found.append((layer, f"{name} ({type(layer).__name__}): {got} of {expected} elements"))
+        return [text for layer, text in found if not self._tied(layer, complete)]
+
+    def _tied(self, layer: nn.Module, complete: set[int]) -> bool:
+        """Whether a layer that got nothing computes with the tensors of one that is complete (a tied output layer)."""
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        info = get_layerwise_info(layer)
+        if info.load_numel or not info.kernel_tensors:
+            return False
+        parameters = [tensor for tensor in info.kernel_tensors[0].values() if tensor.numel()]
+        return bool(parameters) and all(_address(tensor) in complete for tensor in parameters)
 
     def finish(self) -> None:
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        """Close the bracket: what got no weights gets back what it had, what derives from weights is made anew.
 
-        with self._context():
+        Raises:
+            SyncError: a planned layer also got tensors that the plan does not know.
+        """
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        learning = self._learner is not None and not self.missing()
+        if self._planned is not None:
+            layers = {name: self._model.get_submodule(name) for name in self._planned.plan.layers}
+            mixed = [name for name, layer in layers.items() if get_layerwise_info(layer).load_numel > 0]
+            if mixed:
+                raise SyncError(
+                    f"{len(mixed)} layers got both planned tensors and others; expected one set of names a sync, "
+                    f"given to `begin` as its manifest:{summary(mixed)}"
+                )
+            with torch.no_grad():
+                self._planned.fill()
+            # Before vLLM closes the bracket: it would take them for layers that failed to load, and say so.
+            for layer in layers.values():
+                _put_back(layer)
+        with self._context(), self._learner.watching([], closing=True) if self._learner else nullcontext():
             finalize_layerwise_reload(self._model, self._config.model_config)
+        with torch.no_grad():
+            join_gates(self._model)
+        if self._learner is not None:
+            self.learned = self._learner.plan() if learning else self._plan
+        self._planned = self._learner = None
+
+    def abandon(self) -> None:
+        """Give up: the engine's tensors are back in their places (with new, old or mixed weights); begin may follow."""
+        from vllm.model_executor.model_loader.reload.layerwise import LOADING_LAYERS
+
+        clear_abandoned(self._model)
+        for layer in self._model.modules():
+            _put_back(layer)
+        LOADING_LAYERS.clear()
+        if hasattr(self._model, "_original_do_torchao_reload"):
+            self._model._do_torchao_reload = self._model._original_do_torchao_reload
+        self._planned = self._learner = None
+
+    def _kernel_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Layer -> name -> tensor that the engine computes with."""
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        found = {}
+        for name, layer in self._model.named_modules():
+            parameters, buffers = get_layerwise_info(layer).kernel_tensors or ({}, {})
+            if parameters or buffers:
+                found[name] = parameters | buffers
+        return found
 
     @contextmanager
     def _context(self) -> Iterator[None]:
@@ -73,13 +189,51 @@ class LayerwiseReload:
             yield
 
 
-def _loadable_numel(layer: nn.Module, param: Tensor) -> int:
-    """Elements of `param` that a checkpoint fills: the rows that pad a vocabulary are in none."""
+def _address(tensor: Tensor) -> int:
+    return 0 if tensor.is_meta else tensor.data_ptr()
+
+
+def _put_back(layer: nn.Module) -> None:
+    """Give an open layer the tensors that the engine computes with, and close it."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    info = layerwise.get_layerwise_info(layer)
+    if info.can_load() and info.kernel_tensors is not None:
+        layerwise._place_kernel_tensors(layer, info)
+        info.reset()
+
+
+def _loadable_numel(layer: nn.Module, name: str, param: Tensor) -> int:
+    """Elements of `param` that a checkpoint fills, and vLLM counts: the rows that pad a vocabulary are in none."""
+    from vllm.model_executor.model_loader.reload import meta
+
+    # Before 0.30 one list served for what stays off the meta device and for what is not counted.
+    if name in getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS):
+        return 0
+    numel = getattr(param, "weight_loader_numel", param.numel())  # 0.31: a parameter may say how much is padding
     rows = getattr(layer, "num_embeddings_per_partition", None)
     indices = getattr(layer, "shard_indices", None)
     if rows is None or indices is None or param.shape[:1] != (rows,):
-        return param.numel()
-    return param.numel() // rows * indices.num_org_elements
+        return numel
+    return numel // rows * indices.num_org_elements
+
+
+def join_gates(model: nn.Module) -> None:
+    """Make anew, in place, what vLLM's `MoERunner` joins once of the router's and the shared expert's gate.
+
+    In place: CUDA graphs hold its address. Where it cannot be, it is dropped, and the next forward joins it.
+    """
+    for runner in model.modules():
+        joined = getattr(runner, "_combined_gate_weight", None)
+        if joined is None:
+            continue
+        parts = [getattr(getattr(runner, name, None), "weight", None) for name in ("gate", "shared_expert_gate")]
+        if all(isinstance(part, Tensor) for part in parts):
+            new = torch.cat(parts, dim=0)  # type: ignore[arg-type]
+            if new.shape == joined.shape and new.dtype == joined.dtype:
+                joined.copy_(new)
+                continue
+        setattr(runner, "_combined_gate_weight", None)  # noqa: B010
 
 
 def clear_abandoned(model: nn.Module) -> None:
