@@ -98,12 +98,13 @@ def engine(folder: Path, args: argparse.Namespace) -> Any:
         max_model_len=512,
         max_num_seqs=8,
         enforce_eager=True,
+        kv_cache_memory_bytes=1 << 28,
+        gpu_memory_utilization=args.memory,
         worker_extension_cls="benchmarks.weight_sync.MeasuredWorker",
     )
     if args.device == "cuda":
         from vllm.config import WeightTransferConfig
 
-        settings |= dict(kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=args.memory)
         settings |= dict(weight_transfer_config=WeightTransferConfig(backend=args.transport))
     return LLM(**settings)
 

@@ -170,7 +170,7 @@ class WeightSync:
                 complete = self._begin(sync_id, version, manifest)
             self._send(sync_id, chunks, sent, clock)
             with clock.stage("seal"):
-                total = self._seal(sync_id, sent.digests)
+                total = self._seal(sync_id, sent)
                 agree()
             with clock.stage("commit"):
                 answers = self._call("r3_commit", sync_id)
@@ -255,13 +255,15 @@ class WeightSync:
             if loading is not None:
                 loading.result()
 
-    def _seal(self, sync_id: str, digests: ContentDigests) -> int:
+    def _seal(self, sync_id: str, sent: "_Sent") -> int:
         self._transport.settle(lambda: False)
-        named = digests.result()
-        broken = digests.not_finite()
+        named = sent.digests.result()
+        broken = sent.digests.not_finite()
         if broken:
             raise SyncError(f"{len(broken)} tensors hold NaN or infinity:{summary(broken)}")
         answers = self._call("r3_seal", sync_id, named)
+        for index in range(max(0, sent.chunks - 2), sent.chunks):
+            self._transport.release(index)
         total = combine(named)
         wrong = [f"{_who(a)}: {a.get('digest')}" for a in answers if a.get("digest") != total]
         if wrong:
