@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks.machine import machine, spread
 from r3.weight_sync import WeightSync
 from r3.weight_sync.digest import ContentDigests, combine
+from r3.weight_sync.transports import Transport, transport_of
 from r3.weight_sync.worker import WeightSyncWorker
 
 Weights = dict[str, Tensor]
@@ -109,12 +110,15 @@ def engine(folder: Path, args: argparse.Namespace) -> Any:
     return LLM(**settings)
 
 
-def through_r3(llm: Any, weights: Weights, args: argparse.Namespace) -> Callable[[], dict[str, Any]]:
-    sync = WeightSync(llm, transport=args.transport, chunk_bytes=args.chunk_mib << 20, timeout_s=300)
+def through_r3(llm: Any, weights: Weights, transport: Transport, chunk_mib: int) -> Callable[[], dict[str, Any]]:
+    sync = WeightSync(llm, transport=transport, chunk_bytes=chunk_mib << 20, timeout_s=300)
 
     def push() -> dict[str, Any]:
-        receipt = sync.push(weights.items(), version=(sync.version or 0) + 1)
-        return {"seconds": receipt.seconds, "stages_s": receipt.stages_s, "chunks": receipt.chunks}
+        version = llm.collective_rpc("r3_status")[0]["version"] or 0
+        receipt = sync.push(weights.items(), version=version + 1)
+        stages = {name: round(s, 4) for name, s in receipt.stages_s.items()}
+        worker = {name: round(s, 4) for name, s in receipt.worker_stages_s.items()}
+        return {"seconds": receipt.seconds, "chunks": receipt.chunks, "stages_s": stages, "worker_stages_s": worker}
 
     return push
 
@@ -239,7 +243,7 @@ def delta_after_a_step(llm: Any, config: Any, args: argparse.Namespace) -> dict[
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    sync = WeightSync(llm, transport="gloo", delta=True, dtype=torch.bfloat16, chunk_bytes=args.chunk_mib << 20)
+    sync = WeightSync(llm, transport="gloo", delta=True, dtype=torch.bfloat16)
     complete = [sync.push(model.state_dict().items(), version=(sync.version or 0) + 1)]
     deltas = []
     for step in range(args.rounds):
@@ -279,14 +283,15 @@ def measure(ways: dict[str, Callable], llm: Any, rounds: int) -> dict[str, Any]:
                 digests[way] = llm.collective_rpc("r3_bench_digest")[0]["digest"]
                 if on_gpu:
                     found["extra_bytes"][way] = llm.collective_rpc("r3_bench_memory")[0]["extra"]
-            if way == "r3":
-                found["stages_s"], found["chunks"] = result["stages_s"], result["chunks"]
+            if way.startswith("r3"):
+                found.setdefault("stages", {})[way] = {k: v for k, v in result.items() if k != "seconds"}
             print(turn, way, json.dumps(result), file=sys.stderr, flush=True)
     assert len(set(digests.values())) == 1, f"the ways do not load the same: {digests}"
     found["seconds"] = {way: spread(values) for way, values in seconds.items()}
-    for over in (way for way in ways if way != "r3"):
-        ratios = [other / mine for mine, other in zip(seconds["r3"], seconds[over], strict=True)]
-        found[f"{over} / r3"] = spread(ratios)
+    for way in (way for way in ways if way.startswith("r3")):
+        for over in (other for other in ways if not other.startswith("r3")):
+            ratios = [other / mine for mine, other in zip(seconds[way], seconds[over], strict=True)]
+            found[f"{over} / {way}"] = spread(ratios)
     found["plan"] = llm.collective_rpc("r3_bench_plan")[0]["plan"]
     return found
 
@@ -297,7 +302,7 @@ def main() -> None:
     parser.add_argument("--transport", choices=["gloo", "ipc", "nccl"], default=None)
     parser.add_argument("--shape", choices=SHAPES, default=None)
     parser.add_argument("--layers", type=int, default=None, help="fewer layers than the shape has")
-    parser.add_argument("--chunk-mib", type=int, default=256)
+    parser.add_argument("--chunk-mib", default="256", help="largest chunk; several, with commas, take turns")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lr", type=float, default=1e-6, help="of the step before a delta")
     parser.add_argument("--memory", type=float, default=0.48, help="share of the GPU's memory for the engine")
@@ -322,9 +327,15 @@ def main() -> None:
                 os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
         llm = engine(Path(folder), args)
         weights = random_weights(config, device)
-        found = {**machine(device), "transport": args.transport, "shape": shape, "chunk_mib": args.chunk_mib}
+        found = {
+            **machine(device),
+            "transport": args.transport,
+            "shape": shape,
+        }
         found["bytes"] = sum(tensor.nbytes for tensor in weights.values())
-        ways: dict[str, Callable] = {"r3": through_r3(llm, weights, args)}
+        sizes = [int(size) for size in args.chunk_mib.split(",")]
+        transport = transport_of(args.transport)  # one: workers keep the connection of one
+        ways = {f"r3, {size} MiB": through_r3(llm, weights, transport, size) for size in sizes}
         if cpu:
             ways["bare broadcast"] = stack.enter_context(bare_broadcast(weights))
         else:

@@ -1,6 +1,7 @@
 """What ranks compute in tests/test_parallel.py: one training step of a tiny model, in every layout."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -271,21 +272,26 @@ class BrokenEngine(Engine):
     """Stands for an engine whose worker is lost when the second chunk comes."""
 
     name = "engine"
+    remedy = ""
 
     def __init__(self) -> None:
         self.loads = 0
 
-    def call(self, method: str, *args: Any, timeout_s: float) -> list[dict[str, Any]]:
+    def replies(self, method: str, args: Sequence[Any], timeout_s: float) -> list[dict[str, Any]]:
         self.loads += method == "r3_load"
         if self.loads > 1:
             raise SyncError("worker lost")
-        state = {"state": "idle", "version": None, "generation": None, "base_version": None}
-        return [{"rank": 0, "digest": combine(args[1]) if method == "r3_seal" else 0, **state}]
+        digest = combine(args[1]) if method == "r3_seal" else 0
+        who = {"rank": 0, "dp_rank": 0, "world_size": 1, "dp_size": 1, "worker": "only"}
+        return [who | {"state": "idle", "version": None, "generation": None, "base_version": None, "digest": digest}]
+
+    def pause(self, timeout_s: float) -> bool:
+        return True
 
     def nothing(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    pause = resume = reset_caches = label = refuse = allow = close = nothing
+    resume = reset_caches = label = refuse = nothing
 
 
 def push_fails_midway() -> None:

@@ -94,7 +94,9 @@ def _serve(end: Connection, rank: int, device: str) -> None:
                     answer = "joined"
                 kept = []
             elif name == "receive":
-                kept += [(key, tensor.clone()) for key, tensor in receiver.receive(*args)]
+                chunk = receiver.receive(*args)
+                receiver.settle()
+                kept += [(key, tensor.clone()) for key, tensor in chunk]
                 if where.type == "cuda":
                     torch.cuda.current_stream(where).synchronize()
             elif name == "settle":

@@ -227,7 +227,7 @@ def test_a_sender_that_died_is_taken_over_from_once_its_lease_is_over(engine, we
             "lease_s": 2.0,
             "timeout_s": 2.0,
             "offer": {"transport": "files"},
-            "first_rank": 0,
+            "ranks": {engine.collective_rpc("r3_status")[0]["worker"]: 0},
             "manifest": {PART: [[1], "torch.bfloat16"]},
             "keep_base": False,
             "base_version": None,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from r3.weight_sync.digest_cpu import GOLDEN, M1, M2, WORD
 
-PIECE_BYTES = 1 << 16  # what one program reads; a multiple of 16, so that a tensor's pieces are aligned as it is
+PIECE_BYTES = 1 << 19  # what one program reads; a multiple of 16, so that a tensor's pieces are aligned as it is
 _COLUMNS = tl.constexpr(6)
 _ROWS = tl.constexpr(4)  # all of a column's are a thread's own, and summed in its registers
 _WIDTH = tl.constexpr(256)

@@ -3,24 +3,26 @@
 import contextlib
 import os
 import socket
-import threading
 import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from r3.errors import SyncError, summary
+from r3.weight_sync.clock import Clock
 from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import ContentDigests, combine
-from r3.weight_sync.engines import Engine, engine_of
+from r3.weight_sync.engines import Engine, OnRunning, Reply, engine_of
+from r3.weight_sync.engines.base import require_complete
+from r3.weight_sync.engines.waiting import in_thread
 from r3.weight_sync.source_tensor import Weight, WeightSource, gathered
 from r3.weight_sync.transports import Chunk, Transport, transport_of
-
-Replies = list[dict[str, Any]]
 
 _CASTABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _ABORT_S = 15.0
@@ -41,6 +43,8 @@ class SyncReceipt:
         seconds: from begin to the last acknowledgement, caches reset and engines resumed.
         stages_s: the trainer's time by stage: pause, begin, gather (making the tensors, digests and delta included),
             publish, transfer, wait (for workers that still load the chunk before), seal, commit, resume.
+        worker_stages_s: the slowest worker's, each stage by itself: receive, digest, load, wait (for its device),
+            settle (for all that was queued, digests compared), finish (vLLM's processing).
     """
 
     version: int
@@ -53,6 +57,7 @@ class SyncReceipt:
     complete: bool
     seconds: float
     stages_s: dict[str, float]
+    worker_stages_s: dict[str, float]
 
 
 class WeightSync:
@@ -61,6 +66,7 @@ class WeightSync:
     Args:
         engine: a `vllm.LLM`, an `AsyncLLM`, the URL of a `vllm serve`, an `Engine`, or several of these. All run with
             `worker_extension_cls=r3.weight_sync.WORKER_EXTENSION`.
+        on_running: what becomes of requests that run when a sync begins: `wait`, `abort` or `keep` (see `engine_of`).
         transport: a `Transport`, or the name of one: files, gloo, nccl, ipc.
         delta: send only what changed since the last acknowledged version. Trainer and each worker then keep a copy of
         the
@@ -85,6 +91,7 @@ class WeightSync:
         self,
         engine: Any | Sequence[Any],
         *,
+        on_running: OnRunning = "wait",
         transport: str | Transport = "files",
         delta: bool = False,
         dtype: torch.dtype | None = None,
@@ -93,7 +100,9 @@ class WeightSync:
     ) -> None:
         if chunk_bytes <= 0 or timeout_s <= 0:
             raise SyncError(f"expected chunk_bytes and timeout_s above 0, got {chunk_bytes} and {timeout_s}")
-        self._engines = [engine_of(one) for one in (engine if isinstance(engine, list | tuple) else [engine])]
+        self._engines = [
+            engine_of(one, on_running=on_running) for one in (engine if isinstance(engine, list | tuple) else [engine])
+        ]
         if not self._engines:
             raise SyncError("engine: expected at least one, got an empty list")
         self._transport = transport_of(transport)
@@ -159,13 +168,13 @@ class WeightSync:
     def _push(
         self, tensors: list[tuple[str, Weight]], chunks: Iterator[Chunk], version: int, agree: Callable[[], Any]
     ) -> SyncReceipt:
-        clock = _Clock()
+        clock = Clock()
         manifest = self._manifest(tensors)
         sync_id = uuid.uuid4().hex[:12]
         sent = _Sent()
         try:
             with clock.stage("pause"):
-                self._each(lambda engine: engine.pause(timeout_s=self._timeout_s))
+                self._pause(sent)
             with clock.stage("begin"):
                 complete = self._begin(sync_id, version, manifest)
             self._send(sync_id, chunks, sent, clock)
@@ -178,9 +187,9 @@ class WeightSync:
                 if self._base is not None:
                     self._base.version = version
             with clock.stage("resume"):
-                self._each(lambda engine: engine.reset_caches(timeout_s=self._timeout_s))
-                self._each(lambda engine: engine.label(version, timeout_s=self._timeout_s))
-                self._each(lambda engine: engine.resume(timeout_s=self._timeout_s))
+                self._each(lambda engine: engine.reset_caches(self._timeout_s))
+                self._each(lambda engine: engine.label(version, self._timeout_s))
+                self._each(lambda engine: engine.resume(self._timeout_s))
         except BaseException as error:
             self._abort(sync_id, sent, error)
             raise
@@ -197,6 +206,7 @@ class WeightSync:
             complete=complete,
             seconds=clock.total_s(),
             stages_s=clock.stages_s,
+            worker_stages_s=sent.worker_stages_s,
         )
 
     def _begin(self, sync_id: str, version: int, manifest: dict[str, list]) -> bool:
@@ -216,18 +226,17 @@ class WeightSync:
             "lease_s": self._timeout_s,
             "timeout_s": self._timeout_s,
             "offer": offer,
+            "ranks": {reply["worker"]: number for number, reply in enumerate(status)},
             "manifest": manifest,
             "keep_base": self._base is not None,
             "base_version": base_version,
         }
-        sizes = Counter(reply["engine"] for reply in status)
-        firsts = {index: sum(sizes[before] for before in range(index)) for index in range(len(self._engines))}
-        call = self._start("r3_begin", lambda index: (sync | {"first_rank": firsts[index]},))
+        call = self._start("r3_begin", sync)
         join = _Calls([lambda: self._transport.join(call.failed)])
         _first_failure_of(join, call)
         return base_version is None
 
-    def _send(self, sync_id: str, chunks: Iterator[Chunk], sent: "_Sent", clock: "_Clock") -> None:
+    def _send(self, sync_id: str, chunks: Iterator[Chunk], sent: "_Sent", clock: Clock) -> None:
         """All chunks: while the workers load one, the next is made ready."""
         loading: _Calls | None = None
         while True:
@@ -249,11 +258,23 @@ class WeightSync:
                     self._transport.release(index - 2)
             sent.chunks += 1
             with clock.stage("transfer"):
-                loading = self._start("r3_load", lambda _: (sync_id, index, names, where))  # noqa: B023 (started here)
-                self._transport.transfer(index, loading.failed)
+                loading = self._start("r3_load", sync_id, index, names, where)
+                self._transfer(index, names, loading)
         with clock.stage("wait"):
             if loading is not None:
                 loading.result()
+
+    def _transfer(self, index: int, names: list[str], loading: "_Calls") -> None:
+        try:
+            self._transport.transfer(index, loading.failed)
+        except Exception as error:
+            # What a worker says of it tells more.
+            if loading.wait(1.0):
+                loading.result()
+            engines = ", ".join(engine.name for engine in self._engines)
+            raise SyncError(
+                f"chunk {index} ({names[0]} and {len(names) - 1} more) did not get to all workers of {engines}: {error}"
+            ) from error
 
     def _seal(self, sync_id: str, sent: "_Sent") -> int:
         self._transport.settle(lambda: False)
@@ -264,6 +285,9 @@ class WeightSync:
         answers = self._call("r3_seal", sync_id, named)
         for index in range(max(0, sent.chunks - 2), sent.chunks):
             self._transport.release(index)
+        for answer in answers:
+            for stage, seconds in answer.get("stages_s", {}).items():
+                sent.worker_stages_s[stage] = max(seconds, sent.worker_stages_s.get(stage, 0.0))
         total = combine(named)
         wrong = [f"{_who(a)}: {a.get('digest')}" for a in answers if a.get("digest") != total]
         if wrong:
@@ -273,38 +297,50 @@ class WeightSync:
     def _abort(self, sync_id: str, sent: "_Sent", error: BaseException) -> None:
         cause = f"{type(error).__name__}: {error}"
         self._transport.abort()
-        call = self._start("r3_abort", lambda _: (sync_id, cause), timeout_s=min(_ABORT_S, self._timeout_s))
+        call = self._start("r3_abort", sync_id, cause, timeout_s=min(_ABORT_S, self._timeout_s))
         try:
-            replies = call.result()
+            call.result()
         except Exception as second:  # the first error is the one to report
             _add_note(error, f"abort was not acknowledged by all: {second}")
-            replies = []
         if not sent.chunks and self.poisoned is None:
-            # No weight was touched. Generation goes on, unless another sender is at work or has left engines broken.
-            if replies and all(reply["state"] == "idle" for reply in replies):
-                try:
-                    self._each(lambda engine: engine.resume(timeout_s=min(_ABORT_S, self._timeout_s)))
-                except Exception as second:
-                    _add_note(error, f"the engine does not go on: {second}")
+            # No weight was touched: the engines that served go on. One that was paused may hold half-loaded weights.
+            limit_s = min(_ABORT_S, self._timeout_s)
+            try:
+                _Calls([partial(engine.resume, limit_s) for engine in sent.served]).result()
+            except Exception as second:
+                _add_note(error, f"the engine does not go on: {second}")
             return
         self.poisoned = self.poisoned or cause
         for engine in self._engines:
-            engine.refuse(cause)
+            engine.refuse(f"its weights cannot be trusted since a sync failed ({cause}); a complete sync heals it")
 
-    def _call(self, method: str, *args: Any) -> Replies:
+    def _pause(self, sent: "_Sent") -> None:
+        def pause(engine: Engine) -> None:
+            if engine.pause(self._timeout_s):
+                sent.served.append(engine)
+
+        calls = _Calls([partial(pause, engine) for engine in self._engines])
+        calls.wait(2 * self._timeout_s, all_of_them=True)  # of those that were paused, none may be forgotten
+        calls.result()
+
+    def _call(self, method: str, *args: Any) -> list[Reply]:
         """Call `method` on every worker of every engine; raises if one did not answer, or answered with an error."""
-        return self._start(method, lambda _: args).result()
+        return self._start(method, *args).result()
 
-    def _start(self, method: str, args: Callable[[int], tuple], timeout_s: float | None = None) -> "_Calls":
+    def _start(self, method: str, *args: Any, timeout_s: float | None = None) -> "_Calls":
         limit_s = self._timeout_s if timeout_s is None else timeout_s
 
-        def on(index: int, engine: Engine) -> Callable[[], Replies]:
-            return lambda: _checked(engine, index, method, engine.call(method, *args(index), timeout_s=limit_s))
+        def ask(engine: Engine) -> list[Reply]:
+            return _checked(engine, method, engine.replies(method, args, limit_s))
 
-        return _Calls([on(index, engine) for index, engine in enumerate(self._engines)])
+        engines = self._engines
+        return _Calls(
+            [partial(ask, engine) for engine in engines],
+            lambda replies: require_complete(replies, method, engines[0].remedy),
+        )
 
     def _each(self, action: Callable[[Engine], None]) -> None:
-        _Calls([(lambda engine=engine: action(engine)) for engine in self._engines]).result()
+        _Calls([partial(action, engine) for engine in self._engines]).result()
 
     def _sent_dtype(self, weight: Weight) -> torch.dtype:
         keeps = isinstance(weight, WeightSource) and weight.keep_dtype
@@ -364,63 +400,50 @@ class _Sent:
     chunks: int = 0
     bytes: int = 0
     sent_bytes: int = 0
+    served: list[Engine] = field(default_factory=list)
+    worker_stages_s: dict[str, float] = field(default_factory=dict)
 
     def add(self, chunk: Chunk) -> None:
         self.digests.add(chunk)
         self.bytes += sum(tensor.nbytes for _, tensor in chunk)
 
 
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self.stages_s: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stages_s[name] = self.stages_s.get(name, 0.0) + time.perf_counter() - start
-
-    def total_s(self) -> float:
-        return time.perf_counter() - self._start
-
-
 class _Calls:
-    """Calls under way side by side, each in a thread that does not keep the process from ending."""
+    """Calls under way side by side, each with a deadline of its own.
 
-    def __init__(self, calls: list[Callable[[], Any]]) -> None:
-        self._answers: list[Any] = [None] * len(calls)
-        self._errors: list[BaseException] = []
-        self._threads = [threading.Thread(target=self._run, args=item, daemon=True) for item in enumerate(calls)]
-        for thread in self._threads:
-            thread.start()
+    Args:
+        calls: what to call.
+        check: of all answers, joined, if there are any.
+    """
 
-    def _run(self, index: int, call: Callable[[], Any]) -> None:
-        try:
-            self._answers[index] = call()
-        except BaseException as error:
-            self._errors.append(error)
+    def __init__(self, calls: Sequence[Callable[[], Any]], check: Callable[[list], None] | None = None) -> None:
+        self._futures = [in_thread(call) for call in calls]
+        self._check = check
 
     def done(self) -> bool:
-        return not any(thread.is_alive() for thread in self._threads)
+        return all(future.done() for future in self._futures)
 
     def failed(self) -> bool:
         """Whether one has failed: what it should have taken part in, it will not."""
-        return bool(self._errors)
+        return any(future.done() and future.exception() is not None for future in self._futures)
+
+    def wait(self, timeout_s: float, *, all_of_them: bool = False) -> bool:
+        """Whether all are done, or one has failed, within `timeout_s`."""
+        futures.wait(self._futures, timeout_s, "ALL_COMPLETED" if all_of_them else "FIRST_EXCEPTION")
+        return self.failed() or self.done()
 
     def result(self) -> list[Any]:
-        """All answers, joined. Each call ends by its own timeout. Raises what went wrong, of all calls."""
-        for thread in self._threads:
-            thread.join()
-        if len(self._errors) == 1:
-            raise self._errors[0]
-        if self._errors:
-            raise SyncError(f"{len(self._errors)} engines failed:{summary(str(error) for error in self._errors)}")
-        return [reply for answer in self._answers if answer is not None for reply in answer]
+        """All answers, joined. Raises as soon as one call has failed: others may wait for it, till their deadlines."""
+        futures.wait(self._futures, return_when="FIRST_EXCEPTION")
+        errors = [error for f in self._futures if f.done() and (error := f.exception()) is not None]
+        if len(errors) > 1:
+            raise SyncError(f"{len(errors)} engines failed:{summary(map(str, errors))}") from errors[0]
+        if errors:
+            raise errors[0]
+        answers = [reply for future in self._futures for reply in future.result() or ()]
+        if self._check is not None:
+            self._check(answers)
+        return answers
 
 
 def _first_failure_of(*calls: _Calls) -> None:
@@ -434,19 +457,20 @@ def _first_failure_of(*calls: _Calls) -> None:
         call.result()
 
 
-def _checked(engine: Engine, index: int, method: str, replies: Replies) -> Replies:
-    failed = [f"{_who(r | {'engine_name': engine.name})}: {r['error']}" for r in replies if "error" in r]
+def _checked(engine: Engine, method: str, replies: list[Reply]) -> list[Reply]:
+    named = [reply | {"engine": engine.name} for reply in replies]
+    failed = [f"{_who(reply)}: {reply['error']}" for reply in named if "error" in reply]
     if failed:
-        raise SyncError(f"{method} failed on {len(failed)} of {len(replies)} workers:{summary(failed)}")
-    return [reply | {"engine": index, "engine_name": engine.name} for reply in replies]
+        raise SyncError(f"{method} failed on {len(failed)} of {len(named)} workers:{summary(failed)}")
+    return named
 
 
-def _who(reply: dict[str, Any]) -> str:
-    dp = f", data-parallel rank {reply['dp_rank']}" if reply.get("dp_size", 1) > 1 else ""
-    return f"{reply.get('engine_name', 'engine')}, worker rank {reply['rank']}{dp}"
+def _who(reply: Reply) -> str:
+    dp = f", data-parallel rank {reply['dp_rank']}" if reply["dp_size"] > 1 else ""
+    return f"{reply['engine']}, worker rank {reply['rank']}{dp}"
 
 
-def _require_equal(answers: Replies, version: int, digest: int) -> None:
+def _require_equal(answers: list[Reply], version: int, digest: int) -> None:
     wrong = [f"{_who(a)}: version {a['version']}, digest {a['digest']}" for a in answers]
     wrong = [w for w, a in zip(wrong, answers, strict=True) if (a["version"], a["digest"]) != (version, digest)]
     if wrong:

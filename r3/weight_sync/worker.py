@@ -10,12 +10,14 @@ the next one once its lease is over.
 """
 
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from r3.weight_sync.clock import Clock
 from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import ContentDigests, combine
 from r3.weight_sync.fp8 import check_finite_engine
@@ -39,6 +41,7 @@ class _Sync:
     base: Base | None
     delta: bool
     digests: ContentDigests = field(default_factory=ContentDigests)
+    clock: Clock = field(default_factory=Clock)
     received: set[str] = field(default_factory=set)
     chunks: int = 0
     touched: bool = False
@@ -52,6 +55,7 @@ class _Sync:
 
 @dataclass
 class _State:
+    worker: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     version: int | None = None  # committed
     cause: str = ""  # of the poisoning; empty if the weights can be trusted
     sync: _Sync | None = None
@@ -87,8 +91,8 @@ class WeightSyncWorker:
 
         Args:
             sync: id, version, sender (in words), lease_s (how long it may be silent), timeout_s, offer (of the
-                transport), first_rank (of this engine's workers), manifest (name -> [shape, dtype]), keep_base,
-                base_version (None: complete).
+                transport), ranks (number of each worker among all, by the name it gives itself), manifest (name ->
+                [shape, dtype]), keep_base, base_version (None: complete).
         """
         return self._r3_reply(lambda state: self._r3_open(state, sync))
 
@@ -103,16 +107,20 @@ class WeightSyncWorker:
             if index != sync.chunks:
                 raise RuntimeError(f"expected chunk {sync.chunks}, got {index}: one was lost, doubled or reordered")
             assert state.receiver is not None
-            chunk = state.receiver.receive(where)
+            with sync.clock.stage("receive"):
+                chunk = state.receiver.receive(where)
             if sync.base is not None:
                 chunk = [(name, tensor.to(self.device)) for name, tensor in sync.base.decode(names, chunk)]
             _check(chunk, names, sync)
-            sync.digests.add(chunk)
+            with sync.clock.stage("digest"):
+                sync.digests.add(chunk)
             sync.touched = True
-            sync.reload.load(chunk)
+            with sync.clock.stage("load"):
+                sync.reload.load(chunk)
             sync.received.update(names)
             sync.chunks += 1
-            self._r3_wait_for_the_chunk_before(sync)
+            with sync.clock.stage("wait"):
+                self._r3_wait_for_the_chunk_before(sync)
             return {}
 
         return self._r3_reply(load)
@@ -123,14 +131,16 @@ class WeightSyncWorker:
         def seal(state: _State) -> Reply:
             sync = self._r3_of(state, sync_id, "open")
             assert state.receiver is not None
-            state.receiver.settle()
-            _check_content(sync, digests)
+            with sync.clock.stage("settle"):
+                state.receiver.settle()
+                _check_content(sync, digests)
             missing = sync.reload.missing()
             if missing:
                 raise RuntimeError(
                     f"{len(missing)} layers of the engine have not got all their weights: {'; '.join(missing[:16])}"
                 )
-            sync.reload.finish()
+            with sync.clock.stage("finish"):
+                sync.reload.finish()
             wrong = check_finite_engine(self.model_runner.model)
             if wrong:
                 raise RuntimeError(
@@ -141,7 +151,7 @@ class WeightSyncWorker:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             sync.sealed = combine(digests)
-            return {"digest": sync.sealed}
+            return {"digest": sync.sealed, "stages_s": sync.clock.stages_s}
 
         return self._r3_reply(seal)
 
@@ -216,8 +226,9 @@ class WeightSyncWorker:
         if state.receiver is not None and generation is not None and state.receiver.generation == generation:
             return
         _drop_receiver(state)
-        parallel = self.vllm_config.parallel_config
-        rank = sync["first_rank"] + parallel.data_parallel_rank * parallel.world_size + self.rank
+        rank = sync["ranks"].get(state.worker)
+        if rank is None:
+            raise _RefusedError("this worker was started after the sync asked who is there: push again")
         try:
             state.receiver = RECEIVERS[offer["transport"]](offer, rank, self.device, sync["timeout_s"])
         except Exception as error:
@@ -261,8 +272,8 @@ class WeightSyncWorker:
             )
         if not any(name.endswith(".weight_scale_inv") for name in manifest):
             raise _RefusedError(
-                "the engine holds FP8 weights with block scales, and no *.weight_scale_inv is sent: vLLM would leave its "
-                "scales uninitialised. Send what r3.weight_sync.quantised makes of the weights"
+                "the engine holds FP8 weights with block scales, and no *.weight_scale_inv is sent: vLLM would leave "
+                "its scales uninitialised. Send what r3.weight_sync.quantised makes of the weights"
             )
 
     def _r3_reply(self, action: Callable[[_State], Reply]) -> Reply:
@@ -281,6 +292,7 @@ class WeightSyncWorker:
             "dp_rank": parallel.data_parallel_rank,
             "world_size": parallel.world_size,
             "dp_size": parallel.data_parallel_size,
+            "worker": state.worker,
             "version": state.version,
             "state": state.name,
             "cause": state.cause,

@@ -6,9 +6,12 @@ was restarted.
 """
 
 import contextlib
+import queue
 import socket
+import threading
 import uuid
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -183,32 +186,20 @@ class Group:
         self._in_flight: deque[list[Any]] = deque()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         limit = timedelta(seconds=timeout_s)
-        listening = {} if listener is None else {"master_listen_fd": listener.detach()}
         try:
-            self._store = dist.TCPStore(
-                offer["host"],
-                offer["port"],
-                self.size,
-                is_master=rank == 0,
-                timeout=limit,
-                wait_for_workers=False,
-                **listening,
-            )
-            self._group = _gloo(self._store, rank, self.size, offer, limit) if backend == "gloo" else self._nccl(rank)
+            self._store = _store(offer, rank, limit, listener)
+            # NCCL waits without end for ranks that do not come: it begins when all are there.
+            self._store.set(f"here/{rank}", "")
+            self._store.wait([f"here/{other}" for other in range(self.size)], limit)
+            if backend == "nccl":
+                self._group = _within(timeout_s, lambda: _nccl(self._store, rank, self.size, device))
+            else:
+                self._group = _gloo(self._store, rank, self.size, offer, limit)
         except Exception as error:
             raise SyncError(
                 f"rank {rank} of {self.size} (0 is the trainer) could not join the {backend} group at "
                 f"{offer['host']}:{offer['port']} within {timeout_s:g} s: {error}"
             ) from error
-
-    def _nccl(self, rank: int) -> Any:
-        options = dist.ProcessGroupNCCL.Options()
-        # Time is kept here: torch's watchdog would end the process, an engine's worker, where a sync should fail.
-        options._timeout = timedelta(days=365)
-        with environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"), torch.cuda.device(self._device):
-            group = dist.ProcessGroupNCCL(self._store, rank, self.size, options)
-            group.eager_connect_single_device(self._device)
-        return group
 
     def broadcast(self, blocks: list[Tensor]) -> None:
         """Send (rank 0). On a GPU it is queued; `blocks` must live until it is settled."""
@@ -259,8 +250,45 @@ class Group:
         self._in_flight.clear()
 
 
+def _store(offer: Where, rank: int, limit: timedelta, listener: socket.socket | None) -> dist.TCPStore:
+    options: dict[str, Any] = {} if listener is None else {"master_listen_fd": listener.detach()}
+    return dist.TCPStore(
+        offer["host"], offer["port"], offer["size"], rank == 0, timeout=limit, wait_for_workers=False, **options
+    )
+
+
+def _nccl(store: dist.TCPStore, rank: int, size: int, device: torch.device) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    # Time is kept here: torch's watchdog would end the process, an engine's worker, where a sync should fail.
+    options._timeout = timedelta(days=365)
+    with environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"), torch.cuda.device(device):
+        group = dist.ProcessGroupNCCL(store, rank, size, options)
+        group.eager_connect_single_device(device)
+    return group
+
+
+def _within(timeout_s: float, make: Callable[[], Any]) -> Any:
+    """What `make` returns; it is left behind in a thread if it does not return in time."""
+    done: queue.Queue = queue.Queue()
+
+    def run() -> None:
+        try:
+            done.put((make(), None))
+        except Exception as error:
+            done.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        made, error = done.get(timeout=timeout_s)
+    except queue.Empty:
+        raise SyncError("a rank came and then did not take part") from None
+    if error is not None:
+        raise error
+    return made
+
+
 def _gloo(store: Any, rank: int, size: int, offer: Where, limit: timedelta) -> Any:
-    options = dist.ProcessGroupGloo._Options()
+    options = dist.ProcessGroupGloo._Options()  # pyrefly: ignore (missing in torch's stubs)
     options._timeout = limit
     # The interface by which this machine reaches the trainer, whatever its host name resolves to.
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=_address_towards(offer["host"], offer["port"]))]

@@ -1,5 +1,6 @@
 """CUDA IPC: the workers read the trainer's own memory, on the same GPU."""
 
+import uuid
 from typing import Any
 
 import torch
@@ -10,16 +11,24 @@ from r3.weight_sync.transports.packing import dtype_of
 
 
 class IpcTransport(Transport):
-    """Hands out handles of the chunk's tensors: nothing is packed, and the worker's copy into its weights is the only
-    one.
+    """Hands out handles of the chunk's tensors: nothing is packed, the worker's copy into its weights is the only one.
 
     Handles travel as plain numbers and hexadecimal strings: no pickle, and no setting of vLLM's that allows it.
+
+    Args:
+        keep_open: the workers keep the trainer's memory mapped from sync to sync, and need not open each allocation
+            again. What the trainer frees is then free only after the next sync: False where the trainer leaves the
+            GPU to the engine in between.
     """
 
     name = "ipc"
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_open: bool = True) -> None:
+        self._generation = uuid.uuid4().hex if keep_open else None
         self._published: dict[int, Chunk] = {}
+
+    def offer(self, workers: int, generations: set[str | None]) -> Where:
+        return {"transport": self.name, "generation": self._generation}
 
     def publish(self, index: int, chunk: Chunk) -> Where:
         on_gpu = [(name, _on_gpu(tensor.detach())) for name, tensor in chunk]
@@ -42,9 +51,42 @@ class IpcTransport(Transport):
 class IpcReceiver(Receiver):
     owned = False
 
+    def __init__(self, offer: Where, rank: int, device: torch.device, timeout_s: float) -> None:
+        super().__init__(offer, rank, device, timeout_s)
+        self.generation = offer["generation"]
+        self._gpu = str(torch.cuda.get_device_properties(device).uuid)
+        # By allocation: torch keeps one mapped for as long as a storage in it lives.
+        self._open: dict[str, torch.UntypedStorage] = {}
+        self._used: set[str] = set()
+
     def receive(self, where: Where) -> Chunk:
-        own = str(torch.cuda.get_device_properties(self.device).uuid)
-        return [(name, _opened(name, handle, self.device, own)) for name, handle in where["tensors"]]
+        return [(name, self._opened(name, handle)) for name, handle in where["tensors"]]
+
+    def settle(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
+        self._open = {memory: storage for memory, storage in self._open.items() if memory in self._used}
+        self._used = set()
+        if self.generation is None:
+            self._open.clear()
+
+    def abort(self) -> None:
+        self._open.clear()
+
+    def _opened(self, name: str, handle: dict[str, Any]) -> torch.Tensor:
+        if handle["gpu"] != self._gpu:
+            raise SyncError(
+                f"{name} is on GPU {handle['gpu']} and this worker on {self._gpu}: `ipc` needs trainer and worker on "
+                "the same GPU; use `nccl`"
+            )
+        shape, dtype = handle["shape"], dtype_of(handle["dtype"])
+        if handle["storage"] is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        memory = handle["storage"][0]
+        storage = _open_storage(handle["storage"], self.device)
+        self._open.setdefault(memory, storage)
+        self._used.add(memory)
+        empty = torch.empty(0, dtype=dtype, device=storage.device)
+        return empty.set_(storage, handle["offset"], shape, _contiguous_strides(shape))
 
 
 def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,6 +94,15 @@ def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _handle(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    described = {
+        "gpu": str(torch.cuda.get_device_properties(tensor.device).uuid),
+        "dtype": str(tensor.dtype),
+        "shape": list(tensor.shape),
+        "offset": tensor.storage_offset(),
+        "storage": None,
+    }
+    if not tensor.nbytes:
+        return described
     try:
         shared = tensor.untyped_storage()._share_cuda_()
     except RuntimeError as error:
@@ -59,25 +110,14 @@ def _handle(name: str, tensor: torch.Tensor) -> dict[str, Any]:
             f"{name}: its memory cannot be shared with another process ({error}); PYTORCH_CUDA_ALLOC_CONF="
             "expandable_segments:True does that on some systems: unset it, or use another transport"
         ) from error
-    return {
-        "gpu": str(torch.cuda.get_device_properties(tensor.device).uuid),
-        "dtype": str(tensor.dtype),
-        "shape": list(tensor.shape),
-        "offset": tensor.storage_offset(),
-        # The first is the index that the GPU has in this process: the worker puts in its own.
-        "storage": [item.hex() if isinstance(item, bytes) else item for item in shared[1:]],
-    }
+    # The first field is the index that the GPU has in this process: the worker puts in its own.
+    return described | {"storage": [item.hex() if isinstance(item, bytes) else item for item in shared[1:]]}
 
 
-def _opened(name: str, handle: dict[str, Any], device: torch.device, own: str) -> torch.Tensor:
-    if handle["gpu"] != own:
-        raise SyncError(
-            f"{name} is on GPU {handle['gpu']} and this worker on {own}: `ipc` needs trainer and worker on the same GPU"
-            "; use `nccl`"
-        )
-    memory, size, offset, counter, counter_offset, event, event_sync = handle["storage"]
+def _open_storage(fields: list[Any], device: torch.device) -> torch.UntypedStorage:
+    memory, size, offset, counter, counter_offset, event, event_sync = fields
     index = torch.cuda.current_device() if device.index is None else device.index
-    storage = torch.UntypedStorage._new_shared_cuda(
+    return torch.UntypedStorage._new_shared_cuda(
         index,
         bytes.fromhex(memory),
         size,
@@ -87,9 +127,6 @@ def _opened(name: str, handle: dict[str, Any], device: torch.device, own: str) -
         bytes.fromhex(event),
         event_sync,
     )
-    shape = handle["shape"]
-    empty = torch.empty(0, dtype=dtype_of(handle["dtype"]), device=torch.device("cuda", index))
-    return empty.set_(storage, handle["offset"], shape, _contiguous_strides(shape))
 
 
 def _contiguous_strides(shape: list[int]) -> list[int]:

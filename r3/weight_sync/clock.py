@@ -1,0 +1,24 @@
+"""Where the time of a sync goes."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+
+class Clock:
+    """Seconds of the host by stage, and since the clock was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self.stages_s: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages_s[name] = self.stages_s.get(name, 0.0) + time.perf_counter() - start
+
+    def total_s(self) -> float:
+        return time.perf_counter() - self._start
