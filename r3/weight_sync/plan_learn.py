@@ -186,15 +186,15 @@ class Learner:
             return
         if not target.numel():
             return
+        if storage_of(target) == storage_of(source) and _region(target) == _region(source):
+            return  # onto itself
+        if (read := self._target(storage_of(source))) is not None and not self._may_read(read):
+            self._record_of(read).spoil("loading or processing copies its weights elsewhere")
         where = self._target(storage_of(target))
         if where is None:
             if name is not None:
                 self._computed.add(name)
-            if (read := self._target(storage_of(source))) is not None and not self._may_read(read):
-                self._record_of(read).spoil("processing copies its weights elsewhere")
             return
-        if storage_of(target) == storage_of(source) and _region(target) == _region(source):
-            return  # onto itself
         record = self._record_of(where)
         if name is None:
             record.spoil("its weights are computed or cast on the way")
