@@ -111,7 +111,8 @@ class Learner:
             self._manifest,
             self._records,
             self._checks,
-            shared=[{layer for layer, _ in places} for places in self._live.values()],
+            shared=self._live.values(),
+            optional=uncounted(),
             slow_sources=self._computed | (self._wanted - linked),
             rearranges=self._rearranges,
         )
@@ -292,6 +293,13 @@ def is_deferred(layer: nn.Module) -> bool:
     if (asks := getattr(attention, "is_deferred_attention_layer", None)) is not None:
         return bool(asks(layer))
     return isinstance(layer, (attention.Attention, attention.MLAAttention))
+
+
+def uncounted() -> set[str]:
+    """Names of tensors that vLLM neither moves to the meta device nor counts (in 0.22 and 0.26 one list serves for both)."""
+    from vllm.model_executor.model_loader.reload import meta
+
+    return getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS)
 
 
 def _region(tensor: Tensor) -> Region:
