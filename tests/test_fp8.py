@@ -131,7 +131,7 @@ def bits(named) -> dict[str, torch.Tensor]:
 
 
 def test_fused_experts_come_apart():
-    model = tiny_moe(torch.bfloat16, moe_intermediate_size=24)
+    model = tiny_moe(torch.bfloat16, moe_intermediate_size=24, num_experts=12)
     config = QUANTIZATION | dict(weight_block_size=[16, 16])
     apart = bits(quantised(named_weights(model), config))
     fused = bits(quantised(named_weights(model, fused_experts=True), config))
