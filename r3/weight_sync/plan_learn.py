@@ -296,7 +296,7 @@ def is_deferred(layer: nn.Module) -> bool:
 
 
 def uncounted() -> set[str]:
-    """Names of tensors that vLLM neither moves to the meta device nor counts (in 0.22 and 0.26 one list serves for both)."""
+    """Names of tensors that vLLM neither moves to the meta device nor counts (up to 0.26 one list serves for both)."""
     from vllm.model_executor.model_loader.reload import meta
 
     return getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS)
