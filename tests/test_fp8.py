@@ -15,6 +15,7 @@ from ranks import Ranks
 from safetensors.torch import save_file
 from torch import nn
 from vllm_models import config_of, declared, vllm_model
+from zoo.families import CASES
 
 from r3.errors import SyncError
 from r3.weight_sync.fp8 import block_quantise, check_finite_engine, fp8_scheme, quantised
@@ -93,7 +94,7 @@ def test_numbers(shape, block, dtype, power_of_two):
 def test_unusual_blocks():
     weight = torch.zeros(8, 40)
     weight[:, 8:16] = 448.0  # exactly the largest number
-    weight[0, 16] = 1e-40  # subnormal in float32
+    weight[0, 16] = 1e-44  # subnormal in float32, and zero once divided by 448
     weight[:, 24:32] = 3e38
     weight[2, 32] = 2.0**-20
     for power_of_two in (False, True):
@@ -130,7 +131,7 @@ def bits(named) -> dict[str, torch.Tensor]:
 
 
 def test_fused_experts_come_apart():
-    model = tiny_moe(torch.bfloat16, moe_intermediate_size=24)
+    model = tiny_moe(torch.bfloat16, moe_intermediate_size=24, num_experts=12)
     config = QUANTIZATION | dict(weight_block_size=[16, 16])
     apart = bits(quantised(named_weights(model), config))
     fused = bits(quantised(named_weights(model, fused_experts=True), config))
@@ -142,6 +143,16 @@ def test_fused_experts_come_apart():
     left = dict(quantised(named_weights(model, fused_experts=True), ignored))
     assert left["model.layers.0.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
     assert left["model.layers.1.mlp.experts.0.gate_proj.weight"].dtype == torch.float8_e4m3fn
+
+
+def test_experts_that_the_checkpoint_has_in_one():
+    named = named_weights(CASES["gpt_oss"].build(torch.bfloat16))
+    with pytest.raises(SyncError, match=r"experts\.gate_up_proj: .* not known"):
+        quantised(named, QUANTIZATION)
+    ignored = [f"model.layers.{layer}.mlp.experts" for layer in range(2)]
+    left = dict(quantised(named, QUANTIZATION | dict(modules_to_not_convert=ignored)))
+    assert left["model.layers.1.mlp.experts.gate_up_proj"].dtype == torch.bfloat16
+    assert left["model.layers.1.self_attn.q_proj.weight"].dtype == torch.float8_e4m3fn
 
 
 def test_what_is_left_as_it_is():

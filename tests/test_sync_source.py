@@ -71,8 +71,23 @@ def test_experts_are_views():
 def test_fused_experts():
     model = tiny_moe()
     assert_same(sent(model, fused_experts=True), {n: t.detach() for n, t in model.state_dict().items()})
-    mixtral = CASES["mixtral"].build()
-    assert_same(sent(mixtral, fused_experts=True), sent(mixtral))  # other names: vLLM knows those of the checkpoint
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_ocr2", "gpt_oss"])
+def test_fused_experts_of_another_name(name):
+    """vLLM knows these by the names of the checkpoint only."""
+    model = CASES[name].build()
+    assert_same(sent(model, fused_experts=True), sent(model))
+
+
+def test_fused_experts_say_their_parts():
+    model = tiny_moe(num_experts=12)
+    apart = sent(model)
+    for _, source in named_weights(model, fused_experts=True):
+        if source.parts:
+            whole = gathered(source)
+            matrices = whole.reshape(len(source.parts), -1, whole.shape[-1])
+            assert all(torch.equal(apart[part], matrix) for part, matrix in zip(source.parts, matrices, strict=True))
 
 
 def test_tied(tmp_path):
@@ -82,6 +97,15 @@ def test_tied(tmp_path):
     assert "lm_head.weight" not in got
     assert torch.equal(got["model.embed_tokens.weight"], model.lm_head.weight)
     assert_same(got, saved(model, tmp_path))
+
+
+def test_tied_the_other_way_round():
+    """The name of the checkpoint is sent, not the one that comes first in the model."""
+    model = tiny_moe(tie_word_embeddings=True)
+    expected = sent(model)
+    head = model._modules.pop("lm_head")
+    model._modules = {"lm_head": head, **model._modules}
+    assert_same(sent(model), expected)
 
 
 def test_tied_in_the_engine_only():
@@ -135,16 +159,16 @@ def test_wrapped(name):
 
 
 def test_list_can_be_sent_again():
-    model = tiny_moe()
+    """After a pass that stopped anywhere, nothing of it is left in the next."""
+    model = with_lora(tiny_moe(), **ADAPTERS["experts"])
     named = named_weights(model)
-    before = {name: gathered(source).clone() for name, source in named}
-    for _, source in named[:40]:  # a pass that stops among the experts
-        gathered(source)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 1
-    after = {name: gathered(source) for name, source in named}
-    assert all(torch.equal(after[name], before[name] + 1) for name in before)
+    for stop in range(1, len(named), 3):
+        for _, source in named[:stop]:
+            gathered(source)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.5
+        assert_same({name: gathered(source) for name, source in named}, sent(model))
 
 
 def test_changed_model_is_refused():
@@ -284,17 +308,25 @@ def test_sharded(two_ranks, name):
 
 
 def _sharded_lora_is_whole(settings: dict) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     model = with_lora(tiny_moe(), **settings)
     expected = sent(copy.deepcopy(model).merge_and_unload())
     alone = {name: gathered(source).clone() for name, source in adapter_weights(model).weights}
+    head = getattr(model.base_model.model.lm_head, "base_layer", None)
+    if head is not None:  # inside a layer with adapters, and gathered until it is told otherwise
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        fully_shard(head, mp_policy=policy, reshard_after_forward=False)
     model = sharded(model, model.base_model.model.model.layers)
     assert_same(sent(model), expected)
+    named = named_weights(model)
     model(input_ids=tokens(1, 6), use_cache=False)
-    assert_same(sent(model), expected)
     assert_same({name: gathered(source) for name, source in adapter_weights(model).weights}, alone)
+    model(input_ids=tokens(1, 6), use_cache=False)
+    assert_same({name: gathered(source) for name, source in named}, expected)
 
 
-@pytest.mark.parametrize("name", ["linear", "dora", "experts"])
+@pytest.mark.parametrize("name", ["linear", "dora", "experts", "head"])
 def test_sharded_lora(two_ranks, name):
     two_ranks.all(_sharded_lora_is_whole, ADAPTERS[name])
 

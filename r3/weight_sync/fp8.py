@@ -3,6 +3,7 @@
 sync.push(quantised(named_weights(model), engine_config), version=1)
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from r3.errors import SyncError, summary
 from r3.weight_sync.fp8_block import FP8, block_quantise
-from r3.weight_sync.fp8_rules import FUSED_EXPERTS, SCALE, Fp8Scheme, fp8_scheme
+from r3.weight_sync.fp8_rules import SCALE, Fp8Scheme, fp8_scheme
 from r3.weight_sync.source_tensor import Together, Weight, WeightSource, as_source, gathered
 
 __all__ = ["Fp8Scheme", "block_quantise", "check_finite_engine", "fp8_scheme", "quantised"]
+
+_AT_ONCE = 1 << 26
 
 
 def quantised(
@@ -35,34 +38,43 @@ def quantised(
             scale there; without it, those that vLLM's rules say, from names.
 
     Raises:
-        SyncError: another quantisation; a weight that the checkpoint holds in FP8 is missing.
+        SyncError: another quantisation; a weight that the checkpoint holds in FP8 is missing; experts that checkpoints
+            of this family hold in one tensor (gpt-oss, Llama 4, Qwen3-VL).
     """
     scheme = fp8_scheme(config, checkpoint)
     weights = [(name, as_source(name, weight)) for name, weight in named]
     if scheme.held is not None:
-        there = {part for name, weight in weights for part in (name, *_parts(name, weight.shape))}
+        there = {part for name, weight in weights for part in weight.parts or (name,)}
         lost = sorted(scheme.held - there)
         if lost:
             raise SyncError(f"weights that the checkpoint holds in FP8 are missing:{summary(lost)}")
     sent: list[tuple[str, WeightSource]] = []
     for name, weight in weights:
-        sent += _quantised(name, weight, scheme) if scheme.holds(name, weight.shape) else [(name, weight)]
+        parts = weight.parts or (name,)
+        rows = math.prod(weight.shape[:-1]) // len(parts)
+        part_shape = torch.Size([rows, weight.shape[-1]]) if weight.parts else weight.shape
+        if scheme.holds(parts[0], part_shape):
+            sent += _quantised(parts, part_shape, weight, scheme)
+        else:
+            sent.append((name, weight))
     return sent
 
 
-def _quantised(name: str, weight: WeightSource, scheme: Fp8Scheme) -> list[tuple[str, WeightSource]]:
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        raise SyncError(f"{name}: expected 16- or 32-bit floating-point numbers to quantise, got {weight.dtype}")
-    names = _parts(name, weight.shape)
-    rows, columns = weight.shape[-2], weight.shape[-1]
-    if name.endswith(".gate_up_proj"):
-        rows //= 2  # gate and up never share a block
-    grid = torch.Size([-(-rows // scheme.block[0]), -(-columns // scheme.block[1])])
+def _quantised(
+    parts: tuple[str, ...], shape: torch.Size, weight: WeightSource, scheme: Fp8Scheme
+) -> list[tuple[str, WeightSource]]:
+    """The matrices `parts`, each of `shape`, which lie one after the other in `weight`, and their scales."""
+    if len(shape) != 2 or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        raise SyncError(f"{weight.name}: expected a matrix of 16- or 32-bit numbers, got {tuple(shape)} {weight.dtype}")
+    grid = torch.Size([-(-shape[0] // scheme.block[0]), -(-shape[1] // scheme.block[1])])
 
     def make() -> list[Tensor]:
-        whole = gathered(weight).reshape(-1, rows, columns)
-        numbers, scales = block_quantise(whole, scheme.block, power_of_two=scheme.power_of_two)
-        return [tensor for pair in zip(numbers, scales, strict=True) for tensor in pair]
+        made: list[Tensor] = []
+        # In float32, and with what is in between, a matrix takes many times its room: not all experts at once.
+        for some in gathered(weight).reshape(-1, *shape).split(max(1, _AT_ONCE // shape.numel())):
+            numbers, scales = block_quantise(some, scheme.block, power_of_two=scheme.power_of_two)
+            made += [tensor for pair in zip(numbers, scales, strict=True) for tensor in pair]
+        return made
 
     together = Together(make)
 
@@ -71,19 +83,10 @@ def _quantised(name: str, weight: WeightSource, scheme: Fp8Scheme) -> list[tuple
         return name, WeightSource(name=name, shape=shape, dtype=dtype, make=take, keep_dtype=True)
 
     sent = []
-    for index, part in enumerate(names):
-        sent.append(source(2 * index, part, torch.Size([rows, columns]), FP8))
+    for index, part in enumerate(parts):
+        sent.append(source(2 * index, part, shape, FP8))
         sent.append(source(2 * index + 1, part + SCALE, grid, torch.float32))
     return sent
-
-
-def _parts(name: str, shape: torch.Size) -> list[str]:
-    """The checkpoint's names of the matrices in a weight, in the order in which they lie."""
-    fused = FUSED_EXPERTS.fullmatch(name) if len(shape) == 3 else None
-    if fused is None:
-        return [name]
-    own = ["gate_proj", "up_proj"] if fused[2] == "gate_up_proj" else [fused[2]]
-    return [f"{fused[1]}.{expert}.{part}.weight" for expert in range(shape[0]) for part in own]
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ import torch
 
 from r3.errors import SyncError, summary
 
-FUSED_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 SCALE = "_scale_inv"
+_EXPERTS = re.compile(r"(.*\.experts)\.(?:\d+|gate_up_proj|down_proj)(?:\.|$)")
 # Routers, and the head. vLLM builds some routers without quantisation whatever the configuration says (DeepSeek), and
 # others only if they are listed (Qwen3-MoE, whose FP8 checkpoints list them all).
 _NEVER = {"gate", "router", "shared_expert_gate", "lm_head"}
@@ -34,19 +34,24 @@ class Fp8Scheme:
     held: frozenset[str] | None = None
 
     def holds(self, name: str, shape: torch.Size) -> bool:
-        """Whether the weight `name` is FP8 in the engine's checkpoint. A norm, a router, an embedding never is."""
-        fused = FUSED_EXPERTS.fullmatch(name) if len(shape) == 3 else None
+        """Whether the weight `name` is FP8 in the engine's checkpoint. A norm, a router, an embedding never is.
+
+        Raises:
+            SyncError: experts in one tensor, of which only a checkpoint can say how it holds them.
+        """
         if self.held is not None:
-            return (f"{fused[1]}.0.down_proj.weight" if fused is not None else name) in self.held
+            return name in self.held
         module, _, kind = name.rpartition(".")
         own = module.rpartition(".")[2]
-        if fused is None and (kind != "weight" or len(shape) != 2 or own in _NEVER or "embed" in own):
-            return False
         # vLLM decides for all experts of a layer at once: one that is named leaves all of them as they are.
-        experts = fused[1] if fused is not None else re.sub(r"(\.experts)\.\d+\..*", r"\1", module)
-        if experts.endswith(".experts"):
-            return not any(experts in ignored for ignored in self.ignored)
-        return module not in self.ignored
+        experts = _EXPERTS.match(name)
+        if experts is not None and any(experts[1] in ignored for ignored in self.ignored):
+            return False
+        if experts is not None and len(shape) == 3:
+            raise SyncError(f"{name}: the checkpoint's own form has all experts in one; their FP8 form is not known")
+        if kind != "weight" or len(shape) != 2 or own in _NEVER or "embed" in own:
+            return False
+        return experts is not None or module not in self.ignored
 
 
 def fp8_scheme(config: Any, checkpoint: str | Path | None = None) -> Fp8Scheme:

@@ -111,7 +111,8 @@ class Learner:
             self._manifest,
             self._records,
             self._checks,
-            shared=[{layer for layer, _ in places} for places in self._live.values()],
+            shared=self._live.values(),
+            optional=uncounted(),
             slow_sources=self._computed | (self._wanted - linked),
             rearranges=self._rearranges,
         )
@@ -186,15 +187,15 @@ class Learner:
             return
         if not target.numel():
             return
+        if storage_of(target) == storage_of(source) and _region(target) == _region(source):
+            return  # onto itself
+        if (read := self._target(storage_of(source))) is not None and not self._may_read(read):
+            self._record_of(read).spoil("loading or processing copies its weights elsewhere")
         where = self._target(storage_of(target))
         if where is None:
             if name is not None:
                 self._computed.add(name)
-            if (read := self._target(storage_of(source))) is not None and not self._may_read(read):
-                self._record_of(read).spoil("processing copies its weights elsewhere")
             return
-        if storage_of(target) == storage_of(source) and _region(target) == _region(source):
-            return  # onto itself
         record = self._record_of(where)
         if name is None:
             record.spoil("its weights are computed or cast on the way")
@@ -292,6 +293,13 @@ def is_deferred(layer: nn.Module) -> bool:
     if (asks := getattr(attention, "is_deferred_attention_layer", None)) is not None:
         return bool(asks(layer))
     return isinstance(layer, (attention.Attention, attention.MLAAttention))
+
+
+def uncounted() -> set[str]:
+    """Names of tensors that vLLM neither moves to the meta device nor counts (up to 0.26 one list serves for both)."""
+    from vllm.model_executor.model_loader.reload import meta
+
+    return getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS)
 
 
 def _region(tensor: Tensor) -> Region:

@@ -20,7 +20,8 @@ def conclude(
     records: dict[str, Record],
     checks: Iterable[Check],
     *,
-    shared: Iterable[Collection[str]],
+    shared: Iterable[Collection[tuple[str, str]]],
+    optional: Collection[str],
     slow_sources: set[str],
     rearranges: bool,
 ) -> LoadPlan:
@@ -31,7 +32,8 @@ def conclude(
         manifest: all tensors of the sync.
         records: by layer, of all layers that got something.
         checks: queued comparisons.
-        shared: groups of layers that compute with the same memory.
+        shared: groups of (layer, tensor) that are the same memory.
+        optional: names of tensors that stay as they are, on every path, where nothing is loaded into them.
         slow_sources: tensors of which something was computed, or that went where it cannot be said.
         rearranges: experts move between ranks as the engine runs.
     """
@@ -41,9 +43,9 @@ def conclude(
         slow.setdefault(layer, f"{type(model.get_submodule(layer)).__name__}: {reason}")
 
     _evaluate(checks, fail)
-    uncovered = _uncovered(model, records, fail)
+    uncovered = _uncovered(model, records, optional, fail)
     for group in shared:
-        layers = set(group) & records.keys()
+        layers = {layer for layer, tensor in group if layer in records and records[layer].regions(tensor)}
         for layer in layers if len(layers) > 1 else ():
             fail(layer, "several layers load the same memory")
     for layer in records if rearranges else ():
@@ -85,16 +87,17 @@ def _evaluate(checks: Iterable[Check], fail: Fail) -> None:
                 fail(layer, reason)
 
 
-def _uncovered(model: nn.Module, records: dict[str, Record], fail: Fail) -> bool:
+def _uncovered(model: nn.Module, records: dict[str, Record], optional: Collection[str], fail: Fail) -> bool:
     """Whether there are elements that were not loaded exactly once."""
     found = False
     for name, record in records.items():
-        buffers = model.get_submodule(name)._buffers
+        # Buffers that nothing is loaded into are the layer's own: rotary tables.
+        may_lack = model.get_submodule(name)._buffers.keys() | set(optional)
         for tensor, (shape, stride, _) in record.layouts.items():
             regions = record.regions(tensor)
-            # Buffers that nothing is loaded into are the layer's own: rotary tables.
-            problem = coverage_problem(regions, shape, stride) if regions or tensor not in buffers else None
-            if problem:
+            if not regions and tensor in may_lack:
+                continue
+            if problem := coverage_problem(regions, shape, stride):
                 found = True
                 fail(name, problem)
     return found

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from r3.errors import SyncError, summary
 from r3.weight_sync.plan import LoadPlan, Manifest, Planned
-from r3.weight_sync.plan_learn import Learner, is_deferred
+from r3.weight_sync.plan_learn import Learner, is_deferred, uncounted
 
 logger = logging.getLogger(__name__)
 
@@ -205,10 +205,7 @@ def _put_back(layer: nn.Module) -> None:
 
 def _loadable_numel(layer: nn.Module, name: str, param: Tensor) -> int:
     """Elements of `param` that a checkpoint fills, and vLLM counts: the rows that pad a vocabulary are in none."""
-    from vllm.model_executor.model_loader.reload import meta
-
-    # Before 0.30 one list served for what stays off the meta device and for what is not counted.
-    if name in getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS):
+    if name in uncounted():
         return 0
     numel = getattr(param, "weight_loader_numel", param.numel())  # 0.31: a parameter may say how much is padding
     rows = getattr(layer, "num_embeddings_per_partition", None)

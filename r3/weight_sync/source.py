@@ -44,8 +44,9 @@ def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tupl
         model: a transformers model, plain or wrapped.
         fused_experts: send `experts.gate_up_proj` `[E, 2I, H]` and `experts.down_proj` `[E, H, I]` as they are, where
             the checkpoint differs only by having them apart: far fewer names. vLLM takes both forms for Qwen2-MoE,
-            Qwen3-MoE, OLMoE and GLM-4-MoE, but not for DeepSeek-V2 and V3, whose sync then fails as incomplete. Has
-            no effect on families whose checkpoints are fused anyway (gpt-oss) or name experts differently (Mixtral).
+            Qwen3-MoE, OLMoE, GLM-4-MoE and ERNIE 4.5 (tested with the models of vLLM 0.30), but not for DeepSeek-V2
+            and V3, whose sync then fails. Has no effect on families whose checkpoints are fused anyway (gpt-oss) or
+            name experts differently (Mixtral). `WeightSource.parts` has the names of the checkpoint.
 
     Raises:
         SyncError: no transformers model; weights that cannot be read where they are (FSDP1, ZeRO-3); weights that the

@@ -9,6 +9,7 @@ that group.
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,8 +52,9 @@ def checkpoint_weights(skeleton: Any, live: dict[str, WeightSource], fused_exper
     made = _checkpoint_form(skeleton, blank)
     named: Named = []
     for origins, names in _groups(made):
-        if fused_experts and _is_split_of_experts(origins, names):
-            named.append((origins[0], live[origins[0]]))
+        if fused_experts and _is_split_of_experts(origins, names) and _all_views(made, names, blank[origins[0]]):
+            lie = sorted(names, key=lambda name: made[name].storage_offset())
+            named.append((origins[0], replace(live[origins[0]], parts=tuple(lie))))
         elif len(origins) == 1 and _all_views(made, names, blank[origins[0]]):
             named += _views(live[origins[0]], names, made)
         else:

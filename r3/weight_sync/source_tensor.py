@@ -19,6 +19,8 @@ class WeightSource:
         make: returns the tensor, which may be a view of the live weight: read it, do not write to it. Where the
             weight is sharded, every rank of its mesh must call it, in the same order.
         keep_dtype: whether a sync leaves the dtype as it is, even when it casts the other weights to the engine's.
+        parts: of a weight that is sent in one, though the checkpoint has it in parts of one shape: their names, in the
+            order in which they lie in it.
     """
 
     name: str
@@ -26,6 +28,7 @@ class WeightSource:
     dtype: torch.dtype
     make: Callable[[], Tensor]
     keep_dtype: bool = False
+    parts: tuple[str, ...] = ()
 
 
 Weight = Tensor | WeightSource
