@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 
 class Workers:
-    """`size` processes, each with a receiver of its own. Calls go to all of them; their answers are waited for apart."""
+    """`size` processes, each with a receiver of its own. Calls go to all; answers are waited for apart."""
 
     def __init__(self, size: int, device: str = "cpu") -> None:
         self._device = device

@@ -50,8 +50,8 @@ class FilesTransport(Transport):
             partial.unlink(missing_ok=True)
             raise SyncError(
                 f"chunk {index} ({sum(t.nbytes for _, t in chunk)} bytes) could not be written to {self._folder} "
-                f"({error}); {shutil.disk_usage(self._folder).free} bytes are free there: use smaller chunks or another "
-                "folder"
+                f"({error}); {shutil.disk_usage(self._folder).free} bytes are free there: use smaller chunks, or "
+                "another folder"
             ) from error
         self._published[index] = path
         return {"path": str(path), "bytes": path.stat().st_size}
