@@ -85,7 +85,7 @@ class WeightSyncConfig:
     """Send only what changed since the last version. Costs a copy of the weights in main memory on both sides."""
     fused_experts: bool = False
     """Send the experts of a layer as one tensor, as transformers has them: faster, where vLLM's model takes them so."""
-    chunk_mib: float = 256.0
+    chunk_mib: float = 512.0
     """Largest chunk, MiB."""
     timeout_s: float = 600.0
 

@@ -381,7 +381,7 @@ class Harness:
         sender = self._sender({"files": "gloo", "gloo": "files"}[s.transport], s.delta)
         weights = {"A": "B", "B": "C", "C": "A"}[s.weights]
         # Half of those that take over are themselves in the middle when the first one goes on.
-        middle = s.long and s.faults[0].pick < 0.5 and s.faults[0].kind in ("held", "sender stopped")
+        middle = s.faults[0].pick < 0.5 and s.faults[0].kind in ("held", "sender stopped")
         faults = [Fault(kind="held", point="load:3", when="before")] if middle else []
         sender.order(
             version=self._next(weights), weights=weights, fused=s.fused, faults=faults, on_running=s.on_running

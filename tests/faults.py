@@ -23,7 +23,7 @@ CALL = ("lost", "doubled", "reordered")
 
 KINDS = {
     "sender killed": 6,
-    "sender stopped": 6,
+    "sender stopped": 8,
     "sender raises": 5,
     "worker stopped": 8,
     "worker raises": 2,
@@ -33,7 +33,7 @@ KINDS = {
     "call": 6,
     "content": 14,
     "disk full": 4,
-    "held": 5,
+    "held": 8,
     "late": 5,
     "old version": 2,
     "two at once": 4,

@@ -95,7 +95,7 @@ class WeightSync:
         transport: str | Transport = "files",
         delta: bool = False,
         dtype: torch.dtype | None = None,
-        chunk_bytes: int = 256 << 20,
+        chunk_bytes: int = 512 << 20,
         timeout_s: float = 600.0,
     ) -> None:
         if chunk_bytes <= 0 or timeout_s <= 0:

@@ -24,6 +24,7 @@ from r3.errors import SyncError
 from r3.weight_sync.transports.base import Chunk, Receiver, Stop, Transport, Where, wait_until
 from r3.weight_sync.transports.packing import Block, pack, unpack
 
+_ABORT_S = 10.0
 _MOST_IN_FLIGHT = 2
 """Chunks whose memory a device may hold at a time, on either side."""
 
@@ -246,7 +247,7 @@ class Group:
     def abort(self) -> None:
         """Take the group down, with whatever is under way in it."""
         with contextlib.suppress(Exception):
-            self._group.abort()
+            _within(_ABORT_S, self._group.abort)
         self._in_flight.clear()
 
 
@@ -259,9 +260,16 @@ def _store(offer: Where, rank: int, limit: timedelta, listener: socket.socket | 
 
 def _nccl(store: dist.TCPStore, rank: int, size: int, device: torch.device) -> Any:
     options = dist.ProcessGroupNCCL.Options()
-    # Time is kept here: torch's watchdog would end the process, an engine's worker, where a sync should fail.
+    # Time is kept here: torch's watchdog and its monitor would end the process, an engine's worker, where a sync
+    # should fail.
     options._timeout = timedelta(days=365)
-    with environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"), torch.cuda.device(device):
+    no_watchdog = {
+        "ASYNC_ERROR_HANDLING": "0",
+        "ENABLE_MONITORING": "0",
+        "DUMP_ON_TIMEOUT": "0",
+        "PROPAGATE_ERROR": "0",
+    }
+    with environment(**{f"TORCH_NCCL_{name}": off for name, off in no_watchdog.items()}), torch.cuda.device(device):
         group = dist.ProcessGroupNCCL(store, rank, size, options)
         group.eager_connect_single_device(device)
     return group
