@@ -1,0 +1,60 @@
+"""The engines that a weight sync can reach: `vllm.LLM`, `AsyncLLM`, a `vllm serve` by URL, or a list of those."""
+
+import asyncio
+import sys
+from typing import Any
+
+from r3.errors import SyncError
+from r3.weight_sync.engines.asynchronous import AsyncEngine
+from r3.weight_sync.engines.base import Engine, OnRunning, Reply, checked_mode
+from r3.weight_sync.engines.group import EngineGroup
+from r3.weight_sync.engines.offline import OfflineEngine
+from r3.weight_sync.engines.server import ServerEngine
+
+__all__ = ["Engine", "OnRunning", "Reply", "engine_of"]
+
+
+def engine_of(
+    engine: Any,
+    *,
+    on_running: OnRunning = "wait",
+    loop: asyncio.AbstractEventLoop | None = None,
+    api_key: str | None = None,
+) -> Engine:
+    """The adapter for `engine`.
+
+    Args:
+        engine: a `vllm.LLM`, an `AsyncLLM`, the URL of a `vllm serve` in development mode, a list or tuple of those
+            (replicas, or the ranks of a data-parallel group), or an `Engine`, which comes back as it is.
+        on_running: what a pause does with requests that run: "wait" for their end, "abort" them, or "keep" them frozen
+            (their keys and values are computed anew, and their next tokens come from the new weights). A `vllm.LLM`
+            must be idle in each case.
+        loop: of an `AsyncLLM`, where it cannot be found.
+        api_key: of servers that want one.
+
+    Raises:
+        SyncError: something else.
+
+    Example:
+        >>> engine_of("http://127.0.0.1:8000").call("r3_status", timeout_s=10)  # doctest: +SKIP
+    """
+    mode = checked_mode(on_running)
+    if isinstance(engine, Engine):
+        return engine
+    if isinstance(engine, str):
+        return ServerEngine(engine, mode, api_key)
+    if isinstance(engine, list | tuple):
+        return EngineGroup([engine_of(one, on_running=mode, loop=loop, api_key=api_key) for one in engine])
+    if isinstance(engine, _loaded("vllm.entrypoints.llm", "LLM")):
+        return OfflineEngine(engine)
+    if isinstance(engine, _loaded("vllm.v1.engine.async_llm", "AsyncLLM")):
+        return AsyncEngine(engine, mode, loop)
+    raise SyncError(
+        "engine: expected a vllm.LLM, an AsyncLLM, a URL (http://host:port) or a list of those, got "
+        f"{type(engine).__module__}.{type(engine).__qualname__}"
+    )
+
+
+def _loaded(module: str, name: str) -> Any:
+    """A class of vLLM, or no class where its module is not loaded: no object of it exists then."""
+    return getattr(sys.modules.get(module), name, ())

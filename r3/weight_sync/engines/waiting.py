@@ -1,0 +1,64 @@
+"""Waiting for an engine with a deadline of our own: vLLM's clients wait for ever when an engine stops or dies."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for_any
+from typing import Any
+
+from r3.errors import SyncError
+
+POLL_S = 0.05
+
+
+class Deadline:
+    """`timeout_s` from now on, shared by the steps of one call.
+
+    Raises:
+        SyncError: `timeout_s` is not above 0.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        if not timeout_s > 0:
+            raise SyncError(f"timeout_s: expected above 0, got {timeout_s!r}")
+        self.timeout_s = timeout_s
+        self._end = time.monotonic() + timeout_s
+
+    @property
+    def left_s(self) -> float:
+        """What is left; 0 when it is over."""
+        return max(0.0, self._end - time.monotonic())
+
+
+def in_thread(function: Callable[[], Any]) -> Future:
+    """The result of `function`, called at once in a daemon thread: one that never returns does not hold the process."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="r3-sync-call", daemon=True).start()
+    return future
+
+
+def answer_of(future: Future, deadline: Deadline, *, where: str, what: str, dead: Callable[[], str | None]) -> Any:
+    """The result of `future`, or `SyncError` when the deadline has passed or `dead` tells a cause.
+
+    An answer that comes later is dropped. Exceptions of the future itself come as they are.
+    """
+    while True:
+        done, _ = wait_for_any([future], timeout=min(POLL_S, deadline.left_s))
+        if done:
+            return future.result()
+        cause = dead()
+        if cause is not None:
+            raise SyncError(f"{where}: {cause} while {what} was waited for. Start it anew, then sync")
+        if not deadline.left_s:
+            raise SyncError(
+                f"{where}: no answer to {what} within {deadline.timeout_s:g} s. It may still run there; what is called "
+                "next comes after it, and its late answer is dropped"
+            )
