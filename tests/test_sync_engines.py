@@ -1,0 +1,491 @@
+"""What a weight sync asks of an engine, with a real one of each kind: every answer in time, its own, or an error.
+
+The last test of each engine kills it.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+from server import running_server
+
+from r3 import SyncError
+from r3.capture import engine_kwargs
+from r3.weight_sync.engines import engine_of
+from r3.weight_sync.engines.base import Engine, require_complete
+from r3.weight_sync.engines.guard import Guard
+from r3.weight_sync.engines.waiting import Deadline, answer_of, in_thread
+from r3.weight_sync.worker import WeightSyncWorker
+
+HERE = Path(__file__).parent
+EXACT = [2**53 + 1, 2**63 + 5, 2**64 - 1, -(2**63)]
+PROMPT = [3, 5, 7, 11]
+DEAD = r"has died|has gone|connection failed"
+
+# vLLM 0.30's CPU attention uses AMX where there is one, and never asks the kernel for it: SIGILL at the first token.
+# This module is imported in the worker.
+if hasattr(torch.cpu, "_init_amx"):
+    torch.cpu._init_amx()
+
+
+class EchoWorker(WeightSyncWorker):
+    def r3_test_echo(self, *args) -> dict:
+        return {"rank": self.rank, "echo": list(args)}
+
+    def r3_test_error(self) -> dict:
+        return {"rank": self.rank, "error": "as told"}
+
+    def r3_test_raise(self) -> dict:
+        raise RuntimeError("raised on purpose")
+
+
+@contextlib.contextmanager
+def workers_import_this(**more: str):
+    """The environment in which workers find their extension."""
+    with pytest.MonkeyPatch.context() as patch:
+        before = os.environ.get("PYTHONPATH")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent), *([before] if before else [])]))
+        for name, value in more.items():
+            patch.setenv(name, value)
+        yield
+
+
+def settings(demo_config) -> dict:
+    return engine_kwargs(demo_config) | {"worker_extension_cls": "test_sync_engines.EchoWorker"}
+
+
+class Running:
+    """A running engine: its adapter, how to generate, and the process of its engine core."""
+
+    def __init__(self, engine: Engine, generate, core_pid: int) -> None:
+        self.engine, self.generate, self.core_pid = engine, generate, core_pid
+
+    @contextlib.contextmanager
+    def stopped(self):
+        os.kill(self.core_pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.core_pid, signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def offline(demo_config):
+    """Not the session's engine: the last test kills it."""
+    from vllm import LLM, SamplingParams
+
+    with workers_import_this():
+        llm = LLM(**settings(demo_config))
+
+    def generate(tokens: int, timeout_s: float = 60) -> int:
+        sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        (output,) = llm.generate({"prompt_token_ids": PROMPT}, sampling, use_tqdm=False)
+        return len(output.outputs[0].token_ids)
+
+    core = llm.llm_engine.engine_core
+    running = Running(engine_of(llm), generate, core.resources.engine_manager.processes[0].pid)
+    running.llm = llm
+    yield running
+    core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def asynchronous(demo_config):
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start():
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings(demo_config)))
+
+    with workers_import_this():
+        made = asyncio.run_coroutine_threadsafe(start(), loop).result(200)
+
+    async def one(tokens: int) -> int:
+        sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+        async for output in made.generate({"prompt_token_ids": PROMPT}, sampling, f"{time.monotonic_ns()}"):
+            last = output
+        return len(last.outputs[0].token_ids)
+
+    def generate(tokens: int, timeout_s: float = 60) -> int:
+        return asyncio.run_coroutine_threadsafe(asyncio.wait_for(one(tokens), timeout_s), loop).result(timeout_s + 1)
+
+    core = made.engine_core
+    running = Running(engine_of(made), generate, core.resources.engine_manager.processes[0].pid)
+    running.llm, running.loop = made, loop
+    yield running
+    loop.call_soon_threadsafe(made.shutdown)
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.1), loop).result(60)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def server(demo_config, tmp_path_factory):
+    extra = ("--worker-extension-cls", "test_sync_engines.EchoWorker")
+    with (
+        workers_import_this(VLLM_SERVER_DEV_MODE="1"),
+        running_server(demo_config, tmp_path_factory.mktemp("sync_server"), *extra) as up,
+    ):
+        model = httpx.get(f"{up.url}/v1/models").json()["data"][0]["id"]
+
+        def generate(tokens: int, timeout_s: float = 60) -> int:
+            body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True}
+            answer = httpx.post(f"{up.url}/v1/completions", json=body, timeout=timeout_s)
+            return answer.json()["usage"]["completion_tokens"]
+
+        running = Running(engine_of(f"{up.url}/v1"), generate, engine_core_of(up.process.pid))
+        running.server = up
+        yield running
+
+
+def engine_core_of(pid: int) -> int:
+    """The child of a server that runs the engine core."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if b"EngineCore" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return int(child)
+    raise AssertionError("the server has no engine core")
+
+
+KINDS = ["offline", "asynchronous", "server"]
+
+
+@pytest.fixture(params=KINDS, scope="module")
+def running(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.engine
+class TestEveryKind:
+    def test_every_worker_answers(self, running):
+        (reply,) = running.engine.call("r3_status", timeout_s=30)
+        assert {"rank", "version", "state", "world_size", "dp_rank", "dp_size"} <= reply.keys()
+        assert (reply["rank"], reply["world_size"], reply["dp_rank"], reply["dp_size"]) == (0, 1, 0, 1)
+
+    def test_arguments_arrive_exactly(self, running):
+        sent = [EXACT, {"name": [[2, 3], "torch.bfloat16"]}, "text", 0.1, None, True]
+        (reply,) = running.engine.call("r3_test_echo", *sent, timeout_s=30)
+        assert reply["echo"] == sent
+
+    def test_no_such_method(self, running):
+        with pytest.raises(SyncError, match=r"worker_extension_cls='r3\.weight_sync\.worker\.WeightSyncWorker'"):
+            running.engine.call("r3_nothing", timeout_s=30)
+        assert running.engine.call("r3_status", timeout_s=30)
+
+    def test_errors_of_workers_come_back_and_exceptions_raise(self, running):
+        (reply,) = running.engine.call("r3_test_error", timeout_s=30)
+        assert reply["error"] == "as told"
+        with pytest.raises(SyncError, match=r"r3_test_raise failed: .*raised on purpose"):
+            running.engine.call("r3_test_raise", timeout_s=30)
+
+    def test_pause_caches_and_label(self, running):
+        engine = running.engine
+        assert running.generate(4) == 4
+        assert engine.pause(30)
+        assert not engine.pause(30), "a paused engine was said to serve"
+        served: Future = in_thread(lambda: running.generate(4))
+        time.sleep(1.5)
+        if running.engine.name == "vllm.LLM":
+            with pytest.raises(SyncError, match="paused for a weight sync"):
+                served.result()
+        else:
+            assert not served.done(), "a paused engine generated"
+        engine.reset_caches(30)
+        engine.label(7, 30)
+        engine.resume(30)
+        if running.engine.name != "vllm.LLM":
+            assert served.result(60) == 4
+        engine.resume(30)
+        assert running.generate(4) == 4
+
+    def test_a_stopped_engine_answers_late_and_in_order(self, running):
+        with running.stopped():
+            start = time.monotonic()
+            with pytest.raises(SyncError, match="no answer to r3_test_echo within 1 s"):
+                running.engine.call("r3_test_echo", "late", timeout_s=1)
+            if running.engine.name != "vllm.LLM":  # whose pause does not ask the engine core
+                with pytest.raises(SyncError, match=r"within 0\.5 s"):
+                    running.engine.pause(0.5)
+            assert time.monotonic() - start < 20
+        (reply,) = running.engine.call("r3_test_echo", "next", timeout_s=30)
+        assert reply["echo"] == ["next"]
+        assert running.generate(4) == 4, "a pause that was given up left the engine paused"
+
+
+@pytest.mark.engine
+def test_an_llm_must_be_idle(offline):
+    from vllm import SamplingParams
+
+    offline.llm.llm_engine.add_request("left", {"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=4))
+    with pytest.raises(SyncError, match="unfinished requests: finish or abort them"):
+        offline.engine.pause(30)
+    while offline.llm.llm_engine.has_unfinished_requests():
+        offline.llm.llm_engine.step()
+    assert offline.engine.pause(30)
+    offline.engine.refuse("a sync failed: disk full")
+    with pytest.raises(SyncError, match="disk full"):
+        offline.generate(1)
+    offline.engine.close()
+    with pytest.raises(SyncError, match="disk full"):
+        offline.generate(1)
+    # Another sync's adapter heals it.
+    engine_of(offline.llm).resume(30)
+    assert "add_request" not in vars(offline.llm.llm_engine)
+
+
+@pytest.mark.engine
+def test_running_requests_of_a_paused_engine(asynchronous):
+    def first_tokens(request):
+        time.sleep(1.0)
+        assert not request.done(), "too short to be paused"
+
+    engine = asynchronous.engine
+    waited = in_thread(lambda: asynchronous.generate(200))
+    first_tokens(waited)
+    assert engine.pause(60)
+    assert waited.result(5) == 200
+    engine.resume(30)
+
+    aborting = engine_of(asynchronous.llm, on_running="abort")
+    aborted = in_thread(lambda: asynchronous.generate(400))
+    first_tokens(aborted)
+    assert aborting.pause(30)
+    assert aborted.result(5) < 400
+    aborting.resume(30)
+
+    keeping = engine_of(asynchronous.llm, on_running="keep")
+    kept = in_thread(lambda: asynchronous.generate(200))
+    first_tokens(kept)
+    assert keeping.pause(30)
+    # An adapter that would wait must not drain what another has frozen.
+    assert not engine.pause(30)
+    time.sleep(2)
+    assert not kept.done()
+    keeping.reset_caches(30)
+    keeping.resume(30)
+    assert kept.result(60) == 200
+
+
+@pytest.mark.engine
+def test_an_async_engine_refuses_after_a_failed_sync(asynchronous):
+    assert asynchronous.engine.pause(30)
+    asynchronous.engine.refuse("a sync failed: disk full")
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        asynchronous.generate(1, timeout_s=10)
+    assert "disk full" in f"{caught.value} {caught.value.__cause__}"
+    asynchronous.engine.resume(30)
+    assert asynchronous.generate(1) == 1
+
+
+@pytest.mark.engine
+def test_calls_on_the_engines_own_loop_are_refused(asynchronous):
+    async def here():
+        asynchronous.engine.call("r3_status", timeout_s=30)
+
+    async def beside():
+        return await asyncio.to_thread(asynchronous.engine.call, "r3_status", timeout_s=30)
+
+    with pytest.raises(SyncError, match=r"await asyncio\.to_thread\(sync\.push"):
+        asyncio.run_coroutine_threadsafe(here(), asynchronous.loop).result(30)
+    assert asyncio.run_coroutine_threadsafe(beside(), asynchronous.loop).result(30)
+
+
+@pytest.mark.engine
+def test_a_list_of_engines_is_synced_as_one(asynchronous, server):
+    both = engine_of([asynchronous.llm, server.engine])
+    assert len(both.call("r3_status", timeout_s=30)) == 2
+    with server.stopped(), pytest.raises(SyncError, match=r"1 of 2 engines:\n  http://.*no answer"):
+        both.pause(1)
+    assert asynchronous.generate(2) == server.generate(2) == 2, "one of the two was left paused"
+    assert both.pause(30)
+    both.reset_caches(30)
+    both.resume(30)
+
+
+@pytest.mark.engine
+def test_bytes_are_refused_over_http(server):
+    with pytest.raises(SyncError, match="expected arguments that JSON carries"):
+        server.engine.call("r3_test_echo", b"bytes", timeout_s=30)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_engine_is_noticed_at_once(kind, request):
+    """The last test of each engine."""
+    running = request.getfixturevalue(kind)
+    os.kill(running.core_pid, signal.SIGSTOP)
+    waiting = in_thread(lambda: running.engine.call("r3_status", timeout_s=100))
+    time.sleep(0.5)
+    assert not waiting.done()
+    os.kill(running.core_pid, signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(SyncError, match=DEAD):
+        waiting.result(60)
+    assert time.monotonic() - start < 30
+    with pytest.raises(SyncError, match=DEAD):
+        running.engine.call("r3_status", timeout_s=100)
+    assert time.monotonic() - start < 45
+    if kind == "server":
+        running.server.kill()  # vLLM's server takes longer to end without its engine core than the fixture waits
+
+
+def reply(dp_rank: int, rank: int, dp_size: int = 2, world_size: int = 2) -> dict:
+    return {"dp_rank": dp_rank, "rank": rank, "dp_size": dp_size, "world_size": world_size, "version": None}
+
+
+ALL = [reply(d, r) for d in range(2) for r in range(2)]
+
+
+def test_missing_ranks_are_named():
+    require_complete(ALL, "here", "the remedy")
+    require_complete(ALL + ALL, "two replicas", "the remedy")
+    with pytest.raises(SyncError, match=r"(?s)on each of 2 .*got 2:.*rank 1, worker rank 0: 0 of 1.*\nthe remedy"):
+        require_complete(ALL[:2], "here", "the remedy")
+    with pytest.raises(SyncError, match=r"data-parallel rank 1, worker rank 1: 0 of 1 replies$"):
+        require_complete(ALL[:3], "here", "the remedy")
+    with pytest.raises(SyncError, match="worker rank 1: 1 of 2 replies"):
+        require_complete(ALL + ALL[:3], "here", "the remedy")
+    with pytest.raises(SyncError, match="unexpected: data-parallel rank 2"):
+        require_complete([*ALL, reply(2, 0)], "here", "the remedy")
+    with pytest.raises(SyncError, match="engines of one shape"):
+        require_complete([*ALL, reply(0, 0, world_size=1)], "here", "the remedy")
+    with pytest.raises(SyncError, match="expected dictionaries with rank"):
+        require_complete([{"version": 1}], "here", "the remedy")
+    with pytest.raises(SyncError, match="expected dictionaries with rank"):
+        require_complete([], "here", "the remedy")
+
+
+class TwoCores:
+    """The part of vLLM's data-parallel client that is used: two engine cores, of which the second may differ."""
+
+    def __init__(self) -> None:
+        self.core_engines = [b"\x00\x00", b"\x01\x00"]
+        self.resources = SimpleNamespace(output_queue_task=None)
+        self.answers = {}
+
+    async def _call_utility_async(self, method, *args, engine):
+        return self.answers.get((method, engine), {"collective_rpc": [{"rank": 0}]}.get(method, True))
+
+
+@pytest.fixture
+def two_cores():
+    from r3.weight_sync.engines.asynchronous import AsyncEngine
+
+    async def nothing():
+        return None
+
+    core = TwoCores()
+    llm = SimpleNamespace(
+        engine_core=core,
+        output_handler=None,
+        errored=False,
+        vllm_config=SimpleNamespace(
+            parallel_config=SimpleNamespace(world_size=1, data_parallel_size=2), kv_transfer_config=None
+        ),
+        reset_mm_cache=nothing,
+        reset_encoder_cache=nothing,
+    )
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield AsyncEngine(llm, "wait", loop), core
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+def test_every_data_parallel_rank_is_asked_and_heard(two_cores):
+    engine, core = two_cores
+    assert [r["dp_rank"] for r in engine.call("r3_status", timeout_s=5)] == [0, 1]
+    engine.reset_caches(5)
+    core.answers["reset_prefix_cache", b"\x01\x00"] = False
+    with pytest.raises(SyncError, match=r"data-parallel ranks \[1\]"):
+        engine.reset_caches(5)
+    core.answers["collective_rpc", b"\x01\x00"] = []
+    with pytest.raises(SyncError, match="rank 1, worker rank 0: 0 of 1"):
+        engine.call("r3_status", timeout_s=5)
+
+
+def test_a_loop_that_does_not_run_is_told(two_cores):
+    from r3.weight_sync.engines.asynchronous import AsyncEngine
+
+    engine, _ = two_cores
+    with pytest.raises(SyncError, match="runs on no event loop yet"):
+        AsyncEngine(engine._engine, "wait").call("r3_status", timeout_s=5)
+    still = asyncio.new_event_loop()
+    with pytest.raises(SyncError, match="does not run"):
+        AsyncEngine(engine._engine, "wait", still).call("r3_status", timeout_s=5)
+    still.close()
+
+
+def test_a_deadline_ends_a_wait_that_nobody_answers():
+    never: Future = Future()
+    with pytest.raises(SyncError, match=r"here: no answer to this within 0\.2 s"):
+        answer_of(never, Deadline(0.2), where="here", what="this", dead=lambda: None)
+    with pytest.raises(SyncError, match="here: it died while this was waited for"):
+        answer_of(never, Deadline(60), where="here", what="this", dead=lambda: "it died")
+    with pytest.raises(SyncError, match="timeout_s: expected above 0, got 0"):
+        Deadline(0)
+
+
+def test_a_guard_is_undone_once_and_twice():
+    class Target:
+        def add_request(self):
+            return "added"
+
+    target = Target()
+    guard, other = Guard(target), Guard(target)
+    guard.allow()
+    guard.refuse("first")
+    other.refuse("second")
+    with pytest.raises(SyncError, match="second"):
+        target.add_request()
+    guard.allow()
+    other.allow()
+    assert target.add_request() == "added"
+    assert not vars(target)
+    target.add_request = lambda: "patched before"
+    guard.refuse()
+    guard.allow()
+    assert target.add_request() == "patched before"
+
+
+def test_what_is_no_engine_is_refused():
+    for wrong in (object(), "localhost:8000", "ftp://host", [], ["http://a:1", "http://a:1/"]):
+        with pytest.raises(SyncError, match="engine: expected"):
+            engine_of(wrong)
+    with pytest.raises(SyncError, match="on_running: expected one of wait, abort, keep, got 'drain'"):
+        engine_of("http://127.0.0.1:9", on_running="drain")
+    with pytest.raises(SyncError, match="connection failed"):
+        engine_of("http://127.0.0.1:9").call("r3_status", timeout_s=5)
+    made = engine_of("http://127.0.0.1:9")
+    assert engine_of(made) is made
+
+
+def test_a_server_without_control_routes_is_told_how_to_get_them():
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Nothing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(404)
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Nothing) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        with pytest.raises(SyncError, match="VLLM_SERVER_DEV_MODE=1"):
+            engine_of(f"http://127.0.0.1:{made.server_port}").call("r3_status", timeout_s=10)
+        made.shutdown()
