@@ -687,18 +687,30 @@ def test_a_correction_bias_follows(config, process, slow):
 
 
 def test_a_layer_written_after_it_was_complete_stays_with_vllm(config):
-    """As checkpoints that have a value once for each part of a fused layer."""
+    """As checkpoints that hold a value once for each part of a fused layer: the last one stands."""
 
     class Late(Toy):
         def load_weights(self, weights):
-            super().load_weights(weights)
-            if not self.one.norm_like.is_meta:
-                self.one.norm_like.data.copy_(self.two.norm_like.data if not self.two.norm_like.is_meta else 0)
+            for name, weight in weights:
+                if name == "one.second":
+                    self.one.norm_like.data.copy_(weight)
+                else:
+                    super().load_weights([(name, weight)])
 
-    model = initial(Late(), weights_of(0))
-    plan = synced(model, config, weights_of(1), chunk=100).learned
-    assert "one" in plan.slow
-    assert "two" in plan.slow
+    twice_stored = lambda seed: weights_of(seed) | {"one.second": weights_of(seed + 10)["one.norm_like"]}
+    plan = planned_equals_slow(Late, config, twice_stored)
+    assert plan.slow == {"one": "Fused: it is touched after it was complete"}
+
+
+def test_layers_that_loading_reads_stay_with_vllm(config):
+    class Deriving(Toy):
+        def load_weights(self, weights):
+            super().load_weights(weights)
+            if not self.one.norm_like.is_meta and not self.two.norm_like.is_meta:
+                self.one.norm_like.data.copy_(self.two.norm_like.data)
+
+    model = initial(Deriving(), weights_of(0))
+    assert synced(model, config, weights_of(1), chunk=100).learned.slow.keys() == {"one", "two"}
 
 
 # The bracket.

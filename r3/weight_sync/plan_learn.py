@@ -104,13 +104,16 @@ class Learner:
 
     def plan(self) -> LoadPlan:
         """What was learned. Waits for the device, once. Call after a complete sync's bracket has closed."""
+        records = (*self._records.values(), *self._direct.values())
+        links = [(source, record.layer) for record in records for source in record.copies]
         self._merge_direct()
-        linked = {source for record in self._records.values() for source in record.copies}
+        linked = {source for source, _ in links}
         return conclude(
             self._model,
             self._manifest,
             self._records,
             self._checks,
+            links=links,
             shared=self._live.values(),
             optional=uncounted(),
             slow_sources=self._computed | (self._wanted - linked),
@@ -213,7 +216,7 @@ class Learner:
         record.copies.setdefault(name, []).append(copy)
         if name not in record.sources:
             flat = source.as_strided((source.untyped_storage().nbytes() // source.element_size(),), (1,), 0)
-            record.sources[name] = flat if record is self._current else flat.clone()
+            record.sources[name] = flat
         if source.dtype != target.dtype or str(source.dtype) != self._manifest[name][1]:
             record.spoil("its weights are cast when they are loaded")
         elif any(n > 1 and step == 0 for n, step in zip(copy.size, copy.source_stride, strict=True)):

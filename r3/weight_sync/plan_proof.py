@@ -20,6 +20,7 @@ def conclude(
     records: dict[str, Record],
     checks: Iterable[Check],
     *,
+    links: Collection[tuple[str, str]],
     shared: Iterable[Collection[tuple[str, str]]],
     optional: Collection[str],
     slow_sources: set[str],
@@ -32,6 +33,7 @@ def conclude(
         manifest: all tensors of the sync.
         records: by layer, of all layers that got something.
         checks: queued comparisons.
+        links: (source, layer) of all that was copied, also of what was then left out of the records.
         shared: groups of (layer, tensor) that are the same memory.
         optional: names of tensors that stay as they are, on every path, where nothing is loaded into them.
         slow_sources: tensors of which something was computed, or that went where it cannot be said.
@@ -52,7 +54,6 @@ def conclude(
         if {"expert_map", "expert_map_manager"} & set(dir(model.get_submodule(layer))):
             fail(layer, "experts move between ranks")
 
-    links = [(source, record.layer) for record in records.values() for source in record.copies]
     linked = {source for source, _ in links}
     slow_sources = set(slow_sources)
     while split := [(s, layer) for s, layer in links if (s in slow_sources) != (layer in slow)]:
