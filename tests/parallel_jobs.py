@@ -283,7 +283,17 @@ class BrokenEngine(Engine):
             raise SyncError("worker lost")
         digest = combine(args[1]) if method == "r3_seal" else 0
         who = {"rank": 0, "dp_rank": 0, "world_size": 1, "dp_size": 1, "worker": "only"}
-        return [who | {"state": "idle", "version": None, "generation": None, "base_version": None, "digest": digest}]
+        return [
+            who
+            | {
+                "state": "idle",
+                "cause": "",
+                "version": None,
+                "generation": None,
+                "base_version": None,
+                "digest": digest,
+            }
+        ]
 
     def pause(self, timeout_s: float) -> bool:
         return True

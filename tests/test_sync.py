@@ -220,20 +220,9 @@ def test_a_worker_without_the_base_gets_a_complete_sync(engine, weights, referen
 
 def test_a_sender_that_died_is_taken_over_from_once_its_lease_is_over(engine, weights, reference):
     with contextlib.closing(WeightSync(engine, timeout_s=60)) as sync:
-        opened = {
-            "id": "dead",
-            "version": following(sync),
-            "sender": "process 1 on elsewhere",
-            "lease_s": 2.0,
-            "timeout_s": 2.0,
-            "offer": {"transport": "files"},
-            "ranks": {engine.collective_rpc("r3_status")[0]["worker"]: 0},
-            "manifest": {PART: [[1], "torch.bfloat16"]},
-            "keep_base": False,
-            "base_version": None,
-        }
-        assert "error" not in engine.collective_rpc("r3_begin", args=(opened,))[0]
-        with pytest.raises(r3.SyncError, match=r"process 1 on elsewhere is open.*another can begin in"):
+        reserved = engine.collective_rpc("r3_reserve", args=("dead", following(sync), "process 1 on elsewhere", 2.0))
+        assert "error" not in reserved[0]
+        with pytest.raises(r3.SyncError, match=r"process 1 on elsewhere is reserved.*another can begin in"):
             sync.push(weights.items(), version=following(sync) + 1)
         assert sync.poisoned is None
         time.sleep(2.1)

@@ -82,8 +82,12 @@ class LayerwiseReload:
         # vLLM keeps what it gets until its layer is complete; the memory is the caller's.
         kept = [(name, tensor.detach().clone(memory_format=torch.contiguous_format)) for name, tensor in weights]
         if kept:
-            with self._context(), self._learner.watching(kept) if self._learner else nullcontext():
-                self._model.load_weights(kept)
+            at: list[str] = []
+            try:
+                with self._context(), self._learner.watching(kept) if self._learner else nullcontext():
+                    self._model.load_weights(_noted(kept, at))
+            except Exception as error:
+                raise SyncError(f"{at[-1] if at else kept[0][0]}: vLLM did not load it: {str(error)[:400]}") from error
 
     def missing(self, *, delta: bool = False) -> list[str]:
         """Layers that have not got all their weights, each with what it has and needs (in elements).
@@ -187,6 +191,13 @@ class LayerwiseReload:
 
         with set_current_vllm_config(self._config), torch.no_grad(), expert_prepack():
             yield
+
+
+def _noted(weights: Iterable[tuple[str, Tensor]], at: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """`weights`, the name of the last one in `at`."""
+    for name, tensor in weights:
+        at[:] = [name]
+        yield name, tensor
 
 
 def _address(tensor: Tensor) -> int:

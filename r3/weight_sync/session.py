@@ -174,9 +174,11 @@ class WeightSync:
         sent = _Sent()
         try:
             with clock.stage("pause"):
+                # First of all: no two senders may pause and resume an engine at a time.
+                status = self._call("r3_reserve", sync_id, version, self._sender, self._timeout_s)
                 self._pause(sent)
             with clock.stage("begin"):
-                complete = self._begin(sync_id, version, manifest)
+                complete = self._begin(sync_id, status, manifest)
             self._send(sync_id, chunks, sent, clock)
             with clock.stage("seal"):
                 total = self._seal(sync_id, sent)
@@ -189,7 +191,9 @@ class WeightSync:
             with clock.stage("resume"):
                 self._each(lambda engine: engine.reset_caches(self._timeout_s))
                 self._each(lambda engine: engine.label(version, self._timeout_s))
+                self._call("r3_hold", sync_id)  # a sender that was late may have been taken over from
                 self._each(lambda engine: engine.resume(self._timeout_s))
+                self._call("r3_release", sync_id)
         except BaseException as error:
             self._abort(sync_id, sent, error)
             raise
@@ -209,21 +213,16 @@ class WeightSync:
             worker_stages_s=sent.worker_stages_s,
         )
 
-    def _begin(self, sync_id: str, version: int, manifest: dict[str, list]) -> bool:
+    def _begin(self, sync_id: str, status: list[Reply], manifest: dict[str, list]) -> bool:
         """Open the sync on all workers. Says whether it is complete."""
-        status = self._call("r3_status")
         base_version = None if self._base is None else self._base.version
         # One worker without the base, restarted perhaps, and all get everything.
-        if any(reply["base_version"] != base_version or reply["state"] != "idle" for reply in status):
+        if any(reply["base_version"] != base_version or reply["cause"] for reply in status):
             base_version = None
         if self._base is not None:
             self._base.begin(complete=base_version is None)
         offer = self._transport.offer(len(status), {reply["generation"] for reply in status})
         sync = {
-            "id": sync_id,
-            "version": version,
-            "sender": self._sender,
-            "lease_s": self._timeout_s,
             "timeout_s": self._timeout_s,
             "offer": offer,
             "ranks": {reply["worker"]: number for number, reply in enumerate(status)},
@@ -231,7 +230,7 @@ class WeightSync:
             "keep_base": self._base is not None,
             "base_version": base_version,
         }
-        call = self._start("r3_begin", sync)
+        call = self._start("r3_begin", sync_id, sync)
         join = _Calls([lambda: self._transport.join(call.failed)])
         _first_failure_of(join, call)
         return base_version is None
@@ -299,14 +298,15 @@ class WeightSync:
         self._transport.abort()
         call = self._start("r3_abort", sync_id, cause, timeout_s=min(_ABORT_S, self._timeout_s))
         try:
-            call.result()
+            free = all(reply["state"] == "idle" for reply in call.result())
         except Exception as second:  # the first error is the one to report
             _add_note(error, f"abort was not acknowledged by all: {second}")
+            free = False
         if not sent.chunks and self.poisoned is None:
-            # No weight was touched: the engines that served go on. One that was paused may hold half-loaded weights.
+            # No weight was touched: the engines that served go on, unless another sender has them now. It resumes them.
             limit_s = min(_ABORT_S, self._timeout_s)
             try:
-                _Calls([partial(engine.resume, limit_s) for engine in sent.served]).result()
+                _Calls([partial(engine.resume, limit_s) for engine in sent.served if free]).result()
             except Exception as second:
                 _add_note(error, f"the engine does not go on: {second}")
             return

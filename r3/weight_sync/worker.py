@@ -4,9 +4,10 @@ vLLM appends the class to its worker's bases: no `__init__` runs, every name sta
 is plain dictionaries, of which JSON is enough. A call never raises into the engine; it answers {"error": ...}, and the
 worker is poisoned if a weight may have been touched.
 
-States: idle -> begin -> open -> seal -> sealed -> commit -> idle. `abort` of an untouched sync leads back to idle; any
-other failure leads to poisoned, from where only a complete sync leads on. A sync whose sender has died is taken over by
-the next one once its lease is over.
+States: idle -> reserve -> reserved -> begin -> open -> seal -> sealed -> commit -> committed -> release -> idle. The
+sender pauses the engine once it has reserved it and resumes it before the release, so that no two do so at a time.
+`abort` of an untouched sync leads back to idle; any other failure leads to poisoned, from where only a complete sync
+leads on. A sync whose sender is silent is taken over by the next one once its lease is over.
 """
 
 import time
@@ -30,16 +31,16 @@ Reply = dict[str, Any]
 
 @dataclass
 class _Sync:
-    """A sync that is open or sealed."""
+    """A sync that has reserved this worker."""
 
     id: str
     version: int
-    manifest: dict[str, tuple[tuple[int, ...], str]]
-    reload: LayerwiseReload
-    lease_s: float
     sender: str
-    base: Base | None
-    delta: bool
+    lease_s: float
+    stage: str = "reserved"
+    manifest: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    reload: LayerwiseReload | None = None
+    base: Base | None = None
     digests: ContentDigests = field(default_factory=ContentDigests)
     clock: Clock = field(default_factory=Clock)
     received: set[str] = field(default_factory=set)
@@ -66,7 +67,7 @@ class _State:
     @property
     def name(self) -> str:
         if self.sync is not None:
-            return "open" if self.sync.sealed is None else "sealed"
+            return self.sync.stage
         return "poisoned" if self.cause else "idle"
 
 
@@ -83,18 +84,43 @@ class WeightSyncWorker:
     model_runner: Any
 
     def r3_status(self) -> Reply:
-        """State ("idle", "open", "sealed", "poisoned"), cause, and what a sender needs to know of this worker."""
-        return self._r3_reply(lambda state: {"quantization": self._r3_quantization()})
+        """State (of the list above, or "poisoned"), cause, and what a sender needs to know of this worker."""
+        return self._r3_reply(lambda state: {})
 
-    def r3_begin(self, sync: dict[str, Any]) -> Reply:
-        """Open a sync. Heals a poisoned worker if it commits.
+    def r3_reserve(self, sync_id: str, version: int, sender: str, lease_s: float) -> Reply:
+        """Keep this worker for one sync. Nothing is touched yet.
 
         Args:
-            sync: id, version, sender (in words), lease_s (how long it may be silent), timeout_s, offer (of the
-                transport), ranks (number of each worker among all, by the name it gives itself), manifest (name ->
-                [shape, dtype]), keep_base, base_version (None: complete).
+            sender: in words.
+            lease_s: how long the sender may be silent before another may take over.
         """
-        return self._r3_reply(lambda state: self._r3_open(state, sync))
+
+        def reserve(state: _State) -> Reply:
+            if state.sync is not None:
+                left_s = state.sync.until - time.monotonic()
+                if left_s > 0:
+                    raise _RefusedError(
+                        f"a sync of version {state.sync.version} by {state.sync.sender} is {state.name}: let it commit "
+                        f"or abort; if its sender has died, another can begin in {left_s:.1f} s"
+                    )
+                cause = f"its sender, {state.sync.sender}, was silent for more than {state.sync.lease_s:g} s"
+                self._r3_give_up(state, cause)
+            if state.version is not None and version <= state.version:
+                raise _RefusedError(f"expected a version above {state.version}, got {version}")
+            state.sync = _Sync(id=sync_id, version=version, sender=sender, lease_s=lease_s)
+            state.sync.renew()
+            return {}
+
+        return self._r3_reply(reserve)
+
+    def r3_begin(self, sync_id: str, sync: dict[str, Any]) -> Reply:
+        """Open the bracket, and join the trainer. Heals a poisoned worker if the sync commits.
+
+        Args:
+            sync: timeout_s, offer (of the transport), ranks (number of each worker among all, by the name it gives
+                itself), manifest (name -> [shape, dtype]), keep_base, base_version (None: complete).
+        """
+        return self._r3_reply(lambda state: self._r3_open(state, self._r3_of(state, sync_id, "reserved"), sync))
 
     def r3_load(self, sync_id: str, index: int, names: list[str], where: dict[str, Any]) -> Reply:
         """Receive chunk number `index`, which holds the tensors called `names`, and load it.
@@ -107,6 +133,7 @@ class WeightSyncWorker:
             if index != sync.chunks:
                 raise RuntimeError(f"expected chunk {sync.chunks}, got {index}: one was lost, doubled or reordered")
             assert state.receiver is not None
+            assert sync.reload is not None
             with sync.clock.stage("receive"):
                 chunk = state.receiver.receive(where)
             if sync.base is not None:
@@ -131,6 +158,7 @@ class WeightSyncWorker:
         def seal(state: _State) -> Reply:
             sync = self._r3_of(state, sync_id, "open")
             assert state.receiver is not None
+            assert sync.reload is not None
             with sync.clock.stage("settle"):
                 state.receiver.settle()
                 _check_content(sync, digests)
@@ -150,23 +178,38 @@ class WeightSyncWorker:
                 _zero(self.model_runner.kv_caches)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            sync.sealed = combine(digests)
+            sync.sealed, sync.stage = combine(digests), "sealed"
             return {"digest": sync.sealed, "stages_s": sync.clock.stages_s}
 
         return self._r3_reply(seal)
 
     def r3_commit(self, sync_id: str) -> Reply:
-        """The sealed weights are the committed ones from here on."""
+        """The sealed weights are the committed ones from here on. The worker stays reserved until `r3_release`."""
 
         def commit(state: _State) -> Reply:
             sync = self._r3_of(state, sync_id, "sealed")
-            state.version, state.cause, state.sync = sync.version, "", None
+            assert sync.reload is not None
+            state.version, state.cause, sync.stage = sync.version, "", "committed"
             state.plan = sync.reload.learned
             if sync.base is not None:
                 sync.base.version = sync.version
             return {"digest": sync.sealed}
 
         return self._r3_reply(commit)
+
+    def r3_hold(self, sync_id: str) -> Reply:
+        """Whether the committed sync still has this worker; its lease begins anew."""
+        return self._r3_reply(lambda state: {"digest": self._r3_of(state, sync_id, "committed").sealed})
+
+    def r3_release(self, sync_id: str) -> Reply:
+        """The end of a sync: another may reserve this worker."""
+
+        def release(state: _State) -> Reply:
+            self._r3_of(state, sync_id, "committed")
+            state.sync = None
+            return {}
+
+        return self._r3_reply(release)
 
     def r3_abort(self, sync_id: str, cause: str) -> Reply:
         """Give up the sync. The worker is poisoned, unless no weight was touched."""
@@ -178,46 +221,24 @@ class WeightSyncWorker:
 
         return self._r3_reply(abort)
 
-    def _r3_open(self, state: _State, sync: dict[str, Any]) -> Reply:
-        if state.sync is not None:
-            left_s = state.sync.until - time.monotonic()
-            if left_s > 0:
-                raise _RefusedError(
-                    f"a sync of version {state.sync.version} by {state.sync.sender} is {state.name}: let it commit or "
-                    f"abort; if its sender has died, another can begin in {left_s:.1f} s"
-                )
-            self._r3_give_up(
-                state, f"its sender, {state.sync.sender}, was silent for more than {state.sync.lease_s:g} s"
-            )
-        version, offer, complete = sync["version"], sync["offer"], sync["base_version"] is None
-        if state.version is not None and version <= state.version:
-            raise _RefusedError(f"expected a version above {state.version}, got {version}")
+    def _r3_open(self, state: _State, sync: _Sync, given: dict[str, Any]) -> Reply:
+        offer, complete = given["offer"], given["base_version"] is None
         if offer["transport"] not in RECEIVERS:
             raise _RefusedError(f"expected a transport of {sorted(RECEIVERS)}, got {offer['transport']!r}")
-        base = state.base if sync["keep_base"] else None
-        if not complete and (base is None or base.version != sync["base_version"] or state.cause):
-            raise _RefusedError(f"this worker has no base of version {sync['base_version']}: send a complete sync")
-        self._r3_check_quantization(sync["manifest"])
-        if sync["keep_base"]:
-            base = state.base = base or Base()
+        base = state.base if given["keep_base"] else None
+        if not complete and (base is None or base.version != given["base_version"] or state.cause):
+            raise _RefusedError(f"this worker has no base of version {given['base_version']}: send a complete sync")
+        self._r3_check_quantization(given["manifest"])
+        if given["keep_base"]:
+            base = base or Base()
             base.begin(complete)
-        else:
-            state.base = None
-        self._r3_join(state, sync)
-        reload = LayerwiseReload(self.model_runner.model, self.vllm_config, state.plan)
-        manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in sync["manifest"].items()}
-        state.sync = _Sync(
-            id=sync["id"],
-            version=version,
-            manifest=manifest,
-            reload=reload,
-            lease_s=sync["lease_s"],
-            sender=sync["sender"],
-            base=base,
-            delta=not complete,
-        )
-        state.sync.renew()
-        reload.begin(manifest)
+        sync.base = state.base = base
+        self._r3_join(state, given)
+        sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in given["manifest"].items()}
+        sync.reload = LayerwiseReload(self.model_runner.model, self.vllm_config, state.plan)
+        sync.stage = "open"
+        sync.reload.begin(sync.manifest)
+        sync.renew()
         return {}
 
     def _r3_join(self, state: _State, sync: dict[str, Any]) -> None:
@@ -257,13 +278,11 @@ class WeightSyncWorker:
         if sync is not None:
             if sync.touched:
                 state.cause = cause
-            sync.reload.abandon()
-
-    def _r3_quantization(self) -> str | None:
-        return self.vllm_config.model_config.quantization
+            if sync.reload is not None and sync.stage != "committed":
+                sync.reload.abandon()
 
     def _r3_check_quantization(self, manifest: dict[str, list]) -> None:
-        quantization = self._r3_quantization()
+        quantization = self.vllm_config.model_config.quantization
         if quantization is None:
             return
         if quantization != "fp8":

@@ -228,11 +228,19 @@ class Group:
     def _run(self, blocks: list[Tensor]) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        if self._stream is None:
             works = [self._group.broadcast([block], options) for block in blocks if block.numel()]
-            for work in works if self._stream is not None else ():
-                work.wait()  # for the stream alone
+        else:
+            # NCCL may hold the thread that launches, where a peer has stopped.
+            works = _within(self._timeout_s, lambda: self._launch(blocks, options))
         self._in_flight.append([works, blocks])
+
+    def _launch(self, blocks: list[Tensor], options: dist.BroadcastOptions) -> list[Any]:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            works = [self._group.broadcast([block], options) for block in blocks if block.numel()]
+            for work in works:
+                work.wait()  # for the stream alone
+        return works
 
     def settle_all_but(self, kept: int, stop: Stop) -> None:
         """Wait until at most `kept` calls of `broadcast` or `receive` are under way."""
@@ -269,7 +277,9 @@ def _nccl(store: dist.TCPStore, rank: int, size: int, device: torch.device) -> A
         "DUMP_ON_TIMEOUT": "0",
         "PROPAGATE_ERROR": "0",
     }
-    with environment(**{f"TORCH_NCCL_{name}": off for name, off in no_watchdog.items()}), torch.cuda.device(device):
+    settings = {f"TORCH_NCCL_{name}": off for name, off in no_watchdog.items()}
+    # All connections at once, here, where the time is kept, and not in the first collectives.
+    with environment(**settings, NCCL_RUNTIME_CONNECT="0"), torch.cuda.device(device):
         group = dist.ProcessGroupNCCL(store, rank, size, options)
         group.eager_connect_single_device(device)
     return group
