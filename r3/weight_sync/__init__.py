@@ -1,7 +1,8 @@
-"""Weight sync: `begin -> chunks -> seal -> commit`, in one layerwise-reload bracket, acknowledged by every worker or
-failed."""
+"""Weight sync: one layerwise-reload bracket, sealed and committed on every worker of every engine, or an error."""
 
-from r3.weight_sync.digest import combine, digest
+from r3.weight_sync.digest import ContentDigests, combine, digest
+from r3.weight_sync.engines import Engine, engine_of
+from r3.weight_sync.fp8 import quantised
 from r3.weight_sync.session import SyncReceipt, WeightSync, gather_all
 from r3.weight_sync.source import Weight, WeightSource, adapter_weights, gathered, named_weights
 from r3.weight_sync.transports import FilesTransport, GlooTransport, IpcTransport, NcclTransport, Transport
@@ -11,6 +12,8 @@ WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
 
 __all__ = [
     "WORKER_EXTENSION",
+    "ContentDigests",
+    "Engine",
     "FilesTransport",
     "GlooTransport",
     "IpcTransport",
@@ -23,7 +26,9 @@ __all__ = [
     "adapter_weights",
     "combine",
     "digest",
+    "engine_of",
     "gather_all",
     "gathered",
     "named_weights",
+    "quantised",
 ]
