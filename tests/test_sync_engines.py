@@ -279,6 +279,22 @@ def test_running_requests_of_a_paused_engine(asynchronous):
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("kind", ["asynchronous", "server"])
+def test_a_pause_that_cannot_drain_in_time_is_taken_back(kind, request):
+    running = request.getfixturevalue(kind)
+    running.generate(2)  # the first batch is slow
+    long = in_thread(lambda: running.generate(450))
+    time.sleep(0.5)
+    with pytest.raises(SyncError, match=r"no answer to (pause_generation|/pause)"):
+        running.engine.pause(0.3)
+    assert not long.done(), "too short to outlast the pause"
+    assert running.generate(2, timeout_s=30) == 2
+    assert long.result(60) == 450
+    assert running.engine.pause(30), "the engine was still paused"
+    running.engine.resume(30)
+
+
+@pytest.mark.engine
 def test_an_async_engine_refuses_after_a_failed_sync(asynchronous):
     assert asynchronous.engine.pause(30)
     asynchronous.engine.refuse("a sync failed: disk full")
