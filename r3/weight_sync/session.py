@@ -7,7 +7,6 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent import futures
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 
 from r3.errors import SyncError, summary
+from r3.weight_sync.calls import Calls, add_note, checked, first_failure_of, who
 from r3.weight_sync.clock import Clock
 from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import ContentDigests, combine
 from r3.weight_sync.engines import Engine, OnRunning, Reply, engine_of
 from r3.weight_sync.engines.base import require_complete
-from r3.weight_sync.engines.waiting import in_thread
 from r3.weight_sync.source_tensor import Weight, WeightSource, gathered
 from r3.weight_sync.transports import Chunk, Transport, transport_of
 
@@ -69,22 +68,19 @@ class WeightSync:
         on_running: what becomes of requests that run when a sync begins: `wait`, `abort` or `keep` (see `engine_of`).
         transport: a `Transport`, or the name of one: files, gloo, nccl, ipc.
         delta: send only what changed since the last acknowledged version. Trainer and each worker then keep a copy of
-        the
-            weights in main memory. The first sync, and any after a failure, is complete.
+            the weights in main memory. The first sync, and any after a failure, is complete.
         dtype: 16-, 32- and 64-bit floating-point tensors are sent in this dtype (the engine's), None to send all as
-        they
-            are. A `WeightSource` says for itself.
+            they are. A `WeightSource` says for itself.
         chunk_bytes: largest chunk; one tensor that is larger is a chunk of its own.
         timeout_s: longest wait for any one answer of an engine. Also how long a sync may be silent before another
-        sender may
-            take over from it.
+            sender may take over from it.
 
     Raises:
         SyncError: an engine has no such extension, or a worker does not answer.
 
     Example:
         >>> sync = WeightSync(llm, dtype=torch.bfloat16)                                    # doctest: +SKIP
-        >>> receipt = sync.push(model.state_dict().items(), version=1)                      # doctest: +SKIP
+        >>> receipt = sync.push(named_weights(model), version=1)                            # doctest: +SKIP
     """
 
     def __init__(
@@ -118,7 +114,7 @@ class WeightSync:
         versions = {reply["version"] for reply in status}
         self.version: int | None = versions.pop() if len(versions) == 1 else None
         """The version that every worker committed last; None before the first sync, and where workers differ."""
-        causes = [f"{_who(reply)}: {reply['cause']}" for reply in status if reply["state"] == "poisoned"]
+        causes = [f"{who(reply)}: {reply['cause']}" for reply in status if reply["state"] == "poisoned"]
         if causes:
             self.poisoned = f"before this sender: {causes[0]}"
 
@@ -128,10 +124,9 @@ class WeightSync:
         """Send all weights and commit them as `version`.
 
         Args:
-            named_tensors: the whole checkpoint, by Hugging Face names. A sharded tensor (DTensor) is gathered when its
-            chunk is
-                sent, so that every rank of its mesh must iterate; the others may discard. They must not change before
-                this returns.
+            named_tensors: the whole checkpoint, by Hugging Face names (`named_weights`). A sharded tensor (DTensor) is
+                gathered when its chunk is sent: the other ranks of its mesh call `gather_all` meanwhile. The tensors
+                must not change before this returns.
             version: above every version committed before.
             agree: called when all workers hold all weights and before any commits: what it raises ends the sync. Ranks
                 that gather together tell each other here that each of them has.
@@ -231,13 +226,13 @@ class WeightSync:
             "base_version": base_version,
         }
         call = self._start("r3_begin", sync_id, sync)
-        join = _Calls([lambda: self._transport.join(call.failed)])
-        _first_failure_of(join, call)
+        join = Calls([lambda: self._transport.join(call.failed)])
+        first_failure_of(join, call)
         return base_version is None
 
     def _send(self, sync_id: str, chunks: Iterator[Chunk], sent: "_Sent", clock: Clock) -> None:
         """All chunks: while the workers load one, the next is made ready."""
-        loading: _Calls | None = None
+        loading: Calls | None = None
         while True:
             index = sent.chunks
             with clock.stage("gather"):
@@ -263,7 +258,7 @@ class WeightSync:
             if loading is not None:
                 loading.result()
 
-    def _transfer(self, index: int, names: list[str], loading: "_Calls") -> None:
+    def _transfer(self, index: int, names: list[str], loading: "Calls") -> None:
         try:
             self._transport.transfer(index, loading.failed)
         except Exception as error:
@@ -288,7 +283,7 @@ class WeightSync:
             for stage, seconds in answer.get("stages_s", {}).items():
                 sent.worker_stages_s[stage] = max(seconds, sent.worker_stages_s.get(stage, 0.0))
         total = combine(named)
-        wrong = [f"{_who(a)}: {a.get('digest')}" for a in answers if a.get("digest") != total]
+        wrong = [f"{who(a)}: {a.get('digest')}" for a in answers if a.get("digest") != total]
         if wrong:
             raise SyncError(f"expected digest {total} on every worker, got:{summary(wrong)}")
         return total
@@ -300,15 +295,15 @@ class WeightSync:
         try:
             free = all(reply["state"] == "idle" for reply in call.result())
         except Exception as second:  # the first error is the one to report
-            _add_note(error, f"abort was not acknowledged by all: {second}")
+            add_note(error, f"abort was not acknowledged by all: {second}")
             free = False
         if not sent.chunks and self.poisoned is None:
             # No weight was touched: the engines that served go on, unless another sender has them now. It resumes them.
             limit_s = min(_ABORT_S, self._timeout_s)
             try:
-                _Calls([partial(engine.resume, limit_s) for engine in sent.served if free]).result()
+                Calls([partial(engine.resume, limit_s) for engine in sent.served if free]).result()
             except Exception as second:
-                _add_note(error, f"the engine does not go on: {second}")
+                add_note(error, f"the engine does not go on: {second}")
             return
         self.poisoned = self.poisoned or cause
         for engine in self._engines:
@@ -327,7 +322,7 @@ class WeightSync:
             if engine.pause(self._timeout_s):
                 sent.served.append(engine)
 
-        calls = _Calls([partial(pause, engine) for engine in self._engines])
+        calls = Calls([partial(pause, engine) for engine in self._engines])
         calls.wait(2 * self._timeout_s, all_of_them=True)  # of those that were paused, none may be forgotten
         calls.result()
 
@@ -335,20 +330,20 @@ class WeightSync:
         """Call `method` on every worker of every engine; raises if one did not answer, or answered with an error."""
         return self._start(method, *args).result()
 
-    def _start(self, method: str, *args: Any, timeout_s: float | None = None) -> "_Calls":
+    def _start(self, method: str, *args: Any, timeout_s: float | None = None) -> "Calls":
         limit_s = self._timeout_s if timeout_s is None else timeout_s
 
         def ask(engine: Engine) -> list[Reply]:
-            return _checked(engine, method, engine.replies(method, args, limit_s))
+            return checked(engine, method, engine.replies(method, args, limit_s))
 
         engines = self._engines
-        return _Calls(
+        return Calls(
             [partial(ask, engine) for engine in engines],
             lambda replies: require_complete(replies, method, engines[0].remedy),
         )
 
     def _each(self, action: Callable[[Engine], None]) -> None:
-        _Calls([partial(action, engine) for engine in self._engines]).result()
+        Calls([partial(action, engine) for engine in self._engines]).result()
 
     def _sent_dtype(self, weight: Weight) -> torch.dtype:
         keeps = isinstance(weight, WeightSource) and weight.keep_dtype
@@ -416,75 +411,8 @@ class _Sent:
         self.bytes += sum(tensor.nbytes for _, tensor in chunk)
 
 
-class _Calls:
-    """Calls under way side by side, each with a deadline of its own.
-
-    Args:
-        calls: what to call.
-        check: of all answers, joined, if there are any.
-    """
-
-    def __init__(self, calls: Sequence[Callable[[], Any]], check: Callable[[list], None] | None = None) -> None:
-        self._futures = [in_thread(call) for call in calls]
-        self._check = check
-
-    def done(self) -> bool:
-        return all(future.done() for future in self._futures)
-
-    def failed(self) -> bool:
-        """Whether one has failed: what it should have taken part in, it will not."""
-        return any(future.done() and future.exception() is not None for future in self._futures)
-
-    def wait(self, timeout_s: float, *, all_of_them: bool = False) -> bool:
-        """Whether all are done, or one has failed, within `timeout_s`."""
-        futures.wait(self._futures, timeout_s, "ALL_COMPLETED" if all_of_them else "FIRST_EXCEPTION")
-        return self.failed() or self.done()
-
-    def result(self) -> list[Any]:
-        """All answers, joined. Raises as soon as one call has failed: others may wait for it, till their deadlines."""
-        futures.wait(self._futures, return_when="FIRST_EXCEPTION")
-        errors = [error for f in self._futures if f.done() and (error := f.exception()) is not None]
-        if len(errors) > 1:
-            raise SyncError(f"{len(errors)} engines failed:{summary(map(str, errors))}") from errors[0]
-        if errors:
-            raise errors[0]
-        answers = [reply for future in self._futures for reply in future.result() or ()]
-        if self._check is not None:
-            self._check(answers)
-        return answers
-
-
-def _first_failure_of(*calls: _Calls) -> None:
-    """Wait for all. Raises as soon as one has failed: the others may be waiting for it."""
-    while not all(call.done() for call in calls):
-        for call in calls:
-            if call.failed():
-                call.result()
-        time.sleep(1e-3)
-    for call in calls:
-        call.result()
-
-
-def _checked(engine: Engine, method: str, replies: list[Reply]) -> list[Reply]:
-    named = [reply | {"engine": engine.name} for reply in replies]
-    failed = [f"{_who(reply)}: {reply['error']}" for reply in named if "error" in reply]
-    if failed:
-        raise SyncError(f"{method} failed on {len(failed)} of {len(named)} workers:{summary(failed)}")
-    return named
-
-
-def _who(reply: Reply) -> str:
-    dp = f", data-parallel rank {reply['dp_rank']}" if reply["dp_size"] > 1 else ""
-    return f"{reply['engine']}, worker rank {reply['rank']}{dp}"
-
-
 def _require_equal(answers: list[Reply], version: int, digest: int) -> None:
-    wrong = [f"{_who(a)}: version {a['version']}, digest {a['digest']}" for a in answers]
+    wrong = [f"{who(a)}: version {a['version']}, digest {a['digest']}" for a in answers]
     wrong = [w for w, a in zip(wrong, answers, strict=True) if (a["version"], a["digest"]) != (version, digest)]
     if wrong:
         raise SyncError(f"expected version {version} with digest {digest} on every worker, got:{summary(wrong)}")
-
-
-def _add_note(error: BaseException, note: str) -> None:
-    if hasattr(error, "add_note"):  # Python 3.11
-        error.add_note(note)

@@ -67,8 +67,7 @@ def as_source(name: str, weight: Weight) -> WeightSource:
 class Together:
     """Tensors that one call makes all of, to be taken one by one; each is let go of as it is taken.
 
-    They are made anew whenever the one that was taken first is taken again, so that a pass that stopped half way
-    leaves
+    They are made anew whenever the one that was taken first is taken again, so that a pass that stopped half way leaves
     nothing old for the next: every pass takes them in the same order, from the start.
     """
 

@@ -1,0 +1,80 @@
+"""Calls to several engines at a time, and what their workers answer."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any
+
+from r3.errors import SyncError, summary
+from r3.weight_sync.engines import Engine, Reply
+from r3.weight_sync.engines.waiting import in_thread
+
+
+class Calls:
+    """Calls under way side by side, each with a deadline of its own.
+
+    Args:
+        calls: what to call.
+        check: of all answers, joined, if there are any.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], Any]], check: Callable[[list], None] | None = None) -> None:
+        self._futures = [in_thread(call) for call in calls]
+        self._check = check
+
+    def done(self) -> bool:
+        return all(future.done() for future in self._futures)
+
+    def failed(self) -> bool:
+        """Whether one has failed: what it should have taken part in, it will not."""
+        return any(future.done() and future.exception() is not None for future in self._futures)
+
+    def wait(self, timeout_s: float, *, all_of_them: bool = False) -> bool:
+        """Whether all are done, or one has failed, within `timeout_s`."""
+        futures.wait(self._futures, timeout_s, "ALL_COMPLETED" if all_of_them else "FIRST_EXCEPTION")
+        return self.failed() or self.done()
+
+    def result(self) -> list[Any]:
+        """All answers, joined. Raises as soon as one call has failed: others may wait for it, till their deadlines."""
+        futures.wait(self._futures, return_when="FIRST_EXCEPTION")
+        errors = [error for f in self._futures if f.done() and (error := f.exception()) is not None]
+        if len(errors) > 1:
+            raise SyncError(f"{len(errors)} engines failed:{summary(map(str, errors))}") from errors[0]
+        if errors:
+            raise errors[0]
+        answers = [reply for future in self._futures for reply in future.result() or ()]
+        if self._check is not None:
+            self._check(answers)
+        return answers
+
+
+def first_failure_of(*calls: Calls) -> None:
+    """Wait for all. Raises as soon as one has failed: the others may be waiting for it."""
+    while not all(call.done() for call in calls):
+        for call in calls:
+            if call.failed():
+                call.result()
+        time.sleep(1e-3)
+    for call in calls:
+        call.result()
+
+
+def checked(engine: Engine, method: str, replies: list[Reply]) -> list[Reply]:
+    """`replies` with the name of their engine. Raises `SyncError` if one is an error."""
+    named = [reply | {"engine": engine.name} for reply in replies]
+    failed = [f"{who(reply)}: {reply['error']}" for reply in named if "error" in reply]
+    if failed:
+        raise SyncError(f"{method} failed on {len(failed)} of {len(named)} workers:{summary(failed)}")
+    return named
+
+
+def who(reply: Reply) -> str:
+    """The worker that a reply is of, in words."""
+    dp = f", data-parallel rank {reply['dp_rank']}" if reply["dp_size"] > 1 else ""
+    return f"{reply['engine']}, worker rank {reply['rank']}{dp}"
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """What else went wrong; the error is the one to report."""
+    if hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(note)
