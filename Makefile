@@ -9,7 +9,7 @@ READY := .venv/.r3-ready
 
 # Most of an engine's start is one thread that imports: two files of tests at a time, in the order of their names, so that
 # those with engines do not all come last.
-PYTEST := -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The newest CPU build of vLLM has an environment of its own. It captures in another way, and these tests are of capture.
 NEWEST := .venv-newest
@@ -22,11 +22,14 @@ help:  ## show this list
 demo: $(READY)  ## train a small MoE with replay, and measure the gap live and replayed
 	$(BIN)/r3 demo $(ARGS)
 
-test: lint  ## lint, then every test that needs no GPU
-	$(BIN)/python $(PYTEST) $(ARGS)
+test: lint  ## lint, then the tests that need no GPU and are not long
+	$(BIN)/python $(PYTEST) -m "not gpu and not long" $(ARGS)
+
+test-long: $(READY)  ## the long tests: engines that are stopped and killed, weight syncs with faults
+	$(BIN)/python $(PYTEST) -m "long and not gpu" $(ARGS)
 
 test-newest: $(NEWEST)/.r3-ready  ## the tests of capture with the newest CPU build of vLLM
-	$(NEWEST)/bin/python $(PYTEST) $(NEWEST_TESTS:%=tests/test_%.py) $(ARGS)
+	$(NEWEST)/bin/python $(PYTEST) -m "not gpu" $(NEWEST_TESTS:%=tests/test_%.py) $(ARGS)
 
 lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .

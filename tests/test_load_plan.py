@@ -980,6 +980,7 @@ def greedy(engine) -> list[list[tuple[int, float]]]:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_an_engine_says_the_same_after_planned_syncs_and_after_slow_ones(plan_engine, tmp_path):
     stored = load_file(DEMO_MODEL / "model.safetensors")
     generator = torch.Generator().manual_seed(0)

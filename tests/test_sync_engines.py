@@ -164,6 +164,7 @@ def running(request):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 class TestEveryKind:
     def test_every_worker_answers(self, running):
         (reply,) = running.engine.call("r3_status", timeout_s=30)
@@ -221,6 +222,7 @@ class TestEveryKind:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_an_llm_must_be_idle(offline):
     from vllm import SamplingParams
 
@@ -242,6 +244,7 @@ def test_an_llm_must_be_idle(offline):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_running_requests_of_a_paused_engine(asynchronous):
     def begun(tokens):
         request = in_thread(lambda: asynchronous.generate(tokens))
@@ -274,6 +277,7 @@ def test_running_requests_of_a_paused_engine(asynchronous):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["asynchronous", "server"])
 def test_a_pause_that_cannot_drain_in_time_is_taken_back(kind, request):
     running = request.getfixturevalue(kind)
@@ -290,6 +294,7 @@ def test_a_pause_that_cannot_drain_in_time_is_taken_back(kind, request):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_an_async_engine_refuses_after_a_failed_sync(asynchronous):
     assert asynchronous.engine.pause(30)
     asynchronous.engine.refuse("a sync failed: disk full")
@@ -301,6 +306,7 @@ def test_an_async_engine_refuses_after_a_failed_sync(asynchronous):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_calls_on_the_engines_own_loop_are_refused(asynchronous):
     async def here():
         asynchronous.engine.call("r3_status", timeout_s=30)
@@ -314,6 +320,7 @@ def test_calls_on_the_engines_own_loop_are_refused(asynchronous):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 @pytest.mark.parametrize("transport", ["files", "gloo"])
 def test_a_sync_commits_on_engines_of_two_kinds_together(asynchronous, server, weights, transport):
     engines = [asynchronous.llm, server.engine]
@@ -325,6 +332,7 @@ def test_a_sync_commits_on_engines_of_two_kinds_together(asynchronous, server, w
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_sync_that_one_of_two_engines_cannot_join_leaves_both_serving(asynchronous, server, weights):
     with contextlib.closing(WeightSync([asynchronous.llm, server.engine], timeout_s=3)) as sync:
         with server.stopped(), pytest.raises(SyncError, match=r"http://.*no answer"):
@@ -336,12 +344,14 @@ def test_a_sync_that_one_of_two_engines_cannot_join_leaves_both_serving(asynchro
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_bytes_are_refused_over_http(server):
     with pytest.raises(SyncError, match="expected arguments that JSON carries"):
         server.engine.call("r3_test_echo", b"bytes", timeout_s=30)
 
 
 @pytest.mark.engine
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_engine_is_noticed_at_once(kind, request):
     """The last test of each engine."""
