@@ -16,7 +16,8 @@ class FaultyWorker(WeightSyncWorker):
     def r3_test_done(self) -> dict[str, Any]:
         """What has happened since, and what is forgotten now."""
         self.__dict__["r3_test_faults"] = []
-        return {"rank": self.rank, "done": self.__dict__.pop("r3_test_events", [])}
+        touched = self.__dict__.get("r3_test_touched", False)
+        return {"rank": self.rank, "done": self.__dict__.pop("r3_test_events", []), "touched": touched}
 
     def r3_reserve(self, *args: Any) -> Any:
         return self.r3_test_around("reserve", super().r3_reserve, *args)
@@ -51,6 +52,10 @@ class FaultyWorker(WeightSyncWorker):
             if fault["when"] == "before":
                 self.r3_test_strike(fault)
         answer = call(*args)
+        if point.startswith("load") and "error" not in answer:
+            self.__dict__["r3_test_touched"] = True
+        elif point == "commit" and "error" not in answer:
+            self.__dict__["r3_test_touched"] = False
         for fault in here:
             if fault["when"] == "after":
                 self.r3_test_strike(fault)
