@@ -15,11 +15,12 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-import torch
 from server import running_server
+from syncs import following
 
 from r3 import SyncError
 from r3.capture import engine_kwargs
+from r3.weight_sync import WeightSync
 from r3.weight_sync.engines import engine_of
 from r3.weight_sync.engines.base import Engine, require_complete
 from r3.weight_sync.engines.guard import Guard
@@ -30,11 +31,6 @@ HERE = Path(__file__).parent
 EXACT = [2**53 + 1, 2**63 + 5, 2**64 - 1, -(2**63)]
 PROMPT = [3, 5, 7, 11]
 DEAD = r"has died|has gone|connection failed"
-
-# vLLM 0.30's CPU attention uses AMX where there is one, and never asks the kernel for it: SIGILL at the first token.
-# This module is imported in the worker.
-if hasattr(torch.cpu, "_init_amx"):
-    torch.cpu._init_amx()
 
 
 class EchoWorker(WeightSyncWorker):
@@ -247,27 +243,26 @@ def test_an_llm_must_be_idle(offline):
 
 @pytest.mark.engine
 def test_running_requests_of_a_paused_engine(asynchronous):
-    def first_tokens(request):
-        time.sleep(1.0)
-        assert not request.done(), "too short to be paused"
+    def begun(tokens):
+        request = in_thread(lambda: asynchronous.generate(tokens))
+        while not asynchronous.llm.output_processor.has_unfinished_requests():
+            time.sleep(0.01)
+        return request
 
     engine = asynchronous.engine
-    waited = in_thread(lambda: asynchronous.generate(200))
-    first_tokens(waited)
+    waited = begun(200)
     assert engine.pause(60)
-    assert waited.result(5) == 200
+    assert waited.result(30) == 200
     engine.resume(30)
 
     aborting = engine_of(asynchronous.llm, on_running="abort")
-    aborted = in_thread(lambda: asynchronous.generate(400))
-    first_tokens(aborted)
+    aborted = begun(450)
     assert aborting.pause(30)
-    assert aborted.result(5) < 400
+    assert aborted.result(30) < 450
     aborting.resume(30)
 
     keeping = engine_of(asynchronous.llm, on_running="keep")
-    kept = in_thread(lambda: asynchronous.generate(200))
-    first_tokens(kept)
+    kept = begun(200)
     assert keeping.pause(30)
     # An adapter that would wait must not drain what another has frozen.
     assert not engine.pause(30)
@@ -286,7 +281,7 @@ def test_a_pause_that_cannot_drain_in_time_is_taken_back(kind, request):
     long = in_thread(lambda: running.generate(450))
     time.sleep(0.5)
     with pytest.raises(SyncError, match=r"no answer to (pause_generation|/pause)"):
-        running.engine.pause(0.3)
+        running.engine.pause(1.5)
     assert not long.done(), "too short to outlast the pause"
     assert running.generate(2, timeout_s=30) == 2
     assert long.result(60) == 450
@@ -319,15 +314,25 @@ def test_calls_on_the_engines_own_loop_are_refused(asynchronous):
 
 
 @pytest.mark.engine
-def test_a_list_of_engines_is_synced_as_one(asynchronous, server):
-    both = engine_of([asynchronous.llm, server.engine])
-    assert len(both.call("r3_status", timeout_s=30)) == 2
-    with server.stopped(), pytest.raises(SyncError, match=r"1 of 2 engines:\n  http://.*no answer"):
-        both.pause(1)
-    assert asynchronous.generate(2) == server.generate(2) == 2, "one of the two was left paused"
-    assert both.pause(30)
-    both.reset_caches(30)
-    both.resume(30)
+@pytest.mark.parametrize("transport", ["files", "gloo"])
+def test_a_sync_commits_on_engines_of_two_kinds_together(asynchronous, server, weights, transport):
+    engines = [asynchronous.llm, server.engine]
+    with contextlib.closing(WeightSync(engines, transport=transport, chunk_bytes=1 << 20, timeout_s=60)) as sync:
+        receipt = sync.push(weights.items(), version=following(sync))
+        again = sync.push(weights.items(), version=following(sync))
+    assert (receipt.workers, again.workers, again.digest) == (2, 2, receipt.digest)
+    assert asynchronous.generate(2) == server.generate(2) == 2
+
+
+@pytest.mark.engine
+def test_a_sync_that_one_of_two_engines_cannot_join_leaves_both_serving(asynchronous, server, weights):
+    with contextlib.closing(WeightSync([asynchronous.llm, server.engine], timeout_s=3)) as sync:
+        with server.stopped(), pytest.raises(SyncError, match=r"http://.*no answer"):
+            sync.push(weights.items(), version=following(sync))
+        sync.require_committed()
+        assert asynchronous.generate(2) == server.generate(2) == 2
+        time.sleep(3)  # the lease of what the server was asked to reserve
+        sync.push(weights.items(), version=following(sync))
 
 
 @pytest.mark.engine

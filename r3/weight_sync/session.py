@@ -191,7 +191,7 @@ class WeightSync:
             with clock.stage("resume"):
                 self._each(lambda engine: engine.reset_caches(self._timeout_s))
                 self._each(lambda engine: engine.label(version, self._timeout_s))
-                self._call("r3_hold", sync_id)  # a sender that was late may have been taken over from
+                self._require_hold(sync_id)
                 self._each(lambda engine: engine.resume(self._timeout_s))
                 self._call("r3_release", sync_id)
         except BaseException as error:
@@ -313,6 +313,14 @@ class WeightSync:
         self.poisoned = self.poisoned or cause
         for engine in self._engines:
             engine.refuse(f"its weights cannot be trusted since a sync failed ({cause}); a complete sync heals it")
+
+    def _require_hold(self, sync_id: str) -> None:
+        """Raise unless this sync still has its workers: a sender that was late may have been taken over from."""
+        start = time.monotonic()
+        self._call("r3_hold", sync_id)
+        late_s = time.monotonic() - start
+        if late_s > self._timeout_s / 2:
+            raise SyncError(f"the workers' lease may be over: their answers took {late_s:.1f} s to be heard")
 
     def _pause(self, sent: "_Sent") -> None:
         def pause(engine: Engine) -> None:

@@ -28,6 +28,11 @@ from r3.weight_sync.transports import RECEIVERS, Chunk, Receiver
 
 Reply = dict[str, Any]
 
+# vLLM's CPU attention (seen in 0.30) uses AMX where there is one and never asks the kernel for it: the worker dies of
+# SIGILL at the first token, unless torch has asked. This module is imported in every worker.
+if hasattr(torch.cpu, "_init_amx"):
+    torch.cpu._init_amx()
+
 
 @dataclass
 class _Sync:

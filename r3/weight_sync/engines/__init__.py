@@ -1,4 +1,4 @@
-"""The engines that a weight sync can reach: `vllm.LLM`, `AsyncLLM`, a `vllm serve` by URL, or a list of those."""
+"""The engines that a weight sync can reach: `vllm.LLM`, `AsyncLLM`, a `vllm serve` by URL."""
 
 import asyncio
 import sys
@@ -7,7 +7,6 @@ from typing import Any
 from r3.errors import SyncError
 from r3.weight_sync.engines.asynchronous import AsyncEngine
 from r3.weight_sync.engines.base import Engine, OnRunning, Reply, checked_mode
-from r3.weight_sync.engines.group import EngineGroup
 from r3.weight_sync.engines.offline import OfflineEngine
 from r3.weight_sync.engines.server import ServerEngine
 
@@ -24,8 +23,8 @@ def engine_of(
     """The adapter for `engine`.
 
     Args:
-        engine: a `vllm.LLM`, an `AsyncLLM`, the URL of a `vllm serve` in development mode, a list or tuple of those
-            (replicas, or the ranks of a data-parallel group), or an `Engine`, which comes back as it is.
+        engine: a `vllm.LLM`, an `AsyncLLM`, the URL of a `vllm serve` in development mode, or an `Engine`, which comes
+            back as it is. (`WeightSync` takes several: replicas, or the ranks of a data-parallel group.)
         on_running: what a pause does with requests that run: "wait" for their end, "abort" them, or "keep" them frozen
             (their keys and values are computed anew, and their next tokens come from the new weights). A `vllm.LLM`
             must be idle in each case.
@@ -43,14 +42,12 @@ def engine_of(
         return engine
     if isinstance(engine, str):
         return ServerEngine(engine, mode, api_key)
-    if isinstance(engine, list | tuple):
-        return EngineGroup([engine_of(one, on_running=mode, loop=loop, api_key=api_key) for one in engine])
     if isinstance(engine, _loaded("vllm.entrypoints.llm", "LLM")):
         return OfflineEngine(engine)
     if isinstance(engine, _loaded("vllm.v1.engine.async_llm", "AsyncLLM")):
         return AsyncEngine(engine, mode, loop)
     raise SyncError(
-        "engine: expected a vllm.LLM, an AsyncLLM, a URL (http://host:port) or a list of those, got "
+        "engine: expected a vllm.LLM, an AsyncLLM or a URL (http://host:port), got "
         f"{type(engine).__module__}.{type(engine).__qualname__}"
     )
 
