@@ -249,6 +249,8 @@ def serve(end: Connection, settings: dict[str, Any]) -> None:
         if order is None:
             if sync is not None:
                 sync.close()
+            elif transport is not None:
+                transport.close()
             return
         faults.arm(order["faults"])
         engine._on_running = order["on_running"]
