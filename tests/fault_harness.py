@@ -6,122 +6,24 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from conftest import DEMO_MODEL
 from fault_engine import LONG, FaultyServer, Load, Output, children, state
+from fault_outcome import Outcome, expected, vars_of
+from fault_process import TIMEOUT_S, Sender
 from faults import Fault, Schedule
 
 from r3.weight_sync import FilesTransport
 
-TIMEOUT_S = 3.0  # of one call, and the lease
 SHORT_S = 0.7  # how long something stands still that is to go on in time
 LONG_S = TIMEOUT_S + 2.0
 LIMIT_S = 5 * TIMEOUT_S + 10.0  # a push that takes longer hangs
 QUIET_S = 0.6  # an engine that has not answered by then refuses
 SMALL_DISK = 6 << 20
-
-
-class Sender:
-    """A process that sends."""
-
-    def __init__(self, context: Any, settings: dict[str, Any]) -> None:
-        import fault_sender
-
-        self.settings = settings
-        self.folder = ""
-        self._end, there = context.Pipe()
-        self.process = context.Process(target=fault_sender.serve, args=(there, settings), daemon=True)
-        self.process.start()
-        if not self._end.poll(60) or self._end.recv()[0] != "ready":
-            raise RuntimeError("a sender does not start")
-        there.close()
-        self.events: list[dict] = []
-        self.reply: tuple[str, dict] | None = None
-        self.seconds = 0.0
-
-    def order(self, **order: Any) -> None:
-        self.events, self.reply, self._start, self.told = [], None, time.monotonic(), False
-        self._end.send({"timeout_s": TIMEOUT_S, "on_running": "wait"} | order)
-
-    def poll(self, wait_s: float = 0.02) -> bool:
-        """Take in what it says. Whether it has ended its sync, one way or the other."""
-        if self.reply is not None:
-            return True
-        try:
-            while self._end.poll(wait_s):
-                kind, what = self._end.recv()
-                if kind == "event":
-                    self.events.append(what)
-                    continue
-                if kind == "folder":
-                    self.folder = what
-                    continue
-                self.reply = (kind, what)
-                break
-        except (EOFError, ConnectionError):
-            self.process.join(5)
-            self.reply = ("died", {"text": f"exit status {self.process.exitcode}"})
-        if self.reply is not None:
-            self.seconds = time.monotonic() - self._start
-        return self.reply is not None
-
-    def go_on(self) -> None:
-        self.told = True
-        self._end.send("go")
-
-    def holds(self) -> bool:
-        return any(event["kind"] == "held" for event in self.events)
-
-    def stopped(self) -> bool:
-        return state(self.process.pid) == "T"
-
-    def alive(self) -> bool:
-        return self.process.is_alive()
-
-    def stacks(self) -> str:
-        """Where its threads are, for the report of a hang."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGUSR1)
-            time.sleep(0.5)
-        return Path(self.settings["stacks"]).read_text()
-
-    def end(self) -> None:
-        if self.alive():
-            os.kill(self.process.pid, signal.SIGCONT)
-            with contextlib.suppress(OSError):
-                self._end.send(None)
-            self.process.join(5)
-            self.process.kill()
-        self.process.join()
-        self._end.close()
-
-
-@dataclass
-class Outcome:
-    """How a schedule ended.
-
-    Attributes:
-        kind: "committed", "refused" (nothing was touched; what was served is right), "poisoned, healed", "restarted".
-        violations: of what must hold.
-    """
-
-    kind: str = ""
-    seconds: float = 0.0
-    reached: bool = True
-    said: list[str] = field(default_factory=list)
-    violations: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        said = "".join(f"\n       {line[:400]}" for line in self.said)
-        wrong = "".join(f"\n       VIOLATION: {line[:3000]}" for line in self.violations)
-        return f"{self.kind}{'' if self.reached else ' (fault not reached)'}, {self.seconds:.1f} s{said}{wrong}"
 
 
 class Harness:
@@ -338,7 +240,7 @@ class Harness:
         if what["error"] not in ("SyncError", "InjectedError"):
             outcome.violations.append(f"expected a SyncError, got {what['error']}: {what['text'][:500]}")
         text = what["text"]
-        wanted = [one for f in s.faults if (one := _expected(f, happened)) is not None]
+        wanted = [one for f in s.faults if (one := expected(f, happened)) is not None]
         if wanted and not any(all(re.search(p, text, re.DOTALL) for p in one) for one in wanted):
             outcome.violations.append(f"the error names none of {wanted}: {text[:800]}")
 
@@ -489,46 +391,3 @@ class Harness:
 
     def _mine(self) -> set[int]:
         return {s.process.pid for s in self._senders.values()}
-
-
-def vars_of(fault: Fault) -> dict[str, Any]:
-    return {name: getattr(fault, name) for name in ("kind", "point", "when", "how", "rank", "pick")}
-
-
-def _expected(fault: Fault, happened: list[dict]) -> list[str] | None:
-    """What the error must say if this fault was what ended the sync; None if the fault did not happen."""
-    mine = [e for e in happened if e["kind"] == fault.kind]
-    worker = "worker rank" if fault.rank is None else f"worker rank {fault.rank}"
-    tensor = next((re.escape(e["tensor"].split("\0")[0]) for e in mine if e.get("tensor")), "")
-    match fault.kind:
-        case "old version":
-            return ["expected a version above"]
-        case "two at once":
-            return [""]
-        case "worker killed":
-            return ["http://|worker rank"]
-        case _ if not mine:
-            return None
-        case "sender raises":
-            return ["injected"]
-        case "worker raises":
-            return [worker, "no memory left"]
-        case "worker memory" | "transit":
-            return [worker, tensor]
-        case "file":
-            return ["worker rank"]
-        case "call":
-            return ["worker rank|broadcast", "chunk|not come|does not come"]
-        case "content":
-            layer = re.match(r"(model\\\.)?(layers\\\.\d+|\w+)", tensor)
-            return [layer[0] if layer and fault.how in ("missing", "larger", "smaller") else tensor]
-        case "disk full":
-            return ["No space left|File too large"]
-        case "worker stopped":
-            return ["worker rank|http://|broadcast|join"]
-        case _:
-            return [""]
-
-
-if __name__ == "__main__":
-    sys.exit("run faults.py")
