@@ -183,7 +183,7 @@ def faulty(name: str, faults: Faults, *args: Any) -> Any:
 
 @contextlib.contextmanager
 def full(folder: Path) -> Iterator[None]:
-    """No room is left in `folder`, a small disk of its own; elsewhere this process may write no file of more than 4 KiB."""
+    """No room is left in `folder` if that is a disk of its own; else this process may write at most 4 KiB to a file."""
     if folder.is_mount():
         filler = folder / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
