@@ -6,120 +6,24 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from conftest import DEMO_MODEL
 from fault_engine import LONG, FaultyServer, Load, Output, children, state
+from fault_outcome import Outcome, expected, vars_of
+from fault_process import TIMEOUT_S, Sender
 from faults import Fault, Schedule
 
-TIMEOUT_S = 3.0  # of one call, and the lease
+from r3.weight_sync import FilesTransport
+
 SHORT_S = 0.7  # how long something stands still that is to go on in time
 LONG_S = TIMEOUT_S + 2.0
-LIMIT_S = 5 * TIMEOUT_S + 5.0  # a push that takes longer hangs
+LIMIT_S = 5 * TIMEOUT_S + 10.0  # a push that takes longer hangs
 QUIET_S = 0.6  # an engine that has not answered by then refuses
 SMALL_DISK = 6 << 20
-
-
-class Sender:
-    """A process that sends."""
-
-    def __init__(self, context: Any, settings: dict[str, Any]) -> None:
-        import fault_sender
-
-        self.settings = settings
-        self.folder = ""
-        self._end, there = context.Pipe()
-        self.process = context.Process(target=fault_sender.serve, args=(there, settings), daemon=True)
-        self.process.start()
-        if not self._end.poll(60) or self._end.recv()[0] != "ready":
-            raise RuntimeError("a sender does not start")
-        there.close()
-        self.events: list[dict] = []
-        self.reply: tuple[str, dict] | None = None
-        self.seconds = 0.0
-
-    def order(self, **order: Any) -> None:
-        self.events, self.reply, self._start, self.told = [], None, time.monotonic(), False
-        self._end.send({"timeout_s": TIMEOUT_S, "on_running": "wait"} | order)
-
-    def poll(self, wait_s: float = 0.02) -> bool:
-        """Take in what it says. Whether it has ended its sync, one way or the other."""
-        if self.reply is not None:
-            return True
-        try:
-            while self._end.poll(wait_s):
-                kind, what = self._end.recv()
-                if kind == "event":
-                    self.events.append(what)
-                    continue
-                if kind == "folder":
-                    self.folder = what
-                    continue
-                self.reply = (kind, what)
-                break
-        except (EOFError, ConnectionError):
-            self.process.join(5)
-            self.reply = ("died", {"text": f"exit status {self.process.exitcode}"})
-        if self.reply is not None:
-            self.seconds = time.monotonic() - self._start
-        return self.reply is not None
-
-    def go_on(self) -> None:
-        self.told = True
-        self._end.send("go")
-
-    def holds(self) -> bool:
-        return any(event["kind"] == "held" for event in self.events)
-
-    def stopped(self) -> bool:
-        return state(self.process.pid) == "T"
-
-    def alive(self) -> bool:
-        return self.process.is_alive()
-
-    def stacks(self) -> str:
-        """Where its threads are, for the report of a hang."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, signal.SIGUSR1)
-            time.sleep(0.5)
-        return Path(self.settings["stacks"]).read_text()
-
-    def end(self) -> None:
-        if self.alive():
-            os.kill(self.process.pid, signal.SIGCONT)
-            with contextlib.suppress(OSError):
-                self._end.send(None)
-            self.process.join(5)
-            self.process.kill()
-        self.process.join()
-        self._end.close()
-
-
-@dataclass
-class Outcome:
-    """How a schedule ended.
-
-    Attributes:
-        kind: "committed", "refused" (nothing was touched; what was served is right), "poisoned, healed", "restarted".
-        violations: of what must hold.
-    """
-
-    kind: str = ""
-    seconds: float = 0.0
-    reached: bool = True
-    said: list[str] = field(default_factory=list)
-    violations: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        said = "".join(f"\n       {line[:400]}" for line in self.said)
-        wrong = "".join(f"\n       VIOLATION: {line[:3000]}" for line in self.violations)
-        return f"{self.kind}{'' if self.reached else ' (fault not reached)'}, {self.seconds:.1f} s{said}{wrong}"
 
 
 class Harness:
@@ -134,7 +38,7 @@ class Harness:
             command = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "r3-test", str(self._disk)]
             self.mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["fault_sender"])
+        self._context.set_forkserver_preload(["fault_preload"])
         self._senders: dict[tuple, Sender] = {}
         self.outcomes: list[tuple[Schedule, Outcome]] = []
         self.violations = 0
@@ -149,6 +53,10 @@ class Harness:
 
     def __enter__(self) -> "Harness":
         try:
+            os.environ["R3_TEST_FAULTS_MODEL"] = str(DEMO_MODEL)
+            for transport in ("files", "gloo"):
+                for delta in (False, True):
+                    self._sender(transport, delta)
             self.server.start()
             self._learn()
         except BaseException:
@@ -159,6 +67,7 @@ class Harness:
     def __exit__(self, *exc: object) -> None:
         for sender in self._senders.values():
             sender.end()
+        FilesTransport().close()  # removes what killed senders have left, as the next one of this user would
         self.leaked = [one.folder for one in self._all if "r3-sync-" in one.folder and Path(one.folder).exists()]
         self.server.close()
         if self.mounted:
@@ -179,8 +88,13 @@ class Harness:
         if self._load is not None:
             self._load.stop()
             allowed = {self.sent[v] for v in range(before + 1, self.version + 1)} | {self._was}
+            # A request that a pause has frozen goes on with the new weights: its first token is of the old ones.
+            mixed = self.version - before if schedule.on_running == "keep" else 0
             for which, output in self._load.outputs:
-                if not self._is(output, which, allowed):
+                if self._is(output, which, allowed):
+                    continue
+                mixed -= 1
+                if mixed < 0 or not self._is(output[:1], which, allowed):
                     outcome.violations.append(f"while busy, an answer that is of none of {sorted(allowed)}: {output}")
             outcome.said.append(f"busy: {len(self._load.outputs)} answers, {self._load.unanswered} not answered")
         self._was = self.sent[self._committed()]
@@ -227,7 +141,9 @@ class Harness:
             if waiting and self._stands(sender, s):
                 # Another one begins meanwhile: it is turned away, or takes over.
                 if not others:
+                    began = time.monotonic()
                     others.append(self._second(s))
+                    deadline += time.monotonic() - began
                 late = time.monotonic() - self._stood[sender.process.pid] > 2 * LONG_S
                 if others[0].poll() or others[0].holds() or late:
                     os.kill(sender.process.pid, signal.SIGCONT)
@@ -239,7 +155,7 @@ class Harness:
                 self._probe_half_loaded(outcome, sender)
                 others[0].go_on()
             if time.monotonic() > deadline:
-                stacks = [one.stacks()[-1500:] for one in (sender, *others) if one.reply is None]
+                stacks = [one.stacks()[-2800:] for one in (sender, *others) if one.reply is None]
                 outcome.violations.append(f"hang: {sender.reply} {sender.events} {[o.reply for o in others]} {stacks}")
                 self._recover(outcome)
                 break
@@ -253,15 +169,18 @@ class Harness:
         until = time.monotonic() + 1.5
         while not late.poll() and time.monotonic() < until:
             pass
-        states = {reply["state"] for reply in self.server.rpc("r3_status", timeout_s=30)}
+        states = {reply["state"] for reply in self.server.rpc("r3_status", timeout_s=10)}
         if self.server.ask(0, timeout_s=QUIET_S) is not None and states == {"open"}:
             outcome.violations.append("serves while a sync is open: the sender that was late has resumed the engine")
 
     def _judge(self, s: Schedule, outcome: Outcome, sender: Sender, others: list[Sender]) -> None:
-        alive = self._engine_lives(s)
+        alive = self._engine_lives(s, outcome)
         happened = list(sender.events)
+        touched: list[int] = []
         if alive:
-            happened += [e for reply in self.server.rpc("r3_test_done", timeout_s=30) for e in reply["done"]]
+            done = self.server.rpc("r3_test_done", timeout_s=30)
+            happened += [event for reply in done for event in reply["done"]]
+            touched = [reply["rank"] for reply in done if reply["touched"]]
         replies = [one.reply or ("hangs", {"text": ""}) for one in (sender, *others)]
         for kind, what in replies:
             outcome.said.append(f"{kind}: {what.get('text') or what} {what.get('notes') or ''}")
@@ -283,12 +202,14 @@ class Harness:
             self._heal(s, outcome)
             return
         status = self.server.rpc("r3_status", timeout_s=30)
+        if wrong := [reply for reply in status if reply["rank"] in touched and reply["state"] in ("idle", "committed")]:
+            outcome.violations.append(f"loaded into and not committed, but {wrong}")
         committed = [what for kind, what in replies if kind == "committed"]
         versions, states = {r["version"] for r in status}, {r["state"] for r in status}
         answer = self.server.ask(0, timeout_s=QUIET_S if len(committed) < len(replies) else 10.0)
         if answer is not None:
             right = self.sent.get(next(iter(versions)))
-            if states != {"idle"} or len(versions) > 1:
+            if states not in ({"idle"}, {"committed"}) or len(versions) > 1:
                 outcome.violations.append(f"serves while the workers are {status}")
             elif not self._is(answer, 0, {right}):
                 outcome.violations.append(f"serves {self._whose(answer, 0)} while version {versions} is {right}")
@@ -319,7 +240,7 @@ class Harness:
         if what["error"] not in ("SyncError", "InjectedError"):
             outcome.violations.append(f"expected a SyncError, got {what['error']}: {what['text'][:500]}")
         text = what["text"]
-        wanted = [one for f in s.faults if (one := _expected(f, happened)) is not None]
+        wanted = [one for f in s.faults if (one := expected(f, happened)) is not None]
         if wanted and not any(all(re.search(p, text, re.DOTALL) for p in one) for one in wanted):
             outcome.violations.append(f"the error names none of {wanted}: {text[:800]}")
 
@@ -400,14 +321,18 @@ class Harness:
                 if now or time.monotonic() - since > (LONG_S if s.long else SHORT_S):
                     os.kill(pid, signal.SIGCONT)
 
-    def _engine_lives(self, s: Schedule) -> bool:
-        if all(state(pid) for pid in self.server.workers.values()):
+    def _engine_lives(self, s: Schedule, outcome: Outcome) -> bool:
+        if self.server.healthy() and all(state(pid) for pid in self.server.workers.values()):
             return True
-        assert any(f.kind == "worker killed" for f in s.faults), "a worker has died"
+        if not any(f.kind == "worker killed" for f in s.faults):
+            said = [line for line in self.server.log.read_text().splitlines() if "Error" in line]
+            outcome.violations.append(f"the engine has died by itself: {said[:8]}")
         return False
 
     def _recover(self, outcome: Outcome) -> None:
         """After a violation, from the start: the next schedule must not pay for it."""
+        if self._load is not None:
+            self._load.stop()
         for sender in self._senders.values():
             sender.process.kill()
             sender.end()
@@ -428,17 +353,14 @@ class Harness:
 
     def _learn(self) -> None:
         """What the engine says under each set of weights, with its caches empty and full."""
-        for weights in "BCA":
-            for fused in (False, True):
-                sender = self._sender("files", False)
-                sender.order(version=self._next(weights), weights=weights, fused=fused, faults=[], timeout_s=30.0)
-                while not sender.poll(0.1):
-                    pass
-                assert sender.reply is not None
-                assert sender.reply[0] == "committed", sender.reply
-                found = [{self._ask_long(which) for _ in range(2)} for which in (0, 1)]
-                known = self.known.setdefault(weights, found)
-                assert all(a <= b for a, b in zip(found, known, strict=True)), "the engine does not repeat itself"
+        for weights, fused in (("B", False), ("C", True), ("A", False)):
+            sender = self._sender("files", False)
+            sender.order(version=self._next(weights), weights=weights, fused=fused, faults=[], timeout_s=30.0)
+            while not sender.poll(0.1):
+                pass
+            assert sender.reply is not None
+            assert sender.reply[0] == "committed", sender.reply
+            self.known[weights] = [{self._ask_long(which) for _ in range(2)} for which in (0, 1)]
         firsts = [next(iter(self.known[weights][which]))[:6] for weights in "ABC" for which in (0, 1)]
         assert len(set(firsts)) == 6, "sets of weights that cannot be told apart"
 
@@ -469,46 +391,3 @@ class Harness:
 
     def _mine(self) -> set[int]:
         return {s.process.pid for s in self._senders.values()}
-
-
-def vars_of(fault: Fault) -> dict[str, Any]:
-    return {name: getattr(fault, name) for name in ("kind", "point", "when", "how", "rank", "pick")}
-
-
-def _expected(fault: Fault, happened: list[dict]) -> list[str] | None:
-    """What the error must say if this fault was what ended the sync; None if the fault did not happen."""
-    mine = [e for e in happened if e["kind"] == fault.kind]
-    worker = "worker rank" if fault.rank is None else f"worker rank {fault.rank}"
-    tensor = next((re.escape(e["tensor"].split("\0")[0]) for e in mine if e.get("tensor")), "")
-    match fault.kind:
-        case "old version":
-            return ["expected a version above"]
-        case "two at once":
-            return [""]
-        case "worker killed":
-            return ["http://|worker rank"]
-        case _ if not mine:
-            return None
-        case "sender raises":
-            return ["injected"]
-        case "worker raises":
-            return [worker, "no memory left"]
-        case "worker memory" | "transit":
-            return [worker, tensor]
-        case "file":
-            return ["worker rank"]
-        case "call":
-            return ["worker rank|broadcast", "chunk|not come|does not come"]
-        case "content":
-            layer = re.match(r"(model\\\.)?(layers\\\.\d+|\w+)", tensor)
-            return [layer[0] if layer and fault.how in ("missing", "larger", "smaller") else tensor]
-        case "disk full":
-            return ["No space left|File too large"]
-        case "worker stopped":
-            return ["worker rank|http://|broadcast|join"]
-        case _:
-            return [""]
-
-
-if __name__ == "__main__":
-    sys.exit("run faults.py")

@@ -3,7 +3,9 @@
 import contextlib
 import faulthandler
 import os
+import resource
 import signal
+from collections.abc import Iterator
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -166,19 +168,38 @@ def faulty(name: str, faults: Faults, *args: Any) -> Any:
             for fault in faults.take(f"load:{index}", "transit"):
                 chunk, tensor = tampered(chunk, fault.how, fault.pick)
                 faults.say(fault, tensor=tensor)
-            for fault in faults.take(f"load:{index}", "disk full"):
-                filler = Path(self._folder) / "filler"
-                with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-                    while file.write(b"\0" * 4096):
-                        pass
-                faults.say(fault)
-            where = super().publish(index, chunk)
+            with contextlib.ExitStack() as limits:
+                for fault in faults.take(f"load:{index}", "disk full"):
+                    limits.enter_context(full(Path(self._folder)))
+                    faults.say(fault)
+                where = super().publish(index, chunk)
             for fault in faults.take(f"load:{index}", "file"):
                 faults.say(fault)
                 damage(Path(where["path"]), fault.how, fault.pick)
             return where
 
     return FaultyTransport(*args)
+
+
+@contextlib.contextmanager
+def full(folder: Path) -> Iterator[None]:
+    """No room is left in `folder` if that is a disk of its own; else this process may write at most 4 KiB to a file."""
+    if folder.is_mount():
+        filler = folder / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while file.write(b"\0" * 4096):
+                pass
+        try:
+            yield
+        finally:
+            filler.unlink()
+        return
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def damage(path: Path, how: str, pick: float) -> None:
@@ -249,6 +270,8 @@ def serve(end: Connection, settings: dict[str, Any]) -> None:
         if order is None:
             if sync is not None:
                 sync.close()
+            elif transport is not None:
+                transport.close()
             return
         faults.arm(order["faults"])
         engine._on_running = order["on_running"]
@@ -276,6 +299,4 @@ def serve(end: Connection, settings: dict[str, Any]) -> None:
         except BaseException as error:
             said = {"error": type(error).__name__, "text": str(error), "notes": getattr(error, "__notes__", [])}
             answer = ("failed", said | {"poisoned": getattr(sync, "poisoned", None)})
-        filler = Path(getattr(transport, "_folder", "/nonexistent")) / "filler"
-        filler.unlink(missing_ok=True)
         end.send(answer)

@@ -16,23 +16,32 @@ class FaultyWorker(WeightSyncWorker):
     def r3_test_done(self) -> dict[str, Any]:
         """What has happened since, and what is forgotten now."""
         self.__dict__["r3_test_faults"] = []
-        return {"rank": self.rank, "done": self.__dict__.pop("r3_test_events", [])}
+        touched = self.__dict__.get("r3_test_touched", False)
+        return {"rank": self.rank, "done": self.__dict__.pop("r3_test_events", []), "touched": touched}
 
-    def r3_begin(self, sync: Any) -> Any:
-        return self.r3_test_around("begin", super().r3_begin, sync)
+    def r3_reserve(self, *args: Any) -> Any:
+        return self.r3_test_around("reserve", super().r3_reserve, *args)
 
-    def r3_load(self, sync_id: str, index: int, names: list[str], where: dict[str, Any]) -> Any:
-        self.__dict__["r3_test_chunk"] = index
-        return self.r3_test_around(f"load:{index}", super().r3_load, sync_id, index, names, where)
+    def r3_begin(self, *args: Any) -> Any:
+        return self.r3_test_around("begin", super().r3_begin, *args)
 
-    def r3_seal(self, sync_id: str, digests: dict[str, int]) -> Any:
-        return self.r3_test_around("seal", super().r3_seal, sync_id, digests)
+    def r3_load(self, *args: Any) -> Any:
+        return self.r3_test_around(f"load:{args[1]}", super().r3_load, *args)
 
-    def r3_commit(self, sync_id: str) -> Any:
-        return self.r3_test_around("commit", super().r3_commit, sync_id)
+    def r3_seal(self, *args: Any) -> Any:
+        return self.r3_test_around("seal", super().r3_seal, *args)
 
-    def r3_abort(self, sync_id: str, cause: str) -> Any:
-        return self.r3_test_around("abort", super().r3_abort, sync_id, cause)
+    def r3_commit(self, *args: Any) -> Any:
+        return self.r3_test_around("commit", super().r3_commit, *args)
+
+    def r3_hold(self, *args: Any) -> Any:
+        return self.r3_test_around("hold", super().r3_hold, *args)
+
+    def r3_release(self, *args: Any) -> Any:
+        return self.r3_test_around("release", super().r3_release, *args)
+
+    def r3_abort(self, *args: Any) -> Any:
+        return self.r3_test_around("abort", super().r3_abort, *args)
 
     def r3_test_around(self, point: str, call: Any, *args: Any) -> Any:
         armed = self.__dict__.get("r3_test_faults", [])
@@ -43,6 +52,10 @@ class FaultyWorker(WeightSyncWorker):
             if fault["when"] == "before":
                 self.r3_test_strike(fault)
         answer = call(*args)
+        if point.startswith("load") and "error" not in answer:
+            self.__dict__["r3_test_touched"] = True
+        elif point == "commit" and "error" not in answer:
+            self.__dict__["r3_test_touched"] = False
         for fault in here:
             if fault["when"] == "after":
                 self.r3_test_strike(fault)

@@ -14,8 +14,9 @@ import torch
 
 Chunk = list[tuple[str, torch.Tensor]]
 
-POINTS = ("pause", "begin", *(f"load:{i}" for i in (0, 1, 3, 5)), "seal", "commit", "caches", "resume")
-WORKER_POINTS = ("begin", *(f"load:{i}" for i in (0, 1, 3, 5)), "seal", "commit")
+LOADS = ("load:0", "load:1", "load:3", "load:5")
+WORKER_POINTS = ("reserve", "begin", *LOADS, "seal", "commit", "hold", "release")
+POINTS = ("reserve", "pause", "begin", *LOADS, "seal", "commit", "caches", "hold", "resume", "release")
 TENSOR = ("flip", "nan", "shape", "dtype", "lost", "doubled", "renamed", "swapped", "zeros")
 FILE = ("flip", "header", "truncated", "removed", "zeros")
 CONTENT = ("missing", "unknown", "twice", "nan", "inf", "larger", "smaller", "gather raises", "gather changes")
