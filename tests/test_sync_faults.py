@@ -8,7 +8,7 @@ import pytest
 from fault_harness import Harness
 from faults import CALL, CONTENT, FILE, KINDS, TENSOR, Fault, schedule
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.long, pytest.mark.timeout(600)]
 
 SEEDS = (5, 35, 52, 56, 64, 78, 82, 88, 111)
 

@@ -186,8 +186,7 @@ class WeightSync:
             with clock.stage("resume"):
                 self._each(lambda engine: engine.reset_caches(self._timeout_s))
                 self._each(lambda engine: engine.label(version, self._timeout_s))
-                self._require_hold(sync_id)
-                self._each(lambda engine: engine.resume(self._timeout_s))
+                self._resume(sync_id)
                 self._call("r3_release", sync_id)
         except BaseException as error:
             self._abort(sync_id, sent, error)
@@ -309,13 +308,17 @@ class WeightSync:
         for engine in self._engines:
             engine.refuse(f"its weights cannot be trusted since a sync failed ({cause}); a complete sync heals it")
 
-    def _require_hold(self, sync_id: str) -> None:
-        """Raise unless this sync still has its workers: a sender that was late may have been taken over from."""
-        start = time.monotonic()
+    def _resume(self, sync_id: str) -> None:
+        """Let the engines serve, if this sync still has their workers: a sender that was late may have lost them."""
+        until = time.monotonic() + self._timeout_s / 2  # well within the lease, which begins anew
         self._call("r3_hold", sync_id)
-        late_s = time.monotonic() - start
-        if late_s > self._timeout_s / 2:
-            raise SyncError(f"the workers' lease may be over: their answers took {late_s:.1f} s to be heard")
+
+        def resume(engine: Engine) -> None:
+            if time.monotonic() > until:
+                raise SyncError(f"{engine.name} is not resumed: this sender stood still, and the lease may be over")
+            engine.resume(self._timeout_s)
+
+        self._each(resume)
 
     def _pause(self, sent: "_Sent") -> None:
         def pause(engine: Engine) -> None:
