@@ -547,36 +547,6 @@ def test_a_planned_sync_that_is_not_complete_is_missing_something(config):
     reload.load([item for item in weights_of(2).items() if item[0] != "one.up"])
     reload.load([("one.gate", weights_of(2)["one.gate"])])  # twice: counted once
     assert reload.missing() == ["one (Fused): 40 of 72 elements"]
-    assert reload.missing(delta=True) == []
-
-
-@pytest.mark.parametrize("process", [None, derive])
-def test_layers_absent_from_a_delta_stay_as_they_are(config, process):
-    model = initial(Toy(process), weights_of(0))
-    plan = synced(model, config, weights_of(1)).learned
-    before, new = state(model), weights_of(2)
-    delta = {"two.up": new["two.up"]}
-    reload = LayerwiseReload(model, config, plan)
-    reload.begin(manifest_of(delta))
-    assert reload.planned
-    reload.load(delta.items())
-    assert reload.missing(delta=True) == []
-    reload.finish()
-    assert reload.learned is plan
-    after = state(model)
-    assert torch.equal(after.pop("two.weight")[4:], new["two.up"])
-    before.pop("two.weight")
-    assert_same(after, before)
-
-
-def test_a_part_of_a_slow_layer_is_missing_the_rest_in_a_delta_too(config):
-    model = initial(Toy(derive), weights_of(0))
-    plan = synced(model, config, weights_of(1)).learned
-    reload = LayerwiseReload(model, config, plan)
-    reload.begin()
-    reload.load([("one.up", weights_of(2)["one.up"])])
-    assert reload.missing(delta=True) == ["one (Fused): 32 of 72 elements"]
-    reload.abandon()
 
 
 # Tensors that reach several layers, none, or a layer at once.

@@ -54,9 +54,9 @@ class LayerwiseReload:
         """Open the bracket.
 
         Args:
-            manifest: name -> shape, dtype of what will come, all of it or (a delta) a part of the plan's. Other tensors
-                than the plan's: it is not used. None: what comes is taken to be the plan's, tensor by tensor; a layer
-                that gets both planned and other tensors is then `missing` something.
+            manifest: name -> shape, dtype of what will come. Other tensors than the plan's: it is not used. None: what
+                comes is taken to be the plan's, tensor by tensor; a layer that gets both planned and other tensors is
+                then `missing` something.
         """
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
@@ -89,12 +89,8 @@ class LayerwiseReload:
             except Exception as error:
                 raise SyncError(f"{at[-1] if at else kept[0][0]}: vLLM did not load it: {str(error)[:400]}") from error
 
-    def missing(self, *, delta: bool = False) -> list[str]:
-        """Layers that have not got all their weights, each with what it has and needs (in elements).
-
-        Args:
-            delta: layers that got nothing keep what they have, and planned layers what did not come of them.
-        """
+    def missing(self) -> list[str]:
+        """Layers that have not got all their weights, each with what it has and needs (in elements)."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         complete, found = set(), []
@@ -104,8 +100,7 @@ class LayerwiseReload:
             got = info.load_numel if info.can_load() else 0
             if name in plans:
                 taken, expected = self._planned.received.get(name, 0), plans[name].elements  # type: ignore[union-attr]
-                lacks = taken < expected and not delta
-                if got or lacks:
+                if got or taken < expected:
                     mixed = f", and {got} that the plan does not know" if got else ""
                     found.append((layer, f"{name} ({type(layer).__name__}): {taken} of {expected} elements{mixed}"))
                 else:
@@ -117,7 +112,7 @@ class LayerwiseReload:
             expected = sum(_loadable_numel(layer, n, p) for n, p in layer.named_parameters(recurse=False))
             if not info.can_load() or got >= expected:
                 complete |= {_address(tensor) for tensor in layer.parameters(recurse=False)}
-            elif got or not delta:
+            else:
                 found.append((layer, f"{name} ({type(layer).__name__}): {got} of {expected} elements"))
         return [text for layer, text in found if not self._tied(layer, complete)]
 

@@ -306,7 +306,7 @@ class WeightSyncWorker:
         try:
             reply = action(state)
         except _RefusedError as error:
-            reply = {"error": str(error), "refused": True}
+            reply = {"error": str(error)}
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"}
             self._r3_give_up(state, reply["error"])

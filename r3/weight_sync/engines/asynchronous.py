@@ -119,9 +119,7 @@ class AsyncEngine(Engine):
         except SyncError:
             raise
         except Exception as error:
-            if (cause := self._dead()) is not None:
-                raise SyncError(f"{self.name}: {cause} in {what} ({error}). Start it anew, then sync") from error
-            raise failed(self.name, what, error) from error
+            raise failed(self.name, what, error, self._dead()) from error
 
     def _loop(self) -> asyncio.AbstractEventLoop:
         loop = self._given_loop or self._found_loop()

@@ -140,9 +140,11 @@ def require_replies(found: Any, where: str) -> list[Reply]:
     return found
 
 
-def failed(where: str, method: str, error: BaseException | str) -> SyncError:
-    """What vLLM's report on a call that raised in the engine comes to."""
+def failed(where: str, method: str, error: BaseException | str, dead: str | None = None) -> SyncError:
+    """What vLLM's report on a call that raised in the engine comes to; `dead` is the cause if the engine has died."""
     text = str(error) or type(error).__name__
+    if dead is not None:
+        return SyncError(f"{where}: {dead} in {method} ({text}). Start it anew, then sync")
     if f"Method {method!r} is not implemented" in text or f"has no attribute {method!r}" in text:
         return SyncError(
             f"{where}: its workers have no method {method!r}: start the engine with worker_extension_cls={EXTENSION!r} "

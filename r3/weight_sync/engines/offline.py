@@ -87,9 +87,7 @@ class OfflineEngine(Engine):
         except SyncError:
             raise
         except Exception as error:
-            if (cause := self._dead()) is not None:
-                raise SyncError(f"{self.name}: {cause} in {what} ({error}). Start it anew, then sync") from error
-            raise failed(self.name, what, error) from error
+            raise failed(self.name, what, error, self._dead()) from error
 
     def _submit(self, function: Callable[[], Any]) -> Future:
         if hasattr(self._core, "resources"):

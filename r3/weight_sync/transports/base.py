@@ -89,11 +89,9 @@ class Receiver(ABC):
 
     Attributes:
         generation: names the connection that this receiver keeps from sync to sync; None if it keeps none.
-        owned: whether received tensors have memory of their own, or may be overwritten when the next chunk comes.
     """
 
     generation: str | None = None
-    owned: bool = True
 
     def __init__(self, offer: Where, rank: int, device: torch.device, timeout_s: float) -> None:
         self.offer = offer

@@ -107,7 +107,6 @@ class BroadcastTransport(Transport):
 
 
 class BroadcastReceiver(Receiver):
-    owned = False
     backend: ClassVar[str]
 
     def __init__(self, offer: Where, rank: int, device: torch.device, timeout_s: float) -> None:

@@ -49,8 +49,6 @@ class IpcTransport(Transport):
 
 
 class IpcReceiver(Receiver):
-    owned = False
-
     def __init__(self, offer: Where, rank: int, device: torch.device, timeout_s: float) -> None:
         super().__init__(offer, rank, device, timeout_s)
         self.generation = offer["generation"]
