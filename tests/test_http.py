@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import dataclasses
+import importlib
 import inspect
 import io
 import json
@@ -18,6 +19,7 @@ from test_collect import SPEC, output, rows
 
 import r3
 from r3.capture import collect, engine_kwargs, request_fields, sampling_kwargs, server_args, server_command
+from r3.capture.bridges import routing_survives_merging
 from r3.capture.handshake import _require
 
 CERTAIN = [{token: SimpleNamespace(logprob=0.0)} for token in (5, 6, 7)]
@@ -206,3 +208,41 @@ def test_versions_that_the_server_tells_are_those_of_the_rows():
     assert spanning.row_versions.tolist() == [3, 3, 3, 3, 4, 4, -1]
     with pytest.raises(r3.CaptureError, match="weight_versions: expected spans"):
         collect([{"choices": [choice(rows(), weight_versions=[{"version": 3}])]}], SPEC)
+
+
+def test_a_part_of_a_stream_that_nobody_read_keeps_the_routing_of_the_last():
+    """As vLLM's server hands out a stream's parts: what comes while one is not read yet is added to it."""
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    def merged() -> RequestOutput:
+        collector = RequestOutputCollector(RequestOutputKind.DELTA, "request")
+        for token, routing in ((1, None), (2, rows())):
+            part = CompletionOutput(0, str(token), [token], 0.0, None, routing, "stop" if token == 2 else None)
+            collector.put(RequestOutput("request", None, [7, 8], None, [part], finished=token == 2))
+        return asyncio.run(collector.get())
+
+    add = RequestOutput.add
+    with routing_survives_merging():
+        (part,) = merged().outputs
+        assert part.token_ids == [1, 2]
+        assert np.array_equal(part.routed_experts, rows())
+    assert RequestOutput.add is add
+
+
+def test_the_server_keeps_the_routing_of_streams_while_it_runs(parsed):
+    from starlette.applications import Starlette
+    from starlette.testclient import TestClient
+    from vllm.outputs import RequestOutput
+
+    config = r3.R3Config.from_overrides([], {"trainer.policy.model.path": str(DEMO_MODEL)})
+    _, front = parsed(server_args(config))
+    (path,) = front.middleware
+    module, name = path.rsplit(".", 1)
+    app, add = Starlette(), RequestOutput.add
+    app.add_middleware(getattr(importlib.import_module(module), name))
+    with TestClient(app) as client:
+        assert RequestOutput.add is not add
+        assert client.get("/").status_code == 404
+    assert RequestOutput.add is add

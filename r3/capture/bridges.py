@@ -3,6 +3,8 @@
 Each function says which versions it bridges, and can go with the last of them. Objects are vLLM's own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -152,3 +154,41 @@ def server_settings() -> frozenset[str]:
     except ModuleNotFoundError:
         from vllm.entrypoints.openai.cli_args import FrontendArgs
     return frozenset(field.name for field in fields(FrontendArgs))
+
+
+@contextmanager
+def routing_survives_merging() -> Iterator[None]:
+    """Keep routing where vLLM adds up the parts of a stream that nobody has read yet; until 0.30.
+
+    Routing comes with a request's last part. 0.22 to 0.30 add that part to an unread earlier one, and leave its
+    routing out: a busy server loses it now and then.
+    """
+    from vllm.outputs import RequestOutput
+
+    add = RequestOutput.add
+
+    def add_with_routing(self: Any, next_output: Any, aggregate: bool) -> None:
+        routing = {part.index: part.routed_experts for part in next_output.outputs if part.routed_experts is not None}
+        add(self, next_output, aggregate)
+        for part in self.outputs:
+            part.routed_experts = routing.get(part.index, part.routed_experts)
+
+    RequestOutput.add = add_with_routing
+    try:
+        yield
+    finally:
+        RequestOutput.add = add
+
+
+class StreamsKeepRouting:
+    """ASGI middleware for `vllm serve --middleware`: `routing_survives_merging` for as long as the server runs."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await self.app(scope, receive, send)
+            return
+        with routing_survives_merging():
+            await self.app(scope, receive, send)

@@ -110,7 +110,7 @@ def _stream(chunks: Sequence[Any]) -> Mapping[str, Any]:
         )
     return {
         "prompt_token_ids": prompt,
-        "choices": [{"routed_experts": None} | choices[index] for index in sorted(choices)],
+        "choices": [{"routed_experts": None, "streamed": True} | choices[index] for index in sorted(choices)],
     }
 
 
@@ -198,7 +198,8 @@ def _rows(choice: Mapping[str, Any], tokens: int) -> np.ndarray | None:
             f"no routing: the choice has no field routed_experts, only {sorted(choice)}. vLLM before 0.22 does not "
             "send it, a streamed response of an OpenAI route neither, and something between may have dropped it"
         )
+    merged = ", and with the middleware without which vLLM until 0.30 loses the routing of some streams"
     raise CaptureError(
-        "no routing: routed_experts is null. Start the server with --enable-return-routed-experts "
-        "(r3.capture.server_args does)"
+        "no routing: routed_experts is null. Start the server with --enable-return-routed-experts"
+        f"{merged if 'streamed' in choice else ''} (r3.capture.server_args does)"
     )

@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any, Literal
 
-from r3.capture.bridges import server_settings
+from r3.capture.bridges import StreamsKeepRouting, server_settings
 from r3.capture.engine import engine_kwargs, sampling_kwargs
 from r3.config import R3Config
 from r3.errors import ConfigError
@@ -25,7 +25,8 @@ def server_args(config: R3Config) -> list[str]:
 
     `--generation-config vllm` is added: without it the server fills what a request leaves out from the model's
     generation_config.json, and may cut the distribution that the log-probabilities are of. So is `--enable-scale-out`
-    where vLLM has it: without it, `/inference/v1/generate` is not there.
+    where vLLM has it: without it, `/inference/v1/generate` is not there. A middleware keeps the routing of streams,
+    which vLLM until 0.30 now and then loses.
 
     Raises:
         ConfigError: as `engine_kwargs`.
@@ -47,6 +48,7 @@ def server_args(config: R3Config) -> list[str]:
             case _:
                 args += [flag, str(value)]
     args += ["--generation-config", "vllm"]
+    args += ["--middleware", f"{StreamsKeepRouting.__module__}.{StreamsKeepRouting.__qualname__}"]
     return [*args, "--enable-scale-out"] if "enable_scale_out" in server_settings() else args
 
 
