@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest lint format env clean
+.PHONY: help demo test test-long test-browser test-newest lint format env clean
 
 # Each engine is three processes that import vLLM: without bytecode each of them compiles it anew, for 15 s.
 unexport PYTHONDONTWRITEBYTECODE
@@ -23,10 +23,13 @@ demo: $(READY)  ## train a small MoE with replay, and measure the gap live and r
 	$(BIN)/r3 demo $(ARGS)
 
 test: lint  ## lint, then the tests that need no GPU and are not long
-	$(BIN)/python $(PYTEST) -m "not gpu and not long" $(ARGS)
+	$(BIN)/python $(PYTEST) -m "not gpu and not long and not browser" $(ARGS)
 
 test-long: $(READY)  ## the long tests: engines that are stopped and killed, weight syncs with faults
 	$(BIN)/python $(PYTEST) -m "long and not gpu" $(ARGS)
+
+test-browser: $(READY)  ## look at the reports' pages in a headless Chromium
+	$(BIN)/python $(PYTEST) -m browser $(ARGS)
 
 test-newest: $(NEWEST)/.r3-ready  ## the tests of capture with the newest CPU build of vLLM
 	$(NEWEST)/bin/python $(PYTEST) -m "not gpu" $(NEWEST_TESTS:%=tests/test_%.py) $(ARGS)
