@@ -87,3 +87,10 @@ def pytest_sessionfinish(session):
 
         stats = session.config.pluginmanager.get_plugin("terminalreporter").stats
         table.add(*([report.nodeid for report in stats.get(outcome, ())] for outcome in ("passed", "failed")))
+
+
+@pytest.fixture(scope="module")
+def vllm_config():
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(DEMO_MODEL), enforce_eager=True).create_engine_config()
