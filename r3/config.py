@@ -1,5 +1,6 @@
 """Settings: frozen dataclasses that mirror the dotted `key=value` names, and the only reader of the environment."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from r3.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
 MIXED_VERSIONS = ("keep", "invalidate", "drop")
+SINKS = ("tensorboard", "trackio", "wandb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +53,110 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlarmsConfig:
+    """Bounds that warn, and bounds that stop the run; null for none. `docs/diagnostics.md` says why these values."""
+
+    enabled: bool = False
+    k3_warn: float | None = 2e-3
+    """Above this, nats a token. Of the replayed side where it is recorded, else of the live one."""
+    k3_stop: float | None = 5e-2
+    extreme_frac_warn: float | None = 1e-3
+    """Above this share of tokens whose ratio leaves [1 / extreme_ratio, extreme_ratio]; the side as for k3."""
+    extreme_frac_stop: float | None = 1e-2
+    coverage_warn: float | None = 0.99
+    """Below this share of the rollouts' rows that have routing."""
+    coverage_stop: float | None = 0.9
+    version_lag_warn: float | None = 4
+    """Above this many weight versions between the trainer and the oldest row."""
+    version_lag_stop: float | None = 8
+
+    def bounds(self, name: str) -> tuple[float | None, float | None]:
+        """The bounds that warn and that stop, of `k3`, `extreme_frac`, `coverage` or `version_lag`."""
+        return getattr(self, f"{name}_warn"), getattr(self, f"{name}_stop")
+
+    def problems(self, prefix: str) -> list[str]:
+        """What contradicts or makes no sense; `prefix` goes before the names."""
+        problems = []
+        ranges = dict.fromkeys(("k3", "version_lag"), math.inf) | dict.fromkeys(("extreme_frac", "coverage"), 1.0)
+        for name, most in ranges.items():
+            warn, stop = self.bounds(name)
+            for kind, value in (("warn", warn), ("stop", stop)):
+                if value is not None and not (0 <= value <= most and value < math.inf):
+                    expected = "0 to 1" if most == 1 else "0 or more"
+                    problems.append(f"{prefix}.{name}_{kind}: expected {expected}, or null for none, got {value}")
+            if warn is None or stop is None:
+                continue
+            if name == "coverage" and stop > warn:
+                problems.append(f"{prefix}.coverage_stop: expected at most coverage_warn ({warn}), got {stop}")
+            elif name != "coverage" and stop < warn:
+                problems.append(f"{prefix}.{name}_stop: expected at least {name}_warn ({warn}), got {stop}")
+        bounds = [bound for name in ranges for bound in self.bounds(name)]
+        if self.enabled and not any(bound is not None for bound in bounds):
+            problems.append(f"{prefix}.enabled=true needs a bound that is not null")
+        if not self.enabled and self != AlarmsConfig():
+            problems.append(
+                f"{prefix}: bounds are set but nothing watches them; set {prefix}.enabled=true, or leave them"
+            )
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosticsConfig:
+    every: int = 1
+    """Measure the gap, live and replayed, at the first step and every so many after it; 0 for never."""
+    details_every: int = 10
+    """Every so many measured steps, beginning with the first, keep single tokens for the report; 0 for never."""
+    extreme_ratio: float = 2.0
+    """A token is extreme if its ratio of probabilities leaves [1 / extreme_ratio, extreme_ratio]."""
+    sinks: list[str] = field(default_factory=list)
+    """Where metrics go beside the run folder: any of `tensorboard`, `trackio` and `wandb`."""
+    project: str = "r3"
+    """Name of the project in trackio and wandb."""
+    save_rollouts_every: int = 0
+    """Save the rollouts of the first step and of every so many after it; 0 for never."""
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+
+    def measures(self, step: int) -> bool:
+        """Whether the gap is measured at `step`, which counts from 1."""
+        return self.every > 0 and (step - 1) % self.every == 0
+
+    def details(self, step: int) -> bool:
+        """Whether single tokens of `step` are kept; only of steps that are measured."""
+        return self.measures(step) and self.details_every > 0 and (step - 1) // self.every % self.details_every == 0
+
+    def saves_rollouts(self, step: int) -> bool:
+        """Whether the rollouts of `step` are saved."""
+        return self.save_rollouts_every > 0 and (step - 1) % self.save_rollouts_every == 0
+
+    def problems(self) -> list[str]:
+        """What contradicts or makes no sense, by dotted name."""
+        prefix = "trainer.diagnostics"
+        intervals = ("every", "details_every", "save_rollouts_every")
+        problems = [
+            f"{prefix}.{name}: expected 0 (never) or more, got {getattr(self, name)}"
+            for name in intervals
+            if getattr(self, name) < 0
+        ]
+        if not 1 < self.extreme_ratio < math.inf:
+            problems.append(f"{prefix}.extreme_ratio: expected a finite ratio above 1, got {self.extreme_ratio}")
+        if not self.project:
+            problems.append(f"{prefix}.project: expected a name, got an empty one")
+        if unknown := [name for name in self.sinks if name not in SINKS]:
+            problems.append(f"{prefix}.sinks: expected any of {', '.join(SINKS)}, got {', '.join(map(repr, unknown))}")
+        if len(set(self.sinks)) < len(self.sinks):
+            problems.append(f"{prefix}.sinks: expected each once, got {', '.join(self.sinks)}")
+        if self.alarms.enabled and self.every == 0:
+            problems.append(
+                f"{prefix}.alarms.enabled=true needs {prefix}.every above 0: there is nothing to watch otherwise"
+            )
+        return problems + self.alarms.problems(f"{prefix}.alarms")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     max_steps: int = 12
     train_batch_size: int = 32
     """Prompts a step."""
@@ -147,6 +250,7 @@ class R3Config:
         if malformed:
             raise ConfigError(f"expected key=value, got {', '.join(map(repr, malformed))}")
         known = _keys(cls)
+        lists = [key for key, value in cls().to_flat().items() if isinstance(value, list)]
         merged = OmegaConf.structured(cls)
         given = [(key, value, False) for key, value in (defaults or {}).items()]
         given += [(*pair.split("=", 1), True) for pair in overrides]
@@ -159,7 +263,8 @@ class R3Config:
                     OmegaConf.update(pair, key, value)
                 merged = OmegaConf.merge(merged, pair)
             except (OmegaConfBaseException, ValueError, YAMLError) as error:
-                raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
+                expected = f"expected a list, such as {key}=[{value}]; " if key in lists else ""
+                raise ConfigError(f"{key}={value}: {expected}{str(error).splitlines()[0]}") from error
         config = OmegaConf.to_object(merged)
         assert isinstance(config, cls)
         config.check()
@@ -207,6 +312,13 @@ class R3Config:
             problems.append(
                 f"generator.n_samples_per_prompt: expected at least 2 to compare with each other, got "
                 f"{self.generator.n_samples_per_prompt}"
+            )
+        problems += self.trainer.diagnostics.problems()
+        alarms = self.trainer.diagnostics.alarms
+        if alarms.enabled and not engine.enable_return_routed_experts and alarms.bounds("coverage") != (None, None):
+            problems.append(
+                "trainer.diagnostics.alarms.coverage_warn and coverage_stop need "
+                "generator.inference_engine.enable_return_routed_experts=true; set both to null to do without"
             )
         if ranks is not None and not problems:
             problems += self._problems_of_ranks(ranks)

@@ -41,6 +41,10 @@ class DiagnosticsError(R3Error, ValueError):
     """Input that a metric or report cannot be made from."""
 
 
+class AlarmError(R3Error, RuntimeError):
+    """A metric beyond the bound at which the settings say to stop, or one that an alarm watches and that is missing."""
+
+
 def summary(problems: Iterable[str]) -> str:
     """The first `SHOWN` of `problems` as indented lines, and how many there are beyond."""
     found = list(problems)
