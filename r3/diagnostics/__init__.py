@@ -4,7 +4,8 @@ from r3.diagnostics.logprobs import LogprobSums, compare_logprobs
 from r3.diagnostics.merging import MergeableSums
 from r3.diagnostics.report import write_figure, write_report
 from r3.diagnostics.routing import RoutingSums, compare_routing
-from r3.diagnostics.run_folder import RunFolder, read_metrics, read_settings
+from r3.diagnostics.run_folder import RunFolder, read_details, read_metrics, read_settings
+from r3.diagnostics.run_reader import Run, read_run
 from r3.diagnostics.table import LiveTable
 
 __all__ = [
@@ -12,10 +13,13 @@ __all__ = [
     "LogprobSums",
     "MergeableSums",
     "RoutingSums",
+    "Run",
     "RunFolder",
     "compare_logprobs",
     "compare_routing",
+    "read_details",
     "read_metrics",
+    "read_run",
     "read_settings",
     "write_figure",
     "write_report",

@@ -1,4 +1,8 @@
-"""A run's folder: `settings.json`, written once, and `metrics.jsonl`, one JSON object with flat keys a step."""
+"""A run's folder: `settings.json`, written once, `metrics.jsonl`, one JSON object with flat keys a step, and
+`details.jsonl`, one nested object for each step whose tokens were looked at one by one.
+
+These readers raise at what they cannot read; `r3.diagnostics.read_run` gives what can be read, and says what cannot.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from typing import Any
 from r3.errors import DiagnosticsError, summary
 
 METRICS_FILE = "metrics.jsonl"
+DETAILS_FILE = "details.jsonl"
 SETTINGS_FILE = "settings.json"
 
 logger = logging.getLogger("r3")
@@ -48,9 +53,7 @@ class RunFolder:
         Values are numbers, bools, strings, None, or tensors and arrays with one element. What is not finite is written
         as null, for JSON has no NaN. Raises `DiagnosticsError` for other values and for a `step` that contradicts.
         """
-        if metrics.get("step", step) != step:
-            raise DiagnosticsError(f"metrics: expected step {step}, got a key 'step' with {metrics['step']}")
-        record: dict[str, float | int | bool | str | None] = {"step": index(step)}
+        record: dict[str, float | int | bool | str | None] = _step("metrics", step, metrics)
         problems = []
         for key, value in metrics.items():
             if key == "step":
@@ -61,9 +64,31 @@ class RunFolder:
                 problems.append(f"{key}: {type(value).__name__}")
         if problems:
             raise DiagnosticsError(f"metrics: expected flat keys with one number each, got:{summary(problems)}")
+        self._append(METRICS_FILE, record)
+
+    def log_details(self, step: int, details: Mapping[str, Any]) -> None:
+        """Append one line to `details.jsonl`, which the first call makes; it has left this process on return.
+
+        Values are as for `log`, and lists, tuples, mappings, tensors and arrays of them, nested as they come. What is
+        not finite is written as null. Raises `DiagnosticsError`, and writes nothing, for other values, keys that are no
+        strings, and a `step` that contradicts.
+        """
+        record: dict[str, Any] = _step("details", step, details)
+        problems: list[str] = []
+        for key, value in details.items():
+            if key != "step":
+                record[key] = _plain(value, str(key), problems)
+        problems += [f"{key!r}: a key of type {type(key).__name__}" for key in details if not isinstance(key, str)]
+        if problems:
+            raise DiagnosticsError(
+                f"details: expected numbers, text, and lists and mappings of them, got:{summary(problems)}"
+            )
+        self._append(DETAILS_FILE, record)
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
         line = json.dumps(record, allow_nan=False) + "\n"
         # Opened for each step: nothing is left to close, and a crash loses at most the line being written.
-        with open(self.path / METRICS_FILE, "a", encoding="utf-8") as file:
+        with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(line)
 
 
@@ -77,6 +102,25 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     file = file / METRICS_FILE if file.is_dir() else file
     if not file.is_file():
         raise DiagnosticsError(f"metrics: expected a run folder or its {METRICS_FILE}, found none at {file}")
+    return _read_lines(file)
+
+
+def read_details(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The details of a run, from its folder or its `details.jsonl`; none if a folder has no such file.
+
+    Otherwise as `read_metrics`.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / DETAILS_FILE
+        if not file.exists():
+            return []
+    if not file.is_file():
+        raise DiagnosticsError(f"details: expected a run folder or its {DETAILS_FILE}, found none at {file}")
+    return _read_lines(file)
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     records, problems = [], []
     for number, line in enumerate(lines, start=1):
@@ -84,7 +128,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)
@@ -110,6 +154,30 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise DiagnosticsError(f"{file}: expected one JSON object, got {type(settings).__name__}")
     return settings
+
+
+def _step(kind: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    if values.get("step", step) != step:
+        raise DiagnosticsError(f"{kind}: expected step {step}, got a key 'step' with {values['step']}")
+    return {"step": index(step)}
+
+
+def _plain(value: Any, where: str, problems: list[str]) -> Any:
+    """`value` as JSON has it; what JSON does not have is added to `problems`."""
+    if isinstance(value, Mapping):
+        problems += [
+            f"{where}: a key {key!r} of type {type(key).__name__}" for key in value if not isinstance(key, str)
+        ]
+        return {key: _plain(item, f"{where}.{key}", problems) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{place}]", problems) for place, item in enumerate(value)]
+    try:
+        return _scalar(value)
+    except TypeError:
+        problems.append(f"{where}: {type(value).__name__}")
+        return None
 
 
 def _scalar(value: Any) -> float | int | bool | str | None:
