@@ -3,7 +3,8 @@
 from r3.weight_sync.digest import ContentDigests, combine, digest
 from r3.weight_sync.engines import Engine, engine_of
 from r3.weight_sync.fp8 import quantised
-from r3.weight_sync.session import SyncReceipt, WeightSync, gather_all
+from r3.weight_sync.outgoing import gather_all
+from r3.weight_sync.session import SyncReceipt, WeightSync
 from r3.weight_sync.source import Weight, WeightSource, adapter_weights, gathered, named_weights
 from r3.weight_sync.transports import FilesTransport, GlooTransport, IpcTransport, NcclTransport, Transport
 

@@ -5,7 +5,6 @@ import os
 import socket
 import time
 import uuid
-from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,10 +19,10 @@ from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import ContentDigests, combine
 from r3.weight_sync.engines import Engine, OnRunning, Reply, engine_of
 from r3.weight_sync.engines.base import require_complete
-from r3.weight_sync.source_tensor import Weight, WeightSource, gathered
+from r3.weight_sync.outgoing import Outgoing
+from r3.weight_sync.source_tensor import Weight
 from r3.weight_sync.transports import Chunk, Transport, transport_of
 
-_CASTABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _ABORT_S = 15.0
 
 
@@ -135,15 +134,14 @@ class WeightSync:
             SyncError: the sync did not commit everywhere; says which worker and why. The engines are then poisoned
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
         """
-        tensors = list(named_tensors)
-        ungathered = deque(tensors)
+        outgoing = Outgoing(named_tensors, dtype=self._dtype, chunk_bytes=self._chunk_bytes)
         try:
-            return self._push(tensors, self._chunks(ungathered), version, agree or (lambda: None))
+            return self._push(outgoing, version, agree or (lambda: None))
         except Exception:
             # Whatever went wrong here, the other ranks of sharded tensors gather all of them: they must not be left
             # waiting for this one.
             with contextlib.suppress(Exception):
-                gather_all(ungathered)
+                outgoing.gather_rest()
             raise
 
     def require_committed(self) -> None:
@@ -160,11 +158,9 @@ class WeightSync:
         for engine in self._engines:
             engine.close()
 
-    def _push(
-        self, tensors: list[tuple[str, Weight]], chunks: Iterator[Chunk], version: int, agree: Callable[[], Any]
-    ) -> SyncReceipt:
+    def _push(self, outgoing: Outgoing, version: int, agree: Callable[[], Any]) -> SyncReceipt:
         clock = Clock()
-        manifest = self._manifest(tensors)
+        manifest = outgoing.manifest()
         sync_id = uuid.uuid4().hex[:12]
         sent = _Sent()
         try:
@@ -174,7 +170,7 @@ class WeightSync:
                 self._pause(sent)
             with clock.stage("begin"):
                 complete = self._begin(sync_id, status, manifest)
-            self._send(sync_id, chunks, sent, clock)
+            self._send(sync_id, outgoing.chunks(), sent, clock)
             with clock.stage("seal"):
                 total = self._seal(sync_id, sent)
                 agree()
@@ -347,57 +343,6 @@ class WeightSync:
 
     def _each(self, action: Callable[[Engine], None]) -> None:
         Calls([partial(action, engine) for engine in self._engines]).result()
-
-    def _sent_dtype(self, weight: Weight) -> torch.dtype:
-        keeps = isinstance(weight, WeightSource) and weight.keep_dtype
-        return weight.dtype if keeps or self._dtype is None or weight.dtype not in _CASTABLE else self._dtype
-
-    def _manifest(self, tensors: list[tuple[str, Weight]]) -> dict[str, list]:
-        """Name -> [shape, dtype] of what will be sent."""
-        if not tensors:
-            raise SyncError("named_tensors: expected the whole checkpoint, got nothing")
-        manifest = {name: [list(weight.shape), str(self._sent_dtype(weight))] for name, weight in tensors}
-        twice = sorted(name for name, count in Counter(name for name, _ in tensors).items() if count > 1)
-        if twice:
-            raise SyncError(f"named_tensors: {len(twice)} names occur twice:{summary(twice)}")
-        return manifest
-
-    def _chunks(self, ungathered: deque[tuple[str, Weight]]) -> Iterator[Chunk]:
-        """Whole tensors, gathered and cast, in chunks of at most `chunk_bytes`; takes each as it is gathered."""
-        chunk: Chunk = []
-        size = 0
-        while ungathered:
-            name, weight = ungathered[0]
-            dtype = self._sent_dtype(weight)
-            nbytes = weight.shape.numel() * dtype.itemsize
-            if chunk and size + nbytes > self._chunk_bytes:
-                yield chunk
-                chunk, size = [], 0
-            ungathered.popleft()
-            try:
-                whole = gathered(weight)
-            except Exception as error:
-                raise SyncError(f"{name} could not be gathered: {type(error).__name__}: {error}") from error
-            chunk.append((name, whole.to(dtype).contiguous()))
-            size += nbytes
-        if chunk:
-            yield chunk
-
-
-def gather_all(weights: Iterable[tuple[str, Weight]]) -> None:
-    """What a rank without an engine does while another pushes: gather every weight in step with it, and keep none.
-
-    Raises:
-        SyncError: names what could not be gathered; after the last weight, so that no rank is left waiting.
-    """
-    problems = []
-    for name, weight in weights:
-        try:
-            gathered(weight)
-        except Exception as error:  # noqa: PERF203 (one weight after the other, in step with the other ranks)
-            problems.append(f"{name}: {type(error).__name__}: {error}")
-    if problems:
-        raise SyncError(f"{len(problems)} weights could not be gathered:{summary(problems)}")
 
 
 @dataclass

@@ -1,0 +1,91 @@
+"""What a sync sends: the manifest, whole tensors in the engine's dtype, and chunks of them."""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from r3.errors import SyncError, summary
+from r3.weight_sync.source_tensor import Weight, WeightSource, gathered
+from r3.weight_sync.transports import Chunk
+
+_CASTABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+
+class Outgoing:
+    """The weights of one sync, each gathered once, in order.
+
+    Args:
+        named: the whole checkpoint, by name.
+        dtype: what 16-, 32- and 64-bit floating-point tensors are sent in; None for their own. A `WeightSource` may
+            keep its own.
+        chunk_bytes: largest chunk; one tensor that is larger is a chunk of its own.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Weight]], *, dtype: torch.dtype | None, chunk_bytes: int) -> None:
+        self._named = list(named)
+        self._ungathered = deque(self._named)
+        self._dtype = dtype
+        self._chunk_bytes = chunk_bytes
+
+    def manifest(self) -> dict[str, list]:
+        """Name -> [shape, dtype] of what will be sent.
+
+        Raises:
+            SyncError: nothing to send, or a name that occurs twice.
+        """
+        if not self._named:
+            raise SyncError("named_tensors: expected the whole checkpoint, got nothing")
+        twice = sorted(name for name, count in Counter(name for name, _ in self._named).items() if count > 1)
+        if twice:
+            raise SyncError(f"named_tensors: {len(twice)} names occur twice:{summary(twice)}")
+        return {name: [list(weight.shape), str(self._sent_dtype(weight))] for name, weight in self._named}
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Whole tensors, gathered and cast.
+
+        Raises:
+            SyncError: names the tensor that could not be gathered.
+        """
+        chunk: Chunk = []
+        size = 0
+        while self._ungathered:
+            name, weight = self._ungathered[0]
+            dtype = self._sent_dtype(weight)
+            nbytes = weight.shape.numel() * dtype.itemsize
+            if chunk and size + nbytes > self._chunk_bytes:
+                yield chunk
+                chunk, size = [], 0
+            self._ungathered.popleft()
+            try:
+                whole = gathered(weight)
+            except Exception as error:
+                raise SyncError(f"{name} could not be gathered: {type(error).__name__}: {error}") from error
+            chunk.append((name, whole.to(dtype).contiguous()))
+            size += nbytes
+        if chunk:
+            yield chunk
+
+    def gather_rest(self) -> None:
+        """`gather_all` of what no chunk has taken: ranks that gather in step must not wait for this one."""
+        gather_all(self._ungathered)
+
+    def _sent_dtype(self, weight: Weight) -> torch.dtype:
+        keeps = isinstance(weight, WeightSource) and weight.keep_dtype
+        return weight.dtype if keeps or self._dtype is None or weight.dtype not in _CASTABLE else self._dtype
+
+
+def gather_all(weights: Iterable[tuple[str, Weight]]) -> None:
+    """What a rank without an engine does while another pushes: gather every weight in step with it, and keep none.
+
+    Raises:
+        SyncError: names what could not be gathered; after the last weight, so that no rank is left waiting.
+    """
+    problems = []
+    for name, weight in weights:
+        try:
+            gathered(weight)
+        except Exception as error:  # noqa: PERF203 (one weight after the other, in step with the other ranks)
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+    if problems:
+        raise SyncError(f"{len(problems)} weights could not be gathered:{summary(problems)}")
