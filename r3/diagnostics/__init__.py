@@ -1,5 +1,6 @@
 """How far rollout and trainer are apart: mergeable metrics, the run folder that keeps them, and its report."""
 
+from r3.diagnostics.details import TokenDetails
 from r3.diagnostics.logprobs import LogprobSums, compare_logprobs
 from r3.diagnostics.merging import MergeableSums
 from r3.diagnostics.report import write_figure, write_report
@@ -15,6 +16,7 @@ __all__ = [
     "RoutingSums",
     "Run",
     "RunFolder",
+    "TokenDetails",
     "compare_logprobs",
     "compare_routing",
     "read_details",

@@ -63,7 +63,8 @@ class Tokens:
 
     def select(self, at: Tensor) -> Self:
         columns: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        return type(self)(**{name: None if column is None else column[at] for name, column in columns.items()})
+        chosen: dict[str, Any] = {name: None if column is None else column[at] for name, column in columns.items()}
+        return type(self)(**chosen)
 
     @classmethod
     def cat(cls, one: Self, other: Self) -> Self:
