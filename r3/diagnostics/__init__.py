@@ -1,5 +1,6 @@
 """How far rollout and trainer are apart: mergeable metrics, the run folder that keeps them, and its report."""
 
+from r3.diagnostics.alarms import Alarm, Alarms, find_alarms
 from r3.diagnostics.details import TokenDetails
 from r3.diagnostics.logprobs import LogprobSums, compare_logprobs
 from r3.diagnostics.merging import MergeableSums
@@ -7,22 +8,29 @@ from r3.diagnostics.report import write_figure, write_report
 from r3.diagnostics.routing import RoutingSums, compare_routing
 from r3.diagnostics.run_folder import RunFolder, read_details, read_metrics, read_settings
 from r3.diagnostics.run_reader import Run, read_run
+from r3.diagnostics.sinks import Sinks, open_sinks, require_sinks
 from r3.diagnostics.table import LiveTable
 
 __all__ = [
+    "Alarm",
+    "Alarms",
     "LiveTable",
     "LogprobSums",
     "MergeableSums",
     "RoutingSums",
     "Run",
     "RunFolder",
+    "Sinks",
     "TokenDetails",
     "compare_logprobs",
     "compare_routing",
+    "find_alarms",
+    "open_sinks",
     "read_details",
     "read_metrics",
     "read_run",
     "read_settings",
+    "require_sinks",
     "write_figure",
     "write_report",
 ]
