@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from r3.diagnostics import LiveTable, RunFolder, read_metrics, read_settings, write_figure, write_report
+from r3.diagnostics import LiveTable, RunFolder, read_details, read_metrics, read_settings, write_figure, write_report
 from r3.errors import DiagnosticsError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,6 +117,62 @@ def test_a_broken_line_elsewhere_is_an_error(tmp_path, broken):
 def test_no_run_folder_is_an_error(tmp_path, read):
     with pytest.raises(DiagnosticsError, match="expected a run folder"):
         read(tmp_path)
+
+
+# Details
+
+
+def test_details_of_all_kinds_are_read_back(tmp_path):
+    folder = RunFolder(tmp_path, {})
+    assert read_details(tmp_path) == []
+    assert not (tmp_path / "details.jsonl").exists()
+    folder.log_details(1, {"none": None, "text": "é", "nested": {"a": [1, (2.5, [True])]}})
+    folder.log_details(
+        3,
+        {
+            "scalars": [torch.tensor(1.5), np.int64(4), np.float32(0.5), torch.tensor(2, dtype=torch.uint8)],
+            "tensor": torch.tensor([[1, 2], [3, 4]]),
+            "half": torch.tensor([0.5, math.inf], dtype=torch.bfloat16),
+            "array": np.array([[0.25, np.nan]]),
+            "bad": [math.nan, {"x": -math.inf}],
+            "step": 3,
+        },
+    )
+    assert read_details(tmp_path / "details.jsonl") == [
+        {"step": 1, "none": None, "text": "é", "nested": {"a": [1, [2.5, [True]]]}},
+        {
+            "step": 3,
+            "scalars": [1.5, 4, 0.5, 2],
+            "tensor": [[1, 2], [3, 4]],
+            "half": [0.5, None],
+            "array": [[0.25, None]],
+            "bad": [None, {"x": None}],
+        },
+    ]
+    assert (tmp_path / "details.jsonl").read_bytes().count(b"\n") == 2
+    assert read_metrics(tmp_path) == []
+
+
+def test_details_that_are_no_json_are_named_by_place_and_not_written(tmp_path):
+    folder = RunFolder(tmp_path, {})
+    expected = r"(?s)a\.b\[1\]: set.*c: complex.*2: a key of type int"
+    with pytest.raises(DiagnosticsError, match=expected):
+        folder.log_details(1, {"fine": 1, "a": {"b": [0, {1}]}, "c": torch.tensor(1j), "x": 1} | {2: {}})  # pyrefly: ignore
+    with pytest.raises(DiagnosticsError, match="a: a key 3 of type int"):
+        folder.log_details(1, {"a": {3: 1}})
+    with pytest.raises(DiagnosticsError, match="details: expected step 1, got a key 'step' with 2"):
+        folder.log_details(1, {"step": 2})
+    assert not (tmp_path / "details.jsonl").exists()
+
+
+@pytest.mark.parametrize("broken", ['{"step": 1', "[1]"])
+def test_broken_details_are_an_error(tmp_path, broken):
+    RunFolder(tmp_path, {})
+    (tmp_path / "details.jsonl").write_text(broken + '\n{"step": 2}\n')
+    with pytest.raises(DiagnosticsError, match="one JSON object a line, got:\n  line 1"):
+        read_details(tmp_path)
+    with pytest.raises(DiagnosticsError, match="expected a run folder or its details"):
+        read_details(tmp_path / "elsewhere")
 
 
 # Report

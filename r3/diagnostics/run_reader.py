@@ -131,9 +131,9 @@ def _object(data: bytes) -> tuple[dict[str, Any] | None, list[str]]:
         found = _clean(json.loads(text), notes)
     except (ValueError, RecursionError) as error:
         reason = f"at character {error.pos}, {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
-        return None, [*notes, f"no JSON: {reason}: {_shown(text)}"]
+        return None, [*notes, f"no JSON: {reason}: {_shown(text)}; left out"]
     if not isinstance(found, dict):
-        return None, [*notes, f"expected a JSON object, got {_shown(found)}"]
+        return None, [*notes, f"expected a JSON object, got {_shown(found)}; left out"]
     return found, notes
 
 
