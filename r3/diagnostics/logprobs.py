@@ -6,16 +6,22 @@ A difference is always d = train - rollout, in nats, so exp(d) is the importance
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from r3.diagnostics.histogram import BINS, bin_of, counts_of, pooled, quantile
 from r3.diagnostics.merging import MergeableSums
+from r3.diagnostics.moments import Moments
 from r3.errors import SHOWN, DiagnosticsError, summary
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+QUANTILES = {"abs_p50": 500, "abs_p90": 900, "abs_p99": 990, "abs_p999": 999}
+"""In thousandths."""
+NONE = Moments()
 
 
 def compare_logprobs(
@@ -36,60 +42,104 @@ def compare_logprobs(
     return LogprobSums.from_tensors(train, rollout, mask, extreme_ratio=extreme_ratio).metrics()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LogprobSums(MergeableSums):
-    """Mergeable totals behind `compare_logprobs`; d is train minus rollout, in nats."""
+    """Mergeable totals behind `compare_logprobs`; d is train minus rollout, in nats, and p is a probability."""
 
     tokens: int = 0
-    diff_sum: float = 0.0
-    abs_sum: float = 0.0
-    k3_sum: float = 0.0
     extreme: int = 0
+    diff_sum: float = 0.0
+    k3_sum: float = 0.0
+    chi2_sum: float = 0.0
+    """Sum of exp(2 d) - 1."""
+    diff_max: float = 0.0
+    ratio_sum: float = 0.0
+    """Sum of exp(d - diff_max), which does not overflow."""
+    ratio_square_sum: float = 0.0
+    """Sum of exp(2 (d - diff_max))."""
     abs_max: float = 0.0
+    prob_abs_max: float = 0.0
+    sizes: Moments = NONE
+    """Of |d| and |p_train - p_rollout|."""
+    probs: Moments = NONE
+    """Of p_train - 1 and p_rollout - 1, which keep the digits of probabilities close to 1."""
+    counts: torch.Tensor = field(default_factory=lambda: torch.zeros(2, BINS, dtype=torch.int64), repr=False)
+    """int64 `[2, BINS]`: how many d below 0, and from 0 up, have their size in each bin of the histogram."""
     extreme_ratio: float = 2.0
-
-    maxima: ClassVar[int] = 1
 
     @classmethod
     def from_tensors(
         cls, train: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor, *, extreme_ratio: float = 2.0
     ) -> Self:
-        """Totals of one batch, in float64; arguments and errors as in `compare_logprobs`."""
+        """Totals of one batch, in float64; arguments and errors as in `compare_logprobs`.
+
+        Waits for the device twice.
+        """
         _check(train, rollout, mask, extreme_ratio)
-        diff = train.detach()[mask].double() - rollout.detach()[mask].double()
-        finite = diff.isfinite()
-        if not finite.all():
-            raise DiagnosticsError(_non_finite(train, rollout, mask, ~finite))
-        if not diff.numel():
+        where = mask.flatten().nonzero()[:, 0]
+        if not len(where):
             return cls.empty(extreme_ratio=extreme_ratio)
-        # expm1 keeps the digits that exp(d) - 1 loses at small d. It never came out below d in 65 million values on a
-        # CPU, but a library whose last bit is wrong would make k3 negative.
-        k3 = (torch.expm1(diff) - diff).clamp_min(0)
+        a, b = (side.detach().flatten().index_select(0, where).double() for side in (train, rollout))
+        diff = a - b
         size = diff.abs()
-        extreme = size > math.log(extreme_ratio)
-        totals = torch.stack([diff.sum(), size.sum(), k3.sum(), extreme.sum().double(), size.max()])
-        return cls.from_tensor(torch.cat([totals.new_tensor([diff.numel()]), totals]), extreme_ratio=extreme_ratio)
+        largest = diff.max()
+        ratio = torch.exp(diff - largest)
+        # |exp(a) - exp(b)|, with the digits that the difference of two close probabilities would lose.
+        apart = torch.exp(torch.maximum(a, b)) * -torch.expm1(-size)
+        sums = [
+            (~diff.isfinite()).sum(),
+            (size > math.log(extreme_ratio)).sum(),
+            diff.sum(),
+            # expm1 keeps the digits that exp(d) - 1 loses at small d. It never came out below d in 65 million values on
+            # a CPU, but a library whose last bit is wrong would make k3 negative.
+            (torch.expm1(diff) - diff).clamp_min(0).sum(),
+            torch.expm1(2 * diff).sum(),
+            largest,
+            ratio.sum(),
+            (ratio * ratio).sum(),
+            size.max(),
+            apart.max(),
+        ]
+        moments = [Moments.of(size, apart), Moments.of(torch.expm1(a), torch.expm1(b))]
+        counts = counts_of(bin_of(size) + BINS * (diff >= 0), 2 * BINS)
+        found = torch.cat([torch.stack([s.double() for s in sums]), *moments, counts.double()]).cpu()
+        bad, *_ = found.tolist()
+        if bad:
+            raise DiagnosticsError(_non_finite(train, rollout, mask))
+        found[0] = len(where)
+        return cls.from_tensor(found, extreme_ratio=extreme_ratio)
 
     @property
     def signature(self) -> dict[str, Any]:
         return {"extreme_ratio": self.extreme_ratio}
 
     def as_tensor(self) -> torch.Tensor:
-        """`[tokens, diff_sum, abs_sum, k3_sum, extreme, abs_max]`, float64; only the last merges by maximum."""
-        totals = [self.tokens, self.diff_sum, self.abs_sum, self.k3_sum, self.extreme, self.abs_max]
-        return torch.tensor(totals, dtype=torch.float64)
+        """The fields in their order, each of `sizes` and `probs` as five entries, and the counts; float64."""
+        totals = [self.tokens, self.extreme, self.diff_sum, self.k3_sum, self.chi2_sum]
+        totals += [self.diff_max, self.ratio_sum, self.ratio_square_sum, self.abs_max, self.prob_abs_max]
+        totals += self.sizes.as_list() + self.probs.as_list()
+        return torch.cat([torch.tensor(totals, dtype=torch.float64), self.counts.flatten().double()])
 
     @classmethod
     def from_tensor(cls, totals: torch.Tensor, *, extreme_ratio: float = 2.0) -> Self:
         """The inverse of `as_tensor`; the threshold is not among the totals."""
-        tokens, diff_sum, abs_sum, k3_sum, extreme, abs_max = totals.tolist()
+        plain, counts = totals.split([20, 2 * BINS])
+        tokens, extreme, *floats = plain.tolist()
+        diff_sum, k3_sum, chi2_sum, diff_max, ratio_sum, ratio_square_sum, abs_max, prob_abs_max, *moments = floats
         return cls(
             tokens=int(tokens),
-            diff_sum=diff_sum,
-            abs_sum=abs_sum,
-            k3_sum=k3_sum,
             extreme=int(extreme),
+            diff_sum=diff_sum,
+            k3_sum=k3_sum,
+            chi2_sum=chi2_sum,
+            diff_max=diff_max,
+            ratio_sum=ratio_sum,
+            ratio_square_sum=ratio_square_sum,
             abs_max=abs_max,
+            prob_abs_max=prob_abs_max,
+            sizes=Moments.from_list(int(tokens), moments[:5]),
+            probs=Moments.from_list(int(tokens), moments[5:]),
+            counts=counts.long().view(2, BINS),
             extreme_ratio=extreme_ratio,
         )
 
@@ -101,28 +151,93 @@ class LogprobSums(MergeableSums):
         """The neutral element of `merge`: no tokens."""
         return cls(extreme_ratio=extreme_ratio)
 
-    def metrics(self) -> dict[str, float]:
-        """The gap between the two sides; all but `tokens` are NaN when there are no tokens.
+    def _merged(self, other: Self) -> Self:
+        if not self.tokens or not other.tokens:
+            return self if self.tokens else other
+        largest = max(self.diff_max, other.diff_max)
+        mine, theirs = (math.exp(side.diff_max - largest) for side in (self, other))
+        return type(self)(
+            tokens=self.tokens + other.tokens,
+            extreme=self.extreme + other.extreme,
+            diff_sum=self.diff_sum + other.diff_sum,
+            k3_sum=self.k3_sum + other.k3_sum,
+            chi2_sum=self.chi2_sum + other.chi2_sum,
+            diff_max=largest,
+            ratio_sum=self.ratio_sum * mine + other.ratio_sum * theirs,
+            ratio_square_sum=self.ratio_square_sum * mine**2 + other.ratio_square_sum * theirs**2,
+            abs_max=max(self.abs_max, other.abs_max),
+            prob_abs_max=max(self.prob_abs_max, other.prob_abs_max),
+            sizes=self.sizes.merge(other.sizes),
+            probs=self.probs.merge(other.probs),
+            counts=self.counts + other.counts,
+            extreme_ratio=self.extreme_ratio,
+        )
 
-        `tokens`        how many counted
-        `abs_mean`      mean of |d|, nats
-        `abs_max`       largest |d|, nats
-        `k1`            mean of -d, nats: unbiased estimate of KL(rollout || train); may be negative
-        `k3`            mean of exp(d) - 1 - d, nats: the same KL, never negative, less variance; infinite if d >= 710
-        `extreme_frac`  share of tokens with exp(d) outside [1 / extreme_ratio, extreme_ratio]
+    def metrics(self) -> dict[str, float]:
+        """The gap between the two sides; all but `tokens` are NaN when there are no tokens. docs/metrics.md has more.
+
+        `tokens`         how many counted
+        `abs_mean`       mean of |d|, nats
+        `abs_std`        standard deviation of |d| over N, nats; 0 for one token
+        `abs_max`        largest |d|, nats
+        `abs_p50`, `abs_p90`, `abs_p99`, `abs_p999`
+                         the |d| that 50, 90, 99 and 99.9% of the tokens do not exceed, nats; up to 3.2% off
+        `k1`             mean of -d, nats: unbiased estimate of KL(rollout || train); may be negative
+        `k3`             mean of exp(d) - 1 - d, nats: the same KL, never negative, less variance; infinite if d >= 710
+        `ppl_ratio`      perplexity of all tokens under train over that under rollout, exp(k1); above 1 if train finds
+                         them less likely
+        `chi2_token`     mean of exp(2 d) - 1: chi-squared divergence of train from rollout; infinite if d >= 355
+        `ess`            effective sample size of the ratios r = exp(d), over N: (sum r)^2 / (N sum r^2), in (0, 1]
+        `extreme_frac`   share of tokens with exp(d) outside [1 / extreme_ratio, extreme_ratio]
+        `prob_abs_mean`, `prob_abs_std`, `prob_abs_max`
+                         of |p_train - p_rollout|
+        `prob_pearson`   Pearson correlation of p_train and p_rollout; NaN for one token, or if either does not vary
 
         k1 and k3: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html
         """
-        if not self.tokens:
-            return {"tokens": 0.0} | dict.fromkeys(("abs_mean", "abs_max", "k1", "k3", "extreme_frac"), math.nan)
+        n = self.tokens
+        sizes, probs, either = self.sizes, self.probs, self.counts.sum(0)
+        k1 = _over(-self.diff_sum, n)
         return {
-            "tokens": float(self.tokens),
-            "abs_mean": self.abs_sum / self.tokens,
-            "abs_max": self.abs_max,
-            "k1": -self.diff_sum / self.tokens,
-            "k3": self.k3_sum / self.tokens,
-            "extreme_frac": self.extreme / self.tokens,
+            "tokens": float(n),
+            "abs_mean": sizes.mean_x if n else math.nan,
+            "abs_std": sizes.std_x,
+            "abs_max": self.abs_max if n else math.nan,
+            **{name: quantile(either, per_mille, self.abs_max) for name, per_mille in QUANTILES.items()},
+            "k1": k1,
+            "k3": _over(self.k3_sum, n),
+            "ppl_ratio": exp(k1),
+            "chi2_token": _over(self.chi2_sum, n),
+            # Rounding may leave it a last bit above 1.
+            "ess": min(1.0, self.ratio_sum / n * (self.ratio_sum / self.ratio_square_sum)) if n else math.nan,
+            "extreme_frac": _over(self.extreme, n),
+            "prob_abs_mean": sizes.mean_y if n else math.nan,
+            "prob_abs_std": sizes.std_y,
+            "prob_abs_max": self.prob_abs_max if n else math.nan,
+            "prob_pearson": probs.pearson,
         }
+
+    def histogram(self, per_octave: int = 4) -> list[tuple[float, float, int]]:
+        """(lower, upper, count) of d in nats, ascending, of the bins that are not empty.
+
+        Bins lie on both sides of 0, which has one of its own, `per_octave` (1, 2, 4, 8 or 16) to each doubling of |d|.
+        """
+        if per_octave not in (1, 2, 4, 8, 16):
+            raise DiagnosticsError(f"per_octave: expected 1, 2, 4, 8 or 16, got {per_octave}")
+        below, above = (pooled(side, per_octave, self.abs_max) for side in self.counts)
+        return [(-upper, -lower, count) for lower, upper, count in reversed(below)] + above
+
+
+def exp(value: float) -> float:
+    """exp, infinite where the standard library's raises."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _over(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
 
 
 def _check(train: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor, extreme_ratio: float) -> None:
@@ -143,12 +258,12 @@ def _check(train: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor, extre
         raise DiagnosticsError(f"log-probabilities cannot be compared:{summary(problems)}")
 
 
-def _non_finite(train: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor, bad: torch.Tensor) -> str:
-    where = [tuple(position) for position in mask.nonzero()[bad.nonzero()[:SHOWN, 0]].tolist()]
+def _non_finite(train: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> str:
+    bad = (mask & ~(train.double() - rollout.double()).isfinite()).nonzero()
+    where = [tuple(position) for position in bad[:SHOWN].tolist()]
     shown = [f"at {at}: train {train[at].item()}, rollout {rollout[at].item()}" for at in where]
-    total = int(bad.sum())
     return (
-        f"log-probabilities: expected finite values wherever the mask is true, got {total} of {len(bad)} tokens that "
-        f"are not; mask out tokens that were not sampled, or find where they became non-finite. "
-        f"{'First' if total > SHOWN else 'They are'}:{summary(shown)}"
+        f"log-probabilities: expected finite values wherever the mask is true, got {len(bad)} of {int(mask.sum())} "
+        f"tokens that are not; mask out tokens that were not sampled, or find where they became non-finite. "
+        f"{'First' if len(bad) > SHOWN else 'They are'}:{summary(shown)}"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,7 +25,8 @@ class MergeableSums(ABC):
     """Sums, counts and maxima of one metric family; subclasses are frozen dataclasses.
 
     A subclass lays its totals out as one float64 vector, the maxima last, and names in `signature` what has to be
-    equal for two of them to be of one kind (a threshold, the layers).
+    equal for two of them to be of one kind (a threshold, the layers). If it keeps more than sums and maxima, it says in
+    `_merged` how two of them become one.
     """
 
     maxima: ClassVar[int] = 0
@@ -57,10 +59,12 @@ class MergeableSums(ABC):
                 f"sums of different kinds cannot be merged: {type(self).__name__} {self.signature} and "
                 f"{type(other).__name__} {getattr(other, 'signature', '')}; use the same settings on both sides"
             )
+        return self._merged(other)
+
+    def _merged(self, other: Self) -> Self:
         mine, theirs = self.as_tensor(), other.as_tensor()
         added = len(mine) - self.maxima
-        merged = torch.cat([mine[:added] + theirs[:added], torch.maximum(mine[added:], theirs[added:])])
-        return self.with_totals(merged)
+        return self.with_totals(torch.cat([mine[:added] + theirs[:added], torch.maximum(mine[added:], theirs[added:])]))
 
     def __add__(self, other: Self) -> Self:
         return self.merge(other) if isinstance(other, MergeableSums) else NotImplemented
@@ -69,43 +73,54 @@ class MergeableSums(ABC):
         # The builtin `sum` starts from 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> Self:
-        """The totals of all ranks of `group` (default: all), the same on each; a collective call.
+    def __eq__(self, other: object) -> bool:
+        # For subclasses that hold tensors, and so leave the comparison of dataclasses out.
+        if type(other) is not type(self):
+            return NotImplemented
+        return self.signature == other.signature and torch.equal(self.as_tensor(), other.as_tensor())
 
-        Without an initialised process group there is one rank, and its totals are returned as they are. Waits no
-        longer than the group's own timeout. Raises `DiagnosticsError`, on every rank, if the ranks hold different
-        kinds of sums.
+    __hash__ = None  # type: ignore[assignment]
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> Self:
+        """The totals of all ranks of `group` (default: all), the same to the last bit on each; a collective call.
+
+        All ranks' totals are gathered and merged in the order of the ranks. Without an initialised process group there
+        is one rank, and its totals are returned as they are. Waits no longer than the group's own timeout. Raises
+        `DiagnosticsError`, on every rank, if the ranks hold different kinds of sums.
         """
         if not dist.is_initialized():
             if group is not None:
                 raise DiagnosticsError("reduce got a group, but torch.distributed is not initialised")
             return self
-        device = _collective_device(group)
-        # Ranks that disagree may hold vectors of different lengths, on which an all-reduce hangs or mixes entries.
-        # Their kinds are therefore compared first: the maxima of x and of -x are opposite only if all x are equal.
-        kind = _fingerprint(self)
-        extremes = torch.tensor([kind, -kind], dtype=torch.float64, device=device)
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-        if extremes[0] != -extremes[1]:
+        # Ranks that disagree may hold vectors of different lengths, on which a collective hangs or mixes entries.
+        if not same_on_all_ranks(_fingerprint(self), group):
             raise DiagnosticsError(
                 f"ranks hold different kinds of sums; rank {dist.get_rank()} has {type(self).__name__} "
                 f"{self.signature}; use the same settings, layers and slots on every rank"
             )
-        totals = self.as_tensor().to(device)
-        added = len(totals) - self.maxima
-        dist.all_reduce(totals[:added], op=dist.ReduceOp.SUM, group=group)
-        if self.maxima:
-            dist.all_reduce(totals[added:], op=dist.ReduceOp.MAX, group=group)
-        return self.with_totals(totals.cpu())
+        mine = self.as_tensor().to(collective_device(group))
+        totals = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(totals, mine, group=group)
+        return reduce(type(self).merge, [self.with_totals(each.cpu()) for each in totals])
 
 
-def _collective_device(group: dist.ProcessGroup | None) -> torch.device:
+def collective_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where a tensor has to be for a collective of `group`: the CPU if its backend takes it there."""
     if "cpu:" in dist.get_backend_config(group):
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None:
         return torch.device("cpu")
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def same_on_all_ranks(value: float, group: dist.ProcessGroup | None) -> bool:
+    """Whether all ranks of `group` (None: all) came with the same float64; a collective call."""
+    # The maxima of x and of -x are opposite only if all x are equal.
+    extremes = torch.tensor([value, -value], dtype=torch.float64, device=collective_device(group))
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    highest, lowest = extremes.tolist()
+    return highest == -lowest
 
 
 def _fingerprint(sums: MergeableSums) -> float:
