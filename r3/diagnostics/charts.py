@@ -1,4 +1,7 @@
-"""Charts of a run: matplotlib figures without global state, and SVG that takes its text colour from the page."""
+"""Drawing: matplotlib figures without global state, and SVG whose colours are the page's.
+
+Colours are told apart with any colour vision (Okabe and Ito's palette), and markers and dashes differ with them.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,27 @@ import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from html import escape
+from typing import TYPE_CHECKING
 
-from r3.diagnostics.cells import layer_shares, number
+from r3.diagnostics.series import Records, Series, series, steps_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart by readers with any colour vision; markers differ as well.
-VERMILLION, BLUE, GREEN, PURPLE = "#D55E00", "#0072B2", "#009E73", "#CC79A7"
+LIVE, REPLAYED, THIRD, FOURTH = "#d55e00", "#0072b2", "#009e73", "#cc79a7"
 GREY = "#808080"
 # Stands for the page's text colour until the SVG is written; no palette has it.
 INK = "#010203"
-
-Records = Sequence[dict[str, Any]]
+_VARIABLES = {LIVE: "--live", REPLAYED: "--replayed", THIRD: "--third", FOURTH: "--fourth"}
+_MARKED_POINTS = 60
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: `factor` times the values of `key`."""
+    """One curve: `factor` times the values of `key`; of many steps the mean, or the `largest`."""
 
     key: str
     label: str
@@ -35,27 +39,7 @@ class Line:
     marker: str = "o"
     dash: str = "-"
     factor: float = 1.0
-
-
-K3 = (
-    Line("logprob_diff/live/k3", "live routing", VERMILLION),
-    Line("logprob_diff/replayed/k3", "replayed routing", BLUE, "s"),
-)
-ABS = (
-    Line("logprob_diff/live/abs_max", "live, max", VERMILLION, "^", "--"),
-    Line("logprob_diff/replayed/abs_max", "replayed, max", BLUE, "v", "--"),
-    Line("logprob_diff/live/abs_mean", "live, mean", VERMILLION),
-    Line("logprob_diff/replayed/abs_mean", "replayed, mean", BLUE, "s"),
-)
-REWARD = (Line("reward/mean", "mean reward", GREEN),)
-SYNC_SECONDS = (Line("sync/seconds", "seconds", PURPLE),)
-SYNC_BYTES = (Line("sync/bytes", "MiB", GREEN, "s", factor=2.0**-20),)
-
-
-def steps_of(records: Records) -> list[float]:
-    """The step of each record, or its place where it has none."""
-    found = [number(record, "step") for record in records]
-    return [float(place) if math.isnan(step) else step for place, step in enumerate(found)]
+    largest: bool = False
 
 
 @contextmanager
@@ -70,104 +54,137 @@ def styled(ink: str = INK) -> Generator[None, None, None]:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
+        "axes.axisbelow": True,
         "grid.color": GREY,
         "grid.alpha": 0.25,
         "legend.frameon": False,
-        "lines.markersize": 4,
-        "font.size": 10,
-        "axes.titlesize": 10,
+        "legend.fontsize": 8,
+        "legend.handlelength": 1.8,
+        "legend.borderaxespad": 0.2,
+        "lines.markersize": 3.5,
+        "font.size": 8.5,
+        "axes.titlesize": 9,
         "svg.fonttype": "none",
         "svg.hashsalt": "r3",
+        # A dollar sign in a label is a dollar sign.
+        "text.parse_math": False,
+        "axes.formatter.use_mathtext": False,
     }
     with matplotlib.rc_context(settings):
         yield
 
 
-def curves(axes: Axes, records: Records, lines: Sequence[Line], *, log: bool = False) -> int:
-    """Draw the recorded ones of `lines` over the steps; a log scale leaves out what is not positive.
-
-    Returns how many values a log scale left out.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    steps, left_out = steps_of(records), 0
-    for line in lines:
-        values = [number(record, line.key) * line.factor for record in records]
-        if log:
-            left_out += sum(value <= 0 for value in values)
-            values = [value if value > 0 else math.nan for value in values]
-        if not all(map(math.isnan, values)):
-            marker = line.marker if len(steps) <= 80 else ""
-            axes.plot(steps, values, line.dash, marker=marker, color=line.colour, label=line.label, linewidth=1.6)
-    if axes.lines and log:
-        axes.set_yscale("log")
-    if len(steps) == 1:
-        axes.set_xlim(steps[0] - 1, steps[0] + 1)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("step")
-    if len(axes.lines) > 1:
-        axes.legend(loc="best")
-    if not axes.lines:
-        axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center")
-        axes.set_yticks([])
-    return left_out
-
-
-def figure(width: float = 9.4, height: float = 3.2) -> Figure:
+def figure(width: float = 4.3, height: float = 2.9) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def layer_lines(axes: Axes, records: Records) -> None:
-    """Share of differing rows over the layers, at the first and the last step that recorded it."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+def curves(axes: Axes, found: Sequence[tuple[Records, Line]], *, log: bool = False) -> str:
+    """Draw the recorded ones over the steps; returns what the caption has to say of it.
 
-    recorded = _layers_over_steps(records)
-    ends = dict((recorded[0], recorded[-1]))
-    for (step, shares), colour, marker in zip(ends.items(), (GREY, BLUE), "os", strict=False):
-        colour = BLUE if len(ends) == 1 else colour
-        axes.plot(list(shares), list(shares.values()), marker=marker, color=colour, label=f"step {step:.0f}")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("decoder layer")
-    axes.set_ylabel("rows that differ")
-    axes.legend(loc="best")
+    A log scale leaves out what is not positive. A long run is drawn in bins of steps: their mean, or their largest,
+    and a band from the smallest to the largest.
+    """
+    left_out, width = 0, 1
+    for records, line in found:
+        points = series(records, line.key, factor=line.factor, log=log, largest=line.largest)
+        if log:
+            plain = series(records, line.key, factor=line.factor)
+            left_out += sum(value <= 0 for value in plain.low)
+        if not all(map(math.isnan, points.middle)):
+            _draw(axes, points, line)
+            width = max(width, points.width)
+    if axes.lines and log:
+        _log_scale(axes)
+    over_steps(axes, [step for records, _ in found for step in steps_of(records)])
+    legend(axes)
+    notes = []
+    if left_out:
+        notes.append(f"Left out of the log scale, not being above zero: {left_out}.")
+    if width > 1:
+        notes.append(f"A point stands for {width} steps; the band has all of them.")
+    return " ".join(notes)
 
 
-def layer_map(axes: Axes, records: Records) -> None:
-    """Share of differing rows, layer by step, as a heat map."""
+def _draw(axes: Axes, points: Series, line: Line) -> None:
+    marker = line.marker if len(points.steps) <= _MARKED_POINTS else ""
+    axes.plot(points.steps, points.middle, line.dash, marker=marker, color=line.colour, label=line.label, linewidth=1.5)
+    if points.width > 1:
+        axes.fill_between(points.steps, points.low, points.high, color=line.colour, alpha=0.2, linewidth=0)
+
+
+def _log_scale(axes: Axes) -> None:
+    """A log scale whose ticks say where it is also within one power of ten."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    power_ticks(axes.yaxis, between=high < 100 * low)
+
+
+def power_ticks(axis: object, *, between: bool = False) -> None:
+    """Ticks of a logarithmic axis at whole powers of ten, and at 2 and 5 times those `between` them."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if between else (1.0,)))  # pyrefly: ignore
+    axis.set_major_formatter(lambda value, _: power_text(value))  # pyrefly: ignore
+    axis.set_minor_formatter(NullFormatter())  # pyrefly: ignore
+
+
+def power_text(value: float) -> str:
+    """A power of ten, or a small multiple of one, as it is written in a text; from 0.1 to 1000 in full."""
+    if not value:
+        return "0"
+    power = math.floor(math.log10(abs(value)) + 1e-9)
+    if -1 <= power <= 3:
+        size = f"{abs(value):.3g}"
+    else:
+        times = f"{abs(value) / 10.0**power:.2g}"
+        size = ("" if times == "1" else f"{times}·") + "10" + str(power).translate(_RAISED)
+    return f"-{size}" if value < 0 else size
+
+
+def over_steps(axes: Axes, steps: Sequence[float]) -> None:
+    """An x axis of steps, with whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    if steps and min(steps) == max(steps):
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("step")
+
+
+def legend(axes: Axes) -> None:
+    """The names of the curves above the axes, where no curve can be under them."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        axes.figure.legend(handles, labels, loc="outside upper left", ncols=2, columnspacing=1.2, labelspacing=0.2)
+
+
+def percentages(axis: object) -> None:
+    """Ticks of an axis that has shares, in percent."""
     from matplotlib.ticker import PercentFormatter
 
-    recorded = _layers_over_steps(records)
-    layers = sorted({layer for _, shares in recorded for layer in shares})
-    values = [[shares.get(layer, math.nan) for _, shares in recorded] for layer in layers]
-    image = axes.imshow(values, aspect="auto", origin="lower", cmap="cividis", interpolation="none", vmin=0)
-    axes.grid(False)
-    for ticks, labels in ((axes.set_xticks, [f"{step:.0f}" for step, _ in recorded]), (axes.set_yticks, layers)):
-        stride = math.ceil(len(labels) / 8)
-        ticks(range(0, len(labels), stride), [str(label) for label in labels[::stride]])
-    axes.set_xlabel("step")
-    axes.set_ylabel("decoder layer")
-    bar = axes.figure.colorbar(image, ax=axes, format=PercentFormatter(1.0))
-    bar.outline.set_visible(False)
-
-
-def _layers_over_steps(records: Records) -> list[tuple[float, dict[int, float]]]:
-    shares = map(layer_shares, records)
-    return [(step, found) for step, found in zip(steps_of(records), shares, strict=True) if found]
+    axis.set_major_formatter(PercentFormatter(1.0))  # pyrefly: ignore
 
 
 def svg(drawn: Figure, *, name: str, label: str) -> str:
-    """The figure as an `<svg>` element to put into a page; `name` keeps its ids apart from those of other figures."""
+    """The figure as an `<svg>` element to put into a page.
+
+    `name` keeps its ids apart from those of other figures; `label`, plain text, says what there is to see.
+    """
     buffer = io.StringIO()
     drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].strip()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     text = text.replace(INK, "currentColor")
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    # Places, not scales, have more digits than a pixel has use for.
+    text = re.sub(r'\s(d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
