@@ -113,6 +113,14 @@ def test_steps_that_are_not_measured_are_left_alone():
             alarms.check(step, {})
 
 
+@pytest.mark.parametrize("value", [0.4, math.nan])
+def test_what_is_recorded_at_steps_between_is_watched_all_the_same(value):
+    alarms = Alarms(watching(every=4, k3_stop=0.5, coverage_stop=0.5))
+    assert alarms.check(2, {"routing/coverage": 0.5}) == []
+    with pytest.raises(AlarmError, match=r"stopped at step 2 .*:\n  routing/coverage is"):
+        alarms.check(2, {"routing/coverage": value})
+
+
 @pytest.mark.parametrize("value", [math.inf, torch.tensor(math.inf), np.float64(math.inf), 10**309])
 def test_an_infinite_gap_stops(value):
     (alarm,) = find_alarms(watching(k3_stop=0.5), 1, {"logprob_diff/live/k3": value})

@@ -1,7 +1,7 @@
 """Alarms: metrics beyond bounds that warn, or that stop the run; `docs/diagnostics.md` says why the bounds are so.
 
 A metric that an alarm watches and that is missing, or no number, raises it too: a run that measures nothing must not
-look healthy. Steps at which nothing was to be measured are left alone.
+look healthy. At a step at which nothing was to be measured, only what is recorded all the same is looked at.
 """
 
 from __future__ import annotations
@@ -72,10 +72,14 @@ class Alarm:
 
 
 def find_alarms(config: DiagnosticsConfig, step: int, metrics: Mapping[str, Any]) -> list[Alarm]:
-    """What is wrong with the metrics of `step`; nothing if alarms are off, or `step` is not one that is measured."""
-    if not config.alarms.enabled or not config.measures(step):
+    """What is wrong with the metrics of `step`; nothing if alarms are off."""
+    if not config.alarms.enabled:
         return []
-    found = (_alarm(watched, *config.alarms.bounds(watched.name), metrics) for watched in WATCHED)
+    found = []
+    for watched in WATCHED:
+        warn, stop = config.alarms.bounds(watched.name)
+        if config.measures(step) or any(key in metrics for key in watched.keys):
+            found.append(_alarm(watched, warn, stop, metrics))
     return [alarm for alarm in found if alarm is not None]
 
 
