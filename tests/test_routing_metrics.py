@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r3.diagnostics import RoutingSums, compare_routing
-from r3.diagnostics import routing as module
+from r3.diagnostics import overlap as module
 from r3.errors import DiagnosticsError
 
 DTYPES = [torch.uint8, torch.int16, torch.int32, torch.int64]
@@ -19,6 +19,12 @@ light = settings(deadline=None, max_examples=60)
 
 def reference(live, replayed, valid, layers):
     """Sets and fractions, one token and layer at a time."""
+    reordered = sum(
+        a != b and set(a) == set(b)
+        for token_a, token_b, ok in zip(live, replayed, valid, strict=True)
+        for a, b in zip(token_a, token_b, strict=True)
+        if ok
+    )
     pairs = [
         [(set(a), set(b)) for a, b in zip(token_a, token_b, strict=True)]
         for token_a, token_b, ok in zip(live, replayed, valid, strict=True)
@@ -35,6 +41,7 @@ def reference(live, replayed, valid, layers):
         "differing_rows": share(sum(a != b for token in pairs for a, b in token), cells),
         "differing_tokens": share(sum(any(a != b for a, b in token) for token in pairs), n),
         "jaccard": float(overlap / cells) if cells else math.nan,
+        "order_differs": share(reordered, cells),
     } | {
         f"differing_rows/layer_{i:02d}": share(sum(t[j][0] != t[j][1] for t in pairs), n) for j, i in enumerate(layers)
     }
@@ -77,6 +84,7 @@ def test_order_of_slots_does_not_matter():
     got = compare_routing(ids, shuffled, torch.ones(2, 5, dtype=torch.bool))
     assert not torch.equal(ids, shuffled)
     assert (got["differing_rows"], got["differing_tokens"], got["jaccard"]) == (0, 0, 1)
+    assert got["order_differs"] == (ids != shuffled).any(-1).double().mean()
 
 
 def test_one_swapped_expert_counts_once():
@@ -90,6 +98,7 @@ def test_one_swapped_expert_counts_once():
             "differing_rows": 1 / 12,
             "differing_tokens": 1 / 4,
             "jaccard": (11 + 7 / 9) / 12,
+            "order_differs": 0,
             "differing_rows/layer_03": 0,
             "differing_rows/layer_10": 1 / 4,
             "differing_rows/layer_100": 0,
@@ -152,7 +161,7 @@ def test_no_rows_is_nan_not_zero(rows):
     ids = random_ids(rows, 3, 2)
     got = compare_routing(ids, ids, torch.zeros(rows, dtype=torch.bool))
     assert got.pop("rows") == 0
-    assert len(got) == 6
+    assert len(got) == 7
     assert all(map(math.isnan, got.values()))
 
 

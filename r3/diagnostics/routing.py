@@ -8,20 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from r3.diagnostics.histogram import counts_of
 from r3.diagnostics.merging import MergeableSums
-from r3.errors import SHOWN, DiagnosticsError, summary
+from r3.diagnostics.overlap import RoutingPair, common, impossible
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
-BLOCK_ELEMENTS = 1 << 22
-"""Comparisons made at once: bounds the memory to a few tens of MB, whatever the batch and the number of experts."""
 
 
 def compare_routing(
@@ -48,6 +44,8 @@ class RoutingSums(MergeableSums):
 
     rows: int
     differing_tokens: int
+    order_differs: int
+    """(token, layer) pairs with the same set of experts in another order of slots."""
     shared: tuple[tuple[int, ...], ...]
     """`[L][K + 1]`: how many rows of a layer share 0, 1, ..., K experts."""
     layer_ids: tuple[int, ...]
@@ -60,33 +58,30 @@ class RoutingSums(MergeableSums):
         valid: torch.Tensor,
         layer_ids: Sequence[int] | None = None,
     ) -> Self:
-        """Counts of one batch; arguments and errors as in `compare_routing`."""
-        _check(live, replayed, valid)
-        n_layers, slots = live.shape[-2:]
-        layers = tuple(range(n_layers)) if layer_ids is None else tuple(index(i) for i in layer_ids)
-        if len(layers) != n_layers or len(set(layers)) != n_layers or min(layers) < 0:
-            raise DiagnosticsError(f"layer_ids: expected {n_layers} distinct layer numbers from 0 up, got {layers}")
-        if not valid.dim():
-            live, replayed, valid = live[None], replayed[None], valid[None]
-        where = valid.nonzero()
-        shared = torch.zeros(n_layers, slots + 1, dtype=torch.int64, device=live.device)
-        differing = torch.zeros((), dtype=torch.int64, device=live.device)
+        """Counts of one batch; arguments and errors as in `compare_routing`. Waits for the device twice."""
+        pair = RoutingPair(live, replayed, valid, layer_ids)
+        n_layers, slots = len(pair.layers), pair.slots
+        shared = torch.zeros(n_layers * (slots + 1), dtype=torch.int64, device=live.device)
+        bad, differing, reordered = torch.zeros(3, dtype=torch.int64, device=live.device)
         layer = torch.arange(n_layers, device=live.device) * (slots + 1)
-        step = max(1, BLOCK_ELEMENTS // (n_layers * slots * slots))
-        for block in where.split(step):
-            at = tuple(block.unbind(-1))
-            a, b = live[at], replayed[at]
-            _check_ids("live", a, block, layers)
-            _check_ids("replayed", b, block, layers)
-            # Ids are distinct within a row, so the number of equal pairs is the size of the intersection.
-            common = (a.unsqueeze(-1) == b.unsqueeze(-2)).flatten(-2).sum(-1)
-            shared += (common + layer).flatten().bincount(minlength=shared.numel()).view_as(shared)
-            differing += (common < slots).any(-1).sum()
+        for block in pair.blocks():
+            bad += impossible(block.live) + impossible(block.replayed)
+            found = common(block)
+            shared += counts_of(found + layer, len(shared))
+            same = found == slots
+            differing += (~same).any(-1).sum()
+            reordered += (same & (block.live != block.replayed).any(0)).sum()
+        n_bad, n_differing, n_reordered, *counts = torch.cat(
+            [torch.stack([bad, differing, reordered]), shared]
+        ).tolist()
+        if n_bad:
+            pair.require_distinct()
         return cls(
-            rows=len(where),
-            differing_tokens=int(differing),
-            shared=tuple(tuple(counts) for counts in shared.tolist()),
-            layer_ids=layers,
+            rows=len(pair.where),
+            differing_tokens=n_differing,
+            order_differs=n_reordered,
+            shared=_by_layer(counts, slots),
+            layer_ids=pair.layers,
         )
 
     @property
@@ -94,17 +89,26 @@ class RoutingSums(MergeableSums):
         return {"layer_ids": self.layer_ids, "slots": len(self.shared[0]) - 1}
 
     def as_tensor(self) -> torch.Tensor:
-        """`[rows, differing_tokens, shared[0][0], ..., shared[L-1][K]]`, float64; all merge by addition."""
-        counts = [self.rows, self.differing_tokens, *(count for layer in self.shared for count in layer)]
+        """`[rows, differing_tokens, order_differs, shared[0][0], ..., shared[L-1][K]]`, float64; all are added."""
+        counts = [
+            self.rows,
+            self.differing_tokens,
+            self.order_differs,
+            *(count for layer in self.shared for count in layer),
+        ]
         return torch.tensor(counts, dtype=torch.float64)
 
     @classmethod
     def from_tensor(cls, totals: torch.Tensor, *, layer_ids: Sequence[int], slots: int) -> Self:
         """The inverse of `as_tensor`; the layers and K are not among the totals."""
-        rows, differing, *counts = (int(count) for count in totals.tolist())
-        width = slots + 1
-        shared = tuple(tuple(counts[i * width : (i + 1) * width]) for i in range(len(layer_ids)))
-        return cls(rows=rows, differing_tokens=differing, shared=shared, layer_ids=tuple(layer_ids))
+        rows, differing, reordered, *counts = (int(count) for count in totals.tolist())
+        return cls(
+            rows=rows,
+            differing_tokens=differing,
+            order_differs=reordered,
+            shared=_by_layer(counts, slots),
+            layer_ids=tuple(layer_ids),
+        )
 
     def with_totals(self, totals: torch.Tensor) -> Self:
         return self.from_tensor(totals, layer_ids=self.layer_ids, slots=len(self.shared[0]) - 1)
@@ -113,7 +117,7 @@ class RoutingSums(MergeableSums):
     def empty(cls, *, layer_ids: Sequence[int], slots: int) -> Self:
         """The neutral element of `merge`: no rows."""
         shared = ((0,) * (slots + 1),) * len(layer_ids)
-        return cls(rows=0, differing_tokens=0, shared=shared, layer_ids=tuple(layer_ids))
+        return cls(rows=0, differing_tokens=0, order_differs=0, shared=shared, layer_ids=tuple(layer_ids))
 
     def metrics(self) -> dict[str, float]:
         """Disagreement between the two routings; all but `rows` are NaN when there are no rows.
@@ -123,6 +127,7 @@ class RoutingSums(MergeableSums):
         `differing_rows/layer_NN`  the same for decoder layer NN (two digits or more)
         `differing_tokens`         share of tokens that differ in at least one layer
         `jaccard`                  mean over (token, layer) pairs of |A and B| / |A or B|
+        `order_differs`            share of (token, layer) pairs with equal sets whose slots are in another order
         """
         n, n_layers, slots = self.rows, len(self.layer_ids), len(self.shared[0]) - 1
         differing = [n - layer[slots] for layer in self.shared]
@@ -135,6 +140,7 @@ class RoutingSums(MergeableSums):
             "differing_rows": _share(sum(differing), n * n_layers),
             "differing_tokens": _share(self.differing_tokens, n),
             "jaccard": _share(overlap, n * n_layers),
+            "order_differs": _share(self.order_differs, n * n_layers),
         } | {f"differing_rows/layer_{i:02d}": _share(d, n) for i, d in zip(self.layer_ids, differing, strict=True)}
 
 
@@ -142,31 +148,6 @@ def _share(part: float, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def _check(live: torch.Tensor, replayed: torch.Tensor, valid: torch.Tensor) -> None:
-    problems = []
-    if live.shape != replayed.shape or live.dim() < 2 or live.shape[:-2] != valid.shape:
-        shapes = f"live {list(live.shape)}, replayed {list(replayed.shape)}, valid {list(valid.shape)}"
-        problems.append(f"shapes: expected [..., L, K] twice and valid [...], got {shapes}")
-    elif 0 in live.shape[-2:]:
-        problems.append(f"shapes: expected at least one layer and one slot, got [..., L, K] = {list(live.shape)}")
-    if not live.device == replayed.device == valid.device:
-        problems.append(f"devices: expected one, got {live.device}, {replayed.device}, {valid.device}; move them first")
-    for name, tensor in (("live", live), ("replayed", replayed)):
-        if tensor.dtype not in DTYPES:
-            problems.append(f"{name}: expected expert ids of dtype uint8, int16, int32 or int64, got {tensor.dtype}")
-    if valid.dtype != torch.bool:
-        problems.append(f"valid: expected torch.bool, got {valid.dtype}; use valid.bool()")
-    if problems:
-        raise DiagnosticsError(f"routings cannot be compared:{summary(problems)}")
-
-
-def _check_ids(name: str, ids: torch.Tensor, where: torch.Tensor, layers: tuple[int, ...]) -> None:
-    ordered = ids.sort(-1).values
-    bad = (ordered[..., 0] < 0) | (ordered[..., 1:] == ordered[..., :-1]).any(-1)
-    if bad.any():
-        rows = bad.nonzero()[:SHOWN].tolist()
-        shown = [f"at {tuple(where[n].tolist())}, layer {layers[i]}: {ids[n, i].tolist()}" for n, i in rows]
-        raise DiagnosticsError(
-            f"{name}: expected distinct expert ids from 0 up in every valid row, got negative or repeated ones; "
-            f"mark rows that were not captured as invalid. First found:{summary(shown)}"
-        )
+def _by_layer(counts: list[int], slots: int) -> tuple[tuple[int, ...], ...]:
+    width = slots + 1
+    return tuple(tuple(counts[at : at + width]) for at in range(0, len(counts), width))

@@ -1,0 +1,129 @@
+"""How much of what was sampled has captured routing, and how old the weights were that made it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from r3.diagnostics.merging import MergeableSums
+from r3.errors import DiagnosticsError, summary
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverageSums(MergeableSums):
+    """Mergeable counts of rows. A rollout of n tokens has n - 1 rows: its last token was sampled and never fed."""
+
+    rows_captured: int = 0
+    rows_invalid: int = 0
+    version_known: int = 0
+    lag_sum: int = 0
+    lag_max: float = -math.inf
+
+    maxima: ClassVar[int] = 1
+
+    @classmethod
+    def from_tensors(
+        cls,
+        valid: torch.Tensor | None,
+        tokens: torch.Tensor,
+        versions: torch.Tensor | None,
+        trainer_version: int,
+    ) -> Self:
+        """Counts of a batch of whole rollouts, one a row, before they are packed or sliced.
+
+        Args:
+            valid: bool `[B, S]`, rows whose routing was captured; None if routing was not asked for.
+            tokens: bool `[B, S]`, False on padding, on either side.
+            versions: integer `[B, S]`, the version of the weights that made each row, negative where unknown; None if
+                nobody told.
+            trainer_version: version of the weights that are trained.
+
+        Raises:
+            DiagnosticsError: unequal shapes, or other dtypes.
+        """
+        _check(valid, tokens, versions)
+        # The last token of each rollout: no token comes after it.
+        has_row = tokens & (tokens.flip(1).cumsum(1).flip(1) > 1)
+        captured = torch.zeros_like(has_row) if valid is None else has_row & valid
+        known = torch.zeros_like(has_row) if versions is None else has_row & (versions >= 0)
+        lag = torch.zeros_like(has_row, dtype=torch.int64) if versions is None else trainer_version - versions.long()
+        lowest = torch.iinfo(torch.int64).min
+        largest = lag.masked_fill(~known, lowest).max() if lag.numel() else torch.tensor(lowest, device=tokens.device)
+        totals = [captured.sum(), has_row.sum(), known.sum(), lag.masked_fill(~known, 0).sum(), largest]
+        rows_captured, rows, version_known, lag_sum, lag_max = torch.stack(totals).tolist()
+        return cls(
+            rows_captured=rows_captured,
+            rows_invalid=rows - rows_captured,
+            version_known=version_known,
+            lag_sum=lag_sum,
+            lag_max=float(lag_max) if version_known else -math.inf,
+        )
+
+    @property
+    def signature(self) -> dict[str, Any]:
+        return {}
+
+    def as_tensor(self) -> torch.Tensor:
+        """The fields in their order, float64; only the last merges by maximum."""
+        totals = [self.rows_captured, self.rows_invalid, self.version_known, self.lag_sum, self.lag_max]
+        return torch.tensor(totals, dtype=torch.float64)
+
+    def with_totals(self, totals: torch.Tensor) -> Self:
+        *counts, lag_max = totals.tolist()
+        rows_captured, rows_invalid, version_known, lag_sum = map(int, counts)
+        return type(self)(
+            rows_captured=rows_captured,
+            rows_invalid=rows_invalid,
+            version_known=version_known,
+            lag_sum=lag_sum,
+            lag_max=lag_max,
+        )
+
+    @classmethod
+    def empty(cls) -> Self:
+        """The neutral element of `merge`: no rows."""
+        return cls()
+
+    def metrics(self) -> dict[str, float]:
+        """Counts are 0 and the rest is NaN when there are no rows, or none of a known version.
+
+        `coverage`          rows whose routing was captured, over all rows that the rollouts have
+        `rows_captured`, `rows_invalid`
+                            those, and the other ones
+        `version_lag_mean`  mean over rows of known version of trainer_version - version
+        `version_lag_max`   the largest
+        `version_unknown`   rows of which nobody told the version
+        """
+        rows, known = self.rows_captured + self.rows_invalid, self.version_known
+        return {
+            "coverage": self.rows_captured / rows if rows else math.nan,
+            "rows_captured": float(self.rows_captured),
+            "rows_invalid": float(self.rows_invalid),
+            "version_lag_mean": self.lag_sum / known if known else math.nan,
+            "version_lag_max": self.lag_max if known else math.nan,
+            "version_unknown": float(rows - known),
+        }
+
+
+def _check(valid: torch.Tensor | None, tokens: torch.Tensor, versions: torch.Tensor | None) -> None:
+    problems = []
+    for name, tensor in (("valid", valid), ("tokens", tokens), ("versions", versions)):
+        if tensor is None:
+            continue
+        whole = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+        if (tensor.dtype != torch.bool) if name != "versions" else not whole:
+            problems.append(
+                f"{name}: expected {'integers' if name == 'versions' else 'torch.bool'}, got {tensor.dtype}"
+            )
+        if tensor.dim() != 2 or tensor.shape != tokens.shape:
+            problems.append(f"{name}: expected [B, S] as `tokens` is, {list(tokens.shape)}, got {list(tensor.shape)}")
+        if tensor.device != tokens.device:
+            problems.append(f"{name}: expected on {tokens.device}, got {tensor.device}; move it first")
+    if problems:
+        raise DiagnosticsError(f"coverage cannot be counted:{summary(problems)}")
