@@ -1,0 +1,93 @@
+"""Coverage against a count token by token, over splits and hostile input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r3.diagnostics import CoverageSums
+from r3.errors import DiagnosticsError
+
+light = settings(deadline=None, max_examples=80)
+row = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(-1, 6)), min_size=6, max_size=6)
+batches = st.lists(row, min_size=1, max_size=5)
+
+
+def tensors(batch):
+    tokens, valid, versions = zip(*(zip(*row, strict=True) for row in batch), strict=True)
+    return torch.tensor(valid), torch.tensor(tokens), torch.tensor(versions, dtype=torch.int32)
+
+
+def reference(batch, trainer_version, routing=True, told=True):
+    captured = invalid = unknown = 0
+    lags = []
+    for row in batch:
+        for _, valid, version in [entry for entry in row if entry[0]][:-1]:
+            captured += valid and routing
+            invalid += not (valid and routing)
+            if version >= 0 and told:
+                lags.append(trainer_version - version)
+            else:
+                unknown += 1
+    rows = captured + invalid
+    return {
+        "coverage": captured / rows if rows else math.nan,
+        "rows_captured": captured,
+        "rows_invalid": invalid,
+        "version_lag_mean": sum(lags) / len(lags) if lags else math.nan,
+        "version_lag_max": max(lags) if lags else math.nan,
+        "version_unknown": unknown,
+    }
+
+
+@light
+@given(batches, st.integers(0, 9), st.booleans(), st.booleans(), st.integers(0, 5))
+def test_matches_a_count_and_merges(batch, version, routing, told, cut):
+    def sums(part):
+        if not part:
+            return CoverageSums.empty()
+        valid, tokens, versions = tensors(part)
+        return CoverageSums.from_tensors(valid if routing else None, tokens, versions if told else None, version)
+
+    expected = reference(batch, version, routing, told)
+    at_once, merged = sums(batch), sums(batch[cut:]) + sums(batch[:cut])
+    assert merged == at_once
+    assert list(at_once.metrics()) == list(expected)
+    assert at_once.metrics() == pytest.approx(expected, nan_ok=True)
+    assert at_once.with_totals(at_once.as_tensor()) == at_once
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 4)])
+def test_no_rows_is_nan_not_zero(shape):
+    nothing = torch.zeros(shape, dtype=torch.bool)
+    got = CoverageSums.from_tensors(nothing, nothing, nothing.int(), 3).metrics()
+    counts = ("rows_captured", "rows_invalid", "version_unknown")
+    assert [got.pop(key) for key in counts] == [0, 0, 0]
+    assert all(map(math.isnan, got.values()))
+
+
+def test_a_rollout_of_one_token_has_no_row_and_padding_may_be_on_either_side():
+    tokens = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 0]]).bool()
+    everywhere = torch.ones_like(tokens)
+    assert CoverageSums.from_tensors(everywhere, tokens, None, 0).rows_captured == 0 + 1 + 2
+
+
+YES = torch.ones(2, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((YES[:1], YES, None, 0), r"valid: expected \[B, S\] as `tokens` is, \[2, 3\], got \[1, 3\]"),
+        ((YES.int(), YES, None, 0), "valid: expected torch.bool, got torch.int32"),
+        ((YES, YES.long(), None, 0), "tokens: expected torch.bool, got torch.int64"),
+        ((YES, YES, YES.float(), 0), "versions: expected integers, got torch.float32"),
+        ((YES, YES, YES.int().to("meta"), 0), "versions: expected on cpu, got meta"),
+        ((None, YES[0], None, 0), r"tokens: expected \[B, S\]"),
+    ],
+)
+def test_wrong_tensors_are_named(args, message):
+    with pytest.raises(DiagnosticsError, match=message):
+        CoverageSums.from_tensors(*args)
