@@ -209,7 +209,8 @@ class Harness:
         answer = self.server.ask(0, timeout_s=QUIET_S if len(committed) < len(replies) else 10.0)
         if answer is not None:
             right = self.sent.get(next(iter(versions)))
-            if states not in ({"idle"}, {"committed"}) or len(versions) > 1:
+            # Reserved: no weight has been touched, and the engine was not paused yet.
+            if states not in ({"idle"}, {"committed"}, {"reserved"}) or len(versions) > 1:
                 outcome.violations.append(f"serves while the workers are {status}")
             elif not self._is(answer, 0, {right}):
                 outcome.violations.append(f"serves {self._whose(answer, 0)} while version {versions} is {right}")
@@ -252,7 +253,7 @@ class Harness:
             sender.order(version=self._next(s.weights), weights=s.weights, fused=s.fused, faults=[], timeout_s=15.0)
             while not sender.poll(0.1):
                 if time.monotonic() > deadline + 60:
-                    outcome.violations.append("the healing sync hangs")
+                    outcome.violations.append(f"the healing sync hangs: {sender.stacks()[-2800:]}")
                     self._recover(outcome)
                     return
             kind, what = sender.reply

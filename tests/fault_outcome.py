@@ -55,7 +55,7 @@ def expected(fault: Fault, happened: list[dict]) -> list[str] | None:
         case "file":
             return ["worker rank"]
         case "call":
-            return ["worker rank|broadcast", "chunk|not come|does not come"]
+            return ["worker rank|broadcast", "chunk|not come|does not come|not open"]
         case "content":
             layer = re.match(r"(model\\\.)?(layers\\\.\d+|\w+)", tensor)
             return [layer[0] if layer and fault.how in ("missing", "larger", "smaller") else tensor]

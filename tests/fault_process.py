@@ -21,7 +21,8 @@ class Sender:
         self.settings = settings
         self.folder = ""
         self._end, there = context.Pipe()
-        self.process = context.Process(target=fault_sender.serve, args=(there, settings), daemon=True)
+        self._go = context.Event()
+        self.process = context.Process(target=fault_sender.serve, args=(there, self._go, settings), daemon=True)
         self.process.start()
         if not self._end.poll(60) or self._end.recv()[0] != "ready":
             raise RuntimeError("a sender does not start")
@@ -32,6 +33,7 @@ class Sender:
 
     def order(self, **order: Any) -> None:
         self.events, self.reply, self._start, self.told = [], None, time.monotonic(), False
+        self._go.clear()
         self._end.send({"timeout_s": TIMEOUT_S, "on_running": "wait"} | order)
 
     def poll(self, wait_s: float = 0.02) -> bool:
@@ -58,7 +60,7 @@ class Sender:
 
     def go_on(self) -> None:
         self.told = True
-        self._end.send("go")
+        self._go.set()
 
     def holds(self) -> bool:
         return any(event["kind"] == "held" for event in self.events)

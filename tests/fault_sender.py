@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from functools import cache
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def _fused(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class Faults:
     """What is to happen in this process in the course of one sync, and tells the harness when it has."""
 
-    def __init__(self, end: Connection) -> None:
-        self._end = end
+    def __init__(self, end: Connection, go: Event) -> None:
+        self._end, self._go = end, go
         self._pending: list[Fault] = []
         self.late: list[tuple] = []
         self._calls: list[tuple] = []
@@ -91,7 +92,7 @@ class Faults:
                 case "sender raises":
                     raise InjectedError(f"injected {when} {point}")
                 case "held":
-                    self._end.recv()
+                    self._go.wait()
                 case "late" if self.late:
                     method, args = self.late[int(fault.pick * len(self.late))]
                     self.say(fault, late=method, replies=engine.call(method, *args, timeout_s=10.0))
@@ -252,12 +253,12 @@ def content(named: Named, how: str, pick: float) -> tuple[Named, str]:
     return [*named[:at], (name, bad), *named[at + 1 :]], name
 
 
-def serve(end: Connection, settings: dict[str, Any]) -> None:
+def serve(end: Connection, go: Event, settings: dict[str, Any]) -> None:
     """Push as the harness says, until it goes away."""
     torch.set_num_threads(1)
     where = open(settings["stacks"], "w")  # noqa: SIM115 (as long as the process lives)
     faulthandler.register(signal.SIGUSR1, file=where, all_threads=True)
-    faults = Faults(end)
+    faults = Faults(end, go)
     sync: WeightSync | None = None
     transport: Any = None
     engine = engine_of(settings["url"])
@@ -299,4 +300,5 @@ def serve(end: Connection, settings: dict[str, Any]) -> None:
         except BaseException as error:
             said = {"error": type(error).__name__, "text": str(error), "notes": getattr(error, "__notes__", [])}
             answer = ("failed", said | {"poisoned": getattr(sync, "poisoned", None)})
+        go.set()  # a call that is still held comes late
         end.send(answer)
