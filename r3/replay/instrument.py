@@ -67,6 +67,19 @@ class Token:
         self.open = True
 
 
+class Tape:
+    """What a recorder keeps of one forward, by the column of a router.
+
+    Attributes:
+        chosen: int64 `[..., K]`, the ids that each router gave.
+        margins: float32 `[T]`, how close each live choice was; None if nobody asked.
+    """
+
+    def __init__(self, *, margins: bool) -> None:
+        self.chosen: dict[int, Tensor] = {}
+        self.margins: dict[int, Tensor] | None = {} if margins else None
+
+
 class _Activity(threading.local):
     """What a model does in the current thread: the call that its layer replays, the tape that records its routers, the
     report of its last forward.
@@ -76,7 +89,7 @@ class _Activity(threading.local):
 
     def __init__(self) -> None:  # threading.local runs it in each thread
         self.call: Call | None = None
-        self.tape: dict[int, Tensor] | None = None
+        self.tape: Tape | None = None
         self.report: ForwardReport | None = None
 
     def __reduce__(self):
@@ -167,7 +180,8 @@ class Chooser:
                 ids = call.ids.index_select(1, self.column).squeeze(1)
             else:
                 ids = call.ids[:, self.index]
-        mode = TopKSubstitution(self.choice, ids, live, self.site)
+        margins = tape.margins if tape is not None else None
+        mode = TopKSubstitution(self.choice, ids, live, self.site, margins=margins is not None)
         with mode:
             output = original(module, *args, **kwargs)
         if mode.count != 1 or mode.chosen is None:
@@ -178,7 +192,9 @@ class Chooser:
         if call is not None:
             self._note(call.token)
         if tape is not None:
-            tape[self.index] = mode.chosen.detach()
+            tape.chosen[self.index] = mode.chosen.detach()
+        if margins is not None and mode.margin is not None:
+            margins[self.index] = mode.margin
         return output
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import ReplayError, summary
-from r3.replay.instrument import Instrument, tokens_of
-from r3.routing import RolloutRouting
+from r3.replay.instrument import Instrument, Tape, tokens_of
+from r3.routing import RolloutRouting, compact_dtype
 
 
 class Recorder:
@@ -17,6 +17,11 @@ class Recorder:
 
     Attributes:
         routing: `[B, S, L, K]` of the last forward, all rows valid, on the CPU.
+        expert_ids: the ids of `routing`, where the model is.
+        margins: float32 `[B, S, L]` of the last forward, where the model is, if asked for: the score of the K-th best
+            expert less that of the K+1-th, from 0 up, among the scores that the router's own top-k sees, with the
+            selection bias and what a group limit makes of them. Infinite where no other expert could have been chosen,
+            as with K = E.
 
     Example:
         >>> with r3.record(model) as recorder:                                              # doctest: +SKIP
@@ -24,28 +29,44 @@ class Recorder:
         >>> recorder.routing                                                                # doctest: +SKIP
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, margins: bool = False) -> None:
         self._model = model
+        self._with_margins = margins
         self._instrument: Instrument | None = None
         self._handles: list[Any] = []
         self._shape: tuple[int, int] | None = None
         self._chosen: list[Tensor] = []
+        self._margins: list[Tensor] = []
         self._routing: RolloutRouting | None = None
 
     @property
     def routing(self) -> RolloutRouting:
+        if self._routing is None:
+            ids = self.expert_ids.to("cpu")
+            valid = torch.ones(ids.shape[:2], dtype=torch.bool)
+            self._routing = RolloutRouting(ids, valid, self._spec.layer_ids, self._spec.num_experts)
+        return self._routing
+
+    @property
+    def expert_ids(self) -> Tensor:
+        return self._by_token(self._chosen).to(compact_dtype(self._spec.num_experts))
+
+    @property
+    def margins(self) -> Tensor:
+        if not self._with_margins:
+            raise ReplayError("no margins were recorded: ask for them with r3.record(model, margins=True)")
+        if self._shape is not None and not self._margins:
+            raise ReplayError(
+                "margins: expected a live forward, got a replayed one, which makes no choice of its own; run a forward "
+                "without `routed_experts`"
+            )
+        return self._by_token(self._margins)
+
+    def _by_token(self, layers: list[Tensor]) -> Tensor:
+        """`[T, ...]` of each layer -> `[B, S, L, ...]`."""
         if self._shape is None:
             raise ReplayError("nothing recorded: run a forward of the model inside the context first")
-        if self._routing is None:
-            spec = self._spec
-            ids = torch.stack(self._chosen, dim=1).to("cpu")
-            self._routing = RolloutRouting(
-                ids.view(*self._shape, *ids.shape[1:]),
-                torch.ones(self._shape, dtype=torch.bool),
-                spec.layer_ids,
-                spec.num_experts,
-            )
-        return self._routing
+        return torch.stack(layers, dim=1).unflatten(0, self._shape)
 
     def __enter__(self) -> "Recorder":
         self._instrument = Instrument.of(self._model)
@@ -67,7 +88,7 @@ class Recorder:
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple) -> None:
         assert self._instrument is not None
-        self._instrument.activity.tape = {}
+        self._instrument.activity.tape = Tape(margins=self._with_margins)
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -75,19 +96,24 @@ class Recorder:
         tape, self._instrument.activity.tape = self._instrument.activity.tape, None
         if output is None or tape is None:  # the forward raised
             return
-        missing = [chooser.site.name for chooser in self._instrument.choosers if chooser.index not in tape]
+        missing = [chooser.site.name for chooser in self._instrument.choosers if chooser.index not in tape.chosen]
         if missing:
             raise ReplayError(f"expected every router to choose in a forward; these did not run:{summary(missing)}")
         batch, length = tokens_of(args, kwargs).shape[:2]
         self._shape = (batch, length)
-        self._chosen = [tape[index].flatten(0, -2) for index in sorted(tape)]
+        self._chosen = [tape.chosen[index].flatten(0, -2) for index in sorted(tape.chosen)]
+        margins = tape.margins or {}
+        # Of a live forward all layers have one.
+        self._margins = [margins[index] for index in sorted(margins)]
         self._routing = None
 
 
-def record(model: nn.Module) -> Recorder:
+def record(model: nn.Module, *, margins: bool = False) -> Recorder:
     """Context manager that records the routing of `model`'s forwards; see `Recorder`.
+
+    With `margins` it also records how close each live choice was, for one more top-k a router.
 
     Raises:
         UnsupportedModelError: no routers, or routers that cannot be replayed exactly, by name.
     """
-    return Recorder(model)
+    return Recorder(model, margins=margins)

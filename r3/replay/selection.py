@@ -92,8 +92,31 @@ def search_rows(scores: Tensor, k: int, rows: Tensor | None, search: Search) -> 
     return values.index_copy(0, rows, found), indices.index_copy(0, rows, places)
 
 
+def margin(scores: Tensor, k: int, search: Search) -> Tensor:
+    """How close a choice of the k best was: the k-th best score less the next one, each as the router's top-k sees it.
+
+    Args:
+        scores: floating `[..., E]` of T tokens, those that the router chooses by; -inf on experts that it rules out.
+        k: how many it chooses.
+        search: its choice, but of the best k + 1, in order.
+
+    Returns:
+        float32 `[T]`, detached, from 0 up. Infinite where no other expert could have been chosen: k is E, or all others
+        are ruled out. NaN where a score is.
+    """
+    scores = scores.detach().flatten(0, -2)
+    if k == scores.shape[-1]:
+        return scores.new_full((len(scores),), torch.inf, dtype=torch.float32)
+    best, _ = search(scores)
+    last, following = best[:, -2], best[:, -1]
+    # The difference of two bfloat16 numbers is one of float32. Two infinities are equal, and no NaN.
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    apart = (last.to(wide) - following.to(wide)).abs()
+    return apart.masked_fill(last == following, 0).float()
+
+
 def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
-__all__ = ["Search", "search_rows", "select", "with_live_rows"]
+__all__ = ["Search", "margin", "search_rows", "select", "with_live_rows"]

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from r3.errors import ReplayError
 from r3.replay.discovery import RouterSite
-from r3.replay.selection import Search, search_rows, select, with_live_rows
+from r3.replay.selection import Search, margin, search_rows, select, with_live_rows
 
 _TOPK = frozenset({torch.topk, Tensor.topk})
 _MASKED_FILL = frozenset({torch.masked_fill, Tensor.masked_fill})
@@ -50,13 +50,13 @@ def _arguments(args: tuple, kwargs: dict) -> tuple[Tensor, int, int]:
     return scores, k, dim if dim >= 0 else dim + scores.dim()
 
 
-def _search(func, args: tuple, kwargs: dict) -> Search:
-    """The same call of `topk`, over the last dimension of other scores."""
+def _search(func, args: tuple, kwargs: dict, **changes) -> Search:
+    """The same call of `topk`, over the last dimension of other scores, with `changes` to its arguments."""
 
     def search(scores: Tensor):
         names = ("k", "dim", "largest", "sorted")
         bound = dict(zip(names, args[1:], strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
-        return func(scores, **bound | {"dim": -1})
+        return func(scores, **bound | {"dim": -1} | changes)
 
     return search
 
@@ -90,16 +90,20 @@ class TopKSubstitution(TorchFunctionMode):
         live: int64 `[R]`, the rows that take the live choice, or None if there are none. The router searches for the
             best in these alone.
         site: the router, for errors.
+        margins: whether to note how close a live choice was, for a second `topk` over the same scores.
 
     Attributes:
         count: number of choices seen; a router must make exactly one.
         chosen: int64 `[..., K]`, the ids that the last choice gave.
+        margin: float32 `[T]`, of the last choice that was live in all rows, if asked for: see `r3.replay.selection`.
 
     Raises:
         ReplayError: the router chooses for another number of tokens than there are ids for.
     """
 
-    def __init__(self, choice: Choice, ids: Tensor | None, live: Tensor | None, site: RouterSite) -> None:
+    def __init__(
+        self, choice: Choice, ids: Tensor | None, live: Tensor | None, site: RouterSite, *, margins: bool = False
+    ) -> None:
         super().__init__()
         self.choice = choice
         self.ids = ids
@@ -107,6 +111,8 @@ class TopKSubstitution(TorchFunctionMode):
         self.site = site
         self.count = 0
         self.chosen: Tensor | None = None
+        self.margins = margins
+        self.margin: Tensor | None = None
         self._masked: tuple[Tensor, Tensor] | None = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -117,6 +123,9 @@ class TopKSubstitution(TorchFunctionMode):
                 self._masked = (result, args[0] if args else kwargs["input"])
             elif func in _TOPK and self.choice.is_made_by(*_arguments(args, kwargs)):
                 self._choose(result)
+                if self.margins:
+                    scores, k, _ = _arguments(args, kwargs)
+                    self.margin = margin(scores, k, _search(func, args, kwargs, k=k + 1, sorted=True))
             return result
         scores, k, dim = _arguments(args, kwargs)
         search = _search(func, args, kwargs)
