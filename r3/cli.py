@@ -1,13 +1,15 @@
-"""The command line: `r3 demo`, `r3 doctor`, `r3 report`."""
+"""The command line: `r3 demo`, `r3 doctor`, `r3 compare`, `r3 report`."""
 
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from r3.errors import R3Error
 
@@ -69,6 +71,57 @@ def doctor(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def compare(args: argparse.Namespace) -> None:
+    if args.model is None and args.rollout is None:
+        _compare_paths(args)
+        return
+    if args.paths or args.model is None or args.rollout is None:
+        raise R3Error(f"compare: expected --model with --rollout and no other paths, or two paths; {COMPARE_USES}")
+    from r3.explain import Limits, explain_file, explanation_lines
+
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    limits = Limits(max_tokens=args.max_tokens)
+    with _stdout_to_stderr():
+        found = explain_file(args.model, args.rollout, earlier=args.earlier, device=args.device, limits=limits)
+    print(json.dumps(_nulled(found.to_dict()), indent=2) if args.json else "\n".join(explanation_lines(found)))
+    if found.wrong:
+        sys.exit(1)
+
+
+COMPARE_USES = "two run folders, two files of saved rollouts, or --model PATH --rollout FILE"
+
+
+def _compare_paths(args: argparse.Namespace) -> None:
+    """Two run folders, or two files."""
+    if len(args.paths) != 2 or args.earlier:
+        raise R3Error(f"compare: expected {COMPARE_USES}; got {len(args.paths)} paths")
+    missing = [str(path) for path in args.paths if not path.exists()]
+    if missing:
+        raise R3Error(f"compare: no such file or folder: {', '.join(missing)}")
+    a, b = args.paths
+    if a.is_dir() and b.is_dir():
+        from r3.diagnostics import write_comparison
+
+        written = str(write_comparison(a, b))
+        print(json.dumps({"wrong": False, "path": written}) if args.json else written)
+        return
+    if a.is_dir() or b.is_dir():
+        raise R3Error(f"compare: expected {COMPARE_USES}; got a folder and a file: {a}, {b}")
+    from r3.explain import compare_files, pair_lines
+
+    found = compare_files(a, b)
+    print(json.dumps(_nulled(found.to_dict()), indent=2) if args.json else "\n".join(pair_lines(found)))
+
+
+def _nulled(value: Any) -> Any:
+    """JSON has no NaN and no infinities."""
+    if isinstance(value, dict):
+        return {name: _nulled(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nulled(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def report(args: argparse.Namespace) -> None:
     from r3.diagnostics import write_report
 
@@ -93,6 +146,20 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--engine", action="store_true", help="start an engine of the settings and check its capture")
     sub.add_argument("--json", action="store_true", help="print the results as JSON")
     sub.set_defaults(run_command=doctor)
+
+    sub = commands.add_parser(
+        "compare", help="say what explains the gap of saved rollouts to a model, or set two runs or dumps side by side"
+    )
+    sub.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="two run folders, or two files of rollouts")
+    sub.add_argument("--model", metavar="PATH", help="score the rollouts with this checkpoint")
+    sub.add_argument("--rollout", metavar="FILE", type=Path, help="rollouts that r3.capture.save_rollouts wrote")
+    sub.add_argument(
+        "--earlier", metavar="CHECKPOINT", action="append", default=[], help="that the engine may have had"
+    )
+    sub.add_argument("--max-tokens", type=int, default=16384, help="sampled tokens that are scored (default 16384)")
+    sub.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    sub.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    sub.set_defaults(run_command=compare)
 
     sub = commands.add_parser("report", help="write the report of a run folder, and print where it is")
     sub.add_argument("run", type=Path, help="a run folder")

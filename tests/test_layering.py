@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "routing": BOTTOM,
     **{part: BOTTOM | {"routing"} for part in MIDDLE},
     "doctor": BOTTOM | MIDDLE | {"routing"},
-    "cli": BOTTOM | MIDDLE | {"routing", "doctor"},
+    "explain": BOTTOM | MIDDLE | {"routing"},
+    "cli": BOTTOM | MIDDLE | {"routing", "doctor", "explain"},
     "__main__": {"cli"},
 }
 ABOVE = {"trainer_hooks", "examples", "tests", "benchmarks"}

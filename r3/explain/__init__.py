@@ -1,0 +1,36 @@
+"""`r3 compare`: what explains the gap between saved rollouts and a model, and how two files of rollouts differ."""
+
+from r3.explain.explain import Limits, explain, explain_file
+from r3.explain.outcome import Cause, Explanation, Tried
+from r3.explain.pairs import PairComparison, Side, compare_files
+from r3.explain.text import explanation_lines, pair_lines
+
+CAUSES = (
+    "routing",
+    "precision",
+    "shifted_rows",
+    "foreign_rows",
+    "shifted_logprobs",
+    "stale_sync",
+    "weights",
+    "temperature",
+    "renormalised",
+    "raw_logprobs",
+    "unexplained",
+)
+"""Names that a `Cause` may have. All but the first two say that something is wrong."""
+
+__all__ = [
+    "CAUSES",
+    "Cause",
+    "Explanation",
+    "Limits",
+    "PairComparison",
+    "Side",
+    "Tried",
+    "compare_files",
+    "explain",
+    "explain_file",
+    "explanation_lines",
+    "pair_lines",
+]

@@ -1,0 +1,258 @@
+"""The decision rule: from hypotheses and their gaps to causes. docs/explain.md gives it in words, with the reasons."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from r3.capture import SamplingSettings
+from r3.capture.settings import RAW
+from r3.diagnostics import RoutingSums
+from r3.explain import words
+from r3.explain.distributions import Distribution
+from r3.explain.evidence import Evidence, is_smaller, k3
+from r3.explain.hypotheses import (
+    LOGPROBS,
+    ROUTING,
+    ROWS,
+    TEMPERATURE,
+    TRUNCATION,
+    WEIGHTS,
+    Hypothesis,
+    Needed,
+    correlation,
+    hypotheses,
+    needed_causes,
+)
+from r3.explain.outcome import Cause, Explanation, Tried
+from r3.explain.scoring import View
+
+MIN_TOKENS = 200
+"""Fewer name no cause: their k3 is chance."""
+PRECISION = 8.0
+"""Times the model's own bfloat16-to-float32 k3, up to which a gap is one of precision. Two sides that round
+independently are at 2; other kernels, orders of sums and a router in another precision add to it."""
+FACTOR, FACTOR_UNEXPLAINED = 2.0, 5.0
+"""A cause holds if the gap without it is so many times the gap with it: if what remains is precision, and if not."""
+OTHER_WEIGHTS_NATS = 0.02
+"""k3 from which what no hypothesis explains is put down to the weights. bfloat16 gaps are 1e-6 to 1e-3, of 8-bit
+weights up to 1e-2; two unrelated models are nats apart."""
+LIKELIER_NATS, EXCLUDED_NATS = 8.0, 12.0
+"""Log-likelihood ratio from which tokens were sampled at another temperature (by chance once in 10^4), and the exponent
+of the chance from which some tokens were excluded (more are tried)."""
+NOTICED = 0.05
+"""Relative difference of temperatures below which they are the same."""
+FLOOR_NATS = 1e-9
+"""Rounding of the float32 in which log-probabilities are reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the decision is made of.
+
+    Attributes:
+        evidence: scores of the tokens.
+        lower: view -> d `[N]` between the same model's scores in the two precisions.
+        routing: live routing against the saved rows, by how far they were moved.
+        settings: what the file says of the sampling.
+        names: of the checkpoints: the model, then the earlier ones.
+        rollouts: number of them.
+    """
+
+    evidence: Evidence
+    lower: Mapping[View, Tensor]
+    routing: Mapping[int, RoutingSums]
+    settings: SamplingSettings
+    names: Sequence[str]
+    rollouts: int
+
+
+class _Decision:
+    """The steps, on what they share."""
+
+    def __init__(self, given: Given) -> None:
+        self.given = given
+        self.evidence = given.evidence
+        self.found = list(hypotheses(given.evidence))
+        self.replayed = any(view.replayed for view in given.evidence.tables)
+        self.floors = {view: max(float(k3(d)), FLOOR_NATS) for view, d in given.lower.items()}
+        self.floor = self.floors[View(replayed=self.replayed)]
+        self.live = self._as_trainer(View())
+        self.causes: list[Cause] = []
+        self.notes: list[str] = []
+
+    def _as_trainer(self, view: View) -> Hypothesis:
+        return next(h for h in self.found if h.view == view and not h.shift and not h.causes - {ROUTING, ROWS})
+
+    @property
+    def precise(self) -> float:
+        """The largest k3 that precision explains."""
+        return PRECISION * self.floor
+
+    def run(self) -> Explanation:
+        evidence, tokens = self.evidence, int(self.evidence.tokens.usable.sum())
+        clamped = len(evidence.tokens) - tokens
+        if clamped:
+            self.notes.append(words.clamped(clamped))
+        if not self.replayed:
+            self.notes.append(words.NO_ROUTING)
+        if tokens < MIN_TOKENS:
+            return self._explanation(tokens, words.too_few(tokens, MIN_TOKENS), None)
+        best = min(h.k3 for h in self.found)
+        # Without routing to replay, the floor holds the flips that the model's own precision causes.
+        factor = FACTOR if best <= self.precise else FACTOR_UNEXPLAINED
+        kept, needed = needed_causes(self.found, floor=self.floor, factor=factor)
+        if best >= OTHER_WEIGHTS_NATS:
+            kept, needed = self._as_trainer(View(replayed=self.replayed)), []
+        self._name(kept, needed)
+        if best < OTHER_WEIGHTS_NATS:
+            self._rows(kept, factor)
+            self._versions(kept)
+        remaining = kept.k3
+        stale = "stale_sync" in {cause.name for cause in self.causes}
+        if remaining <= self.precise:
+            self.causes.append(words.precision(remaining, self.floor, self.replayed))
+        elif best >= OTHER_WEIGHTS_NATS:
+            lag = self._lag()
+            self.causes.append(
+                words.weights(min(h.k3 for h in self.found), self._correlation(), len(self.given.names) - 1, lag)
+            )
+        elif not stale:
+            self.causes.append(
+                words.unexplained(remaining, self.floor, self._lag(), len(self.given.names) - 1, self.replayed)
+            )
+        return self._explanation(tokens, words.verdict(self.causes), kept)
+
+    def _name(self, kept: Hypothesis, needed: Sequence[Needed]) -> None:
+        names = {item.name for item in needed}
+        for item in needed:
+            without, with_it = item.without.k3, kept.k3
+            if item.name == ROUTING:
+                self.causes.append(words.routing(without, with_it, self.given.routing.get(kept.view.rows)))
+            elif item.name == WEIGHTS:
+                self.causes.append(words.stale(self.given.names[kept.view.weights], without, with_it))
+            elif item.name == LOGPROBS:
+                self.causes.append(words.shifted_logprobs(kept.shift, without, with_it))
+            elif item.name == TRUNCATION:
+                self.causes.append(words.renormalised(kept.distribution, without, with_it))
+        if TEMPERATURE in names or kept.k3 < OTHER_WEIGHTS_NATS:
+            self._temperature(kept, next((item.without.k3 for item in needed if item.name == TEMPERATURE), None))
+
+    def _temperature(self, kept: Hypothesis, without: float | None) -> None:
+        """A temperature mistake, or log-probabilities of another distribution than the tokens were sampled from."""
+        expected, reported, settings = self.evidence.expected, kept.distribution, self.given.settings
+        sampled = self._sampled_from(kept)
+        declared_raw = settings.logprobs_mode == RAW and (
+            (without is not None and abs(math.log(reported.temperature)) < NOTICED)
+            or (expected.truncated and not reported.truncated)
+        )
+        if sampled is not None or declared_raw:
+            self.causes.append(words.raw(reported, sampled, expected, without, kept.k3))
+        elif without is not None:
+            self.causes.append(
+                words.temperature(reported.temperature, expected.temperature, settings.temperature, without, kept.k3)
+            )
+
+    def _sampled_from(self, kept: Hypothesis) -> tuple[Distribution, float] | None:
+        """The distribution that the tokens themselves speak for, if it is another than the reported one, and by how
+        many nats. A model that does not explain the gap cannot tell."""
+        if kept.k3 > self.precise or kept.distribution.truncated:
+            return None
+        evidence, reported = self.evidence, kept.distribution.temperature
+        plain, likelihood = evidence.likeliest_temperature(kept.view)
+        nats = likelihood - float(evidence.scored(kept.view, kept.distribution).sum())
+        if nats < LIKELIER_NATS or abs(math.log(plain.temperature / reported)) < NOTICED:
+            plain = kept.distribution
+        near = min((1.0, evidence.expected.temperature), key=lambda t: abs(math.log(t / plain.temperature)))
+        excluded = evidence.never_sampled(kept.view, near)
+        if excluded is not None and excluded[1] >= EXCLUDED_NATS and abs(math.log(near / plain.temperature)) < NOTICED:
+            return excluded
+        return None if plain == kept.distribution else (plain, nats)
+
+    def _rows(self, kept: Hypothesis, factor: float) -> None:
+        """Rows that do harm: replayed as they are, the gap is larger than live, or than with the rows moved."""
+        if not self.replayed or ROWS in {cause.name for cause in self.causes}:
+            return
+
+        def gap(replayed: bool, rows: int = 0) -> Tensor:
+            view = View(weights=kept.view.weights, replayed=replayed, rows=rows)
+            return self.evidence.d(view, kept.shift, kept.distribution)
+
+        as_saved, live = gap(True), gap(False)
+        moved = {rows: gap(True, rows) for rows in (1, -1)}
+        rows = min(moved, key=lambda rows: float(k3(moved[rows])))
+        better = min((live, moved[rows]), key=lambda d: float(k3(d)))
+        limit = factor * max(float(k3(better)), self.floor)
+        if float(k3(as_saved)) <= limit or not is_smaller(better, as_saved):
+            return
+        repaired = float(k3(moved[rows])) <= factor * max(float(k3(live)), self.floor)
+        figures = float(k3(as_saved)), float(k3(live)), float(k3(moved[rows]))
+        differing = {at: sums.metrics()["differing_rows"] for at, sums in self.given.routing.items()}
+        self.causes.insert(0, words.rows(rows if repaired else None, *figures, differing))
+
+    def _versions(self, kept: Hypothesis) -> None:
+        """A stale sync that the rollouts' own versions tell."""
+        if kept.k3 <= self.precise or "stale_sync" in {cause.name for cause in self.causes}:
+            return
+        version = self.evidence.tokens.version
+        groups = {
+            int(v): kept.d[version == v] for v in version.unique() if int(v) >= 0 and (version == v).sum() >= MIN_TOKENS
+        }
+        lag = self._lag()
+        if len(groups) > 1:
+            newest = max(groups)
+            for v, d in sorted(groups.items()):
+                older, newer = float(k3(d)), float(k3(groups[newest]))
+                if v < newest and older > FACTOR_UNEXPLAINED * max(newer, self.floor):
+                    self.causes.append(words.stale_version(v, older, newest, newer))
+                    return
+        if lag:
+            self.causes.append(words.lagging(lag, kept.k3))
+
+    def _lag(self) -> int:
+        """How many versions the newest of the rollouts is behind the trainer's, where both are told."""
+        current, version = self.given.settings.weight_version, self.evidence.tokens.version
+        newest = int(version.max()) if len(version) else -1
+        return 0 if current is None or newest < 0 else max(0, current - newest)
+
+    def _correlation(self) -> float:
+        view = View(replayed=self.replayed)
+        plain = Distribution(temperature=self.evidence.expected.temperature)
+        return correlation(self.evidence.scored(view, plain), self.evidence.tokens.shifted(0))
+
+    def _explanation(self, tokens: int, verdict: str, kept: Hypothesis | None) -> Explanation:
+        figures = {"live": self.live.k3 if tokens else math.nan}
+        if self.replayed:
+            figures["replayed"] = self._as_trainer(View(replayed=True)).k3
+        if kept is not None:
+            figures["remaining"] = kept.k3
+        figures["precision"] = self.floor
+        return Explanation(
+            tokens=tokens,
+            rollouts=self.given.rollouts,
+            verdict=verdict,
+            causes=tuple(self.causes),
+            k3=figures,
+            correlation=self._correlation(),
+            tried=self._tried(),
+            notes=tuple(self.notes),
+        )
+
+    def _tried(self) -> tuple[Tried, ...]:
+        best: dict[frozenset[str], Hypothesis] = {}
+        for h in self.found:
+            if h.causes not in best or h.k3 < best[h.causes].k3:
+                best[h.causes] = h
+        ranked = sorted(best.values(), key=lambda h: (h.k3, len(h.causes)))
+        return tuple(
+            Tried(
+                text=words.hypothesis(h, self.given.names), causes=tuple(sorted(h.causes)), k3=h.k3, abs_mean=h.abs_mean
+            )
+            for h in ranked
+        )
+
+
+def decide(given: Given) -> Explanation:
+    """What explains the gap."""
+    return _Decision(given).run()

@@ -1,0 +1,168 @@
+"""Ways to make log-probabilities of logits: a temperature, and what vLLM's top-k and top-p leave of the distribution.
+
+n tokens, V tokens of vocabulary, D distributions.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TEMPERATURES = tuple(2 ** (step / 10) for step in range(-20, 21))
+"""0.25 to 4, each 7% above the one before: near enough for cubic interpolation of a token's log-probability."""
+TRUNCATED_TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5)
+TOP_P = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95, 0.97, 0.98, 0.99, 0.995)
+TOP_K = (2, 3, 4, 5, 8, 10, 16, 20, 32, 40, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024)
+
+IMPOSSIBLE_NATS = -10.0
+"""Of a token that a distribution excludes, in place of minus infinity, so that a few do not hide all others."""
+SORTED = 2048
+"""Most probable tokens that are sorted; where a nucleus needs more, its mass is taken for what was asked."""
+_CHUNK_BYTES = 1 << 26
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distribution:
+    """As vLLM makes it: logits over the temperature, then the `top_k` most probable (0: all), then of these the nucleus
+    of mass `top_p`; what remains sums to 1."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0
+
+    def __str__(self) -> str:
+        words = [f"temperature {self.temperature:.3g}"]
+        if self.top_k:
+            words.append(f"top-k {self.top_k}")
+        if self.top_p < 1:
+            words.append(f"top-p {self.top_p:g}")
+        return ", ".join(words)
+
+
+def candidates(expected: Distribution, vocabulary: int) -> tuple[Distribution, ...]:
+    """All that are tried: `expected` first, then temperatures alone, ascending, then truncated ones."""
+    plain = Distribution(temperature=expected.temperature)
+    found = [plain, *(Distribution(temperature=t) for t in TEMPERATURES)]
+    for t in sorted({expected.temperature, *TRUNCATED_TEMPERATURES}):
+        found += [Distribution(temperature=t, top_p=p) for p in TOP_P]
+        found += [Distribution(temperature=t, top_k=k) for k in TOP_K if k < vocabulary]
+        if expected.truncated:
+            found.append(Distribution(temperature=t, top_p=expected.top_p, top_k=expected.top_k))
+    return tuple(dict.fromkeys(found[1:])) if plain in found[1:] else (plain, *dict.fromkeys(found[1:]))
+
+
+def exclusions(expected: Distribution, vocabulary: int) -> tuple[Distribution, ...]:
+    """Truncated distributions whose excluded tokens are counted: at the expected temperature, and at 1."""
+    return tuple(
+        d
+        for d in candidates(expected, vocabulary)
+        if d.truncated and d.temperature in (1.0, expected.temperature) and bool(d.top_k) != (d.top_p < 1)
+    )
+
+
+def score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> Tensor:
+    """Float32 `[D, n]`, log-probability in nats of each label under each distribution.
+
+    A token that a distribution excludes has `IMPOSSIBLE_NATS`. One just outside of a nucleus (by a quarter of what the
+    nucleus leaves out) or of the top k (by a tenth) counts as inside: rounding moves tokens over the boundary.
+
+    Args:
+        logits: float `[n, V]`.
+        labels: int64 `[n]`.
+    """
+    step = max(1, _CHUNK_BYTES // (4 * logits.shape[1]))
+    parts = [
+        _score(logits[at : at + step].float(), labels[at : at + step], distributions)
+        for at in range(0, len(labels), step)
+    ]
+    return torch.cat(parts, dim=1) if parts else torch.empty(len(distributions), 0, device=logits.device)
+
+
+def _score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> Tensor:
+    own = logits.gather(1, labels[:, None])
+    found = logits.new_empty(len(distributions), len(labels))
+    ordered, rank = None, None
+    if any(d.truncated for d in distributions):
+        ordered = logits.topk(min(SORTED, logits.shape[1])).values
+        rank = (logits > own).sum(1)
+    by_temperature: dict[float, list[int]] = {}
+    for place, distribution in enumerate(distributions):
+        by_temperature.setdefault(distribution.temperature, []).append(place)
+    for temperature, places in by_temperature.items():
+        total = (logits / temperature).logsumexp(1)
+        plain = own[:, 0] / temperature - total
+        mass: Tensor | None = None
+        for place in places:
+            distribution = distributions[place]
+            if not distribution.truncated:
+                found[place] = plain
+                continue
+            assert ordered is not None
+            assert rank is not None
+            if mass is None:
+                mass = (ordered / temperature - total[:, None]).exp().cumsum(1)
+            kept, inside = _kept(mass, rank, distribution, slack=True)
+            found[place] = torch.where(inside, plain - kept.log(), plain.new_full((), IMPOSSIBLE_NATS))
+    return found
+
+
+def signed_mass(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> Tensor:
+    """Float32 `[D, n]`: the mass that each truncated distribution keeps, negative where it excludes the label.
+
+    Exact at the boundary, so that under sampling from the whole distribution the label is excluded with a probability
+    of one less the mass.
+    """
+    logits = logits.float()
+    rank = (logits > logits.gather(1, labels[:, None])).sum(1)
+    ordered = logits.topk(min(SORTED, logits.shape[1])).values
+    found = logits.new_empty(len(distributions), len(labels))
+    masses: dict[float, Tensor] = {}
+    for place, distribution in enumerate(distributions):
+        t = distribution.temperature
+        if t not in masses:
+            masses[t] = (ordered / t - (logits / t).logsumexp(1, keepdim=True)).exp().cumsum(1)
+        kept, inside = _kept(masses[t], rank, distribution, slack=False)
+        found[place] = torch.where(inside, kept, -kept)
+    return found
+
+
+def _kept(mass: Tensor, rank: Tensor, distribution: Distribution, *, slack: bool) -> tuple[Tensor, Tensor]:
+    """The mass that is kept `[n]`, and whether the label is among it.
+
+    Args:
+        mass: of the r + 1 most probable tokens `[n, R]`.
+        rank: of the label, from 0, `[n]`.
+        slack: whether one just outside counts as inside.
+    """
+    sorted_tokens = mass.shape[1]
+    k = min(distribution.top_k or sorted_tokens, sorted_tokens)
+    base = mass[:, k - 1] if distribution.top_k else torch.ones_like(mass[:, 0])
+    before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=1)  # of the tokens that are more probable
+    kept, tokens = base, torch.full_like(rank, k)
+    if distribution.top_p < 1:
+        tokens = (before[:, :k] < distribution.top_p * base[:, None]).sum(1)
+        kept = mass.gather(1, tokens[:, None] - 1)[:, 0].clamp_max(1.0)
+        kept = torch.where(tokens == sorted_tokens, kept.clamp_min(distribution.top_p), kept)
+    inside = torch.ones_like(rank, dtype=torch.bool)
+    if distribution.top_k:
+        inside &= rank < distribution.top_k + slack * (distribution.top_k // 10)
+    if distribution.top_p < 1:
+        ahead = before.gather(1, rank.clamp_max(sorted_tokens - 1)[:, None])[:, 0]
+        inside &= ahead < (distribution.top_p + slack * (1 - distribution.top_p) / 4) * base
+    return kept, inside
+
+
+def interpolate(table: Tensor, temperatures: Sequence[float], temperature: float) -> Tensor:
+    """`[n]` at `temperature`, from `[T, n]` at evenly spaced logarithms of temperature, by the four nearest."""
+    step = math.log(temperatures[1] / temperatures[0])
+    at = math.log(temperature / temperatures[0]) / step
+    first = min(max(math.floor(at) - 1, 0), len(temperatures) - 4)
+    x = at - first
+    weights = [math.prod((x - other) / (node - other) for other in range(4) if other != node) for node in range(4)]
+    return sum((w * table[first + node] for node, w in enumerate(weights)), torch.zeros_like(table[0]))

@@ -1,0 +1,200 @@
+"""What is known of the saved tokens: what was reported of each, and what each forward and distribution gives for it.
+
+N sampled tokens, D distributions. d = scored - reported, nats.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from r3.capture import Rollouts
+from r3.errors import DiagnosticsError, summary
+from r3.explain.distributions import TEMPERATURES, Distribution, interpolate
+from r3.explain.scoring import View, scored
+
+CLAMPED_NATS = -1000.0
+"""vLLM reports -9999 for what has no probability: no measurement."""
+_LARGEST_D = 30.0
+SHIFTS = (0, 1, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The sampled tokens of all rollouts, in order.
+
+    Attributes:
+        reported: float64 `[N]`, the rollouts' log-probabilities, nats.
+        usable: bool `[N]`, False where what was reported is a clamp.
+        rollout: int64 `[N]`, of which rollout.
+        position: int64 `[N]`, place among its tokens.
+        version: int64 `[N]`, of the weights that the token was sampled from, -1 where unknown.
+    """
+
+    reported: Tensor
+    usable: Tensor
+    rollout: Tensor
+    position: Tensor
+    version: Tensor
+
+    @classmethod
+    def of(cls, rollouts: Rollouts) -> "Tokens":
+        """Of `rollouts`.
+
+        Raises:
+            DiagnosticsError: a log-probability that is not finite.
+        """
+        parts: dict[str, list[Tensor]] = {"reported": [], "rollout": [], "position": [], "version": []}
+        for number, item in enumerate(rollouts):
+            kept = scored(item)
+            position = kept.nonzero()[:, 0]
+            parts["reported"].append(item.logprobs[kept].double())
+            parts["rollout"].append(torch.full_like(position, number))
+            parts["position"].append(position)
+            if item.row_versions is None:
+                only = -1 if item.weight_version is None else item.weight_version
+                parts["version"].append(torch.full_like(position, only))
+            else:
+                parts["version"].append(item.row_versions.long()[position + len(item.prompt_ids) - 1])
+        joined = {name: torch.cat(found) if found else torch.empty(0).long() for name, found in parts.items()}
+        reported = joined["reported"].double()
+        bad = (~reported.isfinite() & ~reported.isneginf()).nonzero()[:, 0].tolist()
+        if bad:
+            where = [f"rollout {joined['rollout'][i]}, token {joined['position'][i]}: {reported[i]}" for i in bad[:17]]
+            raise DiagnosticsError(f"log-probabilities of {len(bad)} tokens are not finite numbers:{summary(where)}")
+        return cls(**joined | {"reported": reported}, usable=reported > CLAMPED_NATS)
+
+    def __len__(self) -> int:
+        return len(self.reported)
+
+    def shifted(self, shift: int) -> Tensor:
+        """float64 `[N]`: what was reported for the token `shift` places on; NaN where there is none."""
+        found = torch.where(self.usable, self.reported, math.nan)
+        if not shift:
+            return found
+        moved = torch.full_like(found, math.nan)
+        here, there = (
+            (slice(None, -shift), slice(shift, None)) if shift > 0 else (slice(-shift, None), slice(None, shift))
+        )
+        beside = (self.rollout[here] == self.rollout[there]) & (self.position[here] + shift == self.position[there])
+        moved[here] = torch.where(beside, found[there], math.nan)
+        return moved
+
+
+def k3(d: Tensor) -> Tensor:
+    """Mean of exp(d) - 1 - d over the last axis, nats, without NaN; d counts as at most 30."""
+    d = d.clamp_max(_LARGEST_D)
+    return (torch.expm1(d) - d).nanmean(-1)
+
+
+def is_smaller(d: Tensor, than: Tensor, errors: float = 3.0) -> bool:
+    """Whether |d| is below |than| on the tokens that both have, by so many standard errors of the mean difference.
+
+    Of absolute differences, not of k3: a few tokens make up most of k3, and its standard error is mostly theirs.
+    """
+    difference = than.abs().clamp_max(_LARGEST_D) - d.abs().clamp_max(_LARGEST_D)
+    difference = difference[difference.isfinite()]
+    if len(difference) < 2:
+        return False
+    error = difference.std() / math.sqrt(len(difference))
+    return bool(difference.mean() > errors * error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """All scores of the tokens.
+
+    Attributes:
+        tokens: what was reported.
+        distributions: the D of the tables: `expected` without truncation first.
+        tables: for each view, float32 `[D, N]`.
+        expected: what the trainer scores with.
+        exclusions: truncated distributions, those of `masses`.
+        masses: for each view, float32 `[D', N]`, as `signed_mass` gives them.
+    """
+
+    tokens: Tokens
+    distributions: Sequence[Distribution]
+    tables: Mapping[View, Tensor]
+    expected: Distribution
+    exclusions: Sequence[Distribution]
+    masses: Mapping[View, Tensor]
+
+    @cached_property
+    def _places(self) -> dict[Distribution, int]:
+        return {distribution: place for place, distribution in enumerate(self.distributions)}
+
+    @cached_property
+    def _grid(self) -> list[int]:
+        return [self._places[Distribution(temperature=t)] for t in TEMPERATURES]
+
+    def scored(self, view: View, distribution: Distribution) -> Tensor:
+        """float64 `[N]`; a temperature between those of the table is interpolated."""
+        place = self._places.get(distribution)
+        if place is not None:
+            return self.tables[view][place].double()
+        return interpolate(self.tables[view][self._grid].double(), TEMPERATURES, distribution.temperature)
+
+    def d(self, view: View, shift: int, distribution: Distribution) -> Tensor:
+        """float64 `[N]`, NaN where nothing was reported."""
+        return self.scored(view, distribution) - self.tokens.shifted(shift)
+
+    def best_temperature(self, view: View, shift: int) -> Distribution:
+        """The temperature, alone, that leaves the least k3."""
+        reported = self.tokens.shifted(shift)
+        table = self.tables[view][self._grid].double()
+        return Distribution(temperature=_minimum(table, lambda scores: float(k3(scores - reported))))
+
+    def best_truncated(self, view: View, shift: int, *, temperature: float | None = None) -> Distribution | None:
+        """The truncated distribution of the table that leaves the least k3, of all temperatures or of one."""
+        reported = self.tokens.shifted(shift)
+        found = [
+            (float(k3(self.tables[view][place].double() - reported)), place)
+            for place, distribution in enumerate(self.distributions)
+            if distribution.truncated and temperature in (None, distribution.temperature)
+        ]
+        return self.distributions[min(found)[1]] if found else None
+
+    def likeliest_temperature(self, view: View) -> tuple[Distribution, float]:
+        """The temperature under which the tokens themselves are most probable, and its log-likelihood, nats in all."""
+        table = self.tables[view][self._grid].double()
+        found = Distribution(temperature=_minimum(table, lambda scores: -float(scores.sum())))
+        return found, float(self.scored(view, found).sum())
+
+    def never_sampled(self, view: View, temperature: float) -> tuple[Distribution, float] | None:
+        """The truncation that the tokens speak for most, and how strongly.
+
+        Sampled from the whole distribution, the number of tokens that a truncated one excludes has the expectation E
+        of their mass. To see so few as O is less likely than exp(-(E - O + O log(O / E))), by Chernoff's bound for sums
+        of dependent indicators; that exponent is returned.
+        """
+        best: tuple[Distribution, float] | None = None
+        for place, distribution in enumerate(self.exclusions):
+            if distribution.temperature != temperature:
+                continue
+            mass = self.masses[view][place].double()
+            expected, seen = float((1 - mass.abs()).sum()), int((mass < 0).sum())
+            if seen >= expected:
+                continue
+            nats = expected - seen + (seen * math.log(seen / expected) if seen else 0.0)
+            if best is None or nats > best[1]:
+                best = distribution, nats
+        return best
+
+
+def _minimum(table: Tensor, loss) -> float:
+    """The temperature at which `loss` of the scores is least: the best of the grid, then golden sections beside it."""
+    losses = [loss(row) for row in table]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    low, high = (math.log(TEMPERATURES[min(max(i, 0), len(losses) - 1)]) for i in (best - 1, best + 1))
+    ratio = (math.sqrt(5) - 1) / 2
+    for _ in range(16):
+        a, b = high - ratio * (high - low), low + ratio * (high - low)
+        if loss(interpolate(table, TEMPERATURES, math.exp(a))) < loss(interpolate(table, TEMPERATURES, math.exp(b))):
+            high = b
+        else:
+            low = a
+    return math.exp((low + high) / 2)

@@ -1,0 +1,140 @@
+"""Hypotheses: alternative scorings of the same tokens, each with the causes that it supposes.
+
+The mechanism is one: every hypothesis leaves a gap, and a cause holds if the best hypothesis without it leaves a much
+larger gap than the best with it.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from r3.explain.distributions import Distribution
+from r3.explain.evidence import SHIFTS, Evidence, is_smaller, k3
+from r3.explain.scoring import View
+
+ROUTING, ROWS, LOGPROBS, WEIGHTS, TEMPERATURE, TRUNCATION = (
+    "routing",
+    "shifted_rows",
+    "shifted_logprobs",
+    "stale_sync",
+    "temperature",
+    "renormalised",
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Hypothesis:
+    """How the tokens' log-probabilities may have come about.
+
+    Attributes:
+        view: weights and routing.
+        shift: the log-probability of the token `shift` places on stands beside a token.
+        distribution: of which the log-probabilities were reported.
+        causes: what is supposed beyond live routing, the model's weights, and the expected distribution.
+        d: float64 `[N]`, scored less reported, nats; NaN where nothing stands beside a token.
+    """
+
+    view: View
+    shift: int
+    distribution: Distribution
+    causes: frozenset[str]
+    d: Tensor
+
+    @cached_property
+    def k3(self) -> float:
+        """The gap that is left, nats a token."""
+        return float(k3(self.d))
+
+    @cached_property
+    def abs_mean(self) -> float:
+        return float(self.d.abs().nanmean())
+
+
+def hypotheses(evidence: Evidence) -> Iterator[Hypothesis]:
+    """All of them: each view, shift and kind of distribution, of the last the best that fits."""
+    expected = evidence.expected
+    for view, shift in product(evidence.tables, SHIFTS):
+        given: list[tuple[Distribution | None, set[str]]] = [
+            (Distribution(temperature=expected.temperature), set()),
+            (evidence.best_temperature(view, shift), {TEMPERATURE}),
+            (evidence.best_truncated(view, shift, temperature=expected.temperature), {TRUNCATION}),
+            (evidence.best_truncated(view, shift), {TRUNCATION, TEMPERATURE}),
+        ]
+        causes = {
+            name
+            for name, supposed in (
+                (WEIGHTS, view.weights),
+                (ROUTING, view.replayed),
+                (ROWS, view.rows),
+                (LOGPROBS, shift),
+            )
+            if supposed
+        }
+        for distribution, more in given:
+            if distribution is None or (more == {TRUNCATION, TEMPERATURE} and distribution == given[2][0]):
+                continue
+            yield Hypothesis(
+                view=view,
+                shift=shift,
+                distribution=distribution,
+                causes=frozenset(causes | more),
+                d=evidence.d(view, shift, distribution),
+            )
+
+
+def best(found: Iterable[Hypothesis], allowed: frozenset[str]) -> Hypothesis:
+    """The one that leaves the least gap, of those that suppose nothing else than `allowed`; then the simplest."""
+    fitting = [hypothesis for hypothesis in found if hypothesis.causes <= allowed]
+    return min(fitting, key=lambda hypothesis: (hypothesis.k3, len(hypothesis.causes)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needed:
+    """A cause that holds.
+
+    Attributes:
+        name: of the cause.
+        without: the best hypothesis that does without it.
+    """
+
+    name: str
+    without: Hypothesis
+
+
+def needed_causes(found: list[Hypothesis], *, floor: float, factor: float) -> tuple[Hypothesis, list[Needed]]:
+    """Prune the best hypothesis: causes go, the least needed first, as long as little is lost.
+
+    A cause stays if without it the gap is more than `factor` times the best one's, and of the floor, and the difference
+    is more than three standard errors.
+
+    Args:
+        found: all hypotheses.
+        floor: k3 below which differences mean nothing, nats.
+        factor: see above.
+
+    Returns:
+        The best hypothesis with only the causes that stay, and these, the most needed first.
+    """
+    kept = best(found, frozenset(name for h in found for name in h.causes))
+    limit = factor * max(kept.k3, floor)
+    while True:
+        rivals = [(best(found, kept.causes - {name}), name) for name in sorted(kept.causes)]
+        rivals.sort(key=lambda rival: (rival[0].k3, len(rival[0].causes)))
+        if not rivals:
+            return kept, []
+        easiest = rivals[0][0]
+        if easiest.k3 > limit and is_smaller(kept.d, easiest.d):
+            return kept, [Needed(name=name, without=without) for without, name in reversed(rivals)]
+        kept = easiest
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's, of the probabilities that two log-probabilities `[N]` stand for, where both are known."""
+    both = a.isfinite() & b.isfinite()
+    if both.sum() < 2:
+        return float("nan")
+    return float(torch.corrcoef(torch.stack([a[both].exp(), b[both].exp()]))[0, 1])

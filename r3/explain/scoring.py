@@ -1,0 +1,238 @@
+"""Scores of saved rollouts by a model on this machine: live, replayed, and replayed with rows moved by a position.
+
+N sampled tokens, D distributions.
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r3.capture import Rollout, Rollouts
+from r3.diagnostics import RoutingSums
+from r3.errors import DiagnosticsError
+from r3.explain.distributions import Distribution, score, signed_mass
+from r3.replay import attach, record
+from r3.routing import RolloutRouting, RoutingSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One way to run a forward.
+
+    Attributes:
+        weights: of which checkpoint, by its place: 0 is the model in question, the others are earlier ones.
+        replayed: whether routing is replayed.
+        rows: the saved row of position t + rows is replayed for position t.
+    """
+
+    weights: int = 0
+    replayed: bool = False
+    rows: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What one checkpoint gave.
+
+    Attributes:
+        table: for each view, float32 `[D, N]`, nats, on the CPU.
+        routing: live routing against the saved rows, by how far these were moved.
+        masses: for each view that was asked for, float32 `[D', N]`: mass kept, negative where the token is excluded.
+        vocabulary: V.
+    """
+
+    table: dict[View, Tensor]
+    masses: dict[View, Tensor]
+    routing: dict[int, RoutingSums]
+    vocabulary: int
+
+
+def open_model(path: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The checkpoint's causal language model, its logits in float32 as a trainer and an engine of r3 have them.
+
+    Raises:
+        DiagnosticsError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    except Exception as error:  # whatever a foreign folder makes the libraries raise
+        reason = "\n".join(str(error).splitlines()[:4])
+        raise DiagnosticsError(f"{path}: expected a checkpoint of a causal language model: {reason}") from error
+    head = model.get_output_embeddings()
+    if head is None:
+        raise DiagnosticsError(
+            f"{path}: {type(model).__name__} has no output embeddings: it gives no log-probabilities"
+        )
+    if not model.config.get_text_config().tie_word_embeddings:
+        head.float()
+    return model
+
+
+def score_rollouts(
+    path: str,
+    rollouts: Rollouts,
+    distributions: Callable[[int], Sequence[Distribution]],
+    views: Sequence[View],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens_at_once: int,
+    excluding: Callable[[int], Sequence[Distribution]] = lambda vocabulary: (),
+) -> Scores:
+    """Log-probabilities of all sampled tokens of `rollouts`, in their order, in each view.
+
+    The model is gone from memory when this returns.
+
+    Args:
+        path: of the checkpoint.
+        distributions: those to score with, given V.
+        views: of this checkpoint.
+        tokens_at_once: padded tokens in one forward.
+        excluding: truncated distributions of which `masses` are wanted, given V.
+
+    Raises:
+        DiagnosticsError: not a checkpoint, or token ids beyond its vocabulary.
+        UnsupportedModelError, RoutingError: the model cannot replay these rollouts.
+    """
+    model = open_model(path, dtype, device)
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])  # pyrefly: ignore
+    largest = max((max((*r.prompt_ids, *r.token_ids), default=0) for r in rollouts), default=0)
+    if largest >= vocabulary:
+        raise DiagnosticsError(
+            f"{path}: its vocabulary has {vocabulary} tokens, the rollouts have token {largest}: they are of another "
+            "model, or of another tokenizer"
+        )
+    if any(view.replayed for view in views) or rollouts.spec is not None:
+        attach(model)
+    chosen, excluded = distributions(vocabulary), excluding(vocabulary)
+    parts: dict[View, list[Tensor]] = {view: [] for view in views}
+    masses: dict[View, list[Tensor]] = {view: [] for view in views if excluded}
+    agreement: dict[int, list[RoutingSums]] = {view.rows: [] for view in views if view.replayed}
+    for batch in _batches(rollouts, tokens_at_once):
+        inputs = _Inputs.of(batch, rollouts.spec, device)
+        for view in views:
+            recorded = record(model) if agreement and not view.replayed else contextlib.nullcontext()
+            with recorded as recorder:
+                logits = inputs.logits(model, view)
+            parts[view].append(score(logits, inputs.labels, chosen).cpu())
+            if excluded:
+                masses[view].append(signed_mass(logits, inputs.labels, excluded).cpu())
+            if recorder is not None:
+                for rows, sums in agreement.items():
+                    sums.append(_agreement(recorder.routing, inputs.routing(rows)))
+    del model
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    empty = torch.empty(len(chosen), 0)
+    return Scores(
+        table={view: torch.cat(found, dim=1) if found else empty for view, found in parts.items()},
+        masses={view: torch.cat(found, dim=1) for view, found in masses.items() if found},
+        routing={rows: sum(sums[1:], sums[0]) for rows, sums in agreement.items() if sums},
+        vocabulary=vocabulary,
+    )
+
+
+def _batches(rollouts: Rollouts, tokens_at_once: int) -> Iterator[list[Rollout]]:
+    batch: list[Rollout] = []
+    for rollout in rollouts:
+        if batch and max(map(len, (*batch, rollout))) * (len(batch) + 1) > tokens_at_once:
+            yield batch
+            batch = []
+        batch.append(rollout)
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """A right-padded batch on the device."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    places: Tensor  # of `input_ids` flattened: what predicts each sampled token
+    labels: Tensor
+    rows: RolloutRouting | None
+
+    @classmethod
+    def of(cls, batch: Sequence[Rollout], spec: RoutingSpec | None, device: torch.device) -> "_Inputs":
+        length = max(map(len, batch))
+        input_ids = torch.zeros(len(batch), length, dtype=torch.int64)
+        mask, sampled = torch.zeros_like(input_ids), torch.zeros(len(batch), length, dtype=torch.bool)
+        for b, rollout in enumerate(batch):
+            input_ids[b, : len(rollout)] = torch.tensor(rollout.prompt_ids + rollout.token_ids, dtype=torch.int64)
+            mask[b, : len(rollout)] = 1
+            sampled[b, len(rollout.prompt_ids) : len(rollout)] = scored(rollout)
+        places = sampled.flatten().nonzero()[:, 0]
+        return cls(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            places=(places - 1).to(device),
+            labels=input_ids.flatten()[places].to(device),
+            rows=None
+            if spec is None
+            else RolloutRouting.cat([_rows(rollout, spec) for rollout in batch], length=length),
+        )
+
+    def routing(self, rows: int) -> RolloutRouting:
+        """The saved rows, moved: that of position t + rows for position t."""
+        assert self.rows is not None
+        if not rows:
+            return self.rows
+        ids, valid = self.rows.expert_ids.roll(-rows, 1), self.rows.valid.roll(-rows, 1)
+        valid[:, slice(-rows, None) if rows > 0 else slice(0, -rows)] = False
+        valid &= self.attention_mask.bool().cpu()
+        return RolloutRouting(ids, valid, self.rows.layer_ids, self.rows.num_experts)
+
+    @torch.no_grad()
+    def logits(self, model: Any, view: View) -> Tensor:
+        """Float32 `[n, V]`, before each sampled token: the head runs for no others."""
+        head = model.get_output_embeddings()
+
+        def needed(module: nn.Module, args: tuple) -> tuple:
+            hidden = args[0].flatten(0, 1)[self.places][None]
+            return (hidden.to(next(module.parameters()).dtype), *args[1:])
+
+        handle = head.register_forward_pre_hook(needed)
+        given = {"routed_experts": self.routing(view.rows)} if view.replayed else {}
+        try:
+            return (
+                model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False, **given)
+                .logits[0]
+                .float()
+            )
+        finally:
+            handle.remove()
+
+
+def scored(rollout: Rollout) -> Tensor:
+    """bool `[G]`: sampled tokens that something precedes."""
+    found = rollout.response_mask.clone()
+    if not rollout.prompt_ids and len(found):
+        found[0] = False
+    return found
+
+
+def _rows(rollout: Rollout, spec: RoutingSpec) -> RolloutRouting:
+    """The rollout's routing on the CPU; without any, rows that are all routed live."""
+    if rollout.routing is not None:
+        return rollout.routing.to("cpu")
+    shape = (1, len(rollout), len(spec.layer_ids), spec.top_k)
+    return RolloutRouting(
+        torch.zeros(shape, dtype=torch.int64),
+        torch.zeros(shape[:2], dtype=torch.bool),
+        spec.layer_ids,
+        spec.num_experts,
+    )
+
+
+def _agreement(live: RolloutRouting, saved: RolloutRouting) -> RoutingSums:
+    saved = saved.layers(live.layer_ids)
+    return RoutingSums.from_tensors(live.expert_ids, saved.expert_ids, saved.valid, layer_ids=live.layer_ids)

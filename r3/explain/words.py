@@ -1,0 +1,219 @@
+"""The outcome's sentences."""
+
+from collections.abc import Mapping, Sequence
+
+from r3.diagnostics import RoutingSums
+from r3.explain.distributions import Distribution
+from r3.explain.hypotheses import Hypothesis
+from r3.explain.outcome import Cause
+
+NO_ROUTING = "the rollouts carry no routing: whether routing explains a gap could not be tested"
+
+
+def _times(without: float, with_it: float) -> str:
+    return f"k3 {without:.2e} without it, {with_it:.2e} with it"
+
+
+def clamped(count: int) -> str:
+    return f"{count} tokens whose log-probability is a clamp (below -1000 nats) were left out"
+
+
+def too_few(tokens: int, least: int) -> str:
+    return (
+        f"cannot be told: {tokens} sampled tokens, and fewer than {least} name no cause. Save more rollouts, or longer "
+        "ones"
+    )
+
+
+def verdict(causes: Sequence[Cause]) -> str:
+    names = {cause.name for cause in causes}
+    wrong = [cause.name.replace("_", " ") for cause in causes if cause.wrong]
+    if not wrong and "routing" in names:
+        return "nothing is wrong: routing explains the gap, replay removes it, and what remains is precision"
+    if not wrong:
+        return "nothing is wrong: the gap is that of precision"
+    if wrong == ["unexplained"]:
+        return "cannot be explained: none of the causes that were tested accounts for the gap"
+    return f"something is wrong: {', '.join(name for name in wrong if name != 'unexplained')}" + (
+        ", and a part that is not explained" if "unexplained" in wrong else ""
+    )
+
+
+def precision(remaining: float, floor: float, replayed: bool) -> Cause:
+    flips = "" if replayed else ", the routing that flips with it included"
+    return Cause(
+        name="precision",
+        text=f"what remains, k3 {remaining:.2e}, is of the size by which the model's own bfloat16 and float32 scores "
+        f"differ, {floor:.2e}{flips}",
+        figures={"k3": remaining, "own_k3": floor},
+    )
+
+
+def routing(without: float, with_it: float, agreement: RoutingSums | None) -> Cause:
+    share = agreement.metrics()["differing_rows"] if agreement is not None and agreement.rows else None
+    differing = "" if share is None else f"; {100 * share:.1f}% of the live choices differ from the rollouts'"
+    return Cause(
+        name="routing",
+        text=f"replay of the rollouts' routing lowers the gap {without / with_it:.1f} times: k3 {without:.2e} live, "
+        f"{with_it:.2e} replayed{differing}",
+        figures={"k3_live": without, "k3_replayed": with_it},
+    )
+
+
+def stale(name: str, without: float, with_it: float) -> Cause:
+    return Cause(
+        name="stale_sync",
+        text=f"the rollouts were sampled with the weights of {name}, not with the model's: {_times(without, with_it)}",
+        remedy="the engine's weights are behind the trainer's: look at the sync's receipts (sync/version) and at what "
+        "`r3 doctor --url` says of the workers' version; push, and sample anew",
+        figures={"checkpoint": name, "k3_without": without, "k3_with": with_it},
+    )
+
+
+def stale_version(older: int, older_k3: float, newest: int, newest_k3: float) -> Cause:
+    return Cause(
+        name="stale_sync",
+        text=f"the rollouts' own versions tell: tokens of version {older} have k3 {older_k3:.2e}, those of version "
+        f"{newest} {newest_k3:.2e}",
+        remedy="rollouts span a sync: resolve_mixed_versions, or importance weights, where the older tokens are used",
+        figures={"older_version": older, "k3_older": older_k3, "newest_version": newest, "k3_newest": newest_k3},
+    )
+
+
+def lagging(lag: int, remaining: float) -> Cause:
+    return Cause(
+        name="stale_sync",
+        text=f"the rollouts' newest weights are {lag} versions behind the trainer's, as their own versions tell, and "
+        f"nothing else explains k3 {remaining:.2e}",
+        remedy="give the checkpoint of that version with --earlier to confirm it; then sync, and sample anew",
+        figures={"versions_behind": lag, "k3": remaining},
+    )
+
+
+def weights(least: float, correlation: float, earlier: int, lag: int) -> Cause:
+    if lag:
+        which = f"their own versions say that they are {lag} behind the trainer's: a stale sync is likely. "
+    elif earlier:
+        which = f"none of the {earlier} earlier checkpoints fits better: not a stale sync from one of these. "
+    else:
+        which = "a stale sync and wrong weights cannot be told apart without an earlier checkpoint. "
+    near = "near relatives, such as weights of another step" if correlation >= 0.9 else "little in common"
+    return Cause(
+        name="weights",
+        text=f"the rollouts were sampled with other weights: every hypothesis leaves k3 {least:.2e} or more, and the "
+        f"probabilities correlate by {correlation:.3f} ({near}). {which.strip()}",
+        remedy="give earlier checkpoints with --earlier; compare the digest and version that the engine's workers "
+        "answer (`r3 doctor --url`) with the last sync's receipt; check that --model is the checkpoint that was served",
+        figures={"k3": least, "correlation": correlation},
+    )
+
+
+def unexplained(remaining: float, floor: float, lag: int, earlier: int, replayed: bool) -> Cause:
+    routing = "" if replayed else " Without the rollouts' routing, experts that differ are the likeliest: capture it."
+    behind = f" The rollouts' versions are {lag} behind the trainer's." if lag else ""
+    checkpoints = "" if earlier else " A stale sync by few steps looks so: give earlier checkpoints with --earlier."
+    return Cause(
+        name="unexplained",
+        text=f"k3 {remaining:.2e} remains, {remaining / floor:.0f} times what the model's own precision makes, and no "
+        f"hypothesis explains it.{routing}{behind}{checkpoints}",
+        remedy="not tested here: quantised weights or KV cache, other kernels or position encoding, logit processors "
+        "(penalties, bias, min-p), an adapter on one side",
+        figures={"k3": remaining, "own_k3": floor},
+    )
+
+
+def shifted_logprobs(shift: int, without: float, with_it: float) -> Cause:
+    place = "after" if shift > 0 else "before"
+    return Cause(
+        name="shifted_logprobs",
+        text=f"log-probabilities are shifted against the tokens: each token's own stands beside the token {place} it; "
+        f"{_times(without, with_it)}",
+        remedy="align them where rollouts are made: entry i of logprobs is of token i of token_ids",
+        figures={"places": shift, "k3_without": without, "k3_with": with_it},
+    )
+
+
+def rows(shift: int | None, as_saved: float, live: float, moved: float, differing: Mapping[int, float]) -> Cause:
+    figures: dict[str, float | str] = {"k3_as_saved": as_saved, "k3_live": live, "k3_moved": moved}
+    gaps = f"replayed as they are k3 is {as_saved:.2e}, live {live:.2e}"
+    share = {at: f"{100 * value:.0f}%" for at, value in differing.items()}
+    if shift is None:
+        return Cause(
+            name="foreign_rows",
+            text=f"the routing rows do harm: {gaps}, and moved by a position {moved:.2e}; {share.get(0)} of them "
+            "differ from the live choices. They belong to other tokens, rollouts or layers, or to other weights",
+            remedy="check how rows are put together: sample by sample, in the order of the tokens, all decoder layers",
+            figures=figures,
+        )
+    place = "after" if shift > 0 else "before"
+    return Cause(
+        name="shifted_rows",
+        text=f"the routing rows are shifted by one position: each token's row stands at the token {place} it. {gaps}, "
+        f"moved back {moved:.2e}; {share.get(0)} of the rows differ from the live choices as they are, "
+        f"{share.get(shift)} moved back",
+        remedy="row t is of the token at position t, prompt included, and the token sampled last has none",
+        figures=figures | {"places": shift},
+    )
+
+
+def renormalised(found: Distribution, without: float, with_it: float) -> Cause:
+    what = f"top-k {found.top_k}" if found.top_k else ""
+    what += " and " if found.top_k and found.top_p < 1 else ""
+    what += f"top-p {found.top_p:g}" if found.top_p < 1 else ""
+    return Cause(
+        name="renormalised",
+        text=f"processed log-probabilities: they are renormalised over what {what} (about) leaves, while the trainer "
+        f"scores the whole distribution; {_times(without, with_it)}",
+        remedy="sample with top_p=1 and top_k=-1 (r3.capture.sampling_kwargs does), or renormalise in the trainer too",
+        figures={"top_p": found.top_p, "top_k": found.top_k, "k3_without": without, "k3_with": with_it},
+    )
+
+
+def temperature(found: float, expected: float, declared: float | None, without: float, with_it: float) -> Cause:
+    source = "which the file's settings say" if declared is not None else "for want of settings in the file"
+    return Cause(
+        name="temperature",
+        text=f"the log-probabilities are those of temperature {found:.2f}; the model was scored at {expected:g}, "
+        f"{source}; {_times(without, with_it)}",
+        remedy=f"one side has another temperature than the other: divide the trainer's logits by {found:.2f} if that "
+        "was asked of the engine, else look at what the requests, or the checkpoint's generation_config.json, set",
+        figures={"temperature": found, "expected": expected, "k3_without": without, "k3_with": with_it},
+    )
+
+
+def raw(
+    reported: Distribution,
+    sampled: tuple[Distribution, float] | None,
+    expected: Distribution,
+    without: float | None,
+    with_it: float,
+) -> Cause:
+    figures: dict[str, float | str] = {"reported": str(reported), "k3_with": with_it}
+    if without is not None:
+        figures["k3_without"] = without
+    if sampled is None:
+        told, asked = f"the file's settings say that {expected} was asked for", expected
+    else:
+        asked, nats = sampled
+        told = f"the tokens themselves speak for {asked}, or so (evidence of {nats:.0f} nats in all)"
+    figures["sampled"] = str(asked)
+    return Cause(
+        name="raw_logprobs",
+        text=f"raw log-probabilities: they are those of {reported}, and {told}. Ratios taken from them are not those "
+        "of the distribution that was sampled from",
+        remedy="start the engine with logprobs_mode=processed_logprobs (r3.capture.engine_kwargs and server_args do)",
+        figures=figures,
+    )
+
+
+def hypothesis(found: Hypothesis, names: Sequence[str]) -> str:
+    parts = ["replayed" if found.view.replayed else "live"]
+    if found.view.weights:
+        parts.append(f"weights of {names[found.view.weights]}")
+    if found.view.rows:
+        parts.append(f"rows moved by {-found.view.rows:+d}")
+    if found.shift:
+        parts.append(f"log-probabilities moved by {-found.shift:+d}")
+    if found.causes & {"temperature", "renormalised"}:
+        parts.append(str(found.distribution))
+    return ", ".join(parts)

@@ -1,0 +1,143 @@
+"""Rollouts whose fault is known: tokens sampled from a model, scored and routed by a twin of it in place of an engine.
+
+The twin computes in float32 where `r3 compare` computes in bfloat16, and its routers see a little noise: what an engine
+with kernels of its own does to routing.
+"""
+
+import copy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from conftest import DEMO_MODEL
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+import r3
+from r3.capture import Rollout, Rollouts
+from r3.replay import find_routers
+from r3.routing import RolloutRouting, RoutingSpec
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+Sequences = list[tuple[list[int], list[int]]]
+
+
+def demo_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=dtype).eval()
+
+
+def demo_prompts(count: int, seed: int) -> list[list[int]]:
+    from grpo_fsdp import DEFAULTS, ReasoningGymTask
+
+    settings = {key.removeprefix("task.settings."): v for key, v in DEFAULTS.items() if key.startswith("task.settings")}
+    task, tokenizer = ReasoningGymTask("chain_sum", seed, settings), AutoTokenizer.from_pretrained(DEMO_MODEL)
+    return [tokenizer(task.prompt(problem)).input_ids for problem in task.problems(0, count)]
+
+
+@torch.no_grad()
+def sample(model, prompts: Sequence[list[int]], *, seed: int, length: int = 64, **sampling) -> Sequences:
+    """One completion of each prompt, cut behind the end token 1."""
+    torch.manual_seed(seed)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    settings = dict(temperature=1.0, top_p=1.0, top_k=0) | sampling
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=True,
+        max_new_tokens=length,
+        pad_token_id=0,
+        eos_token_id=1,
+        **settings,
+    )
+    sequences = []
+    for prompt, row in zip(prompts, out[:, width:].tolist(), strict=True):
+        sequences.append((prompt, row[: row.index(1) + 1] if 1 in row else row))
+    return sequences
+
+
+def with_router_noise(model, scale: float, seed: int = 0) -> nn.Module:
+    """A copy whose routers see their input with noise, relative to its size."""
+    noisy = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(module, args):
+        noise = torch.randn(args[0].shape, generator=generator).to(args[0].dtype)
+        return (args[0] + scale * args[0].std(-1, keepdim=True) * noise, *args[1:])
+
+    for site in find_routers(noisy).sites:
+        site.router.register_forward_pre_hook(disturb)
+    return noisy
+
+
+def trained(model, sequences: Sequences, *, steps: int, lr: float, seed: int = 0) -> nn.Module:
+    """A copy after optimizer steps that push samples up and down at random, as policy gradients do."""
+    other = copy.deepcopy(model).float().train()
+    optimizer = torch.optim.AdamW(other.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        part = [sequences[(step * 16 + i) % len(sequences)] for i in range(16)]
+        advantages = torch.randn(len(part), generator=generator)
+        loss = 0.0
+        for (prompt, sampled), advantage in zip(part, advantages, strict=True):
+            ids = torch.tensor([prompt + sampled])
+            logits = other(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            loss = loss - advantage * logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).mean()
+        (loss / len(part)).backward()
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return other.eval()
+
+
+def processed(logits: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """Log-probabilities `[n, V]` as an engine reports them, by the warpers of transformers."""
+    scores = logits / temperature
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return scores.log_softmax(-1)
+
+
+@torch.no_grad()
+def rollouts_of(
+    engine, sequences: Sequences, *, version: int | None = None, routed: bool = True, **reported
+) -> Rollouts:
+    """What `engine` would have returned: log-probabilities under `reported`, and the experts it chose."""
+    items = []
+    spec: RoutingSpec | None = None
+    with r3.record(engine) as recorder:
+        for number, (prompt, sampled) in enumerate(sequences):
+            ids = torch.tensor([prompt + sampled])
+            logits = engine(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+            found = processed(logits, **reported).gather(1, ids[0, len(prompt) :, None])[:, 0]
+            rows = recorder.routing
+            spec = RoutingSpec(
+                layer_ids=rows.layer_ids,
+                num_layers=len(rows.layer_ids),
+                num_experts=rows.num_experts,
+                top_k=rows.shape[3],
+            )
+            valid = rows.valid.clone()
+            valid[:, -1] = False
+            items.append(
+                Rollout(
+                    prompt_ids=prompt,
+                    token_ids=sampled,
+                    response_mask=torch.ones(len(sampled), dtype=torch.bool),
+                    logprobs=found,
+                    routing=RolloutRouting(rows.expert_ids, valid, rows.layer_ids, rows.num_experts)
+                    if routed
+                    else None,
+                    finish_reason="stop" if sampled[-1] == 1 else "length",
+                    prompt_index=number,
+                    weight_versions=() if version is None else (version,),
+                    row_versions=None if version is None else torch.full((ids.shape[1],), version, dtype=torch.int32),
+                )
+            )
+    return Rollouts(items, spec if routed else None)
