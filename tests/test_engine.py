@@ -39,7 +39,7 @@ def test_replay_lowers_k3_to_a_third_of_live_or_less(trainer):
     # A few tokens make up most of the live gap: fewer rollouts than these would measure chance.
     rollouts = trainer.rollout(trainer.task.problems(0, 64))
     batch = rollouts.batch(trainer.policy.tokenizer.pad_token_id)
-    metrics = trainer.measure(StepBatch(batch, torch.zeros(len(rollouts))))
+    metrics = trainer.measure(StepBatch.of(batch, torch.zeros(len(rollouts)))).metrics
     assert metrics["logprob_diff/replayed/tokens"] > 20_000
     assert 0 < metrics["logprob_diff/replayed/k3"] <= metrics["logprob_diff/live/k3"] / 3
     assert 0 < metrics["routing/differing_rows"] < 0.3
@@ -51,7 +51,7 @@ def replayed_k3(policy, batch):
 
     with torch.no_grad():
         policy.model.eval()
-        (rows,) = policy.rows(StepBatch(batch, torch.zeros(len(batch.input_ids))), len(batch.input_ids))
+        (rows,) = policy.rows(StepBatch.of(batch, torch.zeros(len(batch.input_ids))), len(batch.input_ids))
         return compare_logprobs(policy.logprobs(rows, replayed=True), rows.logprobs, rows.mask)["k3"]
 
 

@@ -68,7 +68,7 @@ def test_policy_logprobs_are_those_of_a_plain_float32_model_at_the_temperature(r
         policy = Policy(config)
         policy.model.eval()
         # Rollout b's log-probabilities are those at advantage b + 1.
-        (rows,) = policy.rows(StepBatch(batch, torch.arange(3.0) + 1), 3)
+        (rows,) = policy.rows(StepBatch.of(batch, torch.arange(3.0) + 1), 3)
         found, rows = policy.logprobs(rows, replayed=replayed).cpu(), rows.to(torch.device("cpu"))
         for b in range(3):
             length = int(batch.attention_mask[b].sum())
@@ -90,7 +90,7 @@ def test_policy_logprobs_are_those_of_a_plain_float32_model_at_the_temperature(r
 def test_rows_and_their_slices_keep_what_belongs_together(packed, size):
     batch = made_batch(torch.Generator().manual_seed(1))
     batch.logprobs.copy_(-batch.input_ids.float()).mul_(batch.response_mask)
-    whole = Rows.of(StepBatch(batch, torch.arange(3.0) + 1), packed=packed)
+    whole = Rows.of(StepBatch.of(batch, torch.arange(3.0) + 1), packed=packed)
     slices = [whole.shard(rank, size) for rank in range(size)]
     labels, mask = (torch.cat([getattr(part, name) for part in slices], 1) for name in ("labels", "mask"))
     # Each sampled token is predicted once, by its own rollout, and its log-probability is beside it.

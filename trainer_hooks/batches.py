@@ -17,13 +17,19 @@ from r3.routing import Packing, RolloutRouting, shard
 
 @dataclass
 class StepBatch:
-    """The rollouts of a step as tensors, with an advantage for each."""
+    """The rollouts of a step as tensors, with an advantage and the rollout's number in the step for each."""
 
     batch: RolloutBatch
     advantages: Tensor  # [B]
+    sample_ids: Tensor  # [B]
+
+    @classmethod
+    def of(cls, batch: RolloutBatch, advantages: Tensor) -> "StepBatch":
+        """All rollouts of a step, numbered in their order."""
+        return cls(batch, advantages, torch.arange(len(advantages)))
 
     def select(self, samples: slice) -> "StepBatch":
-        return StepBatch(self.batch.select(samples), self.advantages[samples])
+        return StepBatch(self.batch.select(samples), self.advantages[samples], self.sample_ids[samples])
 
     def split(self, size: int) -> Iterator["StepBatch"]:
         """Parts of at most `size` rollouts."""
@@ -46,6 +52,7 @@ class Rows:
         labels: int64, the next token where it was sampled, else -100.
         logprobs: float32, the rollout's, in nats; 0 where there is no label.
         advantages: float32; 0 where there is no label.
+        sample_ids: int64, which rollout of the step the label is of; 0 where there is no label.
         routing: of the positions' own tokens; None if it was not captured.
     """
 
@@ -55,6 +62,7 @@ class Rows:
     labels: Tensor
     logprobs: Tensor
     advantages: Tensor
+    sample_ids: Tensor
     routing: RolloutRouting | None = None
 
     @classmethod
@@ -62,7 +70,7 @@ class Rows:
         """Right-padded rows, one a rollout; or packed ones as long as the longest rollout, and so never more work."""
         batch = part.batch
         tokens = batch.attention_mask.bool()
-        advantages = part.advantages[:, None].expand(tokens.shape)
+        advantages, sample_ids = (each[:, None].expand(tokens.shape) for each in (part.advantages, part.sample_ids))
         if packed:
             packing = Packing.from_mask(tokens, row_length=int(tokens.sum(1).max()))
             place: Callable[[Tensor], Tensor] = packing.pack
@@ -82,6 +90,7 @@ class Rows:
             # Shifted like the labels, before anything is sliced.
             logprobs=place(batch.logprobs).roll(-1, 1).masked_fill(labels == IGNORED, 0),
             advantages=place(advantages).roll(-1, 1).masked_fill(labels == IGNORED, 0),
+            sample_ids=place(sample_ids).masked_fill(labels == IGNORED, 0),
             routing=routing,
         )
 

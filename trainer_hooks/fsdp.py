@@ -21,12 +21,15 @@ from torch import Tensor, nn
 import r3
 from r3.capture import Rollouts, collect, handshake, resolve_mixed_versions, running_engine, sampling_kwargs
 from r3.config import R3Config, local_rank, process_rank
-from r3.diagnostics import LiveTable, LogprobSums, RoutingSums, RunFolder, write_report
+from r3.diagnostics import RunFolder, write_report
 from r3.errors import ParallelError, SyncError
 from r3.parallel import Agreement, make_mesh, shard_parameters, token_logprobs, ulysses
 from r3.routing import prefetch
 from r3.weight_sync import SyncReceipt, Weight, WeightSource, WeightSync, gather_all, named_weights
+from r3.weight_sync.clock import Clock
 from trainer_hooks.batches import Rows, StepBatch
+from trainer_hooks.measure import Measured, coverage, measure
+from trainer_hooks.step_log import StepLog
 
 logger = logging.getLogger("r3")
 
@@ -129,13 +132,15 @@ class GRPOTrainer:
         task: where prompts and rewards come from.
         policy: what is trained.
         engine: a running `vllm.LLM` with the policy's weights, on the first rank; None on the others.
+        log: where steps are recorded, on the first rank; None on the others.
     """
 
-    def __init__(self, config: R3Config, task: Task, policy: Policy, engine: Any) -> None:
+    def __init__(self, config: R3Config, task: Task, policy: Policy, engine: Any, log: StepLog | None = None) -> None:
         self.config = config
         self.task = task
         self.policy = policy
         self.engine = engine
+        self.log = log
         self.sync = None if engine is None else self._weight_sync()
 
     def _weight_sync(self) -> WeightSync:
@@ -149,29 +154,38 @@ class GRPOTrainer:
             timeout_s=engine.weight_sync.timeout_s,
         )
 
-    def train(self, folder: RunFolder | None) -> None:
-        """Run `trainer.max_steps` steps; each is logged to `folder`, if there is one, and shown in a live table."""
-        with contextlib.ExitStack() as stack:
-            table = stack.enter_context(LiveTable()) if folder is not None else None
-            if self.sync is not None:
-                stack.enter_context(contextlib.closing(self.sync))
-            for step in range(1, self.config.trainer.max_steps + 1):
-                metrics = self.step(step)
-                if folder is not None and table is not None:
-                    folder.log(step, metrics)
-                    table.update({"step": step, **metrics})
+    def train(self) -> None:
+        """Run `trainer.max_steps` steps, and record each.
 
-    def step(self, step: int) -> dict[str, float]:
-        """Rollouts, rewards, training, sync. Returns the step's metrics."""
-        start = time.perf_counter()
-        with self.policy.agreement.before_going_on():
+        Raises:
+            AlarmError: an alarm stops the run; a `ParallelError` on the other ranks.
+        """
+        with contextlib.closing(self.sync) if self.sync is not None else contextlib.nullcontext():
+            for step in range(1, self.config.trainer.max_steps + 1):
+                metrics, details = self.step(step)
+                with self.policy.agreement.before_going_on():
+                    if self.log is not None:
+                        self.log.add(step, metrics, details)
+
+    def step(self, step: int) -> tuple[dict[str, float], dict[str, Any] | None]:
+        """Rollouts, rewards, training, sync. Returns the step's metrics, and its details where they are due."""
+        diagnostics = self.config.trainer.diagnostics
+        clock = Clock()
+        with clock.stage("rollout"), self.policy.agreement.before_going_on():
             # The first rank has the engine, and the others wait for what it makes.
             whole, metrics = self.experience(step) if self.engine is not None else (None, {})
-        whole = broadcast(whole)
-        rolled_out = time.perf_counter()
-        metrics |= self.measure(whole) | self.update(whole)
-        trained = time.perf_counter()
-        receipt = self.push(version=step)
+        with clock.stage("rollout"):
+            whole = broadcast(whole)
+        details = None
+        if diagnostics.measures(step):
+            with clock.stage("measure"):
+                measured = self.measure(whole, details=diagnostics.details(step))
+            metrics |= measured.metrics
+            details = measured.details
+        with clock.stage("train"):
+            metrics |= self.update(whole)
+        with clock.stage("sync"):
+            receipt = self.push(version=step)
         if receipt is not None:
             metrics |= {
                 "sync/version": receipt.version,
@@ -179,22 +193,21 @@ class GRPOTrainer:
                 "sync/chunks": receipt.chunks,
                 "sync/seconds": receipt.seconds,
             }
-        return metrics | {
-            "time/rollout_s": rolled_out - start,
-            "time/train_s": trained - rolled_out,
-            "time/sync_s": time.perf_counter() - trained,
-        }
+        return metrics | {f"time/{stage}_s": seconds for stage, seconds in clock.stages_s.items()}, details
 
     def experience(self, step: int) -> tuple[StepBatch, dict[str, float]]:
-        """The rollouts of a step with their advantages, and metrics of their rewards."""
+        """The rollouts of a step with their advantages, and metrics of rewards and of captured routing."""
         problems = self.task.problems(step, self.config.trainer.train_batch_size)
         rollouts = self.rollout(problems)
+        if self.log is not None and self.config.trainer.diagnostics.saves_rollouts(step):
+            self.log.save(step, rollouts)
         rewards = self.rewards(problems, rollouts)
-        whole = StepBatch(rollouts.batch(self.policy.tokenizer.pad_token_id), group_advantages(rewards).flatten())
-        return whole, {
+        batch = rollouts.batch(self.policy.tokenizer.pad_token_id)
+        return StepBatch.of(batch, group_advantages(rewards).flatten()), {
             "reward/mean": float(rewards.mean()),
             "reward/std_in_group": float(rewards.std(dim=1).mean()),
-            "rollout/tokens_mean": int(whole.batch.response_mask.sum()) / rewards.numel(),
+            "rollout/tokens_mean": int(batch.response_mask.sum()) / rewards.numel(),
+            **coverage(rollouts, batch, trainer_version=step - 1),
         }
 
     def rollout(self, problems: Sequence[Any]) -> Rollouts:
@@ -207,7 +220,8 @@ class GRPOTrainer:
         prompts = [{"prompt_token_ids": tokenizer(self.task.prompt(problem)).input_ids} for problem in problems]
         outputs = self.engine.generate(prompts, SamplingParams(**sampling_kwargs(self.config)), use_tqdm=False)
         spec = self.policy.replay.spec if self.policy.replay else None
-        rollouts = collect(outputs, spec, weight_version=self.sync.version)
+        # Before the first sync the engine has the checkpoint that training starts from.
+        rollouts = collect(outputs, spec, weight_version=self.sync.version or 0)
         return resolve_mixed_versions(rollouts, self.config.generator.inference_engine.mixed_weight_versions)
 
     def rewards(self, problems: Sequence[Any], rollouts: Rollouts) -> Tensor:
@@ -216,37 +230,16 @@ class GRPOTrainer:
         scores = [self.task.reward(problems[r.prompt_index], t) for r, t in zip(rollouts.items, texts, strict=True)]
         return torch.tensor(scores).view(len(problems), -1)
 
-    @torch.no_grad()
-    def measure(self, whole: StepBatch) -> dict[str, float]:
+    def measure(self, whole: StepBatch, *, details: bool = False) -> Measured:
         """The gap between train and rollout before the update, replayed and live on the same tokens."""
-        policy = self.policy
-        policy.model.eval()
-        gaps: dict[str, list[LogprobSums]] = {"live": [], "replayed": []}
-        routing: list[RoutingSums] = []
-        for rows in policy.rows(whole, self.config.trainer.micro_train_batch_size):
-
-            def gap(found: Tensor, rows: Rows = rows) -> LogprobSums:
-                return LogprobSums.from_tensors(found, rows.logprobs, rows.mask)
-
-            if rows.routing is None:
-                gaps["live"].append(gap(policy.logprobs(rows, replayed=False)))
-                continue
-            with r3.record(policy.model) as recorder:
-                gaps["live"].append(gap(policy.logprobs(rows, replayed=False)))
-            gaps["replayed"].append(gap(policy.logprobs(rows, replayed=True)))
-            taken, rolled_out = recorder.routing, rows.routing.to("cpu")
-            routing.append(
-                RoutingSums.from_tensors(
-                    taken.expert_ids, rolled_out.expert_ids, rolled_out.valid, layer_ids=rolled_out.layer_ids
-                )
-            )
-        groups = {f"logprob_diff/{mode}": sums for mode, sums in gaps.items()} | {"routing": routing}
-        return {
-            f"{group}/{name}": value
-            for group, sums in groups.items()
-            if sums
-            for name, value in sum(sums[1:], sums[0]).reduce().metrics().items()
-        }
+        trainer = self.config.trainer
+        return measure(
+            self.policy,
+            whole,
+            size=trainer.micro_train_batch_size,
+            extreme_ratio=trainer.diagnostics.extreme_ratio,
+            details=details,
+        )
 
     def update(self, whole: StepBatch) -> dict[str, float]:
         """`updates_per_step` optimizer steps on the step's rollouts, token-weighted, with routing replayed."""
@@ -351,20 +344,21 @@ def train(config: R3Config, task: Task) -> Path:
         ConfigError: settings that contradict each other, before anything is started.
         UnsupportedModelError: the model cannot be replayed.
         CaptureError, SyncError: what went wrong, in the step in which it did.
+        AlarmError: a metric is beyond a bound of `trainer.diagnostics.alarms` that stops the run.
     """
     rank, world = process_rank()
     config.check(world)
     path = Path(config.trainer.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = RunFolder(path, config.to_flat()) if rank == 0 else None
+    log = StepLog(config, RunFolder(path, config.to_flat())) if rank == 0 else contextlib.nullcontext()
     torch.manual_seed(config.trainer.seed)
-    with process_group():
+    with process_group(), log as log:
         policy = Policy(config)
         with contextlib.ExitStack() as stack:
             with policy.agreement.before_going_on():
                 engine = stack.enter_context(running_engine(config)) if rank == 0 else None
                 if engine is not None and policy.replay is not None:
                     handshake(engine, policy.replay.spec)
-            GRPOTrainer(config, task, policy, engine).train(folder)
+            GRPOTrainer(config, task, policy, engine, log).train()
     if rank == 0:
         write_report(path)
     return path
