@@ -78,11 +78,12 @@ def reference_metrics(name, sequences):
 
 
 def ragged(seed=0, sequences=7, spread=0.3):
-    """Per sequence: d of its tokens, in float32 exactly; one has no token, and some are close to 0."""
+    """Per sequence: d of its tokens, multiples of 2^-18; one has no token, and some have all close to 0."""
     rng = np.random.default_rng(seed)
     lengths = [*rng.integers(1, 12, sequences - 1), 0]
     scales = rng.choice([0.002, 0.05, spread, 2 * spread], sequences)
-    return [(rng.normal(size=n) * scale).astype(np.float32) for n, scale in zip(lengths, scales, strict=True)]
+    diffs = [rng.normal(size=n) * scale for n, scale in zip(lengths, scales, strict=True)]
+    return [(np.round(d * 2**18) / 2**18).astype(np.float32) for d in diffs]
 
 
 def padded(sequences, filler=math.nan):
@@ -90,12 +91,12 @@ def padded(sequences, filler=math.nan):
     rng = np.random.default_rng(1)
     width = max(map(len, sequences)) + 3
     train = torch.full((len(sequences), width), filler)
-    rollout, mask = torch.zeros_like(train), torch.zeros(train.shape, dtype=torch.bool)
+    rollout, mask = train.clone(), torch.zeros(train.shape, dtype=torch.bool)
     for row, diffs in enumerate(sequences):
         at = torch.tensor(sorted(rng.choice(width, len(diffs), replace=False)), dtype=torch.long)
-        # Powers of two: d is exactly what it was.
-        rollout[row, at] = -0.0
-        train[row, at] = torch.from_numpy(diffs)
+        # Multiples of 1/64 down to -4: train is exact in float32, and so is its difference to rollout.
+        rollout[row, at] = -torch.from_numpy(rng.integers(0, 256, len(diffs)) / 64).float()
+        train[row, at] = rollout[row, at] + torch.from_numpy(diffs)
         mask[row, at] = True
     return train, rollout, mask
 
