@@ -6,8 +6,8 @@
 Each set of sinks takes turns in one run. `log`: wall time of one step's calls in the training thread, `RunFolder.log`
 and then `Sinks.log`. `threads`: CPU time a step of all other threads of the process, which the sinks' writing takes; as
 they share the interpreter's lock with the training thread, it is the most that a step can be held up by. Between two
-steps the training thread does fixed work, so that the sinks write while it does. trackio writes into a temporary folder
-and wandb works offline, in a process of its own besides: no network.
+steps the training thread sleeps, as one does that waits for a GPU. trackio writes into a temporary folder and wandb
+works offline, in a process of its own besides: no network.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -30,27 +29,13 @@ from r3.diagnostics import RunFolder, open_sinks
 NONE = "run folder alone"
 
 
-def work(matrix: torch.Tensor, times: int) -> Callable[[], object]:
-    """About as much Python a product as a training step has: a few hundred short calls."""
-
-    def run() -> object:
-        total = matrix
-        for _ in range(times):
-            total = (matrix @ total).tanh_()
-            sum(i * i for i in range(2000))
-        return float(total.sum())
-
-    return run
-
-
 def metrics(count: int, step: int) -> dict[str, float]:
     return {f"group_{at % 7}/metric_{at:03d}": step + 1 / (at + 1) for at in range(count)}
 
 
-def sample(names: list[str], folder: RunFolder, count: int, steps: int, run: Callable[[], object]) -> tuple:
+def sample(names: list[str], folder: RunFolder, count: int, steps: int, pause_s: float) -> tuple:
     """Median wall time of logging and CPU time of the other threads, us a step; and how many steps a sink lost."""
     sinks = open_sinks(names, run_folder=folder, settings={}, project="benchmark")
-    run()
     logging_s, process_s, thread_s = [], time.process_time(), time.thread_time()
     for step in range(1, steps + 1):
         found = metrics(count, step)
@@ -58,14 +43,14 @@ def sample(names: list[str], folder: RunFolder, count: int, steps: int, run: Cal
         folder.log(step, found)
         sinks.log(step, found)
         logging_s.append(time.perf_counter() - start)
-        run()
+        time.sleep(pause_s)
     sinks.close()
     others_s = (time.process_time() - process_s) - (time.thread_time() - thread_s)
     lost = sum(counts.dropped + counts.failed for counts in sinks.counts.values())
     return median(logging_s) * 1e6, others_s / steps * 1e6, lost
 
 
-def measure(names: list[str], count: int, rounds: int, steps: int, run: Callable[[], object], root: Path) -> dict:
+def measure(names: list[str], count: int, rounds: int, steps: int, pause_s: float, root: Path) -> dict:
     variants: dict[str, list[str]] = {NONE: [], **{name: [name] for name in names}}
     samples: dict[str, list[tuple]] = {name: [] for name in variants}
     for turn in range(rounds + 1):  # the first one warms up
@@ -74,7 +59,7 @@ def measure(names: list[str], count: int, rounds: int, steps: int, run: Callable
             folder = RunFolder(root / f"{name.replace(' ', '-')}-{turn}", {})
             said = io.StringIO()
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                found = sample(variants[name], folder, count, steps, run)
+                found = sample(variants[name], folder, count, steps, pause_s)
             if turn:
                 samples[name].append(found)
     alone = [log for log, _, _ in samples[NONE]]
@@ -107,21 +92,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--metrics", type=int, default=150, help="keys a step")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=40, help="steps in a sample")
-    parser.add_argument("--products", type=int, default=40, help="matrix products in a step")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--pause-s", type=float, default=0.05, help="between two steps")
     return parser.parse_args()
 
 
 def main() -> None:
     options = arguments()
-    torch.set_num_threads(options.threads)
     names = options.sink or list(SINKS)
     about = machine(torch.device("cpu")) | {name: version(name) for name in names} | {"metrics": options.metrics}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
-    matrix = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) / 16
     with tempfile.TemporaryDirectory() as root, environment(WANDB_MODE="offline", TRACKIO_DIR=f"{root}/trackio"):
-        run = work(matrix, options.products)
-        results = measure(names, options.metrics, options.rounds, options.steps, run, Path(root))
+        results = measure(names, options.metrics, options.rounds, options.steps, options.pause_s, Path(root))
     show(results)
     print(json.dumps({"benchmark": "sinks", **about, "variants": results}))
 

@@ -66,7 +66,7 @@ class AlarmsConfig:
     coverage_warn: float | None = 0.99
     """Below this share of the rollouts' rows that have routing."""
     coverage_stop: float | None = 0.9
-    version_lag_warn: float | None = 4
+    version_lag_warn: float | None = 2
     """Above this many weight versions between the trainer and the oldest row."""
     version_lag_stop: float | None = 8
 
@@ -357,6 +357,11 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def variables(names: Sequence[str]) -> dict[str, str]:
+    """Those of these environment variables that are set, with their values."""
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def local_rank() -> int:
