@@ -58,7 +58,14 @@ def doctor(args: argparse.Namespace) -> None:
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # also in the engine's processes
     checks = []
     with _stdout_to_stderr() if args.json else contextlib.nullcontext():
-        for check in examine(config, url=args.url, engine=args.engine, timeout_s=args.timeout_s, api_key=args.api_key):
+        for check in examine(
+            config,
+            url=args.url,
+            engine=args.engine,
+            sync=args.sync,
+            timeout_s=args.timeout_s,
+            api_key=args.api_key,
+        ):
             checks.append(check)
             if not args.json:
                 print(f"{check.status:8} {check.name}: {check.detail}", flush=True)
@@ -143,6 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--url", help="a vLLM server to check, such as http://127.0.0.1:8000")
     sub.add_argument("--api-key", help="of the server")
     sub.add_argument("--timeout-s", type=float, default=60.0, help="of each of the server's answers (default 60)")
+    sub.add_argument(
+        "--sync", action="store_true", help="weights are to be synced into the server: check that they can"
+    )
     sub.add_argument("--engine", action="store_true", help="start an engine of the settings and check its capture")
     sub.add_argument("--json", action="store_true", help="print the results as JSON")
     sub.set_defaults(run_command=doctor)

@@ -18,6 +18,7 @@ from r3 import doctor
 from r3.capture import handshake
 from r3.cli import main
 from r3.doctor import Check, examine
+from r3.doctor.vllm_build import vllm_version
 from r3.routing import RoutingSpec
 
 
@@ -31,7 +32,8 @@ def found(*args, **kwargs) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
-def test_here_all_is_well_and_the_command_says_so(capsys):
+def test_here_all_is_well_and_the_command_says_so(capsys, monkeypatch):
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     main(["doctor", "--model", str(DEMO_MODEL)])
     out = capsys.readouterr().out
     assert "ok       model: Qwen3MoeForCausalLM: 8 of 8 decoder layers have a router, 4 of 32 experts" in out
@@ -133,7 +135,7 @@ def test_two_builds_of_vllm_are_a_problem(tmp_path, monkeypatch):
     ("version", "status"), [("0.21.3", "problem"), ("0.22.0", "ok"), ("0.32.1+cpu", "ok"), ("0.33.0", "warning")]
 )
 def test_versions_of_vllm(version, status):
-    assert doctor._vllm_version("vllm", version).status == status
+    assert vllm_version("vllm", version).status == status
 
 
 def test_a_vllm_that_captures_in_an_unknown_way_is_a_problem(monkeypatch):

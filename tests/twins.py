@@ -6,8 +6,11 @@ with kernels of its own does to routing.
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import DEMO_MODEL
@@ -141,3 +144,82 @@ def rollouts_of(
                 )
             )
     return Rollouts(items, spec if routed else None)
+
+
+def with_rows_moved(rollouts: Rollouts, places: int) -> Rollouts:
+    """Row t stands at t + places."""
+    items = []
+    for item in rollouts:
+        rows = item.routing
+        ids, valid = rows.expert_ids.roll(places, 1), rows.valid.roll(places, 1)
+        valid[:, slice(0, places) if places > 0 else slice(places, None)] = False
+        items.append(replace(item, routing=RolloutRouting(ids, valid, rows.layer_ids, rows.num_experts)))
+    return replace(rollouts, items=items)
+
+
+def with_rows_of_others(rollouts: Rollouts) -> Rollouts:
+    """Each rollout has the rows of the next one, repeated where it is longer."""
+    items = []
+    for item, other in zip(rollouts.items, [*rollouts.items[1:], rollouts.items[0]], strict=True):
+        rows, places = other.routing, torch.arange(len(item)) % (len(other) - 1)
+        valid = item.routing.valid & rows.valid[:, places]
+        ids = rows.expert_ids[:, places]
+        items.append(replace(item, routing=RolloutRouting(ids, valid, rows.layer_ids, rows.num_experts)))
+    return replace(rollouts, items=items)
+
+
+def with_logprobs_moved(rollouts: Rollouts, places: int) -> Rollouts:
+    """The log-probability of token i stands beside token i + places."""
+    return replace(rollouts, items=[replace(item, logprobs=item.logprobs.roll(places)) for item in rollouts])
+
+
+class World:
+    """The demo model, its engine's twin, later and other weights, and what was sampled: each made once.
+
+    Args:
+        folder: for checkpoints.
+        seed: of all that is random.
+        prompts: number of rollouts.
+    """
+
+    def __init__(self, folder: Path, seed: int, prompts: int) -> None:
+        self.folder = folder
+        self.seed = seed
+        self.demo = str(DEMO_MODEL)
+        self.model = demo_model()
+        self.prompts = demo_prompts(prompts, seed)
+        self.engine = with_router_noise(self.model, 0.02, seed)
+        self._sampled: dict[tuple, Sequences] = {}
+
+    def sampled(self, **sampling: Any) -> Sequences:
+        key = tuple(sorted(sampling.items()))
+        if key not in self._sampled:
+            self._sampled[key] = sample(self.model, self.prompts, seed=self.seed, **sampling)
+        return self._sampled[key]
+
+    def rollouts(self, *, reported: dict[str, Any] | None = None, engine: Any = None, **sampling: Any) -> Rollouts:
+        """Sampled with `sampling`, reported as they were sampled or as `reported`."""
+        return rollouts_of(
+            engine or self.engine, self.sampled(**sampling), **(sampling if reported is None else reported)
+        )
+
+    def _saved(self, name: str, model: Callable[[], Any]) -> str:
+        path = self.folder / name
+        model().to(torch.bfloat16).save_pretrained(path)
+        return str(path)
+
+    @cached_property
+    def later(self) -> str:
+        """After 8 steps at a learning rate of 1e-4, that of the demo."""
+        return self._saved("later", lambda: trained(self.model, self.sampled(), steps=8, lr=1e-4, seed=self.seed))
+
+    @cached_property
+    def much_later(self) -> str:
+        """After 40 steps at ten times that."""
+        return self._saved("much_later", lambda: trained(self.model, self.sampled(), steps=40, lr=1e-3, seed=self.seed))
+
+    @cached_property
+    def other(self) -> str:
+        """The demo's shape with random weights."""
+        torch.manual_seed(self.seed)
+        return self._saved("other", lambda: type(self.model)(self.model.config))

@@ -76,8 +76,8 @@ class _Decision:
         self.evidence = given.evidence
         self.found = list(hypotheses(given.evidence))
         self.replayed = any(view.replayed for view in given.evidence.tables)
-        self.floors = {view: max(float(k3(d)), FLOOR_NATS) for view, d in given.lower.items()}
-        self.floor = self.floors[View(replayed=self.replayed)]
+        # Of live and replayed the smaller: flips are in the one, and rows that are wrong would be in the other.
+        self.floor = max(min(float(k3(d)) for d in given.lower.values()), FLOOR_NATS)
         self.live = self._as_trainer(View())
         self.causes: list[Cause] = []
         self.notes: list[str] = []
@@ -125,21 +125,26 @@ class _Decision:
         return self._explanation(tokens, words.verdict(self.causes), kept)
 
     def _name(self, kept: Hypothesis, needed: Sequence[Needed]) -> None:
-        names = {item.name for item in needed}
-        for item in needed:
-            without, with_it = item.without.k3, kept.k3
-            if item.name == ROUTING:
-                self.causes.append(words.routing(without, with_it, self.given.routing.get(kept.view.rows)))
-            elif item.name == WEIGHTS:
-                self.causes.append(words.stale(self.given.names[kept.view.weights], without, with_it))
-            elif item.name == LOGPROBS:
-                self.causes.append(words.shifted_logprobs(kept.shift, without, with_it))
-            elif item.name == TRUNCATION:
-                self.causes.append(words.renormalised(kept.distribution, without, with_it))
-        if TEMPERATURE in names or kept.k3 < OTHER_WEIGHTS_NATS:
-            self._temperature(kept, next((item.without.k3 for item in needed if item.name == TEMPERATURE), None))
+        without = {item.name: item.without.k3 for item in needed}
+        named: list[tuple[float, Cause]] = []
+        for name, gap in without.items():
+            if name == ROUTING:
+                cause = words.routing(gap, kept.k3, self.given.routing.get(kept.view.rows))
+            elif name == WEIGHTS:
+                cause = words.stale(self.given.names[kept.view.weights], gap, kept.k3)
+            elif name == LOGPROBS:
+                cause = words.shifted_logprobs(kept.shift, gap, kept.k3)
+            elif name == TRUNCATION:
+                cause = words.renormalised(kept.distribution, gap, kept.k3)
+            else:
+                continue  # a temperature, and rows, which are looked at in another way
+            named.append((gap, cause))
+        temperature = self._temperature(kept, without.get(TEMPERATURE))
+        if temperature is not None:
+            named.append((without.get(TEMPERATURE, 0.0), temperature))
+        self.causes += [cause for _, cause in sorted(named, key=lambda item: -item[0])]
 
-    def _temperature(self, kept: Hypothesis, without: float | None) -> None:
+    def _temperature(self, kept: Hypothesis, without: float | None) -> Cause | None:
         """A temperature mistake, or log-probabilities of another distribution than the tokens were sampled from."""
         expected, reported, settings = self.evidence.expected, kept.distribution, self.given.settings
         sampled = self._sampled_from(kept)
@@ -148,11 +153,10 @@ class _Decision:
             or (expected.truncated and not reported.truncated)
         )
         if sampled is not None or declared_raw:
-            self.causes.append(words.raw(reported, sampled, expected, without, kept.k3))
-        elif without is not None:
-            self.causes.append(
-                words.temperature(reported.temperature, expected.temperature, settings.temperature, without, kept.k3)
-            )
+            return words.raw(reported, sampled, expected, without, kept.k3)
+        if without is not None:
+            return words.temperature(reported.temperature, expected.temperature, settings.temperature, without, kept.k3)
+        return None
 
     def _sampled_from(self, kept: Hypothesis) -> tuple[Distribution, float] | None:
         """The distribution that the tokens themselves speak for, if it is another than the reported one, and by how
@@ -160,15 +164,16 @@ class _Decision:
         if kept.k3 > self.precise or kept.distribution.truncated:
             return None
         evidence, reported = self.evidence, kept.distribution.temperature
+        found: list[tuple[Distribution, float]] = []
         plain, likelihood = evidence.likeliest_temperature(kept.view)
         nats = likelihood - float(evidence.scored(kept.view, kept.distribution).sum())
-        if nats < LIKELIER_NATS or abs(math.log(plain.temperature / reported)) < NOTICED:
-            plain = kept.distribution
-        near = min((1.0, evidence.expected.temperature), key=lambda t: abs(math.log(t / plain.temperature)))
+        if nats >= LIKELIER_NATS and abs(math.log(plain.temperature / reported)) >= NOTICED:
+            found.append((plain, nats))
+        near = min((1.0, evidence.expected.temperature), key=lambda t: abs(math.log(t / reported)))
         excluded = evidence.never_sampled(kept.view, near)
-        if excluded is not None and excluded[1] >= EXCLUDED_NATS and abs(math.log(near / plain.temperature)) < NOTICED:
-            return excluded
-        return None if plain == kept.distribution else (plain, nats)
+        if excluded is not None and excluded[1] >= EXCLUDED_NATS and abs(math.log(near / reported)) < NOTICED:
+            found.append(excluded)
+        return max(found, key=lambda candidate: candidate[1], default=None)
 
     def _rows(self, kept: Hypothesis, factor: float) -> None:
         """Rows that do harm: replayed as they are, the gap is larger than live, or than with the rows moved."""

