@@ -77,9 +77,11 @@ def pooled(counts: torch.Tensor, per_octave: int, largest: float) -> list[tuple[
 
 
 def counts_of(index: torch.Tensor, size: int) -> torch.Tensor:
-    """int64 `[size]`, how often each number from 0 below `size` occurs in int64 `index` of any shape."""
+    """int64 `[size]`, how often each number from 0 below `size` occurs in int32 or int64 `index` of any shape."""
     flat = index.flatten()
     if flat.device.type == "cpu":
         return flat.bincount(minlength=size)
     # A GPU's bincount has the host wait for the largest number.
-    return torch.zeros(size, dtype=torch.int64, device=flat.device).index_add_(0, flat, torch.ones_like(flat))
+    return torch.zeros(size, dtype=torch.int64, device=flat.device).index_add_(
+        0, flat, torch.ones_like(flat, dtype=torch.int64)
+    )

@@ -43,30 +43,25 @@ class LoadSums(MergeableSums):
     ) -> Self:
         """Counts of one batch: `live` and `replayed`, the rollout's, are expert ids `[..., L, K]`, `valid` is bool.
 
-        They are as for `RoutingSums`, which also looks for ids that are repeated in a row. Waits for the device twice.
-        Raises `DiagnosticsError` for wrong shapes or dtypes, and for ids in valid rows that are not from 0 below
-        `num_experts`.
+        They are as for `RoutingSums`, which also looks for ids that are repeated in a row. Raises `DiagnosticsError`
+        for wrong shapes or dtypes, and for ids in valid rows that are not from 0 below `num_experts`.
         """
         if num_experts < 1:
             raise DiagnosticsError(f"num_experts: expected 1 or more, got {num_experts}")
         pair = RoutingPair(live, replayed, valid, layer_ids)
         n_layers = len(pair.layers)
         counts = torch.zeros(2, n_layers * num_experts, dtype=torch.int64, device=live.device)
-        outside = torch.zeros(2, dtype=torch.int64, device=live.device)
-        layer = torch.arange(n_layers, device=live.device) * num_experts
+        layer = torch.arange(n_layers, device=live.device, dtype=torch.int32) * num_experts
         for block in pair.blocks():
-            for side, ids in enumerate((block.live.long(), block.replayed.long())):
-                within = ids.clamp(0, num_experts - 1)
-                outside[side] += (within != ids).sum()
-                counts[side] += counts_of(within + layer, n_layers * num_experts)
-        found = torch.cat([outside, counts.flatten()]).cpu()
-        for name, n in zip(("live", "replayed"), found[:2].tolist(), strict=True):
-            if n:
-                raise DiagnosticsError(
-                    f"{name}: expected expert ids from 0 to {num_experts - 1} in every valid row, got {n} others of "
-                    f"{len(pair.where) * n_layers * pair.slots}; mark rows that were not captured as invalid"
-                )
-        return cls(counts=found[2:].view(2, n_layers, num_experts), layer_ids=pair.layers)
+            for side, (name, ids) in enumerate((("live", block.live), ("replayed", block.replayed))):
+                lowest, highest = torch.stack(ids.aminmax()).tolist()
+                if lowest < 0 or highest >= num_experts:
+                    raise DiagnosticsError(
+                        f"{name}: expected expert ids from 0 to {num_experts - 1} in every valid row, got {lowest} to "
+                        f"{highest}; mark rows that were not captured as invalid"
+                    )
+                counts[side] += counts_of(ids + layer, n_layers * num_experts)
+        return cls(counts=counts.cpu().view(2, n_layers, num_experts), layer_ids=pair.layers)
 
     @property
     def signature(self) -> dict[str, Any]:

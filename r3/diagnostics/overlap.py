@@ -63,7 +63,7 @@ class RoutingPair:
     def blocks(self) -> Iterator[Block]:
         """All valid rows, in order."""
         step = max(1, BLOCK_ELEMENTS // (len(self.layers) * self.slots))
-        for where in self.where.split(step):
+        for where in self.where.split(step) if len(self.where) else ():
             live, replayed = (
                 side.index_select(0, where).to(self._dtype).movedim(-1, 0).contiguous() for side in self._sides
             )
@@ -95,15 +95,16 @@ def common(block: Block) -> torch.Tensor:
     # Ids are distinct, so the number of equal pairs is the size of the intersection.
     found = torch.zeros_like(block.live[0], dtype=torch.uint8)
     for slot in block.replayed:
-        found += (block.live == slot).any(0)
-    return found
+        # A sum of bytes is vectorised on a CPU, `any` of booleans is not.
+        found += (block.live == slot).view(torch.uint8).sum(0, dtype=torch.uint8)
+    return found.clamp_max(len(block.live))
 
 
 def impossible(ids: torch.Tensor) -> torch.Tensor:
     """How many rows of `[K, m, L]` have negative or repeated ids; a tensor, so that nobody waits for it."""
-    found = (ids < 0).any(0)
+    found = ids.amin(0) < 0
     for slot in range(1, len(ids)):
-        found |= (ids[:slot] == ids[slot]).any(0)
+        found |= (ids[:slot] == ids[slot]).view(torch.uint8).sum(0, dtype=torch.uint8) > 0
     return found.sum()
 
 

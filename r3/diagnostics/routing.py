@@ -63,14 +63,15 @@ class RoutingSums(MergeableSums):
         n_layers, slots = len(pair.layers), pair.slots
         shared = torch.zeros(n_layers * (slots + 1), dtype=torch.int64, device=live.device)
         bad, differing, reordered = torch.zeros(3, dtype=torch.int64, device=live.device)
-        layer = torch.arange(n_layers, device=live.device) * (slots + 1)
+        layer = torch.arange(n_layers, device=live.device, dtype=torch.int32) * (slots + 1)
         for block in pair.blocks():
             bad += impossible(block.live) + impossible(block.replayed)
             found = common(block)
             shared += counts_of(found + layer, len(shared))
             same = found == slots
             differing += (~same).any(-1).sum()
-            reordered += (same & (block.live != block.replayed).any(0)).sum()
+            in_order = (block.live == block.replayed).view(torch.uint8).sum(0, dtype=torch.uint8) == slots
+            reordered += (same & ~in_order).sum()
         n_bad, n_differing, n_reordered, *counts = torch.cat(
             [torch.stack([bad, differing, reordered]), shared]
         ).tolist()
