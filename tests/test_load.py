@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import jaccard_score
 
-from r3.diagnostics import LoadSums, MarginSums, RoutingSums, compare_routing, overlap
+from r3.diagnostics import (
+    CoverageSums,
+    LoadSums,
+    LogprobSums,
+    MarginSums,
+    RoutingSums,
+    SequenceSums,
+    compare_routing,
+    overlap,
+    sequence_totals,
+)
 from r3.diagnostics.histogram import RELATIVE_ERROR
 from r3.errors import DiagnosticsError
 
@@ -194,3 +204,35 @@ def test_wrong_margins_are_named():
     for margins in (torch.ones(20, 2), torch.ones(20, 3, dtype=torch.int64), torch.ones(20, 3, device="meta")):
         with pytest.raises(DiagnosticsError, match=r"margins: expected floating \[\.\.\., L\] = \[20, 3\] on cpu, got"):
             MarginSums.from_tensors(margins, live, replayed, valid)
+
+
+@pytest.mark.gpu
+def test_a_gpu_counts_what_a_cpu_counts(monkeypatch):
+    monkeypatch.setattr(overlap, "BLOCK_ELEMENTS", 1000)
+    live, replayed, valid = case(0, 500)
+    generator = torch.Generator().manual_seed(0)
+    margins = torch.rand(500, len(LAYERS), generator=generator)
+    rollout = -torch.rand(500, generator=generator)
+    train, ids = rollout + 0.1 * torch.randn(500, generator=generator), torch.randint(9, (500,), generator=generator)
+    versions = torch.randint(-1, 4, (20, 25), generator=generator)
+
+    def every(device):
+        here = lambda *tensors: [t.to(device) for t in tensors]  # noqa: E731
+        pair = here(live.to(torch.uint8), replayed, valid)
+        totals = sequence_totals(*here(train - rollout, valid, ids), 9)
+        return [
+            RoutingSums.from_tensors(*pair),
+            load(*pair),
+            MarginSums.from_tensors(margins.to(device), *pair),
+            CoverageSums.from_tensors(*here(valid.view(20, 25), valid.view(20, 25), versions), 5),
+            LogprobSums.from_tensors(*here(train, rollout, valid)),
+            SequenceSums.from_totals(*totals),
+        ]
+
+    on_gpu, on_cpu = every("cuda"), every("cpu")
+    assert on_gpu[:4] == on_cpu[:4]
+    assert torch.equal(on_gpu[4].counts, on_cpu[4].counts)
+    for a, b in zip(on_gpu, on_cpu, strict=True):
+        assert a.metrics() == pytest.approx(b.metrics(), rel=1e-12)
+    with pytest.raises(DiagnosticsError, match="got 1 to 7"):
+        LoadSums.from_tensors(*[t.cuda() for t in (live + 1, live, valid)], num_experts=7, layer_ids=LAYERS)
