@@ -217,7 +217,7 @@ def test_a_gpu_counts_what_a_cpu_counts(monkeypatch):
     versions = torch.randint(-1, 4, (20, 25), generator=generator)
 
     def every(device):
-        here = lambda *tensors: [t.to(device) for t in tensors]  # noqa: E731
+        here = lambda *tensors: [t.to(device) for t in tensors]
         pair = here(live.to(torch.uint8), replayed, valid)
         totals = sequence_totals(*here(train - rollout, valid, ids), 9)
         return [
