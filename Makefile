@@ -11,9 +11,9 @@ READY := .venv/.r3-ready
 # those with engines do not all come last.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The newest CPU build of vLLM has an environment of its own. It captures in another way, and these tests are of capture.
+# The newest CPU build of vLLM has an environment of its own. It captures in another way; these are tests of capture and sync.
 NEWEST := .venv-newest
-NEWEST_TESTS := hooks collect rows http stitch server
+NEWEST_TESTS := hooks collect rows http stitch server sync
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ test-long: $(READY)  ## the long tests: engines that are stopped and killed, wei
 test-browser: $(READY)  ## look at the reports' pages in a headless Chromium
 	$(BIN)/python $(PYTEST) -m browser $(ARGS)
 
-test-newest: $(NEWEST)/.r3-ready  ## the tests of capture with the newest CPU build of vLLM
+test-newest: $(NEWEST)/.r3-ready  ## capture and weight sync with the newest CPU build of vLLM
 	$(NEWEST)/bin/python $(PYTEST) -m "not gpu" $(NEWEST_TESTS:%=tests/test_%.py) $(ARGS)
 
 lint: $(READY)  ## check style, format and types

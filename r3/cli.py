@@ -28,7 +28,7 @@ def demo(args: argparse.Namespace) -> None:
         from r3.config import R3Config
 
         for key, value in R3Config().to_flat().items():
-            print(f"{key}={value}")
+            print(f"{key}={'null' if value is None else value}")
         return
     script = _example("grpo_fsdp.py")
     # In place of this process: signals, exit code and the engine's parent are then the script's own.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import r3
 from r3.capture import Rollouts, collect, handshake, resolve_mixed_versions, running_engine, sampling_kwargs
 from r3.config import R3Config, local_rank, process_rank
-from r3.diagnostics import RunFolder, write_report
+from r3.diagnostics import RunFolder, require_sinks, write_report
 from r3.errors import ParallelError, SyncError
 from r3.parallel import Agreement, make_mesh, shard_parameters, token_logprobs, ulysses
 from r3.routing import prefetch
@@ -348,6 +348,7 @@ def train(config: R3Config, task: Task) -> Path:
     """
     rank, world = process_rank()
     config.check(world)
+    require_sinks(config.trainer.diagnostics.sinks)  # before there is a folder that a second try would find in use
     path = Path(config.trainer.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     log = StepLog(config, RunFolder(path, config.to_flat())) if rank == 0 else contextlib.nullcontext()
     torch.manual_seed(config.trainer.seed)
