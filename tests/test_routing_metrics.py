@@ -212,3 +212,9 @@ def test_valid_rows_with_impossible_ids_are_placed(name, bad):
         DiagnosticsError, match=rf"{name}: expected distinct.*\n  at \(1, 2\), layer 13: \[{bad[0]}, {bad[1]}\]"
     ):
         compare_routing(**sides, valid=YES, layer_ids=[10, 11, 12, 13])
+
+
+def test_ids_repeated_on_both_sides_are_an_error_and_not_an_overlap_above_k():
+    twice = torch.tensor([[[7, 7]]])
+    with pytest.raises(DiagnosticsError, match=r"live: expected distinct.*in 1; .*\n  at \(0,\), layer 0: \[7, 7\]"):
+        compare_routing(twice, twice, torch.tensor([True]))

@@ -27,8 +27,7 @@ _FIRST = (LOWEST + _EXPONENT_BIAS) << SUB_BITS
 
 def bin_of(values: torch.Tensor) -> torch.Tensor:
     """int64, the bin of each of `values`, float64 from 0 up (infinity included, NaN not) of any shape."""
-    # + 0.0 turns -0.0, whose bits are another number's, into 0.0.
-    leading = ((values + 0.0).contiguous().view(torch.int64) >> (_MANTISSA - SUB_BITS)) - _FIRST
+    leading = (values.contiguous().view(torch.int64) >> (_MANTISSA - SUB_BITS)) - _FIRST
     return (leading.clamp(-1, BINS - 3) + 2).masked_fill(values == 0, 0)
 
 

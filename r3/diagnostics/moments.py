@@ -32,10 +32,8 @@ class Moments:
     def of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """`[mean_x, mean_y, xx, yy, xy]` of float64 `[n]`, n > 0, as a tensor on their device."""
         pairs = torch.stack([x, y])
-        # From the first value on: equal values have exactly their own mean, and deviations of exactly 0.
-        start = pairs[:, :1]
-        mean = start + (pairs - start).mean(1, keepdim=True)
-        # The first value may be far out, and have cost the others digits.
+        mean = pairs.mean(1, keepdim=True)
+        # The second step takes out the rounding of the first: equal values have deviations of exactly 0.
         mean = mean + (pairs - mean).mean(1, keepdim=True)
         dx, dy = pairs - mean
         return torch.cat([mean[:, 0], torch.stack([(dx * dx).sum(), (dy * dy).sum(), (dx * dy).sum()])])
