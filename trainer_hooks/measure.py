@@ -65,7 +65,7 @@ def measure(policy: Policy, whole: StepBatch, *, size: int, extreme_ratio: float
         with r3.record(policy.model, margins=True) as recorder:
             live = policy.logprobs(rows, replayed=False)
         replayed = policy.logprobs(rows, replayed=True)
-        parted = found.add_routing(recorder.routing, recorder.margins.cpu(), rows.routing.to("cpu"))
+        parted = found.add_routing(recorder.expert_ids, recorder.margins, rows.routing)
         found.add(rows, {"live": live, "replayed": replayed}, parted)
     return found.measured(policy, whole)
 
@@ -114,13 +114,13 @@ class _Found:
                 token_ids=rows.labels,
                 sample_ids=rows.sample_ids,
                 positions=rows.position_ids + 1,
-                parted=None if parted is None else parted.to(rows.mask.device),
+                parted=parted,
             )
 
-    def add_routing(self, live: RolloutRouting, margins: Tensor, rollout: RolloutRouting) -> Tensor:
-        """Compare two routings on the CPU. Returns bool `[R, N, L]`, where they chose different experts."""
+    def add_routing(self, mine: Tensor, margins: Tensor, rollout: RolloutRouting) -> Tensor:
+        """Compare two routings where they are. Returns bool `[R, N, L]`, where they chose different experts."""
         layers, experts = rollout.layer_ids, rollout.num_experts
-        mine, theirs, valid = live.expert_ids, rollout.expert_ids, rollout.valid
+        theirs, valid = rollout.expert_ids, rollout.valid
         sums = (
             RoutingSums.from_tensors(mine, theirs, valid, layer_ids=layers),
             LoadSums.from_tensors(mine, theirs, valid, num_experts=experts, layer_ids=layers),
