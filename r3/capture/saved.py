@@ -314,7 +314,13 @@ def _spec(given: Any) -> RoutingSpec | None:
     numbers = {name: _integer(given, name) for name in names}
     if set(given) != {*layers, *numbers} or any(not 0 < value < 1 << 31 for value in numbers.values()):
         raise CaptureError(f"spec: expected positive {', '.join(names)} and lists of layers, got {str(given)[:200]}")
-    return RoutingSpec(**layers, **numbers)
+    return RoutingSpec(
+        layer_ids=layers["layer_ids"],
+        num_layers=numbers["num_layers"],
+        num_experts=numbers["num_experts"],
+        top_k=numbers["top_k"],
+        table_layers=layers["table_layers"],
+    )
 
 
 def _integer(given: Mapping[str, Any], name: str) -> int:

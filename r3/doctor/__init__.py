@@ -72,4 +72,4 @@ def examine(
     if url is not None:
         yield from server_checks(Endpoint(url=url, timeout_s=timeout_s, api_key=api_key), spec, sync=sync)
     if engine:
-        yield from guarded("engine", partial(engine_check, config, spec))
+        yield from guarded("engine", partial(engine_check, config, spec, timeout_s))

@@ -1,11 +1,14 @@
 """Checks of an engine: of its settings, by vLLM itself, and of its capture, in this process."""
 
+from dataclasses import replace
 from typing import Any
 
 from r3.capture import Endpoint, engine_kwargs, handshake, running_engine
 from r3.config import R3Config
 from r3.doctor.check import Check
+from r3.doctor.sync import sync_state
 from r3.routing import RoutingSpec
+from r3.weight_sync import engine_of
 
 
 def engine_settings(config: R3Config) -> Check:
@@ -39,7 +42,7 @@ def capture_check(name: str, engine: Any, spec: RoutingSpec, server: Endpoint | 
     return Check(name=name, status="ok", detail=detail)
 
 
-def engine(config: R3Config, spec: RoutingSpec | None) -> Check:
+def engine(config: R3Config, spec: RoutingSpec | None, timeout_s: float) -> Check:
     if spec is None:
         return Check(
             name="engine",
@@ -48,4 +51,8 @@ def engine(config: R3Config, spec: RoutingSpec | None) -> Check:
             remedy="set trainer.policy.model.path (or --model) to the folder of one",
         )
     with running_engine(config) as running:
-        return capture_check("engine", running, spec)
+        state = sync_state("engine", engine_of(running), timeout_s)
+        if state.status != "ok":
+            return state
+        captured = capture_check("engine", running, spec)
+        return replace(captured, detail=f"{captured.detail}; {state.detail}")

@@ -49,7 +49,7 @@ def _gpus() -> Check | None:
                 remedy="install a CUDA build of torch, unless the CPU is meant",
             )
         return Check(name="gpus", status="ok", detail="none; torch is a build without CUDA")
-    driver = torch._C._cuda_getDriverVersion()
+    driver = torch._C._cuda_getDriverVersion()  # pyrefly: ignore
     versions = f"torch for CUDA {torch.version.cuda}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}"
     if not torch.cuda.is_available():
         return Check(

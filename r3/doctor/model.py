@@ -8,6 +8,7 @@ from r3.routing import RoutingSpec
 
 NEUTRAL = {"temperature": {1}, "top_k": {0, -1}, "top_p": {1}, "min_p": {0}, "repetition_penalty": {1}}
 """Values of a generation config that leave the distribution as it is; so does None."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
 
 
 def model(path: Path, found: list[RoutingSpec]) -> Check:
@@ -53,6 +54,14 @@ def tokenizer(path: Path) -> Check:
     """Whether the folder's tokenizer loads, pads, ends, and fits the model's vocabulary."""
     from transformers import AutoConfig, AutoTokenizer
 
+    if not any(list(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+        # The library makes an empty tokenizer then.
+        return Check(
+            name="tokenizer",
+            status="problem",
+            detail=f"{path} has none of {', '.join(TOKENIZER_FILES)}",
+            remedy="save the tokenizer beside the model: tokenizer.save_pretrained(folder)",
+        )
     try:
         loaded = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # whatever a foreign folder makes the library raise

@@ -158,22 +158,27 @@ class _Decision:
             return words.temperature(reported.temperature, expected.temperature, settings.temperature, without, kept.k3)
         return None
 
-    def _sampled_from(self, kept: Hypothesis) -> tuple[Distribution, float] | None:
-        """The distribution that the tokens themselves speak for, if it is another than the reported one, and by how
-        many nats. A model that does not explain the gap cannot tell."""
+    def _sampled_from(self, kept: Hypothesis) -> words.Sampled | None:
+        """The distribution that the tokens themselves speak for, if it is another than the reported one.
+
+        A model that does not explain the gap cannot tell.
+        """
         if kept.k3 > self.precise or kept.distribution.truncated:
             return None
         evidence, reported = self.evidence, kept.distribution.temperature
-        found: list[tuple[Distribution, float]] = []
-        plain, likelihood = evidence.likeliest_temperature(kept.view)
-        nats = likelihood - float(evidence.scored(kept.view, kept.distribution).sum())
-        if nats >= LIKELIER_NATS and abs(math.log(plain.temperature / reported)) >= NOTICED:
-            found.append((plain, nats))
+        found: list[words.Sampled] = []
+        likeliest = evidence.likeliest_temperature(kept.view)
+        nats = likeliest.nats - float(evidence.scored(kept.view, kept.distribution).sum())
+        if nats >= LIKELIER_NATS and abs(math.log(likeliest.temperature / reported)) >= NOTICED:
+            text = f"temperature {likeliest.temperature:.2f} ({likeliest.low:.2f} to {likeliest.high:.2f})"
+            figures = {"sampled_temperature": likeliest.temperature}
+            figures |= {"sampled_temperature_low": likeliest.low, "sampled_temperature_high": likeliest.high}
+            found.append(words.Sampled(text=text, nats=nats, figures=figures))
         near = min((1.0, evidence.expected.temperature), key=lambda t: abs(math.log(t / reported)))
         excluded = evidence.never_sampled(kept.view, near)
         if excluded is not None and excluded[1] >= EXCLUDED_NATS and abs(math.log(near / reported)) < NOTICED:
-            found.append(excluded)
-        return max(found, key=lambda candidate: candidate[1], default=None)
+            found.append(words.Sampled(text=f"{excluded[0]}, or so", nats=excluded[1], figures={}))
+        return max(found, key=lambda candidate: candidate.nats, default=None)
 
     def _rows(self, kept: Hypothesis, factor: float) -> None:
         """Rows that do harm: replayed as they are, the gap is larger than live, or than with the rows moved."""

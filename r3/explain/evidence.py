@@ -19,6 +19,8 @@ from r3.explain.scoring import View, scored
 CLAMPED_NATS = -1000.0
 """vLLM reports -9999 for what has no probability: no measurement."""
 _LARGEST_D = 30.0
+WITHIN_NATS = 3.0
+"""Log-likelihood ratio of an estimate's range: it misses the truth once in 70."""
 SHIFTS = (0, 1, -1)
 
 
@@ -82,6 +84,16 @@ class Tokens:
         beside = (self.rollout[here] == self.rollout[there]) & (self.position[here] + shift == self.position[there])
         moved[here] = torch.where(beside, found[there], math.nan)
         return moved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likeliest:
+    """An estimate of the temperature of sampling, its range, and its log-likelihood, nats in all."""
+
+    temperature: float
+    low: float
+    high: float
+    nats: float
 
 
 def k3(d: Tensor) -> Tensor:
@@ -158,11 +170,14 @@ class Evidence:
         ]
         return self.distributions[min(found)[1]] if found else None
 
-    def likeliest_temperature(self, view: View) -> tuple[Distribution, float]:
-        """The temperature under which the tokens themselves are most probable, and its log-likelihood, nats in all."""
-        table = self.tables[view][self._grid].double()
-        found = Distribution(temperature=_minimum(table, lambda scores: -float(scores.sum())))
-        return found, float(self.scored(view, found).sum())
+    def likeliest_temperature(self, view: View) -> "Likeliest":
+        """The temperature under which the tokens themselves are most probable."""
+        likelihood = self.tables[view][self._grid].double().sum(1, keepdim=True)
+        found = _minimum(likelihood, lambda total: -float(total))
+        best = float(interpolate(likelihood, TEMPERATURES, found))
+        steps = [TEMPERATURES[0] * (TEMPERATURES[-1] / TEMPERATURES[0]) ** (i / 400) for i in range(401)]
+        near = [t for t in steps if float(interpolate(likelihood, TEMPERATURES, t)) >= best - WITHIN_NATS]
+        return Likeliest(temperature=found, low=min(near, default=found), high=max(near, default=found), nats=best)
 
     def never_sampled(self, view: View, temperature: float) -> tuple[Distribution, float] | None:
         """The truncation that the tokens speak for most, and how strongly.

@@ -1,6 +1,7 @@
 """The outcome's sentences."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from r3.diagnostics import RoutingSums
 from r3.explain.distributions import Distribution
@@ -181,9 +182,18 @@ def temperature(found: float, expected: float, declared: float | None, without: 
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """A distribution that tokens speak for, in words, with the evidence for it in nats of log-likelihood."""
+
+    text: str
+    nats: float
+    figures: dict[str, float]
+
+
 def raw(
     reported: Distribution,
-    sampled: tuple[Distribution, float] | None,
+    sampled: Sampled | None,
     expected: Distribution,
     without: float | None,
     with_it: float,
@@ -192,11 +202,11 @@ def raw(
     if without is not None:
         figures["k3_without"] = without
     if sampled is None:
-        told, asked = f"the file's settings say that {expected} was asked for", expected
+        told = f"the file's settings say that {expected} was asked for"
+        figures["sampled"] = str(expected)
     else:
-        asked, nats = sampled
-        told = f"the tokens themselves speak for {asked}, or so (evidence of {nats:.0f} nats in all)"
-    figures["sampled"] = str(asked)
+        told = f"the tokens themselves speak for {sampled.text} (evidence of {sampled.nats:.0f} nats in all)"
+        figures |= {"sampled": sampled.text, **sampled.figures}
     return Cause(
         name="raw_logprobs",
         text=f"raw log-probabilities: they are those of {reported}, and {told}. Ratios taken from them are not those "
