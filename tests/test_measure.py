@@ -15,7 +15,7 @@ from r3.diagnostics import LogprobSums, compare_routing
 from r3.routing import RoutingSpec
 from trainer_hooks.batches import StepBatch
 from trainer_hooks.fsdp import Policy, process_group
-from trainer_hooks.measure import coverage, measure
+from trainer_hooks.measure import StepGap, coverage, measure
 
 EXACT = ("tokens", "rows", "sequences")
 
@@ -143,6 +143,24 @@ def test_metrics_and_details_are_the_same_on_two_ranks(batch, truth, sequence_pa
         assert one.details["load"] == alone.details["load"]
         places = [[(w["sample"], w["position"], w["layers"]) for w in each.details["worst"]] for each in (one, alone)]
         assert places[0] == places[1]
+
+
+def test_training_forwards_give_the_replayed_side_for_nothing(batch, truth):
+    from trainer_hooks.fsdp import GRPOTrainer
+
+    for updates, samples in ((1, 4), (2, 2)):
+        settings = config(**{"trainer.micro_train_batch_size": 2, "trainer.updates_per_step": updates})
+        with process_group():
+            policy, untouched = Policy(settings), Policy(settings)
+            gap = StepGap(samples=4, extreme_ratio=1.1)
+            GRPOTrainer(settings, None, policy, None).update(StepBatch.of(batch, torch.ones(4)), gap)
+            found = gap.reduced().metrics()
+            # What comes before the first update alone: after it the weights are not those that sampled.
+            before = StepBatch.of(batch.select(slice(samples)), torch.ones(samples))
+            expected = measure(untouched, before, size=2, extreme_ratio=1.1, details=False).metrics
+        assert found.keys() == {key for key in expected if key.startswith("logprob_diff/replayed")}
+        assert found["logprob_diff/replayed/sequences"] == samples
+        require_equal(found, {key: expected[key] for key in found})
 
 
 def test_worst_tokens_are_told_by_place_text_and_layers(batch):

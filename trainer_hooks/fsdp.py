@@ -28,7 +28,7 @@ from r3.routing import prefetch
 from r3.weight_sync import SyncReceipt, Weight, WeightSource, WeightSync, gather_all, named_weights
 from r3.weight_sync.clock import Clock
 from trainer_hooks.batches import Rows, StepBatch
-from trainer_hooks.measure import Measured, coverage, measure
+from trainer_hooks.measure import Measured, StepGap, coverage, measure
 from trainer_hooks.step_log import StepLog
 
 logger = logging.getLogger("r3")
@@ -176,14 +176,19 @@ class GRPOTrainer:
             whole, metrics = self.experience(step) if self.engine is not None else (None, {})
         with clock.stage("rollout"):
             whole = broadcast(whole)
-        details = None
+        details, gap = None, None
         if diagnostics.measures(step):
             with clock.stage("measure"):
                 measured = self.measure(whole, details=diagnostics.details(step))
             metrics |= measured.metrics
             details = measured.details
+        elif diagnostics.every:
+            # Of the side that is trained on, what the training forwards give anyway.
+            gap = StepGap(samples=len(whole.advantages), extreme_ratio=diagnostics.extreme_ratio)
         with clock.stage("train"):
-            metrics |= self.update(whole)
+            metrics |= self.update(whole, gap)
+        if gap is not None:
+            metrics |= gap.reduced().metrics()
         with clock.stage("sync"):
             receipt = self.push(version=step)
         if receipt is not None:
@@ -241,8 +246,11 @@ class GRPOTrainer:
             details=details,
         )
 
-    def update(self, whole: StepBatch) -> dict[str, float]:
-        """`updates_per_step` optimizer steps on the step's rollouts, token-weighted, with routing replayed."""
+    def update(self, whole: StepBatch, gap: StepGap | None = None) -> dict[str, float]:
+        """`updates_per_step` optimizer steps on the step's rollouts, token-weighted, with routing replayed.
+
+        `gap` takes what is computed before the first of them: later ones are of weights that did not sample.
+        """
         trainer, policy = self.config.trainer, self.policy
         replayed = trainer.policy.fsdp_config.moe_enable_routing_replay
         policy.model.train()
@@ -252,7 +260,10 @@ class GRPOTrainer:
             # Of all ranks, over which gradients are averaged.
             tokens = int(mini.batch.response_mask.sum()) / dist.get_world_size()
             for rows in policy.rows(mini, trainer.micro_train_batch_size):
-                loss, clipped = self._loss(rows, replayed)
+                found = policy.logprobs(rows, replayed=replayed)
+                if gap is not None and not norms:
+                    gap.add(rows, {"replayed" if replayed else "live": found.detach()})
+                loss, clipped = self._loss(found, rows)
                 (loss / tokens).backward()
                 totals["loss"] += float(loss.detach())
                 totals["clipped"] += float(clipped)
@@ -277,12 +288,12 @@ class GRPOTrainer:
             "routing/rows_live": totals["rows_live"],
         }
 
-    def _loss(self, rows: Rows, replayed: bool) -> tuple[Tensor, Tensor]:
+    def _loss(self, found: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Sum over tokens of the negative objective, and how many tokens are outside the bounds."""
         low, high = self.config.trainer.algorithm.eps_clip_low, self.config.trainer.algorithm.eps_clip_high
         # Against the policy that sampled: the rollout's own log-probabilities, not the trainer's idea of them.
         # Where there is no label, both are 0 and so is the advantage: nothing is added.
-        ratio = (self.policy.logprobs(rows, replayed=replayed) - rows.logprobs).exp()
+        ratio = (found - rows.logprobs).exp()
         outside = ((ratio < 1 - low) | (ratio > 1 + high)).sum()
         return -clipped_objective(ratio, rows.advantages, low, high).sum(), outside
 

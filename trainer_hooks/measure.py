@@ -5,7 +5,8 @@ Shapes: B rollouts of the step, R rows and N positions of a rank's slice, L laye
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +58,7 @@ def measure(policy: Policy, whole: StepBatch, *, size: int, extreme_ratio: float
         details: whether to choose single tokens for the report.
     """
     policy.model.eval()
-    found = _Found(samples=len(whole.advantages), extreme_ratio=extreme_ratio, details=details)
+    found = StepGap(samples=len(whole.advantages), extreme_ratio=extreme_ratio, details=details)
     for rows in policy.rows(whole, size):
         if rows.routing is None:
             found.add(rows, {"live": policy.logprobs(rows, replayed=False)})
@@ -67,7 +68,9 @@ def measure(policy: Policy, whole: StepBatch, *, size: int, extreme_ratio: float
         replayed = policy.logprobs(rows, replayed=True)
         parted = found.add_routing(recorder.expert_ids, recorder.margins, rows.routing)
         found.add(rows, {"live": live, "replayed": replayed}, parted)
-    return found.measured(policy, whole)
+    found = found.reduced()
+    record = found.record(policy.tokenizer.decode, whole.batch) if details else None
+    return Measured(metrics=found.metrics(), details=record)
 
 
 def coverage(rollouts: Rollouts, batch: RolloutBatch, *, trainer_version: int) -> dict[str, float]:
@@ -86,12 +89,18 @@ def coverage(rollouts: Rollouts, batch: RolloutBatch, *, trainer_version: int) -
 
 
 @dataclass(kw_only=True)
-class _Found:
-    """What the micro-batches of this rank have given so far."""
+class StepGap:
+    """What the micro-batches of this rank have given so far.
+
+    Args:
+        samples: rollouts of the step.
+        extreme_ratio: bound of `extreme_frac`.
+        details: whether to choose single tokens.
+    """
 
     samples: int
     extreme_ratio: float
-    details: bool
+    details: bool = False
     gaps: dict[str, LogprobSums] = field(default_factory=dict)
     sequences: dict[str, Tensor] = field(default_factory=dict)  # [2, B]: sum of d, and tokens
     routing: tuple[RoutingSums, LoadSums, MarginSums] | None = None
@@ -130,25 +139,34 @@ class _Found:
         self.routing = sums if before is None else (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2])
         return (mine.sort(-1).values != theirs.sort(-1).values).any(-1) & valid[..., None]
 
-    def measured(self, policy: Policy, whole: StepBatch) -> Measured:
-        """Of all ranks."""
-        gaps = {side: gap.reduce() for side, gap in self.gaps.items()}
-        routing = [] if self.routing is None else [sums.reduce() for sums in self.routing]
-        metrics: dict[str, float] = {}
-        for side, gap in gaps.items():
-            totals = self.sequences[side]
+    def reduced(self) -> StepGap:
+        """Of all ranks, each of which calls this."""
+        sequences = {side: totals.clone() for side, totals in self.sequences.items()}
+        for totals in sequences.values():
             dist.all_reduce(totals)
-            sequences = SequenceSums.from_totals(totals[0], totals[1])
-            metrics |= {f"logprob_diff/{side}/{k}": v for k, v in (gap.metrics() | sequences.metrics()).items()}
-        for sums in routing:
-            metrics |= {f"routing/{name}": value for name, value in sums.metrics().items()}
-        if not self.details:
-            return Measured(metrics=metrics)
-        ids, real = whole.batch.input_ids, whole.batch.attention_mask.bool()
-        tokens = self.tokens.gather()
-        record = tokens.record(policy.tokenizer.decode, lambda b: ids[b][real[b]].tolist(), self.layer_ids)
-        record["histogram"] = {side: gap.histogram() for side, gap in gaps.items()}
-        for sums in routing:
-            if isinstance(sums, LoadSums):
-                record["load"] = sums.table()
-        return Measured(metrics=metrics, details=record)
+        return replace(
+            self,
+            gaps={side: gap.reduce() for side, gap in self.gaps.items()},
+            sequences=sequences,
+            routing=self.routing and (self.routing[0].reduce(), self.routing[1].reduce(), self.routing[2].reduce()),
+            tokens=self.tokens.gather() if self.details else self.tokens,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Flat names, as `metrics.jsonl` has them."""
+        found: dict[str, float] = {}
+        for side, gap in self.gaps.items():
+            sequences = SequenceSums.from_totals(*self.sequences[side])
+            found |= {f"logprob_diff/{side}/{name}": v for name, v in (gap.metrics() | sequences.metrics()).items()}
+        for sums in self.routing or ():
+            found |= {f"routing/{name}": value for name, value in sums.metrics().items()}
+        return found
+
+    def record(self, decode: Callable[[list[int]], str], batch: RolloutBatch) -> dict[str, Any]:
+        """A line of `details.jsonl`. `batch` has the tokens of all samples."""
+        ids, real = batch.input_ids, batch.attention_mask.bool()
+        found = self.tokens.record(decode, lambda b: ids[b][real[b]].tolist(), self.layer_ids)
+        found["histogram"] = {side: gap.histogram() for side, gap in self.gaps.items()}
+        if self.routing is not None:
+            found["load"] = self.routing[1].table()
+        return found
