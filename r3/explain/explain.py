@@ -68,7 +68,7 @@ def explain(
 
     Raises:
         DiagnosticsError: no checkpoint, another vocabulary, log-probabilities that are no numbers, no sampled tokens.
-        UnsupportedModelError, RoutingError: the model cannot replay the rollouts' routing.
+        UnsupportedModelError: the model cannot replay routing.
     """
     rollouts = _first(rollouts, limits.max_tokens)
     tokens = Tokens.of(rollouts)

@@ -98,8 +98,8 @@ def score_rollouts(
         excluding: truncated distributions of which `masses` are wanted, given V.
 
     Raises:
-        DiagnosticsError: not a checkpoint, or token ids beyond its vocabulary.
-        UnsupportedModelError, RoutingError: the model cannot replay these rollouts.
+        DiagnosticsError: not a checkpoint, token ids beyond its vocabulary, or routing of another shape.
+        UnsupportedModelError: the model cannot replay routing.
     """
     model = open_model(path, dtype, device)
     vocabulary = int(model.get_output_embeddings().weight.shape[0])  # pyrefly: ignore
@@ -109,8 +109,8 @@ def score_rollouts(
             f"{path}: its vocabulary has {vocabulary} tokens, the rollouts have token {largest}: they are of another "
             "model, or of another tokenizer"
         )
-    if any(view.replayed for view in views) or rollouts.spec is not None:
-        attach(model)
+    if rollouts.spec is not None:
+        _require_same_routing(path, attach(model).spec, rollouts.spec)
     chosen, excluded = distributions(vocabulary), excluding(vocabulary)
     parts: dict[View, list[Tensor]] = {view: [] for view in views}
     masses: dict[View, list[Tensor]] = {view: [] for view in views if excluded}
@@ -138,6 +138,17 @@ def score_rollouts(
         routing={rows: sum(sums[1:], sums[0]) for rows, sums in agreement.items() if sums},
         vocabulary=vocabulary,
     )
+
+
+def _require_same_routing(path: str, model: RoutingSpec, rollouts: RoutingSpec) -> None:
+    missing = sorted(set(model.layer_ids) - set(rollouts.layer_ids))
+    if missing or (model.top_k, model.num_experts) != (rollouts.top_k, rollouts.num_experts):
+        raise DiagnosticsError(
+            f"{path}: its routers choose {model.top_k} of {model.num_experts} experts in {len(model.layer_ids)} "
+            f"layers, the rollouts have routing of {rollouts.top_k} of {rollouts.num_experts} experts"
+            + (f", and none of decoder layers {missing}" if missing else "")
+            + ": they are of another model"
+        )
 
 
 def _batches(rollouts: Rollouts, tokens_at_once: int) -> Iterator[list[Rollout]]:
