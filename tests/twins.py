@@ -64,11 +64,12 @@ def sample(model, prompts: Sequence[list[int]], *, seed: int, length: int = 64, 
 
 
 def with_router_noise(model, scale: float, seed: int = 0) -> nn.Module:
-    """A copy whose routers see their input with noise, relative to its size."""
+    """A copy whose routers see their input with noise, relative to its size: the same for the same input."""
     noisy = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
 
     def disturb(module, args):
+        of_input = int(args[0].double().abs().sum() * 1e3) % (1 << 31)
+        generator = torch.Generator().manual_seed(seed + of_input)
         noise = torch.randn(args[0].shape, generator=generator).to(args[0].dtype)
         return (args[0] + scale * args[0].std(-1, keepdim=True) * noise, *args[1:])
 

@@ -53,7 +53,7 @@ class Given:
 
     Attributes:
         evidence: scores of the tokens.
-        lower: view -> d `[N]` between the same model's scores in the two precisions.
+        precision: view -> float32 `[D, N]`, difference between the same model's scores in the two precisions.
         routing: live routing against the saved rows, by how far they were moved.
         settings: what the file says of the sampling.
         names: of the checkpoints: the model, then the earlier ones.
@@ -61,7 +61,7 @@ class Given:
     """
 
     evidence: Evidence
-    lower: Mapping[View, Tensor]
+    precision: Mapping[View, Tensor]
     routing: Mapping[int, RoutingSums]
     settings: SamplingSettings
     names: Sequence[str]
@@ -76,11 +76,25 @@ class _Decision:
         self.evidence = given.evidence
         self.found = list(hypotheses(given.evidence))
         self.replayed = any(view.replayed for view in given.evidence.tables)
-        # Of live and replayed the smaller: flips are in the one, and rows that are wrong would be in the other.
-        self.floor = max(min(float(k3(d)) for d in given.lower.values()), FLOOR_NATS)
+        plain = Distribution(temperature=given.evidence.expected.temperature)
+        fits = min(self.found, key=lambda h: h.k3).distribution
+        self.floor = max(FLOOR_NATS, self._floor(plain), self._floor(fits))
         self.live = self._as_trainer(View())
         self.causes: list[Cause] = []
         self.notes: list[str] = []
+
+    def _floor(self, distribution: Distribution) -> float:
+        """k3 between the model's two precisions under the distribution of the table that is nearest.
+
+        Under a truncated one it is larger: rounding moves tokens over the boundary, and the mass that is kept jumps.
+        """
+        choices = [d for d in self.evidence.distributions if d.truncated == distribution.truncated]
+        nearest = min(
+            choices, key=lambda d: (d != distribution, abs(math.log(d.temperature / distribution.temperature)))
+        )
+        place = self.evidence.distributions.index(nearest)
+        # Of live and replayed the smaller: flips are in the one, and rows that are wrong would be in the other.
+        return min(float(k3(d[place].double())) for d in self.given.precision.values())
 
     def _as_trainer(self, view: View) -> Hypothesis:
         return next(h for h in self.found if h.view == view and not h.shift and not h.causes - {ROUTING, ROWS})
@@ -100,7 +114,6 @@ class _Decision:
         if tokens < MIN_TOKENS:
             return self._explanation(tokens, words.too_few(tokens, MIN_TOKENS), None)
         best = min(h.k3 for h in self.found)
-        # Without routing to replay, the floor holds the flips that the model's own precision causes.
         factor = FACTOR if best <= self.precise else FACTOR_UNEXPLAINED
         kept, needed = needed_causes(self.found, floor=self.floor, factor=factor)
         if best >= OTHER_WEIGHTS_NATS:

@@ -16,10 +16,6 @@ TRUNCATED_TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5)
 TOP_P = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95, 0.97, 0.98, 0.99, 0.995)
 TOP_K = (2, 3, 4, 5, 8, 10, 16, 20, 32, 40, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024)
 
-IMPOSSIBLE_NATS = -10.0
-"""Of a token that a distribution excludes, in place of minus infinity, so that a few do not hide all others."""
-NEAR_NATS = 0.3
-"""A token that is less likely than the k-th by no more may have been among the k."""
 SORTED = 2048
 """Most probable tokens that are sorted; where a nucleus needs more, its mass is taken for what was asked."""
 _CHUNK_BYTES = 1 << 26
@@ -71,8 +67,8 @@ def exclusions(expected: Distribution, vocabulary: int) -> tuple[Distribution, .
 def score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> Tensor:
     """Float32 `[D, n]`, log-probability in nats of each label under each distribution.
 
-    A token that a distribution excludes has `IMPOSSIBLE_NATS`. One just outside of a nucleus (by a quarter of what the
-    nucleus leaves out) or of the top k (by `NEAR_NATS`) counts as inside: rounding moves tokens over the boundary.
+    A token that a distribution excludes is scored as if it were among the kept: rounding moves tokens over a boundary,
+    and a distribution that does not fit shows in the mass that it keeps, at every token.
 
     Args:
         logits: float `[n, V]`.
@@ -99,8 +95,7 @@ def _score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]
             found[place] = plain
             if distribution.truncated:
                 assert cumulative is not None
-                kept, inside = cumulative.kept(distribution, slack=True)
-                found[place] = torch.where(inside, plain - kept.log(), plain.new_full((), IMPOSSIBLE_NATS))
+                found[place] = plain - cumulative.kept(distribution)[0].log()
     return found
 
 
@@ -116,7 +111,7 @@ def signed_mass(logits: Tensor, labels: Tensor, distributions: Sequence[Distribu
     for temperature, places in _by_temperature(distributions).items():
         cumulative = ordered.cumulative(temperature, (logits / temperature).logsumexp(1, keepdim=True))
         for place in places:
-            kept, inside = cumulative.kept(distributions[place], slack=False)
+            kept, inside = cumulative.kept(distributions[place])
             found[place] = torch.where(inside, kept, -kept)
     return found
 
@@ -130,35 +125,32 @@ def _by_temperature(distributions: Sequence[Distribution]) -> dict[float, list[i
 
 @dataclass(frozen=True)
 class _Ordered:
-    """The largest logits `[n, R]`, descending, the labels' `[n, 1]`, and their ranks `[n]`, from 0."""
+    """The largest logits `[n, R]`, descending, and the labels' ranks `[n]`, from 0: the same at all temperatures."""
 
     logits: Tensor
-    own: Tensor
     rank: Tensor
 
     @classmethod
     def of(cls, logits: Tensor, own: Tensor) -> "_Ordered":
-        return cls(logits.topk(min(SORTED, logits.shape[1])).values, own, (logits > own).sum(1))
+        return cls(logits.topk(min(SORTED, logits.shape[1])).values, (logits > own).sum(1))
 
     def cumulative(self, temperature: float, total: Tensor) -> "_Cumulative":
         """Args: `total` is the logarithm of the sum of all exponentials, `[n, 1]`."""
         mass = (self.logits / temperature - total).exp().cumsum(1)
         before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=1)
-        return _Cumulative(mass, before, (self.logits - self.own) / temperature, self.rank)
+        return _Cumulative(mass, before, self.rank)
 
 
 @dataclass(frozen=True)
 class _Cumulative:
-    """Mass of the r + 1 most probable tokens, of the r before them, and how much likelier than the label the r-th is in
-    nats, all `[n, R]`; the labels' ranks `[n]`."""
+    """Mass of the r + 1 most probable tokens, and of the r before them, `[n, R]`; the labels' ranks `[n]`."""
 
     mass: Tensor
     before: Tensor
-    above: Tensor
     rank: Tensor
 
-    def kept(self, distribution: Distribution, *, slack: bool) -> tuple[Tensor, Tensor]:
-        """The mass that is kept `[n]`, and whether the label is among it; with `slack` also if it is just outside."""
+    def kept(self, distribution: Distribution) -> tuple[Tensor, Tensor]:
+        """The mass that is kept `[n]`, and whether the label is among it."""
         k, p, sorted_tokens = distribution.top_k, distribution.top_p, self.mass.shape[1]
         base = self.mass[:, min(k, sorted_tokens) - 1] if k else torch.ones_like(self.mass[:, 0])
         kept, inside = base, torch.ones_like(self.rank, dtype=torch.bool)
@@ -168,9 +160,9 @@ class _Cumulative:
             kept = self.mass.gather(1, tokens[:, None] - 1)[:, 0].clamp_max(1.0)
             kept = torch.where(tokens == sorted_tokens, kept.clamp_min(p), kept)
             ahead = self.before.gather(1, self.rank.clamp_max(sorted_tokens - 1)[:, None])[:, 0]
-            inside &= ahead < (p + slack * (1 - p) / 4) * base
+            inside &= ahead < p * base
         if k:
-            inside &= (self.rank < k) | (slack * (self.above[:, min(k, sorted_tokens) - 1] < NEAR_NATS))
+            inside &= self.rank < k
         return kept, inside
 
 

@@ -93,13 +93,10 @@ def explain(
             )
         tables |= {replace(view, weights=place): table for view, table in found.table.items()}
         masses |= {replace(view, weights=place): table for view, table in found.masses.items()}
-    # The other of the two precisions, at the expected temperature: what precision alone does.
+    # The other of the two precisions: what precision alone does.
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    plain = Distribution(temperature=temperature)
-    bare = scores(model, distributions=lambda vocabulary: [plain], views=views[:2], dtype=other)
+    bare = scores(model, distributions=grid, views=views[:2], dtype=other)
     chosen = grid(own.vocabulary)
-    place = chosen.index(plain)
-    lower = {view: own.table[view][place].double() - table[0].double() for view, table in bare.table.items()}
     evidence = Evidence(
         tokens=tokens,
         distributions=chosen,
@@ -111,7 +108,7 @@ def explain(
     return decide(
         Given(
             evidence=evidence,
-            lower=lower,
+            precision={view: own.table[view] - table for view, table in bare.table.items()},
             routing=own.routing,
             settings=settings,
             names=names,
