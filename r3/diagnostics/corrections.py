@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from r3.diagnostics.correction_sums import CorrectionSums
+from r3.diagnostics.logprobs import pair_problems
 from r3.diagnostics.sequences import sequence_totals
 from r3.errors import DiagnosticsError, summary
 
@@ -240,7 +241,8 @@ def _ratios(
     *,
     mean: bool = False,
 ) -> _Ratios:
-    _check(train, rollout, mask)
+    if problems := pair_problems(train, rollout, mask):
+        raise DiagnosticsError(f"correction cannot be computed:{summary(problems)}")
     dtype = torch.float64 if train.dtype == torch.float64 else torch.float32
     diff = train.detach().double().where(mask, 0) - rollout.detach().double().where(mask, 0)
     if level == "token":
@@ -282,22 +284,6 @@ def _clip(level: Level, clip: float | None) -> float:
     if level not in CLIPS:
         raise DiagnosticsError(f"level: expected one of {', '.join(CLIPS)}, got {level!r}")
     return CLIPS[level] if clip is None else clip
-
-
-def _check(train: Tensor, rollout: Tensor, mask: Tensor) -> None:
-    problems = []
-    if not train.shape == rollout.shape == mask.shape:
-        shapes = f"train {list(train.shape)}, rollout {list(rollout.shape)}, mask {list(mask.shape)}"
-        problems.append(f"shapes: expected three equal ones, got {shapes}; align them first, nothing is broadcast")
-    if not train.device == rollout.device == mask.device:
-        problems.append(f"devices: expected one, got {train.device}, {rollout.device}, {mask.device}; move them first")
-    for name, tensor in (("train", train), ("rollout", rollout)):
-        if not tensor.dtype.is_floating_point:
-            problems.append(f"{name}: expected floating-point log-probabilities, got {tensor.dtype}")
-    if mask.dtype != torch.bool:
-        problems.append(f"mask: expected torch.bool, got {mask.dtype}; use mask.bool()")
-    if problems:
-        raise DiagnosticsError(f"correction cannot be computed:{summary(problems)}")
 
 
 def _not_finite(diff: Tensor) -> str:

@@ -241,6 +241,15 @@ def _over(part: float, whole: float) -> float:
 
 
 def _check(train: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor, extreme_ratio: float) -> None:
+    problems = pair_problems(train, rollout, mask)
+    if not extreme_ratio > 1:
+        problems.append(f"extreme_ratio: expected more than 1, got {extreme_ratio}")
+    if problems:
+        raise DiagnosticsError(f"log-probabilities cannot be compared:{summary(problems)}")
+
+
+def pair_problems(train: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    """What is wrong with shapes, devices and dtypes of two sides and their mask."""
     problems = []
     if not train.shape == rollout.shape == mask.shape:
         shapes = f"train {list(train.shape)}, rollout {list(rollout.shape)}, mask {list(mask.shape)}"
@@ -252,10 +261,7 @@ def _check(train: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor, extre
             problems.append(f"{name}: expected floating-point log-probabilities, got {tensor.dtype}")
     if mask.dtype != torch.bool:
         problems.append(f"mask: expected torch.bool, got {mask.dtype}; use mask.bool()")
-    if not extreme_ratio > 1:
-        problems.append(f"extreme_ratio: expected more than 1, got {extreme_ratio}")
-    if problems:
-        raise DiagnosticsError(f"log-probabilities cannot be compared:{summary(problems)}")
+    return problems
 
 
 def _non_finite(train: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> str:
