@@ -46,9 +46,10 @@ def as_float(value: Decimal) -> float:
 
 
 def reference(rows, ratio=2):
-    """The formulas as they are written, with 60 decimal digits, on exactly the values that the tensors hold."""
+    """The formulas as they are written, with 60 digits behind the smallest square, on exactly the tensors' values."""
     with localcontext() as context:
-        context.prec = 60
+        small = [Decimal(side).adjusted() for train, rollout, _ in rows for side in (train, rollout) if side]
+        context.prec = 60 + 2 * max(0, -min(small, default=0))
         context.Emax, context.Emin = 10**17, -(10**17)
         pairs = [(Decimal(train), Decimal(rollout)) for train, rollout, masked in rows if masked]
         if not pairs:
