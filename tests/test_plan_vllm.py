@@ -165,7 +165,7 @@ def plan_engine(demo_config):
 
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else [])])
-    llm = LLM(**engine_kwargs(demo_config) | {"worker_extension_cls": "test_load_plan.PlanWorker"})
+    llm = LLM(**engine_kwargs(demo_config) | {"worker_extension_cls": "test_plan_vllm.PlanWorker"})
     yield llm
     llm.llm_engine.engine_core.shutdown()
     if before is None:
