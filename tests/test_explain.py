@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from twins import World, rollouts_of, with_logprobs_moved, with_router_noise, with_rows_moved, with_rows_of_others
 
 from r3.capture import Rollouts, SamplingSettings
-from r3.errors import DiagnosticsError, R3Error
+from r3.errors import DiagnosticsError
 from r3.explain import CAUSES, Explanation, Limits, explain
 
 UNKNOWN = SamplingSettings()
@@ -247,5 +247,5 @@ def test_what_cannot_be_compared_is_refused(world):
         outcome(str(world.folder / "nowhere"), rollouts)
     with pytest.raises(DiagnosticsError, match="expected sampled tokens"):
         outcome(world.demo, Rollouts([], rollouts.spec))
-    with pytest.raises(R3Error, match="the rollouts have routing of 3 of 8 experts"):
+    with pytest.raises(DiagnosticsError, match="the rollouts have routing of 3 of 32 experts"):
         outcome(world.demo, Rollouts([replace(item, routing=None)], replace(rollouts.spec, top_k=3)))
