@@ -136,7 +136,7 @@ def power_text(value: float) -> str:
         return "0"
     power = math.floor(math.log10(abs(value)) + 1e-9)
     if -1 <= power <= 3:
-        size = f"{abs(value):.3g}"
+        size = f"{abs(value):g}"
     else:
         times = f"{abs(value) / 10.0**power:.2g}"
         size = ("" if times == "1" else f"{times}·") + "10" + str(power).translate(_RAISED)
@@ -162,9 +162,8 @@ def legend(axes: Axes) -> None:
 
 def percentages(axis: object) -> None:
     """Ticks of an axis that has shares, in percent."""
-    from matplotlib.ticker import PercentFormatter
-
-    axis.set_major_formatter(PercentFormatter(1.0))  # pyrefly: ignore
+    # Not more digits than a label has room for, whatever a run has recorded.
+    axis.set_major_formatter(lambda value, _: f"{100 * value:.6g}%")  # pyrefly: ignore
 
 
 def svg(drawn: Figure, *, name: str, label: str) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from r3.diagnostics import charts, page, panels
 from r3.diagnostics.body import Body
+from r3.diagnostics.cells import scientific
 from r3.diagnostics.charts import FOURTH, THIRD, Line
+from r3.diagnostics.checks import checks
 from r3.diagnostics.heat_maps import layer_lines, layer_map
 from r3.diagnostics.panels import CurvePanel, drawn_panel, line_panel
 from r3.diagnostics.report import read_folder, settings_rows
@@ -28,23 +29,24 @@ from r3.diagnostics.token_panels import (
     worst_table,
 )
 from r3.diagnostics.token_views import SIDES
-from r3.diagnostics.words import diff_key, extreme_ratio, layer_means, times
+from r3.diagnostics.words import diff_key, extreme_ratio, layer_means, percent_down, share_text, times
 
 COMPARISON_FILE = "comparison.html"
 NOT_SET = "(not set)"
 
-_HEADLINES = (
-    ("logprob_diff/replayed/k3", "k3 with replayed routing"),
-    ("logprob_diff/live/k3", "k3 with live routing"),
-    ("logprob_diff/replayed/extreme_frac", "The share of extreme tokens, replayed,"),
-    ("logprob_diff/live/extreme_frac", "The share of extreme tokens, live,"),
-    ("routing/differing_rows", "The share of choices that differ"),
-    ("routing/coverage", "The share of rows with routing"),
-    ("reward/mean", "The reward"),
-    ("time/rollout_s", "A rollout, in seconds,"),
-    ("time/train_s", "The training of a step, in seconds,"),
-    ("sync/seconds", "A weight sync, in seconds,"),
+_HEADLINES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("logprob_diff/replayed/k3", "k3 with replayed routing", scientific),
+    ("logprob_diff/live/k3", "k3 with live routing", scientific),
+    ("logprob_diff/replayed/extreme_frac", "The share of extreme tokens, replayed,", share_text),
+    ("logprob_diff/live/extreme_frac", "The share of extreme tokens, live,", share_text),
+    ("routing/differing_rows", "The share of choices that differ", percent_down),
+    ("routing/coverage", "The share of rows with routing", percent_down),
+    ("reward/mean", "The reward", "{:.3f}".format),
+    ("time/rollout_s", "A rollout, in seconds,", "{:.3g}".format),
+    ("time/train_s", "The training of a step, in seconds,", "{:.3g}".format),
+    ("sync/seconds", "A weight sync, in seconds,", "{:.3g}".format),
 )
+_MEAN_SIZE = replace(panels.GAP[1], title="Mean size of d", caption="Mean |d| over sampled tokens.")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class _Side:
     @property
     def records(self) -> Records:
         return self.run.records
+
+    def line(self, line: Line) -> Line:
+        """The same metric, drawn as this run's."""
+        return replace(line, label=self.letter, colour=self.colour, marker=self.marker, dash=self.dash)
 
 
 def write_comparison(
@@ -114,22 +120,24 @@ class _Comparison(Body):
         return f"{'. '.join(found)}. A is drawn with circles and solid lines, B with squares and dashed ones."
 
     def head(self) -> str:
-        return page.bullets(list(self.words()))
+        found = [page.bullets(list(self.words()))]
+        for side in self.sides:
+            wrong = [check.found for check in checks(side.records, side.run.settings) if check.found]
+            found.append(
+                page.warning(f"What looks wrong in {side.letter}", wrong, label=f"What looks wrong in {side.letter}")
+            )
+        return "".join(found)
 
     def words(self) -> Iterator[str]:
         """Headline metrics of both runs, and how they compare."""
-        for key, what in _HEADLINES:
+        for key, what, form in _HEADLINES:
             if all(recorded(side.records, key) for side in self.sides):
                 (a, over), (b, _) = (weighted_mean(side.records, key) for side in self.sides)
-                how = (
-                    "equal"
-                    if a == b
-                    else times(a, b, more="larger in B", less="smaller in B")
-                    if min(a, b) >= 0
-                    else ""
-                )
-                yield f"{what} is {a:.3g} in A and {b:.3g} in B, mean over {over}{f': {how}' if how else ''}."
-        only = {side.letter: [key for key, _ in _HEADLINES if recorded(side.records, key)] for side in self.sides}
+                sentence = f"{what} is {form(a)} in A and {form(b)} in B, mean over {over}"
+                if min(a, b) >= 0 and a != b:
+                    sentence += f": {times(a, b, more='larger in B', less='smaller in B')}"
+                yield f"{sentence}."
+        only = {side.letter: [key for key, _, _ in _HEADLINES if recorded(side.records, key)] for side in self.sides}
         for letter, other in (("A", "B"), ("B", "A")):
             if alone := [key for key in only[letter] if key not in only[other]]:
                 yield f"Only {letter} has {', '.join(alone)}."
@@ -139,8 +147,7 @@ class _Comparison(Body):
             lines = [line for line in shown.lines if line.key == diff_key(side, key)]
             return self.chart(shown, lines[0], f"{shown.title.removesuffix(', live and replayed')}, {side}")
 
-        k3, size, extreme = panels.GAP
-        found = ((k3, "k3"), (size, "abs_mean"), (extreme, "extreme_frac"))
+        found = ((panels.K3, "k3"), (_MEAN_SIZE, "abs_mean"), (panels.GAP[2], "extreme_frac"))
         return page.grid(sided(shown, key, side) for side in reversed(SIDES) for shown, key in found)
 
     def charts(self, shown: Sequence[CurvePanel]) -> str:
@@ -151,7 +158,7 @@ class _Comparison(Body):
         found = [
             (
                 side.records,
-                panels.relabelled(line, label=side.letter, colour=side.colour, marker=side.marker, dash=side.dash),
+                side.line(line),
             )
             for side in self.sides
             if recorded(side.records, line.key)
@@ -205,9 +212,8 @@ class _Comparison(Body):
                 caption = "The scale is that of both runs' layers, mean over steps."
                 parts.append(drawn_panel(title, caption, over, name=f"layer-map-{side.letter}", label=f"{title}."))
         shown = panels.DIFFERING
-        return page.grid(
-            [*parts, *(self.chart(shown, line, f"{line.label.capitalize()} that differ") for line in shown.lines)]
-        )
+        curves = (self.chart(shown, line, f"{line.label.capitalize()} that differ") for line in shown.lines)
+        return page.grid([*parts, *curves])
 
     def load(self) -> str:
         maps = load_pair([(side.letter, side.run.details) for side in self.sides])
@@ -236,7 +242,7 @@ class _Comparison(Body):
             means.append(weighted_mean(side.records, key)[0])
             cells += [f"{value:.4g}" for value in (found[0], found[-1], means[-1])] if found else ["-"] * 3
         a, b = means
-        return [*cells, f"{b / a:.3g}" if a and math.isfinite(b / a) else "-"]
+        return [*cells, f"{b / a:.3g}" if a > 0 and b >= 0 else "-"]
 
 
 def _name(side: _Side, sides: Sequence[_Side]) -> str:

@@ -44,7 +44,7 @@ table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-
   overflow-wrap: normal; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { position: sticky; top: 0; background: var(--card); white-space: normal; vertical-align: bottom; z-index: 1; }
-th { font-weight: 600; } tbody th { font-weight: 400; }
+th { font-weight: 600; } tbody th { font-weight: 400; } tr > th:first-child { text-align: left; }
 tbody tr:last-child > * { border-bottom: 0; }
 .words th, .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top;
   min-width: 7rem; }

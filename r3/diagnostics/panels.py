@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from r3.diagnostics import charts
@@ -187,7 +187,7 @@ def line_panel(shown: CurvePanel, found: Sequence[tuple[Records, Line]], *, name
             charts.percentages(axes.yaxis)
             low, high = axes.get_ylim()
             if high > 1.0 >= axes.dataLim.y1:
-                axes.set_ylim(top=1.0 + 0.02 * (1.0 - min(low, 0.99)))
+                axes.set_ylim(top=1.0 + 0.02 * max(1.0 - low, 1e-4))
         if shown.from_zero and axes.lines:
             axes.set_ylim(bottom=0)
         axes.set_ylabel(shown.unit)
@@ -204,11 +204,6 @@ def drawn_panel(title: str, caption: str, draw: Callable[[Axes], str], *, name: 
     note = draw(drawn.subplots())
     picture = charts.svg(drawn, name=name, label=label)
     return panel(title, picture, f"{caption} {note}".strip())
-
-
-def relabelled(line: Line, *, label: str, colour: str, marker: str, dash: str) -> Line:
-    """The same metric, drawn otherwise."""
-    return replace(line, label=label, colour=colour, marker=marker, dash=dash)
 
 
 def _told(records: Records, line: Line) -> str:
