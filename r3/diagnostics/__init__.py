@@ -1,6 +1,7 @@
 """How far rollout and trainer are apart: mergeable metrics, the run folder that keeps them, and its report."""
 
 from r3.diagnostics.alarms import Alarm, Alarms, find_alarms
+from r3.diagnostics.comparison import write_comparison
 from r3.diagnostics.correction_sums import CorrectionSums
 from r3.diagnostics.corrections import (
     Correction,
@@ -58,6 +59,7 @@ __all__ = [
     "require_sinks",
     "sequence_totals",
     "truncated_importance",
+    "write_comparison",
     "write_figure",
     "write_report",
 ]
