@@ -158,11 +158,14 @@ def test_without_the_checkpoint_a_stale_sync_cannot_be_told_and_the_words_say_ho
         assert "--earlier" in cause.text + cause.remedy
 
 
-def test_other_weights_are_named_and_nothing_else(world):
-    found = outcome(world.other, world.rollouts(), UNKNOWN, world.much_later)
+@pytest.mark.parametrize("weights", ["other", "confident"])
+def test_other_weights_are_named_and_nothing_else(world, weights):
+    found = outcome(
+        getattr(world, weights), world.rollouts(), UNKNOWN, *([world.much_later] if weights == "other" else [])
+    )
     assert faults(found) == {"weights"} == set(found.names), found
     assert found.correlation < 0.5
-    assert "none of the 1 earlier checkpoints fits better" in found.causes[0].text
+    assert ("none of the 1 earlier checkpoints fits better" in found.causes[0].text) == (weights == "other")
 
 
 def test_versions_that_lag_tell_a_stale_sync(world):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from twins import processed
 
+from r3.capture import SamplingSettings
+from r3.explain.decision import Given, decide
 from r3.explain.distributions import (
     SORTED,
     TEMPERATURES,
@@ -180,3 +182,30 @@ def test_what_never_occurs_speaks_for_a_truncation():
     assert nats(nothing_excluded) == pytest.approx(20, rel=1e-4)  # E = 20, O = 0
     assert nats(some) == 0.0  # E = 20, O = 20
     assert nats(few) == pytest.approx(20 - 5 + 5 * math.log(5 / 20), rel=1e-4)
+
+
+def test_a_temperature_that_makes_a_large_gap_smaller_is_not_named():
+    """A model that is certain of tokens that were reported as unlikely: a higher temperature is better, not right."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1000, 50, generator=generator)
+    labels = torch.randint(0, 50, (1000,), generator=generator)
+    logits[torch.arange(1000), labels] += 10
+    chosen = candidates(Distribution(), 50)
+    table = score(logits, labels, chosen)
+    given = tokens((-8 + 0.5 * torch.randn(1000, generator=generator)).tolist(), [0] * 1000, list(range(1000)))
+    evidence = Evidence(
+        tokens=given, distributions=chosen, tables={View(): table}, expected=Distribution(), exclusions=(), masses={}
+    )
+    hot = float(k3(evidence.d(View(), 0, Distribution(temperature=4.0))))
+    assert hot < float(k3(evidence.d(View(), 0, Distribution()))) / 5
+    found = decide(
+        Given(
+            evidence=evidence,
+            precision={View(): 1e-3 * torch.randn(table.shape, generator=generator)},
+            routing={},
+            settings=SamplingSettings(),
+            names=["model"],
+            rollouts=1,
+        )
+    )
+    assert found.names == ("weights",)

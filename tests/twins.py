@@ -222,5 +222,20 @@ class World:
     @cached_property
     def other(self) -> str:
         """The demo's shape with random weights."""
+        return self._saved("other", self._random)
+
+    @cached_property
+    def confident(self) -> str:
+        """Other random weights, which are sure of what they say: any higher temperature lowers the gap."""
+
+        def made() -> nn.Module:
+            model = self._random()
+            with torch.no_grad():
+                model.get_output_embeddings().weight *= 20
+            return model
+
+        return self._saved("confident", made)
+
+    def _random(self) -> nn.Module:
         torch.manual_seed(self.seed)
-        return self._saved("other", lambda: type(self.model)(self.model.config))
+        return type(self.model)(self.model.config)

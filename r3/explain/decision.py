@@ -121,17 +121,18 @@ class _Decision:
         self._name(kept, needed)
         if best < OTHER_WEIGHTS_NATS:
             self._rows(kept, factor)
-            self._versions(kept)
+        self._versions(kept)
         remaining = kept.k3
-        stale = "stale_sync" in {cause.name for cause in self.causes}
+        # A checkpoint that was tried has its own remainder; versions that lag stand for one that was not.
+        told = any(cause.name == "stale_sync" and "checkpoint" not in cause.figures for cause in self.causes)
         if remaining <= self.precise:
             self.causes.append(words.precision(remaining, self.floor, self.replayed))
-        elif best >= OTHER_WEIGHTS_NATS:
+        elif best >= OTHER_WEIGHTS_NATS and not told:
             lag = self._lag()
             self.causes.append(
                 words.weights(min(h.k3 for h in self.found), self._correlation(), len(self.given.names) - 1, lag)
             )
-        elif not stale:
+        elif not told:
             self.causes.append(
                 words.unexplained(remaining, self.floor, self._lag(), len(self.given.names) - 1, self.replayed)
             )
@@ -230,7 +231,7 @@ class _Decision:
                 if v < newest and older > FACTOR_UNEXPLAINED * max(newer, self.floor):
                     self.causes.append(words.stale_version(v, older, newest, newer))
                     return
-        if lag:
+        if lag and self._correlation() >= words.RELATED:
             self.causes.append(words.lagging(lag, kept.k3))
 
     def _lag(self) -> int:

@@ -8,6 +8,8 @@ from r3.explain.distributions import Distribution
 from r3.explain.hypotheses import Hypothesis
 from r3.explain.outcome import Cause
 
+RELATED = 0.9
+"""Correlation of probabilities from which two models are near relatives, such as steps of one run."""
 NO_ROUTING = "the rollouts carry no routing: whether routing explains a gap could not be tested"
 
 
@@ -98,7 +100,7 @@ def weights(least: float, correlation: float, earlier: int, lag: int) -> Cause:
         which = f"none of the {earlier} earlier checkpoints fits better: not a stale sync from one of these. "
     else:
         which = "a stale sync and wrong weights cannot be told apart without an earlier checkpoint. "
-    near = "near relatives, such as weights of another step" if correlation >= 0.9 else "little in common"
+    near = "near relatives, such as weights of another step" if correlation >= RELATED else "little in common"
     return Cause(
         name="weights",
         text=f"the rollouts were sampled with other weights: every hypothesis leaves k3 {least:.2e} or more, and the "
