@@ -36,7 +36,7 @@ WRONG = {
     "agreement": ({"routing/differing_rows": 0.51}, "51.0% of choices differ"),
     "outlying layer": ({"routing/differing_rows/layer_07": 0.4}, "Layer 7 stands out: 40.0% of its choices"),
     "coverage": ({"routing/coverage": 0.9899}, "less than 99.0% of the rows in 12 of 12 steps, 99.0% at the least"),
-    "version lag": ({"routing/version_lag_max": 5}, "up to 5 weight versions behind the trainer, more than 4"),
+    "version lag": ({"routing/version_lag_max": 5}, "up to 5 weight versions behind the trainer, more than 2"),
     "tokens": ({"logprob_diff/live/tokens": 0}, "12 measurements had no tokens"),
     "reward": ({"reward/mean": 0.25}, "The reward is 0.250 in every step"),
     "numbers": ({"logprob_diff/live/k3": None}, "nothing to measure: logprob_diff/live/k3 (12 steps)"),
@@ -86,7 +86,7 @@ def test_just_within_the_bounds():
         "logprob_diff/replayed/abs_mean": 0.5,
         "routing/differing_rows": 0.5,
         "routing/coverage": 0.99,
-        "routing/version_lag_max": 4,
+        "routing/version_lag_max": 2,
     }
     assert set(found(run(lambda step, record: change)).values()) == {""}
 
