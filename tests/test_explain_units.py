@@ -1,6 +1,7 @@
 """The parts of `r3 compare`: distributions against the warpers of transformers, shifts, gaps, pruning."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,6 +135,14 @@ def test_smaller_is_told_only_where_chance_does_not_explain_it():
     assert not is_smaller(noise, other)
     assert not is_smaller(0.8 * noise[:20], other[:20])
     assert not is_smaller(noise[:1] * 0, other[:1])
+    # Live against replayed: a quarter of the tokens is a little worse, and three of them by a thousand times as much.
+    live = noise.clone()
+    live[:1000] += 1.5 * torch.randn(1000, generator=generator, dtype=torch.float64)
+    live[:3] += 1000
+    assert is_smaller(noise, live)
+    few = noise.clone()
+    few[:3] += 1000
+    assert not is_smaller(noise, few)
 
 
 def hypothesis(scale: float, *causes: str) -> Hypothesis:
@@ -142,7 +151,7 @@ def hypothesis(scale: float, *causes: str) -> Hypothesis:
 
 
 def named(found, floor=1e-9, factor=2.0) -> set[str]:
-    return {item.name for item in needed_causes(found, floor=floor, factor=factor)[1]}
+    return {item.name for item in needed_causes(found, floor=floor, factor=factor)[1] if item.significant}
 
 
 def test_pruning_keeps_what_is_needed_alone():
@@ -152,6 +161,12 @@ def test_pruning_keeps_what_is_needed_alone():
     # Two ways that explain alike: the simpler one; two that are needed together: both.
     assert named([none, a, hypothesis(0.1, "b", "c")]) == {"a"}
     assert named([none, hypothesis(0.9, "a"), hypothesis(0.9, "b"), hypothesis(0.01, "a", "b")]) == {"a", "b"}
+    # A few tokens alone: kept, so that the rest is judged with it, but not significant.
+    d = a.d.clone()
+    d[:3] += 50
+    kept, needed = needed_causes([replace(none, d=d), a], floor=1e-9, factor=2.0)
+    assert kept is a
+    assert [(item.name, item.significant) for item in needed] == [("a", False)]
     # Below the floor, and within the factor, nothing counts.
     assert named([none, a], floor=1.0) == set()
     assert named([none, hypothesis(0.75, "a")]) == set()

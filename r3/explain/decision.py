@@ -139,7 +139,10 @@ class _Decision:
         return self._explanation(tokens, words.verdict(self.causes), kept)
 
     def _name(self, kept: Hypothesis, needed: Sequence[Needed]) -> None:
-        without = {item.name: item.without.k3 for item in needed}
+        without = {item.name: item.without.k3 for item in needed if item.significant}
+        self.notes += [
+            words.insignificant(item.name, item.without.k3, kept.k3) for item in needed if not item.significant
+        ]
         named: list[tuple[float, Cause]] = []
         for name, gap in without.items():
             if name == ROUTING:

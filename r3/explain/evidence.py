@@ -105,9 +105,11 @@ def k3(d: Tensor) -> Tensor:
 def is_smaller(d: Tensor, than: Tensor, errors: float = 3.0) -> bool:
     """Whether |d| is below |than| on the tokens that both have, by so many standard errors of the mean difference.
 
-    Of absolute differences, not of k3: a few tokens make up most of k3, and its standard error is mostly theirs.
+    Of absolute differences, and those cut at ten times their mean: a few tokens make up most of k3, and the standard
+    error would be mostly theirs.
     """
-    difference = than.abs().clamp_max(_LARGEST_D) - d.abs().clamp_max(_LARGEST_D)
+    most = 10 * float(than.abs().nanmean())
+    difference = than.abs().clamp_max(most) - d.abs().clamp_max(most)
     difference = difference[difference.isfinite()]
     if len(difference) < 2:
         return False

@@ -99,17 +99,19 @@ class Needed:
     Attributes:
         name: of the cause.
         without: the best hypothesis that does without it.
+        significant: whether more than a few tokens say so.
     """
 
     name: str
     without: Hypothesis
+    significant: bool
 
 
 def needed_causes(found: list[Hypothesis], *, floor: float, factor: float) -> tuple[Hypothesis, list[Needed]]:
     """Prune the best hypothesis: causes go, the least needed first, as long as little is lost.
 
-    A cause stays if without it the gap is more than `factor` times the best one's, and of the floor, and the difference
-    is more than three standard errors.
+    A cause stays if without it the gap is more than `factor` times the best one's, and of the floor. It is significant
+    if the difference is more than three standard errors.
 
     Args:
         found: all hypotheses.
@@ -127,8 +129,11 @@ def needed_causes(found: list[Hypothesis], *, floor: float, factor: float) -> tu
         if not rivals:
             return kept, []
         easiest = rivals[0][0]
-        if easiest.k3 > limit and is_smaller(kept.d, easiest.d):
-            return kept, [Needed(name=name, without=without) for without, name in reversed(rivals)]
+        if easiest.k3 > limit:
+            return kept, [
+                Needed(name=name, without=without, significant=is_smaller(kept.d, without.d))
+                for without, name in reversed(rivals)
+            ]
         kept = easiest
 
 

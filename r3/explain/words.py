@@ -21,6 +21,13 @@ def clamped(count: int) -> str:
     return f"{count} tokens whose log-probability is a clamp (below -1000 nats) were left out"
 
 
+def insignificant(name: str, without: float, with_it: float) -> str:
+    return (
+        f"{name.replace('_', ' ')} may explain a part (k3 {without:.2e} without it, {with_it:.2e} with it), but a few "
+        "tokens make up the difference: save more rollouts to tell"
+    )
+
+
 def too_few(tokens: int, least: int) -> str:
     return (
         f"cannot be told: {tokens} sampled tokens, and fewer than {least} name no cause. Save more rollouts, or longer "
