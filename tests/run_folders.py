@@ -74,6 +74,7 @@ def step_metrics(step, rng, *, layers, experts, replay, steps, worse=1.0):
         "sync/chunks": 120,
         "sync/seconds": 1.9 * rng.lognormvariate(0, 0.05),
         "time/rollout_s": 41 * rng.lognormvariate(0, 0.1),
+        "time/measure_s": 9 * rng.lognormvariate(0, 0.05),
         "time/train_s": 63 * rng.lognormvariate(0, 0.05),
         "time/sync_s": 2.2 * rng.lognormvariate(0, 0.05),
     }

@@ -41,7 +41,7 @@ def test_a_whole_page(tmp_path):
     assert found["trainer.seed"] == ["42", "7"]
     assert found["more"] == ["(not set)", "<b>"]
     assert "generator.inference_engine.dtype" not in found
-    assert len(page.drawings) == 31
+    assert len(page.drawings) == 32
 
 
 def test_metrics_are_weighted_and_their_ratio_is_that_of_the_means(tmp_path):

@@ -148,9 +148,10 @@ TRAINING = (
         name="times",
         title="Where a step's time goes",
         unit="seconds",
-        caption="Each phase of a step.",
+        caption="Each phase of a step; live against replayed is measured at some steps only.",
         lines=(
             Line("time/rollout_s", "rollout", THIRD, "D"),
+            Line("time/measure_s", "measure", LIVE, "o", "-."),
             Line("time/train_s", "train", REPLAYED, "s", "--"),
             Line("time/sync_s", "sync", FOURTH, "^", ":"),
         ),

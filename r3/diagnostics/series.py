@@ -11,6 +11,8 @@ from r3.diagnostics.cells import number
 
 MOST_POINTS = 250
 """A longer series is drawn in bins of steps."""
+LARGEST = 1e300
+"""A drawing's scale, which reaches beyond its values, cannot be computed for larger ones."""
 
 Records = Sequence[dict[str, Any]]
 
@@ -74,11 +76,11 @@ class Series:
 def series(records: Records, key: str, *, factor: float = 1.0, log: bool = False, largest: bool = False) -> Series:
     """`factor` times a metric over the steps, in bins where there are many; the middle is a mean, or the largest.
 
-    Values that a `log` scale cannot show are NaN.
+    Values that the scale, or a `log` scale, cannot show are NaN.
     """
     steps, numbers = steps_of(records), [value * factor for value in values(records, key)]
-    if log:
-        numbers = [value if value > 0 else math.nan for value in numbers]
+    smallest = 1 / LARGEST if log else -LARGEST
+    numbers = [value if smallest <= value <= LARGEST else math.nan for value in numbers]
     width = max(1, math.ceil(len(steps) / MOST_POINTS))
     bins = [numbers[at : at + width] for at in range(0, len(numbers), width)]
     bins = [[value for value in found if not math.isnan(value)] for found in bins]

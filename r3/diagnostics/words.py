@@ -63,7 +63,7 @@ def _gap(records: Records, settings: Mapping[str, Any]) -> str:
         parts.append(f"{max(largest):.2g} at most")
     if recorded(records, diff_key(side, "extreme_frac")):
         share, ratio = weighted_mean(records, diff_key(side, "extreme_frac"))[0], extreme_ratio(settings)
-        parts.append(f"{share_text(share)} of tokens have an importance ratio outside [1/{ratio:g}, {ratio:g}]")
+        parts.append(f"{share_text(share)} of tokens with an importance ratio outside [1/{ratio:g}, {ratio:g}]")
     return ", ".join(parts) + "."
 
 
@@ -133,7 +133,7 @@ def _reward(records: Records) -> str:
 def _time(records: Records) -> str:
     parts = [
         f"{name} {mean(found):.3g} s"
-        for name in ("rollout", "train", "sync")
+        for name in ("rollout", "measure", "train", "sync")
         if (found := known(records, f"time/{name}_s"))
     ]
     return f"A step takes, on average: {', '.join(parts)}." if parts else ""
