@@ -248,6 +248,43 @@ def test_metrics_of_any_form_never_break_the_page(tmp_path_factory, record):
     page_of(path)
 
 
+@pytest.mark.parametrize(
+    ("piece", "lost", "named"),
+    [
+        ({"tokens": {"live": [-1.0], "replayed": [-1.0, -2.0], "rollout": [-1.0, -2.0]}}, "train, live", None),
+        (
+            {"tokens": {"live": [-1.0], "replayed": None, "rollout": [-1.0, -2.0]}},
+            "Rollout against",
+            "tokens (details)",
+        ),
+        ({"tokens": {"live": ["x", None], "rollout": [-1.0, -2.0]}}, "Rollout against", "tokens (details)"),
+        ({"histogram": {"live": [[1, 0, 5]], "replayed": [[0, 1]]}}, "Histogram", "histogram (details)"),
+        ({"histogram": [[0, 1, 5]]}, "Histogram", "histogram (details)"),
+        (
+            {"load": {"layer_ids": [0, 1], "live": [[1, 2], [3]], "rollout": [[1, 2], [3, 4]]}},
+            "Load, ",
+            "load (details)",
+        ),
+        (
+            {"load": {"layer_ids": [0], "live": [[1, 2], [3, 4]], "rollout": [[1, 2], [3, 4]]}},
+            "Load, ",
+            "load (details)",
+        ),
+        ({"load": {"layer_ids": [0], "live": [[1, -2]], "rollout": [[1, 2]]}}, "Load, ", "load (details)"),
+        ({"worst": [{"token": "x", "rollout": -1.0}, {"live": -1.0}, 5, None]}, "The worst tokens", None),
+        ({"worst": "none"}, "The worst tokens", None),
+    ],
+)
+def test_a_piece_of_another_form_is_not_shown_and_the_others_are(tmp_path, piece, lost, named):
+    whole = details(random.Random(0), layers=2, experts=3, replay=True)
+    title = re.compile(f"<h[23][^>]*>[^<]*{lost}")
+    assert title.search(page_of(logged(tmp_path / "whole", [{"reward/mean": 0.5}], whole)).source)
+    page = page_of(logged(tmp_path / "run", [{"reward/mean": 0.5}], whole | piece))
+    assert not title.search(page.source)
+    assert named is None or page.texts.count(named) == 1
+    assert len(page.drawings) >= 4
+
+
 def test_a_section_that_fails_is_named_and_the_rest_is_shown(tmp_path, monkeypatch):
     def fail(*_):
         raise KeyError("<why>")

@@ -66,9 +66,6 @@ def styled(ink: str = INK) -> Generator[None, None, None]:
         "axes.titlesize": 9,
         "svg.fonttype": "none",
         "svg.hashsalt": "r3",
-        # A dollar sign in a label is a dollar sign.
-        "text.parse_math": False,
-        "axes.formatter.use_mathtext": False,
     }
     with matplotlib.rc_context(settings):
         yield
