@@ -63,6 +63,7 @@ def test_routing_is_named_and_is_no_fault(world):
     assert f"k3 {found.k3['live']:.2e} live" in found.causes[0].text
 
 
+@pytest.mark.long
 def test_rollouts_without_routing_are_scored_live(world):
     found = outcome(world.demo, world.rollouts(engine=world.model))
     without = outcome(
@@ -74,7 +75,7 @@ def test_rollouts_without_routing_are_scored_live(world):
     assert "no routing" in without.notes[0]
 
 
-@pytest.mark.parametrize(("sampling", "value"), [(WARM, 0.7), (HOT, 1.3)])
+@pytest.mark.parametrize(("sampling", "value"), [(WARM, 0.7), pytest.param(HOT, 1.3, marks=pytest.mark.long)])
 def test_a_temperature_is_named_with_its_value(world, sampling, value):
     found = outcome(world.demo, world.rollouts(**sampling))
     assert faults(found) == {"temperature"}, found
@@ -82,10 +83,12 @@ def test_a_temperature_is_named_with_its_value(world, sampling, value):
     assert f"{value:.2f}" in found.verdict + found.causes[0].text
 
 
+@pytest.mark.long
 def test_a_temperature_that_is_told_is_no_fault(world):
     assert is_sound(outcome(world.demo, world.rollouts(**WARM), SamplingSettings(**WARM)))
 
 
+@pytest.mark.long
 def test_a_temperature_other_than_was_told_is_named(world):
     found = outcome(world.demo, world.rollouts(**WARM), SamplingSettings(**HOT))
     assert faults(found) == {"temperature"}, found
@@ -95,6 +98,7 @@ def test_a_temperature_other_than_was_told_is_named(world):
 @pytest.mark.parametrize(
     "settings", [UNKNOWN, SamplingSettings(**WARM), SamplingSettings(**WARM, logprobs_mode="raw_logprobs")]
 )
+@pytest.mark.long
 def test_raw_log_probabilities_of_tempered_samples_are_named(world, settings):
     found = outcome(world.demo, world.rollouts(reported={}, **WARM), settings)
     assert faults(found) == {"raw_logprobs"}, found
@@ -111,6 +115,7 @@ def test_raw_log_probabilities_of_a_nucleus_are_named(world):
 
 
 @pytest.mark.parametrize(("sampling", "value"), [(NUCLEUS, 0.9), ({"top_k": 5}, 5)])
+@pytest.mark.long
 def test_renormalised_log_probabilities_are_named_with_what_is_kept(world, sampling, value):
     (name,) = sampling
     found = outcome(world.demo, world.rollouts(**sampling))
@@ -118,7 +123,7 @@ def test_renormalised_log_probabilities_are_named_with_what_is_kept(world, sampl
     assert figures(found, "renormalised")[name] == value
 
 
-@pytest.mark.parametrize("places", [1, -1])
+@pytest.mark.parametrize("places", [1, pytest.param(-1, marks=pytest.mark.long)])
 def test_shifted_rows_are_named_with_the_direction(world, places):
     found = outcome(world.demo, with_rows_moved(world.rollouts(), places))
     assert faults(found) == {"shifted_rows"}, found
@@ -126,15 +131,18 @@ def test_shifted_rows_are_named_with_the_direction(world, places):
     assert "routing" in found.names  # of the rows, moved back
 
 
+@pytest.mark.long
 def test_shifted_rows_are_named_also_where_routing_makes_no_gap(world):
     assert faults(outcome(world.demo, with_rows_moved(world.rollouts(engine=world.model), 1))) == {"shifted_rows"}
 
 
+@pytest.mark.long
 def test_rows_of_other_rollouts_are_named(world):
     assert faults(outcome(world.demo, with_rows_of_others(world.rollouts(engine=world.model)))) == {"foreign_rows"}
 
 
 @pytest.mark.parametrize("places", [1, -1])
+@pytest.mark.long
 def test_shifted_log_probabilities_are_named_with_the_direction(world, places):
     found = outcome(world.demo, with_logprobs_moved(world.rollouts(), places))
     assert faults(found) == {"shifted_logprobs"}, found
@@ -147,6 +155,7 @@ def test_a_stale_sync_is_named_with_the_checkpoint(world):
     assert figures(found, "stale_sync")["checkpoint"] == world.demo
 
 
+@pytest.mark.long
 def test_without_the_checkpoint_a_stale_sync_cannot_be_told_and_the_words_say_how_to(world):
     for model in (world.later, world.much_later):
         found = outcome(model, world.rollouts())
@@ -159,6 +168,7 @@ def test_without_the_checkpoint_a_stale_sync_cannot_be_told_and_the_words_say_ho
 
 
 @pytest.mark.parametrize("weights", ["other", "confident"])
+@pytest.mark.long
 def test_other_weights_are_named_and_nothing_else(world, weights):
     found = outcome(
         getattr(world, weights), world.rollouts(), UNKNOWN, *([world.much_later] if weights == "other" else [])
@@ -168,6 +178,7 @@ def test_other_weights_are_named_and_nothing_else(world, weights):
     assert ("none of the 1 earlier checkpoints fits better" in found.causes[0].text) == (weights == "other")
 
 
+@pytest.mark.long
 def test_versions_that_lag_tell_a_stale_sync(world):
     rollouts = Rollouts([replace(r, weight_versions=(7,)) for r in world.rollouts()], world.rollouts().spec)
     found = outcome(world.later, rollouts, SamplingSettings(weight_version=9))
@@ -177,6 +188,7 @@ def test_versions_that_lag_tell_a_stale_sync(world):
     assert is_sound(outcome(world.demo, rollouts, SamplingSettings(weight_version=9)))
 
 
+@pytest.mark.long
 def test_older_tokens_of_a_mixed_batch_tell_a_stale_sync(world):
     def version(item, number):
         return replace(
@@ -224,6 +236,7 @@ COMBINED = {
 
 
 @pytest.mark.parametrize("case", COMBINED)
+@pytest.mark.long
 def test_two_causes_at_once_are_both_named(world, case):
     given, expected = COMBINED[case](world)
     found = outcome(*given)
