@@ -110,7 +110,7 @@ def test_no_details(tmp_path):
     assert "Settings" not in page.text
 
 
-@pytest.mark.parametrize("value", [0.0, None, math.nan, "text", True, -1.0, 1e300, 10**400, 5e-324])
+@pytest.mark.parametrize("value", [0.0, None, math.nan, "text", True, -1.0, 1e300, 1.7e308, 10**400, 5e-324])
 def test_values_that_cannot_be_drawn(tmp_path, value):
     record = dict.fromkeys(step_metrics(1, random.Random(0), layers=4, experts=4, replay=True, steps=2), value)
     path = logged(tmp_path / "run", [record, record])
@@ -321,6 +321,22 @@ def test_bins_of_steps_keep_mean_and_range():
     assert (found.low[0], found.middle[0], found.high[0]) == (1.0, 2.0, 3.0)
     assert max(found.high) == 6.0
     assert series(records, "m", largest=True).middle[0] == 3.0
+
+
+def test_steps_that_were_not_measured_do_not_break_the_lines(tmp_path):
+    """With `trainer.diagnostics.every` = 5 and 100 steps: too many for markers, and nothing between two of them."""
+
+    def metrics(step, record):
+        return {key: value for key, value in record.items() if step % 5 == 1 or not key.startswith("logprob_diff/")}
+
+    page = page_of(synthetic_run(tmp_path / "run", 100, details_every=0, layers=4, experts=4, metrics=metrics))
+    curves = [
+        re.search(r'\sd="([^"]*)"', line)[1]
+        for line in re.findall(r"<g id=\"k3-line2d_\d+\">\s*<path[^>]*>", page.drawings[0])
+    ]
+    assert max(curve.count("L") for curve in curves) == 19
+    records = [{"step": step} | ({"m": 1.0} if step % 5 == 1 else {}) for step in range(1, 101)]
+    assert series(records, "m").steps == [float(step) for step in range(1, 101, 5)]
 
 
 # The rest

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from r3.diagnostics.cells import layer_shares
 from r3.diagnostics.charts import GREY, REPLAYED, legend, percentages
-from r3.diagnostics.series import Records, mean, steps_of
+from r3.diagnostics.series import LARGEST, Records, mean, steps_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +19,10 @@ COLOURS = "cividis"
 
 
 def layers_over_steps(records: Records) -> list[tuple[float, dict[int, float]]]:
-    """Step and share of differing rows by layer, of the steps that have any."""
-    shares = map(layer_shares, records)
+    """Step and share of differing rows by layer, of the steps that have any that can be drawn."""
+    shares = (
+        {layer: share for layer, share in layer_shares(record).items() if abs(share) <= LARGEST} for record in records
+    )
     return [(step, found) for step, found in zip(steps_of(records), shares, strict=True) if found]
 
 

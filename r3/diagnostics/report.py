@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -189,8 +188,8 @@ def _cards(records: Records) -> Iterator[tuple[str, str]]:
             value, over = weighted_mean(records, f"logprob_diff/{side}/k3")
             yield scientific(value), f"k3 {side}, mean over {over}"
     both = paired(records, "k3")
-    if below := math.fsum(replayed for _, replayed in both):
-        yield f"{math.fsum(live for live, _ in both) / below:.2f}", "k3 live / replayed, over the steps that have both"
+    if below := mean([replayed for _, replayed in both]) if both else 0.0:
+        yield f"{mean([live for live, _ in both]) / below:.2f}", "k3 live / replayed, over the steps that have both"
     for key, label in (("routing/differing_rows", "choices that differ"), ("routing/coverage", "rows with routing")):
         if found := known(records, key):
             yield percent_down(mean(found)), f"{label}, mean over steps"

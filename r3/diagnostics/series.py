@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,16 @@ def steps_of(records: Records) -> list[float]:
 
 
 def mean(numbers: Sequence[float]) -> float:
-    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+    # Divided first: the sum of numbers that are close to the largest of all has no float.
+    return math.fsum(value / len(numbers) for value in numbers) if numbers else math.nan
+
+
+def total(numbers: Iterable[float]) -> float:
+    """The sum, infinite where no float holds it."""
+    try:
+        return math.fsum(numbers)
+    except OverflowError:
+        return math.inf
 
 
 def weighted_mean(records: Records, key: str) -> tuple[float, str]:
@@ -47,9 +56,9 @@ def weighted_mean(records: Records, key: str) -> tuple[float, str]:
     """
     found = [(number(record, key), number(record, f"{key.rsplit('/', 1)[0]}/tokens")) for record in records]
     found = [(value, count) for value, count in found if not math.isnan(value)]
-    tokens = math.fsum(count for _, count in found)
+    tokens = total(count for _, count in found)
     if key.startswith("logprob_diff/") and tokens > 0:  # NaN is not
-        return math.fsum(value * count for value, count in found) / tokens, "tokens"
+        return math.fsum(value * (count / tokens) for value, count in found), "tokens"
     return mean([value for value, _ in found]), "steps"
 
 
@@ -76,19 +85,19 @@ class Series:
 def series(records: Records, key: str, *, factor: float = 1.0, log: bool = False, largest: bool = False) -> Series:
     """`factor` times a metric over the steps, in bins where there are many; the middle is a mean, or the largest.
 
-    Values that the scale, or a `log` scale, cannot show are NaN.
+    Steps whose value is not known, as those between two measured ones, or that the scale, or a `log` scale, cannot
+    show, are left out.
     """
-    steps, numbers = steps_of(records), [value * factor for value in values(records, key)]
     smallest = 1 / LARGEST if log else -LARGEST
-    numbers = [value if smallest <= value <= LARGEST else math.nan for value in numbers]
-    width = max(1, math.ceil(len(steps) / MOST_POINTS))
-    bins = [numbers[at : at + width] for at in range(0, len(numbers), width)]
-    bins = [[value for value in found if not math.isnan(value)] for found in bins]
-    centres = [mean(steps[at : at + width]) for at in range(0, len(steps), width)]
+    pairs = zip(steps_of(records), values(records, key), strict=True)
+    points = [(step, value * factor) for step, value in pairs if smallest <= value * factor <= LARGEST]
+    width = max(1, math.ceil(len(points) / MOST_POINTS))
+    parts = [points[at : at + width] for at in range(0, len(points), width)]
+    bins = [[value for _, value in part] for part in parts]
     return Series(
-        steps=centres,
-        middle=[(max(found) if largest else mean(found)) if found else math.nan for found in bins],
-        low=[min(found, default=math.nan) for found in bins],
-        high=[max(found, default=math.nan) for found in bins],
+        steps=[mean([step for step, _ in part]) for part in parts],
+        middle=[max(found) if largest else mean(found) for found in bins],
+        low=[min(found) for found in bins],
+        high=[max(found) for found in bins],
         width=width,
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from r3.diagnostics.cells import layer_shares, number, percent, scientific
-from r3.diagnostics.series import Records, known, mean, recorded, thirds, values, weighted_mean
+from r3.diagnostics.series import Records, known, mean, recorded, thirds, total, values, weighted_mean
 
 SAME = 1.1
 """Two gaps within this factor are called the same."""
@@ -52,7 +52,7 @@ def _gap(records: Records, settings: Mapping[str, Any]) -> str:
     if side is None:
         return ""
     k3, over = weighted_mean(records, diff_key(side, "k3"))
-    tokens = math.fsum(known(records, diff_key(side, "tokens")))
+    tokens = total(known(records, diff_key(side, "tokens")))
     parts = [
         f"The gap with {side} routing: k3 is {scientific(k3)} nats per token, mean over "
         f"{f'{tokens:,.0f} tokens' if over == 'tokens' else 'the steps'}"
