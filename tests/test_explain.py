@@ -47,6 +47,7 @@ def is_sound(found: Explanation) -> bool:
     return not found.wrong and faults(found) == set() and "precision" in found.names
 
 
+@pytest.mark.long
 def test_precision_alone_is_no_fault(world):
     found = outcome(world.demo, world.rollouts(engine=world.model))
     assert is_sound(found), found

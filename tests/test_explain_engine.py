@@ -12,7 +12,7 @@ from twins import demo_model, demo_prompts
 import r3
 from r3.capture import SamplingSettings, collect, engine_kwargs, sampling_kwargs, save_rollouts
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 
 def settings(temperature: float) -> r3.R3Config:
