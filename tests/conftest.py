@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # No test may depend on a model hub: all models are made in the test or shipped with the examples.
@@ -13,6 +14,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 # Test tensors are small: more threads gain nothing, and on a large host they make several ranks contend.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+
+# The same examples in every run, so that a run fails for what it changed; --hypothesis-profile=default draws new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 HERE = Path(__file__).parent
 DEMO_MODEL = HERE.parent / "examples" / "chain_sum_moe"

@@ -114,7 +114,7 @@ def test_gates_move_and_the_engine_follows_the_trainer(trainer, engine):
 
     old, before = engine_routing(), gates()
     for step in range(1, 4):
-        metrics = trainer.step(trainer.sync.version + 1)
+        metrics, _ = trainer.step(trainer.sync.version + 1)
         assert metrics["sync/version"] == trainer.sync.version, step
         assert metrics["routing/rows_replayed"] > 10 * metrics["routing/rows_live"] > 0
     new, after = engine_routing(), gates()
