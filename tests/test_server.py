@@ -306,7 +306,8 @@ def test_a_handshake_says_what_does_not(server, spec):
         handshake("localhost:8000", spec)
 
 
-def test_doctor_checks_a_server_with_the_trainers_model(server, config):
+def test_doctor_checks_a_server_with_the_trainers_model(server, config, monkeypatch):
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # of which it warns, rightly
     checks = {check.name: check for check in examine(config, url=server.url)}
     told = {name: check.status for name, check in checks.items() if check.status != "ok"}
     # The control routes alone are not there: nothing here asks for them.
