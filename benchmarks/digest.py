@@ -107,12 +107,12 @@ def on_cuda(chunks: list[Chunk], device: torch.device, size: int, rounds: int) -
     targets = [[torch.empty_like(tensor) for _, tensor in chunk] for chunk in chunks]
     locked = [[(name, tensor.cpu().pin_memory()) for name, tensor in chunk] for chunk in chunks[:4]]
     reads = [[(tensor, mask, ulp, None) for _, tensor in chunk] for chunk in chunks]
-    tables = [torch.from_numpy(digest_cuda.pieces(chunk)).to(device) for chunk in reads]
+    tables = [(table.to(device), count) for table, count in map(digest_cuda.describe, reads)]
     sums = [torch.zeros(len(chunk), 2, dtype=torch.int64, device=device) for chunk in chunks]
 
     def kernels() -> None:
-        for table, total in zip(tables, sums, strict=True):
-            digest_cuda.launch(table, total)
+        for (table, count), total in zip(tables, sums, strict=True):
+            digest_cuda.launch(table, count, total)
 
     jobs: dict[str, Callable[[], object]] = {
         "copy": lambda: copied(chunks, targets),

@@ -1,4 +1,4 @@
-"""The server of the fault tests: two tensor-parallel workers, what they answer, and who is left of its processes."""
+"""The server of the fault tests, what its workers answer, and who is left of its processes."""
 
 import contextlib
 import os
@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import torch
 from conftest import DEMO_MODEL
+from receivers import on_one_gpu
 from test_processes import all_ended, session
 
 import r3
@@ -28,9 +29,14 @@ Output = tuple[tuple[str, float], ...]
 
 
 class FaultyServer:
-    """A real `vllm serve` on a port of its own, which a supervisor (the harness) can start again."""
+    """A real `vllm serve` on a port of its own, which a supervisor (the harness) can start again.
 
-    def __init__(self) -> None:
+    Args:
+        gpu: one worker, on a GPU; else two tensor-parallel ones on the CPU.
+    """
+
+    def __init__(self, *, gpu: bool = False) -> None:
+        self._gpu = gpu
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
@@ -46,7 +52,7 @@ class FaultyServer:
 
     def start(self) -> None:
         settings = [
-            "generator.inference_engine.tensor_parallel_size=2",
+            f"generator.inference_engine.tensor_parallel_size={1 if self._gpu else 2}",
             "generator.inference_engine.enable_return_routed_experts=false",
             "trainer.policy.fsdp_config.moe_enable_routing_replay=false",
         ]
@@ -57,9 +63,9 @@ class FaultyServer:
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             "VLLM_LOGGING_LEVEL": "ERROR",
-            "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}",
             "HF_HUB_OFFLINE": "1",
         }
+        extra |= on_one_gpu("engine") if self._gpu else {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
         command = [*server_command(config), "--host", "127.0.0.1", "--port", str(self._port)]
         command += ["--worker-extension-cls", "fault_worker.FaultyWorker"]
         self.log = Path(self._folder.name) / f"server-{self.starts}.log"

@@ -15,7 +15,7 @@ from conftest import DEMO_MODEL
 from fault_engine import LONG, FaultyServer, Load, Output, children, state
 from fault_outcome import Outcome, expected, vars_of
 from fault_process import TIMEOUT_S, Sender
-from faults import Fault, Schedule
+from faults import CPU, GPU, Fault, Schedule
 
 from r3.weight_sync import FilesTransport
 
@@ -29,7 +29,9 @@ SMALL_DISK = 6 << 20
 class Harness:
     """One server and its senders, from schedule to schedule."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, gpu: bool = False) -> None:
+        self._gpu = gpu
+        self._transports = GPU if gpu else CPU
         self._folder = tempfile.TemporaryDirectory()
         self._disk = Path(self._folder.name) / "disk"
         self._disk.mkdir()
@@ -45,7 +47,7 @@ class Harness:
         self._left: set[Path] = set()
         self._all: list[Sender] = []
         self._load: Load | None = None
-        self.server = FaultyServer()
+        self.server = FaultyServer(gpu=gpu)
         self.version = 0
         self.sent: dict[int | None, str] = {None: "A"}
         self.known: dict[str, list[set[Output]]] = {}
@@ -54,7 +56,7 @@ class Harness:
     def __enter__(self) -> "Harness":
         try:
             os.environ["R3_TEST_FAULTS_MODEL"] = str(DEMO_MODEL)
-            for transport in ("files", "gloo"):
+            for transport in self._transports:
                 for delta in (False, True):
                     self._sender(transport, delta)
             self.server.start()
@@ -290,7 +292,8 @@ class Harness:
         if sender is None or not sender.alive():
             folder = str(self._disk) if small else None
             settings = {"url": self.server.url, "path": str(DEMO_MODEL), "transport": transport, "delta": delta}
-            settings |= {"folder": folder, "stacks": str(Path(self._folder.name) / f"stacks-{len(self._all)}")}
+            stacks = Path(self._folder.name) / f"stacks-{len(self._all)}"
+            settings |= {"gpu": self._gpu, "folder": folder, "stacks": str(stacks)}
             sender = self._senders[key] = Sender(self._context, settings)
             self._all.append(sender)
         return sender
@@ -300,7 +303,8 @@ class Harness:
 
     def _second(self, s: Schedule) -> Sender:
         """A sync by another process, of another set of weights."""
-        sender = self._sender({"files": "gloo", "gloo": "files"}[s.transport], s.delta)
+        other = self._transports[s.transport == self._transports[0]]
+        sender = self._sender(other, s.delta)
         weights = {"A": "B", "B": "C", "C": "A"}[s.weights]
         # Half of those that take over are themselves in the middle when the first one goes on.
         middle = s.faults[0].pick < 0.5 and s.faults[0].kind in ("held", "sender stopped")
@@ -355,7 +359,7 @@ class Harness:
     def _learn(self) -> None:
         """What the engine says under each set of weights, with its caches empty and full."""
         for weights, fused in (("B", False), ("C", True), ("A", False)):
-            sender = self._sender("files", False)
+            sender = self._sender(self._transports[0], False)
             sender.order(version=self._next(weights), weights=weights, fused=fused, faults=[], timeout_s=30.0)
             while not sender.poll(0.1):
                 pass

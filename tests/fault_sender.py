@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from faults import Fault, tampered
+from receivers import on_one_gpu
 from safetensors.torch import load_file
 
 from r3.errors import SyncError
@@ -256,6 +257,8 @@ def content(named: Named, how: str, pick: float) -> tuple[Named, str]:
 def serve(end: Connection, go: Event, settings: dict[str, Any]) -> None:
     """Push as the harness says, until it goes away."""
     torch.set_num_threads(1)
+    if settings["gpu"]:
+        os.environ |= on_one_gpu(f"sender {os.getpid()}")
     where = open(settings["stacks"], "w")  # noqa: SIM115 (as long as the process lives)
     faulthandler.register(signal.SIGUSR1, file=where, all_threads=True)
     faults = Faults(end, go)

@@ -2,17 +2,22 @@
 
 python tests/faults.py --schedules 300 --seed 0      # seeds 0 to 299, against one real server
 python tests/faults.py --only 17                     # one of them again
+python tests/faults.py --gpu --schedules 30          # NCCL and CUDA IPC, one worker, all on one GPU
 """
 
 import argparse
 import random
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 Chunk = list[tuple[str, torch.Tensor]]
+
+CPU, GPU = ("files", "gloo"), ("nccl", "ipc")
+"""Transports that schedules choose between."""
 
 LOADS = ("load:0", "load:1", "load:3", "load:5")
 WORKER_POINTS = ("reserve", "begin", *LOADS, "seal", "commit", "hold", "release")
@@ -93,10 +98,10 @@ class Schedule:
         return f"seed {self.seed}: {mode} to {self.weights}{extra} | {'; '.join(map(str, self.faults)) or 'no fault'}"
 
 
-def schedule(seed: int) -> Schedule:
+def schedule(seed: int, transports: Sequence[str] = CPU) -> Schedule:
     """The schedule of `seed`, always the same."""
     of = random.Random(seed)
-    transport, delta = of.choice(["files", "gloo"]), of.random() < 0.4
+    transport, delta = of.choice(transports), of.random() < 0.4
     kinds = of.choices(list(KINDS), list(KINDS.values()), k=2 if of.random() < 0.25 else 1)
     faults = tuple(_fault(kind, of) for kind in dict.fromkeys(kinds) if kind != "none")
     if any(fault.kind in ("file", "disk full") for fault in faults):
@@ -114,7 +119,7 @@ def schedule(seed: int) -> Schedule:
     )
 
 
-def killed(seed: int) -> Schedule:
+def killed(seed: int, transports: Sequence[str] = CPU) -> Schedule:
     """A schedule in which a worker dies: the engine must be started again."""
     of = random.Random(f"killed {seed}")
     fault = Fault(
@@ -125,7 +130,7 @@ def killed(seed: int) -> Schedule:
     )
     return Schedule(
         seed=-1 - seed,
-        transport=of.choice(["files", "gloo"]),
+        transport=of.choice(transports),
         delta=of.random() < 0.5,
         fused=of.random() < 0.5,
         weights=of.choice("ABC"),
@@ -134,6 +139,10 @@ def killed(seed: int) -> Schedule:
         long=False,
         faults=(fault,),
     )
+
+
+def of_the_only_worker(fault: Fault) -> Fault:
+    return fault if fault.rank is None else replace(fault, rank=0)
 
 
 def _fault(kind: str, of: random.Random) -> Fault:
@@ -209,17 +218,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first one; each has the next seed")
     parser.add_argument("--killed", type=int, default=3, help="how many more in which a worker dies")
     parser.add_argument("--only", type=int, nargs="+", help="run these seeds alone; -1, -2, ...: a worker dies")
+    parser.add_argument("--gpu", action="store_true", help="one worker, on the GPU that the senders use too")
     parser.add_argument("--list", action="store_true", help="print the schedules, run nothing")
     options = parser.parse_args()
     seeds = options.only or [
         *range(options.seed, options.seed + options.schedules),
         *range(-1, -1 - options.killed, -1),
     ]
-    schedules = [schedule(seed) if seed >= 0 else killed(-1 - seed) for seed in seeds]
+    transports = GPU if options.gpu else CPU
+    schedules = [schedule(seed, transports) if seed >= 0 else killed(-1 - seed, transports) for seed in seeds]
+    if options.gpu:
+        schedules = [replace(one, faults=tuple(map(of_the_only_worker, one.faults))) for one in schedules]
     if options.list:
         print(*schedules, sep="\n")
         return 0
-    with Harness() as harness:
+    with Harness(gpu=options.gpu) as harness:
         for number, one in enumerate(schedules, 1):
             outcome = harness.run(one)
             print(f"[{number}/{len(schedules)}] {one}\n    -> {outcome}", flush=True)

@@ -10,6 +10,11 @@ import torch
 import torch.multiprocessing as mp
 
 
+def on_one_gpu(name: str) -> dict[str, str]:
+    """Settings with which NCCL takes processes on one GPU for ones on several hosts, and connects them by TCP."""
+    return {"NCCL_HOSTID": name, "NCCL_SOCKET_IFNAME": "lo"}
+
+
 class Workers:
     """`size` processes, each with a receiver of its own. Calls go to all; answers are waited for apart."""
 
@@ -77,7 +82,7 @@ def _serve(end: Connection, rank: int, device: str) -> None:
         where = torch.device("cuda", (rank + 1) % torch.cuda.device_count())
         torch.cuda.set_device(where)
         if torch.cuda.device_count() < 2:
-            os.environ |= {"NCCL_HOSTID": f"worker-{rank}", "NCCL_SOCKET_IFNAME": "lo"}
+            os.environ |= on_one_gpu(f"worker {rank}")
     receiver: Any = None
     kept: list = []
     while True:
@@ -95,7 +100,7 @@ def _serve(end: Connection, rank: int, device: str) -> None:
                 kept = []
             elif name == "receive":
                 chunk = receiver.receive(*args)
-                receiver.settle()
+                receiver.wait()
                 kept += [(key, tensor.clone()) for key, tensor in chunk]
                 if where.type == "cuda":
                     torch.cuda.current_stream(where).synchronize()

@@ -283,6 +283,8 @@ def cases(device: str, offsets: tuple[int, ...]) -> list[tuple[str, torch.Tensor
                     moved[1:] = found[-1][1]
                     found.append((f"{dtype} {count} moved, NaN at {place}", moved[1:]))
     square = torch.randn(300, 200, generator=generator).to(device, torch.bfloat16)
+    several = torch.arange(150_001, device=device)
+    found += [("three pieces", several), ("three pieces, odd", several.view(torch.uint8)[1:])]
     return [*found, ("transposed", square.T), ("columns", square[:, 3:77]), ("one", square[0, 0])]
 
 
@@ -295,8 +297,8 @@ def compare_interpreted() -> None:
     expected = ContentDigests()
     expected.add(chunk)
     sums = torch.zeros(len(chunk), 2, dtype=torch.int64)
-    table = digest_cuda.pieces([(tensor, *_lanes(tensor.dtype)) for _, tensor in chunk])
-    digest_cuda.launch(torch.from_numpy(table), sums)
+    table, count = digest_cuda.describe([(tensor, *_lanes(tensor.dtype)) for _, tensor in chunk])
+    digest_cuda.launch(table, count, sums)
     for (name, tensor), (total, found) in zip(chunk, sums.tolist(), strict=True):
         assert total % 2**64 == expected._sums[name], name
         if _lanes(tensor.dtype)[2] is None:  # a byte that is NaN is looked for by torch

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from receivers import Workers
+from receivers import Workers, on_one_gpu
 
 from r3 import SyncError
 from r3.weight_sync.transports import TRANSPORTS, transport_of
@@ -61,8 +61,8 @@ def workers(pools, device):
 @pytest.fixture
 def transport(name, device, workers, monkeypatch):
     if name == "nccl" and torch.cuda.device_count() < 2:
-        monkeypatch.setenv("NCCL_HOSTID", "trainer")
-        monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+        for setting, value in on_one_gpu("trainer").items():
+            monkeypatch.setenv(setting, value)
     made = transport_of(name)
     made.timeout_s = 30.0
     yield made

@@ -3,7 +3,6 @@
 Needs Triton; imported only when there is a tensor on CUDA.
 """
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +11,8 @@ from torch import Tensor
 from r3.weight_sync.digest_cpu import GOLDEN, M1, M2, WORD
 
 PIECE_BYTES = 1 << 19  # what one program reads; a multiple of 16, so that a tensor's pieces are aligned as it is
-_COLUMNS = tl.constexpr(6)
+_PIECE_BYTES = tl.constexpr(PIECE_BYTES)
+_COLUMNS = tl.constexpr(5)
 _ROWS = tl.constexpr(4)  # all of a column's are a thread's own, and summed in its registers
 _WIDTH = tl.constexpr(256)
 _BLOCK = tl.constexpr(_ROWS.value * _WIDTH.value)
@@ -34,34 +34,31 @@ def queue(reads: list[Read], device: torch.device) -> Tensor:
     """
     with torch.cuda.device(device):
         sums = torch.zeros(len(reads), 2, dtype=torch.int64, device=device)
-        table = pieces(reads)
-        if len(table):
-            launch(torch.from_numpy(table).pin_memory().to(device, non_blocking=True), sums)
+        table, count = describe(reads)
+        if count:
+            launch(table.pin_memory().to(device, non_blocking=True), count, sums)
         for slot, (tensor, _, _, nan_byte) in enumerate(reads):
             if nan_byte is not None:
                 sums[slot, 1] += (tensor.view(torch.uint8) == nan_byte).any()
     return sums
 
 
-def pieces(reads: list[Read]) -> np.ndarray:
-    """int64 `[pieces, 6]`: address, bytes, index of the first word, place of the tensor in `reads`, mask, addend."""
-    lengths = np.array([tensor.nbytes for tensor, *_ in reads], np.int64)
-    columns = np.array([(tensor.data_ptr(), mask, ulp) for tensor, mask, ulp, _ in reads], np.int64).reshape(-1, 3)
-    counts = -(-lengths // PIECE_BYTES)
-    slot = np.repeat(np.arange(len(reads)), counts)
-    start = (np.arange(len(slot)) - (np.cumsum(counts) - counts)[slot]) * PIECE_BYTES
-    table = np.empty((len(slot), _COLUMNS.value), np.int64)
-    table[:, 0] = columns[slot, 0] + start
-    table[:, 1] = np.minimum(lengths[slot] - start, PIECE_BYTES)
-    table[:, 2] = start // 8
-    table[:, 3] = slot
-    table[:, 4:] = columns[slot, 1:]
-    return table
+def describe(reads: list[Read]) -> tuple[Tensor, int]:
+    """What the kernel must know of the tensors, and how many pieces they are in all.
+
+    Returns:
+        int64 `[tensors, 5]`: number of the first piece, address, bytes, mask, addend.
+    """
+    rows, count = [], 0
+    for tensor, mask, ulp, _ in reads:
+        rows.append((count, tensor.data_ptr(), tensor.nbytes, mask, ulp))
+        count += -(-tensor.nbytes // PIECE_BYTES)
+    return torch.tensor(rows, dtype=torch.int64).view(-1, _COLUMNS.value), count
 
 
-def launch(table: Tensor, sums: Tensor) -> None:
-    """Add the pieces of `table` to int64 `[tensors, 2]`; both are where the kernel runs."""
-    _read_piece[(len(table),)](table, sums, num_warps=4)  # pyrefly: ignore
+def launch(table: Tensor, count: int, sums: Tensor) -> None:
+    """Add the `count` pieces of `table` to int64 `[tensors, 2]`; both are where the kernel runs."""
+    _read_piece[(count,)](table, sums, len(table), num_warps=4)  # pyrefly: ignore
 
 
 @triton.jit
@@ -78,14 +75,23 @@ def _either(a, b):
 
 
 @triton.jit
-def _read_piece(table, sums):
-    entry = table + tl.program_id(0).to(tl.int64) * _COLUMNS
-    address = tl.load(entry)
-    size = tl.load(entry + 1).to(tl.int32)
-    first = tl.load(entry + 2).to(tl.uint64)
-    found = sums + tl.load(entry + 3) * 2
-    mask = tl.load(entry + 4).to(tl.uint64)
-    ulp = tl.load(entry + 5).to(tl.uint64)
+def _read_piece(table, sums, tensors):
+    piece = tl.program_id(0).to(tl.int64)
+    # The last tensor whose first piece is this one or one before it.
+    slot, end = piece * 0, piece * 0 + tensors
+    while end - slot > 1:
+        middle = (slot + end) // 2
+        before = tl.load(table + middle * _COLUMNS) <= piece
+        slot = tl.where(before, middle, slot)
+        end = tl.where(before, end, middle)
+    entry = table + slot * _COLUMNS
+    start = (piece - tl.load(entry)) * _PIECE_BYTES
+    address = tl.load(entry + 1) + start
+    size = tl.minimum(tl.load(entry + 2) - start, _PIECE_BYTES).to(tl.int32)
+    first = (start // 8).to(tl.uint64)  # word of the tensor
+    mask = tl.load(entry + 3).to(tl.uint64)
+    ulp = tl.load(entry + 4).to(tl.uint64)
+    found = sums + slot * 2
 
     row = tl.arange(0, _ROWS)[:, None] * _WIDTH
     column = tl.arange(0, _WIDTH)

@@ -99,9 +99,13 @@ class LoadPlan:
         """Whether every tensor of `manifest` is one of the plan's."""
         return all(self.manifest.get(name) == (tuple(shape), dtype) for name, (shape, dtype) in manifest.items())
 
+    def slow_sources(self) -> set[str]:
+        """Tensors that vLLM's loaders must see."""
+        return self.manifest.keys() - self.copies.keys() - self.dropped
+
     def describe(self) -> dict[str, object]:
         """Counts for logs and receipts: layers planned and slow (with reasons), sources, copies and bytes a sync."""
-        slow_sources = self.manifest.keys() - self.copies.keys() - self.dropped
+        slow_sources = self.slow_sources()
         copies = [copy for group in self.copies.values() for copy in group]
         sizes = {name: layer.layout for name, layer in self.layers.items()}
         return {

@@ -25,6 +25,7 @@ from r3.weight_sync.fp8 import check_finite_engine
 from r3.weight_sync.plan import LoadPlan
 from r3.weight_sync.reload import LayerwiseReload
 from r3.weight_sync.transports import RECEIVERS, Chunk, Receiver
+from r3.weight_sync.transports.base import wait_until
 
 Reply = dict[str, Any]
 
@@ -141,6 +142,9 @@ class WeightSyncWorker:
             assert sync.reload is not None
             with sync.clock.stage("receive"):
                 chunk = state.receiver.receive(where)
+                if sync.base is not None or not sync.reload.only_copies:
+                    # What follows may wait for the device, and would without end where the other side has died.
+                    state.receiver.wait()
             if sync.base is not None:
                 chunk = [(name, tensor.to(self.device)) for name, tensor in sync.base.decode(names, chunk)]
             _check(chunk, names, sync)
@@ -275,7 +279,7 @@ class WeightSyncWorker:
             return
         before, sync.loaded = sync.loaded, torch.cuda.current_stream(self.device).record_event()
         if before is not None:
-            before.synchronize()
+            wait_until(before.query, lambda: False, sync.lease_s, "the copies of the chunk before")
 
     def _r3_give_up(self, state: _State, cause: str) -> None:
         sync, state.sync = state.sync, None

@@ -103,8 +103,12 @@ class Receiver(ABC):
     def receive(self, where: Where) -> Chunk:
         """The tensors of a chunk. Raises if it is not there or not whole."""
 
-    def settle(self) -> None:  # noqa: B027 (nothing to do for some)
-        """Wait, for `timeout_s` at most, until everything that was received is here."""
+    def wait(self) -> None:  # noqa: B027 (nothing to do for some)
+        """Wait, for `timeout_s` at most, until what was received is here, and not only queued on a device."""
+
+    def settle(self) -> None:
+        """The end of a sync that all went well: `wait`, and give back what the next one does not need."""
+        self.wait()
 
     def abort(self) -> None:  # noqa: B027
         """Drop everything of a sync that failed."""

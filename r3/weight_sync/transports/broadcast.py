@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -123,7 +124,7 @@ class BroadcastReceiver(Receiver):
         ]
         return tensors if device == self.device else [(name, tensor.to(self.device)) for name, tensor in tensors]
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         self._group.settle_all_but(0, lambda: False)
 
     def abort(self) -> None:
@@ -183,7 +184,7 @@ class Group:
         self.size = offer["size"]
         self._device = device
         self._timeout_s = timeout_s
-        self._in_flight: deque[list[Any]] = deque()
+        self._in_flight: deque[_Broadcast] = deque()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         limit = timedelta(seconds=timeout_s)
         try:
@@ -225,30 +226,31 @@ class Group:
         return blocks
 
     def _run(self, blocks: list[Tensor]) -> None:
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
         if self._stream is None:
-            works = [self._group.broadcast([block], options) for block in blocks if block.numel()]
+            started = self._launch(blocks)
         else:
             # NCCL may hold the thread that launches, where a peer has stopped.
-            works = _within(self._timeout_s, lambda: self._launch(blocks, options))
-        self._in_flight.append([works, blocks])
+            started = _within(self._timeout_s, lambda: self._launch_on_stream(blocks))
+        self._in_flight.append(started)
 
-    def _launch(self, blocks: list[Tensor], options: dist.BroadcastOptions) -> list[Any]:
+    def _launch(self, blocks: list[Tensor]) -> "_Broadcast":
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        return _Broadcast(blocks, [self._group.broadcast([block], options) for block in blocks if block.numel()])
+
+    def _launch_on_stream(self, blocks: list[Tensor]) -> "_Broadcast":
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            works = [self._group.broadcast([block], options) for block in blocks if block.numel()]
-            for work in works:
+            started = self._launch(blocks)
+            for work in started.works:
                 work.wait()  # for the stream alone
-        return works
+            started.behind = torch.cuda.Event()
+            started.behind.record()
+        return started
 
     def settle_all_but(self, kept: int, stop: Stop) -> None:
         """Wait until at most `kept` calls of `broadcast` or `receive` are under way."""
         while len(self._in_flight) > kept:
-            works, _ = self._in_flight[0]
-            for work in works:
-                wait_until(work.is_completed, stop, self._timeout_s, f"broadcast among {self.size} ranks")
-                if self._stream is None:
-                    work.wait()  # raises what went wrong
+            wait_until(self._in_flight[0].done, stop, self._timeout_s, f"broadcast among {self.size} ranks")
             self._in_flight.popleft()
 
     def abort(self) -> None:
@@ -256,6 +258,36 @@ class Group:
         with contextlib.suppress(Exception):
             _within(_ABORT_S, self._group.abort)
         self._in_flight.clear()
+
+
+@dataclass
+class _Broadcast:
+    """A chunk under way.
+
+    Attributes:
+        blocks: its memory, which must live until it is done.
+        works: torch's handles.
+        behind: on a GPU, an event behind all of it in the group's stream.
+    """
+
+    blocks: list[Tensor]
+    works: list[Any]
+    behind: torch.cuda.Event | None = None
+
+    def done(self) -> bool:
+        """Raises what went wrong."""
+        if self.behind is not None and self.behind.query():
+            return True
+        if not all(work.is_completed() for work in self.works):
+            return False
+        if self.behind is None:
+            for work in self.works:
+                work.wait()  # raises, and does not wait
+            return True
+        # To torch a broadcast that NCCL gave up is complete, while its kernel waits on for the peer, and for ever.
+        for failure in filter(None, (work.exception() for work in self.works)):
+            raise SyncError(" ".join(str(failure).partition("Exception raised from")[0].split()))
+        return self.behind.query()
 
 
 def _store(offer: Where, rank: int, limit: timedelta, listener: socket.socket | None) -> dist.TCPStore:
