@@ -329,6 +329,9 @@ def test_check_finite_engine():
         assert broken("weight_scale_inv", 0.0, (1, 1)) == ["weight_scale_inv: holds a scale of zero"]
         assert broken("k_scale", torch.nan, ()) == ["k_scale: holds NaN or infinity"]
         assert broken("exponents_scale", 0xFF) == ["exponents_scale: holds NaN"]
+        layers = nn.Sequential(*[engine_like() for _ in range(4)])
+        layers[2].k_scale.fill_(torch.nan)
+        assert check_finite_engine(layers) == ["2.k_scale: holds NaN or infinity"]
 
 
 # --- a real engine

@@ -96,23 +96,34 @@ def check_finite_engine(model: nn.Module) -> list[str]:
     An expert's scale that was not sent is left as the memory happened to be: NaN, or zero. Looks at FP8 tensors and at
     whatever has "scale" in its name, parameters and buffers. On a GPU everything is queued, and waited for once.
     """
-    names: list[str] = []
-    flags: list[Tensor] = []
-    for name, what, tensor in _to_check(model):
-        for problem, bad in _problems(tensor, what):
-            names.append(f"{name}: {problem}")
+    found: dict[torch.device, tuple[list[str], list[Tensor]]] = {}
+    for names, is_scale, rows in _to_check(model):
+        for problem, bad in _problems(rows, is_scale):
+            texts, flags = found.setdefault(rows.device, ([], []))
+            texts += [f"{name}: {problem}" for name in names]
             flags.append(bad)
-    found = [name for device in {flag.device for flag in flags} for name in _raised(names, flags, device)]
-    return sorted(found)
+    return sorted(
+        text
+        for texts, flags in found.values()
+        for text, bad in zip(texts, torch.cat(flags).tolist(), strict=True)
+        if bad
+    )
 
 
-def _to_check(model: nn.Module) -> Iterator[tuple[str, bool, Tensor]]:
-    """(name, whether it is a scale, tensor)"""
+def _to_check(model: nn.Module) -> Iterator[tuple[list[str], bool, Tensor]]:
+    """(names, whether they are scales, `[names, elements]`): single numbers together, others each by itself."""
+    numbers: dict[tuple[torch.device, torch.dtype, bool], dict[str, Tensor]] = {}
     for group in (model.named_parameters(), model.named_buffers()):
         for name, tensor in group:
-            scale = "scale" in name.rpartition(".")[2]
-            if tensor.numel() and tensor.device.type != "meta" and (scale or tensor.dtype in _NAN_BITS):
-                yield name, scale, tensor
+            is_scale = "scale" in name.rpartition(".")[2]
+            if not tensor.numel() or tensor.device.type == "meta" or not (is_scale or tensor.dtype in _NAN_BITS):
+                continue
+            if tensor.numel() == 1:
+                numbers.setdefault((tensor.device, tensor.dtype, is_scale), {})[name] = tensor.reshape(1)
+            else:
+                yield [name], is_scale, tensor.reshape(1, -1)
+    for (_, _, is_scale), named in numbers.items():
+        yield list(named), is_scale, torch.stack(list(named.values()))
 
 
 # FP8 has no arithmetic: mask of the bits to look at, and their pattern in a NaN.
@@ -123,17 +134,12 @@ _NAN_BITS = {
 }
 
 
-def _problems(tensor: Tensor, is_scale: bool) -> Iterator[tuple[str, Tensor]]:
-    if tensor.dtype in _NAN_BITS:
-        mask, pattern = _NAN_BITS[tensor.dtype]
-        yield "holds NaN", ((tensor.view(torch.uint8) & mask) == pattern).any()
-    elif tensor.is_floating_point():
-        yield "holds NaN or infinity", ~tensor.isfinite().all()
+def _problems(rows: Tensor, is_scale: bool) -> Iterator[tuple[str, Tensor]]:
+    """What can be wrong, and bool `[rows]`."""
+    if rows.dtype in _NAN_BITS:
+        mask, pattern = _NAN_BITS[rows.dtype]
+        yield "holds NaN", ((rows.view(torch.uint8) & mask) == pattern).any(1)
+    elif rows.is_floating_point():
+        yield "holds NaN or infinity", ~rows.isfinite().all(1)
         if is_scale:
-            yield "holds a scale of zero", (tensor == 0).any()
-
-
-def _raised(names: list[str], flags: list[Tensor], device: torch.device) -> list[str]:
-    here = [(name, flag) for name, flag in zip(names, flags, strict=True) if flag.device == device]
-    states = torch.stack([flag for _, flag in here]).tolist()
-    return [name for (name, _), state in zip(here, states, strict=True) if state]
+            yield "holds a scale of zero", (rows == 0).any(1)
