@@ -4,6 +4,7 @@ import json
 import shutil
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import DEMO_MODEL
 from safetensors.torch import load_file, save_file
 from test_doctor import config, found
 
-from r3.doctor import examine
+from r3.doctor import examine, machine
 from r3.doctor.sync import sync_state
 from r3.doctor.weights import INDEX
 from r3.weight_sync import engine_of
@@ -195,6 +196,17 @@ def test_gpus_are_told():
     check = found(config(model=""))["gpus"]
     assert check.status in ("ok", "warning")
     assert ("GiB" in check.detail) == torch.cuda.is_available()
+
+
+def test_the_driver_says_its_version(monkeypatch):
+    def version_into(pointer):
+        pointer._obj.value = 13010
+        return 0
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=version_into))
+    assert machine._driver() == "driver for CUDA 13.1"
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=lambda pointer: 100))
+    assert machine._driver() == "a driver that fails"
 
 
 @pytest.fixture

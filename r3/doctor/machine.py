@@ -1,5 +1,6 @@
 """Checks of the machine: GPUs and their driver, NCCL, shared memory, free disk, and environment variables that hurt."""
 
+import ctypes
 import shutil
 import socket
 import tempfile
@@ -49,8 +50,7 @@ def _gpus() -> Check | None:
                 remedy="install a CUDA build of torch, unless the CPU is meant",
             )
         return Check(name="gpus", status="ok", detail="none; torch is a build without CUDA")
-    driver = torch._C._cuda_getDriverVersion()  # pyrefly: ignore
-    versions = f"torch for CUDA {torch.version.cuda}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}"
+    versions = f"torch for CUDA {torch.version.cuda}, {_driver()}"
     if not torch.cuda.is_available():
         return Check(
             name="gpus",
@@ -79,6 +79,17 @@ def _gpus() -> Check | None:
         "set the dtypes to float16" if weak else "end what holds it, or lower gpu_memory_utilization" if full else ""
     )
     return Check(name="gpus", status="warning" if weak or full else "ok", detail=detail, remedy=remedy)
+
+
+def _driver() -> str:
+    """The newest CUDA that the driver serves, by the driver's own word."""
+    version = ctypes.c_int(0)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return "no driver"
+    number = version.value
+    return "a driver that fails" if failed else f"driver for CUDA {number // 1000}.{number % 1000 // 10}"
 
 
 def _nccl() -> Check | None:
