@@ -37,7 +37,7 @@ _HOME = {
     "SyncError": "r3.errors",
     "UnsupportedModelError": "r3.errors",
 }
-_MODULES = ("capture", "diagnostics", "parallel", "replay", "routing", "weight_sync")
+_MODULES = ("capture", "diagnostics", "parallel", "replay", "report", "routing", "weight_sync")
 
 __all__ = [
     "CaptureError",

@@ -107,7 +107,7 @@ def _compare_paths(args: argparse.Namespace) -> None:
         raise R3Error(f"compare: no such file or folder: {', '.join(missing)}")
     a, b = args.paths
     if a.is_dir() and b.is_dir():
-        from r3.diagnostics import write_comparison
+        from r3.report import write_comparison
 
         written = str(write_comparison(a, b))
         print(json.dumps({"wrong": False, "path": written}) if args.json else written)
@@ -130,7 +130,7 @@ def _nulled(value: Any) -> Any:
 
 
 def report(args: argparse.Namespace) -> None:
-    from r3.diagnostics import write_report
+    from r3.report import write_report
 
     print(write_report(args.run))
 

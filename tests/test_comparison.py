@@ -8,8 +8,8 @@ from pages import Page, assert_sound
 from run_folders import SETTINGS, step_metrics, synthetic_run
 
 from r3.diagnostics import RunFolder
-from r3.diagnostics.comparison import write_comparison
 from r3.errors import DiagnosticsError
+from r3.report import write_comparison
 
 
 def page_of(*args):

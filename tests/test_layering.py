@@ -23,9 +23,10 @@ MAY_IMPORT = {
     "config": {"errors"},
     "routing": BOTTOM,
     **{part: BOTTOM | {"routing"} for part in MIDDLE},
+    "report": BOTTOM | {"diagnostics"},
     "doctor": BOTTOM | MIDDLE | {"routing"},
     "explain": BOTTOM | MIDDLE | {"routing"},
-    "cli": BOTTOM | MIDDLE | {"routing", "doctor", "explain"},
+    "cli": BOTTOM | MIDDLE | {"routing", "doctor", "explain", "report"},
     "__main__": {"cli"},
 }
 ABOVE = {"trainer_hooks", "examples", "tests", "benchmarks"}
@@ -153,7 +154,7 @@ BAD = {
     "r3/weight_sync/worker.py": ("from ..replay import attach", "imports r3.replay"),
     "r3/parallel/__init__.py": ("from .. import capture", "imports r3.capture"),
     "r3/capture/outputs.py": ("from r3 import attach", "imports r3.replay"),
-    "r3/diagnostics/report.py": ("import importlib\nimportlib.import_module('r3.cli')", "imports r3.cli"),
+    "r3/report/run_report.py": ("import importlib\nimportlib.import_module('r3.cli')", "imports r3.cli"),
     "r3/diagnostics/sinks.py": ("import r3", "imports the whole of r3"),
     "r3/__init__.py": ("from trainer_hooks import fsdp", "r3 never imports trainer_hooks"),
     "r3/cli.py": ("import trainer_hooks.fsdp", "r3 never imports trainer_hooks"),

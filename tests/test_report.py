@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from pages import Page, assert_sound
 from run_folders import SETTINGS, details, step_metrics, synthetic_run
 
-from r3.diagnostics import LogprobSums, RunFolder, TokenDetails, write_figure, write_report
-from r3.diagnostics.report import MOST_ROWS
-from r3.diagnostics.series import MOST_POINTS, series
-from r3.diagnostics.token_charts import outline
+from r3.diagnostics import LogprobSums, RunFolder, TokenDetails
 from r3.errors import DiagnosticsError
+from r3.report import write_figure, write_report
+from r3.report.run_report import MOST_ROWS
+from r3.report.series import MOST_POINTS, series
+from r3.report.token_charts import outline
 
 
 def logged(path, records, detail=None, run_settings=None):
@@ -289,7 +290,7 @@ def test_a_section_that_fails_is_named_and_the_rest_is_shown(tmp_path, monkeypat
     def fail(*_):
         raise KeyError("<why>")
 
-    monkeypatch.setattr("r3.diagnostics.report.token_panels", fail)
+    monkeypatch.setattr("r3.report.run_report.token_panels", fail)
     page = Page(write_report(synthetic_run(tmp_path / "run", 2)).read_text())
     assert "Single tokens could not be made: KeyError: '<why>'" in page.text
     assert len(page.drawings) == 16

@@ -9,8 +9,7 @@ from browser import Browser
 from PIL import Image
 from run_folders import SETTINGS, synthetic_run
 
-from r3.diagnostics import write_report
-from r3.diagnostics.comparison import write_comparison
+from r3.report import write_comparison, write_report
 
 pytestmark = pytest.mark.browser
 

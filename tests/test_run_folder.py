@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from r3.diagnostics import RunFolder, read_details, read_metrics, read_settings, write_figure, write_report
+from r3.diagnostics import RunFolder, read_details, read_metrics, read_settings
 from r3.errors import DiagnosticsError
+from r3.report import write_figure, write_report
 
 LAYERS = (1, 2, 3, 10, 100)
 

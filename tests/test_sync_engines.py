@@ -14,11 +14,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from server import running_server
 from syncs import following
 
 from r3 import SyncError
-from r3.capture import engine_kwargs
+from r3.capture import Endpoint, engine_kwargs
+from r3.doctor.server import server_checks
 from r3.weight_sync import WeightSync
 from r3.weight_sync.engines import engine_of
 from r3.weight_sync.engines.base import Engine
@@ -327,6 +329,26 @@ def test_a_sync_commits_on_engines_of_two_kinds_together(asynchronous, server, w
         again = sync.push(weights.items(), version=following(sync))
     assert (receipt.workers, again.workers, again.digest) == (2, 2, receipt.digest)
     assert asynchronous.generate(2) == server.generate(2) == 2
+
+
+@pytest.mark.engine
+@pytest.mark.long
+def test_the_doctor_sees_what_a_sync_has_left_in_a_server(server, weights):
+    def told():
+        checks = {check.name: check for check in server_checks(Endpoint(server.server.url), None, sync=True)}
+        return checks["server routes"].status, checks["server sync"]
+
+    with contextlib.closing(WeightSync(server.engine, timeout_s=60)) as sync:
+        last = list(weights)[-1]
+        with pytest.raises(SyncError, match="NaN"):
+            sync.push((weights | {last: weights[last] * torch.nan}).items(), version=following(sync))
+        routes, check = told()
+        assert (routes, check.status) == ("ok", "problem")
+        assert "1 workers, poisoned, version " in check.detail
+        assert "NaN" in check.detail
+        receipt = sync.push(weights.items(), version=following(sync))
+        assert told()[1].detail == f"1 workers, idle, version {receipt.version}"
+        assert server.generate(2) == 2
 
 
 @pytest.mark.engine

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from test_run_folder import step_metrics
 
-from r3.diagnostics import LiveTable
+from r3.report import LiveTable
 
 ROOT = Path(__file__).resolve().parent.parent
 

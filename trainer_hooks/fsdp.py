@@ -21,9 +21,10 @@ from torch import Tensor, nn
 import r3
 from r3.capture import Rollouts, collect, handshake, resolve_mixed_versions, running_engine, sampling_kwargs
 from r3.config import R3Config, local_rank, process_rank
-from r3.diagnostics import RunFolder, require_sinks, write_report
+from r3.diagnostics import RunFolder, require_sinks
 from r3.errors import ParallelError, SyncError
 from r3.parallel import Agreement, make_mesh, shard_parameters, token_logprobs, ulysses
+from r3.report import write_report
 from r3.routing import prefetch
 from r3.weight_sync import SyncReceipt, Weight, WeightSource, WeightSync, gather_all, named_weights
 from r3.weight_sync.clock import Clock

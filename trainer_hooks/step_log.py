@@ -7,7 +7,8 @@ from typing import Any
 
 from r3.capture import Rollouts, SamplingSettings, save_rollouts
 from r3.config import R3Config
-from r3.diagnostics import Alarms, LiveTable, RunFolder, open_sinks
+from r3.diagnostics import Alarms, RunFolder, open_sinks
+from r3.report import LiveTable
 
 
 class StepLog:

@@ -1,7 +1,6 @@
-"""How far rollout and trainer are apart: mergeable metrics, the run folder that keeps them, and its report."""
+"""How far rollout and trainer are apart: mergeable metrics, corrections, alarms, sinks, and the run folder."""
 
 from r3.diagnostics.alarms import Alarm, Alarms, find_alarms
-from r3.diagnostics.comparison import write_comparison
 from r3.diagnostics.correction_sums import CorrectionSums
 from r3.diagnostics.corrections import (
     Correction,
@@ -18,13 +17,11 @@ from r3.diagnostics.load import LoadSums
 from r3.diagnostics.logprobs import LogprobSums, compare_logprobs
 from r3.diagnostics.margins import MarginSums
 from r3.diagnostics.merging import MergeableSums
-from r3.diagnostics.report import write_figure, write_report
 from r3.diagnostics.routing import RoutingSums, compare_routing
 from r3.diagnostics.run_folder import RunFolder, read_details, read_metrics, read_settings
 from r3.diagnostics.run_reader import Run, read_run
 from r3.diagnostics.sequences import SequenceSums, sequence_totals
 from r3.diagnostics.sinks import Sinks, open_sinks, require_sinks
-from r3.diagnostics.table import LiveTable
 
 __all__ = [
     "Alarm",
@@ -32,7 +29,6 @@ __all__ = [
     "Correction",
     "CorrectionSums",
     "CoverageSums",
-    "LiveTable",
     "LoadSums",
     "LogprobSums",
     "MarginSums",
@@ -59,7 +55,4 @@ __all__ = [
     "require_sinks",
     "sequence_totals",
     "truncated_importance",
-    "write_comparison",
-    "write_figure",
-    "write_report",
 ]

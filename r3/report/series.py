@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from r3.diagnostics.cells import number
+from r3.report.cells import number
 
 MOST_POINTS = 250
 """A longer series is drawn in bins of steps."""

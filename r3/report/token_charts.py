@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from r3.diagnostics.charts import FOURTH, GREY, LIVE, REPLAYED, legend, power_text, power_ticks
-from r3.diagnostics.token_views import Bins, WorstToken
+from r3.report.charts import FOURTH, GREY, LIVE, REPLAYED, legend, power_text, power_ticks
+from r3.report.token_views import Bins, WorstToken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

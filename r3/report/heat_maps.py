@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from r3.diagnostics.cells import layer_shares
-from r3.diagnostics.charts import GREY, REPLAYED, legend, percentages
-from r3.diagnostics.series import LARGEST, Records, mean, steps_of
+from r3.report.cells import layer_shares
+from r3.report.charts import GREY, REPLAYED, legend, percentages
+from r3.report.series import LARGEST, Records, mean, steps_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ from statistics import median
 from typing import Any
 
 from r3.config import AlarmsConfig
-from r3.diagnostics.cells import number, percent, scientific
-from r3.diagnostics.series import Records, known, mean, recorded, thirds, weighted_mean
-from r3.diagnostics.words import SAME, SIDES, diff_key, layer_means, paired, percent_down, share_text, times
+from r3.report.cells import number, percent, scientific
+from r3.report.series import Records, known, mean, recorded, thirds, weighted_mean
+from r3.report.words import SAME, SIDES, diff_key, layer_means, paired, percent_down, share_text, times
 
 GROWTH = 3.0
 OUTLYING_LAYER = 3.0

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from r3.diagnostics import charts, page, panels
-from r3.diagnostics.body import Body
-from r3.diagnostics.cells import scientific
-from r3.diagnostics.charts import FOURTH, THIRD, Line
-from r3.diagnostics.checks import checks
-from r3.diagnostics.heat_maps import layer_lines, layer_map
-from r3.diagnostics.panels import CurvePanel, drawn_panel, line_panel
-from r3.diagnostics.report import read_folder, settings_rows
-from r3.diagnostics.routing_panels import load_pair
 from r3.diagnostics.run_reader import Run
-from r3.diagnostics.series import Records, known, recorded, steps_of, weighted_mean
-from r3.diagnostics.token_panels import (
+from r3.report import charts, page, panels
+from r3.report.body import Body
+from r3.report.cells import scientific
+from r3.report.charts import FOURTH, THIRD, Line
+from r3.report.checks import checks
+from r3.report.heat_maps import layer_lines, layer_map
+from r3.report.panels import CurvePanel, drawn_panel, line_panel
+from r3.report.routing_panels import load_pair
+from r3.report.run_report import read_folder, settings_rows
+from r3.report.series import Records, known, recorded, steps_of, weighted_mean
+from r3.report.token_panels import (
     histogram_panel,
     last_histogram,
     last_pairs,
@@ -28,8 +28,8 @@ from r3.diagnostics.token_panels import (
     scatter_panel,
     worst_table,
 )
-from r3.diagnostics.token_views import SIDES
-from r3.diagnostics.words import diff_key, extreme_ratio, layer_means, percent_down, share_text, times
+from r3.report.token_views import SIDES
+from r3.report.words import diff_key, extreme_ratio, layer_means, percent_down, share_text, times
 
 COMPARISON_FILE = "comparison.html"
 NOT_SET = "(not set)"

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from r3.diagnostics.cells import layer_shares, number, percent, scientific
-from r3.diagnostics.series import Records, known, mean, recorded, thirds, total, values, weighted_mean
+from r3.report.cells import layer_shares, number, percent, scientific
+from r3.report.series import Records, known, mean, recorded, thirds, total, values, weighted_mean
 
 SAME = 1.1
 """Two gaps within this factor are called the same."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from r3.diagnostics import charts
-from r3.diagnostics.charts import FOURTH, LIVE, REPLAYED, THIRD, Line
-from r3.diagnostics.page import panel
-from r3.diagnostics.series import Records, recorded, steps_of, values
+from r3.report import charts
+from r3.report.charts import FOURTH, LIVE, REPLAYED, THIRD, Line
+from r3.report.page import panel
+from r3.report.series import Records, recorded, steps_of, values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

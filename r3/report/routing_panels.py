@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from r3.diagnostics.cells import percent
-from r3.diagnostics.charts import figure, svg
-from r3.diagnostics.heat_maps import first_and_last, layer_lines, layer_map, layers_over_steps, load_map
-from r3.diagnostics.page import panel
-from r3.diagnostics.panels import drawn_panel
-from r3.diagnostics.series import Records
-from r3.diagnostics.token_views import Load, last_with, load
+from r3.report.cells import percent
+from r3.report.charts import figure, svg
+from r3.report.heat_maps import first_and_last, layer_lines, layer_map, layers_over_steps, load_map
+from r3.report.page import panel
+from r3.report.panels import drawn_panel
+from r3.report.series import Records
+from r3.report.token_views import Load, last_with, load
 
 LEAST_TOP = 2.0
 """The scale of the loads goes at least this far, so that an even load looks even."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from r3.diagnostics.series import Records, Series, series, steps_of
+from r3.report.series import Records, Series, series, steps_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

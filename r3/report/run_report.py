@@ -8,18 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from r3.diagnostics import charts, page, panels
-from r3.diagnostics.body import Body
-from r3.diagnostics.cells import COLUMNS, LAYER_PREFIX, layer_shares, scientific
-from r3.diagnostics.checks import checks
-from r3.diagnostics.panels import CurvePanel
-from r3.diagnostics.routing_panels import load_panels, routing_panels
 from r3.diagnostics.run_folder import DETAILS_FILE, METRICS_FILE, SETTINGS_FILE, read_metrics
 from r3.diagnostics.run_reader import Run, read_run
-from r3.diagnostics.series import Records, known, mean, recorded, steps_of, weighted_mean
-from r3.diagnostics.token_panels import token_panels, worst_table
-from r3.diagnostics.words import in_words, paired, percent_down
 from r3.errors import DiagnosticsError
+from r3.report import charts, page, panels
+from r3.report.body import Body
+from r3.report.cells import COLUMNS, LAYER_PREFIX, layer_shares, scientific
+from r3.report.checks import checks
+from r3.report.panels import CurvePanel
+from r3.report.routing_panels import load_panels, routing_panels
+from r3.report.series import Records, known, mean, recorded, steps_of, weighted_mean
+from r3.report.token_panels import token_panels, worst_table
+from r3.report.words import in_words, paired, percent_down
 
 REPORT_FILE = "report.html"
 MOST_ROWS = 200

@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
-from r3.diagnostics import page
+from r3.report import page
 
 logger = logging.getLogger("r3")
 

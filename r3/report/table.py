@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from r3.diagnostics.cells import COLUMNS, Column, layer_shares, percent
+from r3.report.cells import COLUMNS, Column, layer_shares, percent
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
