@@ -24,6 +24,7 @@ from r3.capture import server_command
 
 HERE = Path(__file__).parent
 TOKENS = 12
+QUIET_S = 0.6  # an engine that serves has mostly answered by then
 LONG = 40  # tokens of a request that is under way while weights come
 Output = tuple[tuple[str, float], ...]
 
@@ -112,6 +113,19 @@ class FaultyServer:
         response = self._client.post("/collective_rpc", json={"method": method, "args": args}, timeout=timeout_s)
         response.raise_for_status()
         return response.json()["results"]
+
+    def serves(self, which: int) -> Output | None:
+        """What it answers; None if it is paused, or gone. A busy machine may take long, and that is no pause."""
+        answer = self.ask(which, timeout_s=QUIET_S)
+        if answer is not None or self._paused():
+            return answer
+        return self.ask(which, timeout_s=60.0)
+
+    def _paused(self) -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            response = self._client.get("/is_paused", timeout=10.0)
+            return response.status_code != 200 or response.json()["is_paused"]
+        return True
 
     def ask(self, which: int, tokens: int = TOKENS, *, timeout_s: float) -> Output | None:
         """Greedy tokens and their log-probabilities; None if there is no answer within `timeout_s`, or an error."""

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from conftest import DEMO_MODEL
-from fault_engine import LONG, FaultyServer, Load, Output, children, state
+from fault_engine import LONG, QUIET_S, FaultyServer, Load, Output, children, state
 from fault_outcome import Outcome, expected, vars_of
 from fault_process import TIMEOUT_S, Sender
 from faults import CPU, GPU, Fault, Schedule
@@ -22,7 +22,6 @@ from r3.weight_sync import FilesTransport
 SHORT_S = 0.7  # how long something stands still that is to go on in time
 LONG_S = TIMEOUT_S + 2.0
 LIMIT_S = 5 * TIMEOUT_S + 10.0  # a push that takes longer hangs
-QUIET_S = 0.6  # an engine that has not answered by then refuses
 SMALL_DISK = 6 << 20
 
 
@@ -208,7 +207,7 @@ class Harness:
             outcome.violations.append(f"loaded into and not committed, but {wrong}")
         committed = [what for kind, what in replies if kind == "committed"]
         versions, states = {r["version"] for r in status}, {r["state"] for r in status}
-        answer = self.server.ask(0, timeout_s=QUIET_S if len(committed) < len(replies) else 10.0)
+        answer = self.server.serves(0)
         if answer is not None:
             right = self.sent.get(next(iter(versions)))
             # Reserved: no weight has been touched, and the engine was not paused yet.
@@ -276,7 +275,7 @@ class Harness:
             outcome.violations.append(f"committed, but {status}")
         right = self.sent.get(next(iter(versions)))
         for which in (0, 1):
-            answer = self.server.ask(which, timeout_s=10.0)
+            answer = self.server.serves(which)
             if answer is None:
                 outcome.violations.append("committed, but does not serve")
                 self._recover(outcome)

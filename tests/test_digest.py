@@ -293,7 +293,9 @@ def compare_interpreted() -> None:
     from r3.weight_sync import digest_cuda
     from r3.weight_sync.digest import _lanes
 
-    chunk = [(name, tensor.contiguous()) for name, tensor in cases("cpu", (0, 3, 8, 16))]
+    every = cases("cpu", (0, 3, 8, 16))
+    # A third of them, as the interpreter is slow; the last ones lie in several pieces.
+    chunk = [(name, tensor.contiguous()) for name, tensor in [*every[:-5:3], *every[-5:]]]
     expected = ContentDigests()
     expected.add(chunk)
     sums = torch.zeros(len(chunk), 2, dtype=torch.int64)
@@ -303,7 +305,7 @@ def compare_interpreted() -> None:
         assert total % 2**64 == expected._sums[name], name
         if _lanes(tensor.dtype)[2] is None:  # a byte that is NaN is looked for by torch
             assert bool(found) == (name in expected._not_finite), name
-    assert len(expected.not_finite()) > 50
+    assert len(expected.not_finite()) > 15
 
 
 def test_the_cuda_kernel_as_triton_interprets_it():

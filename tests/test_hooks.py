@@ -229,6 +229,7 @@ def test_vllm_itself_captures_the_same_rows_or_refuses(hooked, demo_config, trai
         assert all(equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.long
 def test_pipeline_stages_give_the_rows_of_all_layers(hooked, demo_config, trainer, capsys):
     """Hidden states go to the next stage as they are: a request alone has the same rows, bit for bit."""
     model, spec = trainer
