@@ -76,15 +76,16 @@ class NcclGroup(Group):
         return False
 
     def abort(self) -> None:
-        def end() -> None:
+        def end(blocks: list[Any]) -> None:
             with torch.cuda.device(self._device):
                 self._communicator.abort()
+            blocks.clear()  # not before: until it has ended, a broadcast may write to its memory
 
-        # It waits for kernels that are under way, which see the end coming unless their process is stopped.
-        thread = threading.Thread(target=end, daemon=True)
+        # It waits for kernels that are under way.
+        thread = threading.Thread(target=end, args=(list(self._in_flight),), daemon=True)
         thread.start()
-        thread.join(_ABORT_S)
         self._in_flight.clear()
+        thread.join(_ABORT_S)
 
 
 class Communicator:
