@@ -326,6 +326,8 @@ def main() -> None:
                 sys.path.insert(0, folder)
                 os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
         llm = engine(Path(folder), args)
+        if not cpu:
+            torch.cuda.set_device(device)  # from where the transports send
         weights = random_weights(config, device)
         found = {
             **machine(device),
