@@ -335,7 +335,7 @@ def test_a_sync_commits_on_engines_of_two_kinds_together(asynchronous, server, w
 @pytest.mark.long
 def test_the_doctor_sees_what_a_sync_has_left_in_a_server(server, weights):
     def told():
-        checks = {check.name: check for check in server_checks(Endpoint(server.server.url), None, sync=True)}
+        checks = {check.name: check for check in server_checks(Endpoint(url=server.server.url), None, sync=True)}
         return checks["server routes"].status, checks["server sync"]
 
     with contextlib.closing(WeightSync(server.engine, timeout_s=60)) as sync:
