@@ -333,6 +333,18 @@ def test_a_sync_commits_on_engines_of_two_kinds_together(asynchronous, server, w
 
 @pytest.mark.engine
 @pytest.mark.long
+def test_a_sync_that_one_of_two_engines_cannot_join_leaves_both_serving(asynchronous, server, weights):
+    with contextlib.closing(WeightSync([asynchronous.llm, server.engine], timeout_s=3)) as sync:
+        with server.stopped(), pytest.raises(SyncError, match=r"http://.*no answer"):
+            sync.push(weights.items(), version=following(sync))
+        sync.require_committed()
+        assert asynchronous.generate(2) == server.generate(2) == 2
+        time.sleep(3)  # the lease of what the server was asked to reserve
+        sync.push(weights.items(), version=following(sync))
+
+
+@pytest.mark.engine
+@pytest.mark.long
 def test_the_doctor_sees_what_a_sync_has_left_in_a_server(server, weights):
     def told():
         checks = {check.name: check for check in server_checks(Endpoint(url=server.server.url), None, sync=True)}
@@ -349,18 +361,6 @@ def test_the_doctor_sees_what_a_sync_has_left_in_a_server(server, weights):
         receipt = sync.push(weights.items(), version=following(sync))
         assert told()[1].detail == f"1 workers, idle, version {receipt.version}"
         assert server.generate(2) == 2
-
-
-@pytest.mark.engine
-@pytest.mark.long
-def test_a_sync_that_one_of_two_engines_cannot_join_leaves_both_serving(asynchronous, server, weights):
-    with contextlib.closing(WeightSync([asynchronous.llm, server.engine], timeout_s=3)) as sync:
-        with server.stopped(), pytest.raises(SyncError, match=r"http://.*no answer"):
-            sync.push(weights.items(), version=following(sync))
-        sync.require_committed()
-        assert asynchronous.generate(2) == server.generate(2) == 2
-        time.sleep(3)  # the lease of what the server was asked to reserve
-        sync.push(weights.items(), version=following(sync))
 
 
 @pytest.mark.engine
