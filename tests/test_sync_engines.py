@@ -5,6 +5,7 @@ The last test of each engine kills it.
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -64,6 +65,7 @@ class Running:
 
     def __init__(self, engine: Engine, generate, core_pid: int) -> None:
         self.engine, self.generate, self.core_pid = engine, generate, core_pid
+        self.samples = threading.Event()  # set by each token
 
     @contextlib.contextmanager
     def stopped(self):
@@ -113,6 +115,7 @@ def asynchronous(demo_config):
         sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
         async for output in made.generate({"prompt_token_ids": PROMPT}, sampling, f"{time.monotonic_ns()}"):
             last = output
+            running.samples.set()
         return len(last.outputs[0].token_ids)
 
     def generate(tokens: int, timeout_s: float = 60) -> int:
@@ -138,9 +141,14 @@ def server(demo_config, tmp_path_factory):
         model = httpx.get(f"{up.url}/v1/models").json()["data"][0]["id"]
 
         def generate(tokens: int, timeout_s: float = 60) -> int:
-            body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True}
-            answer = httpx.post(f"{up.url}/v1/completions", json=body, timeout=timeout_s)
-            return answer.json()["usage"]["completion_tokens"]
+            body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+            body |= {"stream_options": {"include_usage": True}}
+            with httpx.stream("POST", f"{up.url}/v1/completions", json=body, timeout=timeout_s) as answer:
+                for line in answer.iter_lines():
+                    if line.startswith("data: {"):
+                        last = json.loads(line.removeprefix("data: "))
+                        running.samples.set()
+            return last["usage"]["completion_tokens"]
 
         running = Running(engine_of(f"{up.url}/v1"), generate, engine_core_of(up.process.pid))
         running.server = up
@@ -282,8 +290,9 @@ def test_running_requests_of_a_paused_engine(asynchronous):
 def test_a_pause_that_cannot_drain_in_time_is_taken_back(kind, request):
     running = request.getfixturevalue(kind)
     running.generate(2)  # the first batch is slow
+    running.samples.clear()
     long = in_thread(lambda: running.generate(450))
-    time.sleep(0.2)
+    assert running.samples.wait(30)
     with pytest.raises(SyncError, match=r"no answer to (pause_generation|/pause)"):
         running.engine.pause(0.5)
     assert not long.done(), "too short to outlast the pause"
