@@ -294,7 +294,7 @@ def compare_interpreted() -> None:
     from r3.weight_sync.digest import _lanes
 
     every = cases("cpu", (0, 3, 8, 16))
-    # A third of them, as the interpreter is slow; the last ones lie in several pieces.
+    # A third of them, as the interpreter is slow; of the last ones, in several pieces or strided, all.
     chunk = [(name, tensor.contiguous()) for name, tensor in [*every[:-5:3], *every[-5:]]]
     expected = ContentDigests()
     expected.add(chunk)

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -99,13 +100,13 @@ class LoadPlan:
         """Whether every tensor of `manifest` is one of the plan's."""
         return all(self.manifest.get(name) == (tuple(shape), dtype) for name, (shape, dtype) in manifest.items())
 
+    @cached_property
     def slow_sources(self) -> set[str]:
         """Tensors that vLLM's loaders must see."""
         return self.manifest.keys() - self.copies.keys() - self.dropped
 
     def describe(self) -> dict[str, object]:
         """Counts for logs and receipts: layers planned and slow (with reasons), sources, copies and bytes a sync."""
-        slow_sources = self.slow_sources()
         copies = [copy for group in self.copies.values() for copy in group]
         sizes = {name: layer.layout for name, layer in self.layers.items()}
         return {
@@ -113,11 +114,11 @@ class LoadPlan:
             "layers_slow": len(self.slow),
             "slow_reasons": dict(Counter(self.slow.values()).most_common()),
             "sources_planned": len(self.copies),
-            "sources_slow": len(slow_sources),
+            "sources_slow": len(self.slow_sources),
             "sources_dropped": len(self.dropped),
             "copies": len(copies),
             "bytes_planned": sum(math.prod(c.size) * sizes[c.layer][c.tensor][2].itemsize for c in copies),
-            "bytes_slow": sum(_nbytes(*self.manifest[name]) for name in slow_sources),
+            "bytes_slow": sum(_nbytes(*self.manifest[name]) for name in self.slow_sources),
         }
 
 

@@ -53,7 +53,7 @@ class LayerwiseReload:
     @property
     def only_copies(self) -> bool:
         """Whether loading queues copies, and nothing that could wait for the device; known after `begin`."""
-        return self._planned is not None and not self._planned.plan.slow_sources()
+        return self._planned is not None and not self._planned.plan.slow_sources
 
     def begin(self, manifest: Manifest | None = None) -> None:
         """Open the bracket.
