@@ -3,6 +3,7 @@
     python -m benchmarks.weight_sync                               # CPU: gloo, and a delta after one optimiser step
     python -m benchmarks.weight_sync --device cuda                 # one GPU: CUDA IPC, at Qwen3-30B-A3B's shape
     python -m benchmarks.weight_sync --device cuda --transport nccl             # two GPUs
+    python -m benchmarks.weight_sync --device cuda --trainer-gpu 1 --skip-vllm  # CUDA IPC between two GPUs
 
 One line of JSON. Random weights, the same for every way; the engine starts with dummy ones. All ways take turns in one
 process and one engine. After each, the worker's parameters have the same digest, or the run fails.
@@ -300,6 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--transport", choices=["gloo", "ipc", "nccl"], default=None)
+    parser.add_argument("--trainer-gpu", type=int, default=None, help="the engine's is 0; 1 for nccl unless given")
     parser.add_argument("--shape", choices=SHAPES, default=None)
     parser.add_argument("--layers", type=int, default=None, help="fewer layers than the shape has")
     parser.add_argument("--chunk-mib", default="256", help="largest chunk; several, with commas, take turns")
@@ -313,7 +315,9 @@ def main() -> None:
     shape = dict(SHAPES[args.shape or ("small" if cpu else "qwen3-30b-a3b")])
     if args.layers:
         shape["num_hidden_layers"] = args.layers
-    device = torch.device("cpu") if cpu else torch.device("cuda", 1 if args.transport == "nccl" else 0)
+    if args.trainer_gpu is None:
+        args.trainer_gpu = int(args.transport == "nccl")
+    device = torch.device("cpu") if cpu else torch.device("cuda", args.trainer_gpu)
     # vLLM's IPC engine sends Python objects, and imports ray whether or not it is used.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

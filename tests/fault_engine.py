@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import torch
 from conftest import DEMO_MODEL
-from receivers import on_one_gpu
+from receivers import for_nccl
 from test_processes import all_ended, session
 
 import r3
@@ -33,7 +33,7 @@ class FaultyServer:
     """A real `vllm serve` on a port of its own, which a supervisor (the harness) can start again.
 
     Args:
-        gpu: one worker, on a GPU; else two tensor-parallel ones on the CPU.
+        gpu: one worker, on the first GPU; else two tensor-parallel ones on the CPU.
     """
 
     def __init__(self, *, gpu: bool = False) -> None:
@@ -66,7 +66,7 @@ class FaultyServer:
             "VLLM_LOGGING_LEVEL": "ERROR",
             "HF_HUB_OFFLINE": "1",
         }
-        extra |= on_one_gpu("engine") if self._gpu else {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+        extra |= for_nccl("engine", 0) if self._gpu else {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
         command = [*server_command(config), "--host", "127.0.0.1", "--port", str(self._port)]
         command += ["--worker-extension-cls", "fault_worker.FaultyWorker"]
         self.log = Path(self._folder.name) / f"server-{self.starts}.log"

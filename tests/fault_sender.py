@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from faults import Fault, tampered
-from receivers import on_one_gpu
+from receivers import for_nccl
 from safetensors.torch import load_file
 
 from r3.errors import SyncError
@@ -258,7 +258,8 @@ def serve(end: Connection, go: Event, settings: dict[str, Any]) -> None:
     """Push as the harness says, until it goes away."""
     torch.set_num_threads(1)
     if settings["gpu"]:
-        os.environ |= on_one_gpu(f"sender {os.getpid()}")
+        torch.cuda.set_device(1 % torch.cuda.device_count())
+        os.environ |= for_nccl(f"sender {os.getpid()}", 1)
     where = open(settings["stacks"], "w")  # noqa: SIM115 (as long as the process lives)
     faulthandler.register(signal.SIGUSR1, file=where, all_threads=True)
     faults = Faults(end, go)

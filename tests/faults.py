@@ -2,7 +2,7 @@
 
 python tests/faults.py --schedules 300 --seed 0      # seeds 0 to 299, against one real server
 python tests/faults.py --only 17                     # one of them again
-python tests/faults.py --gpu --schedules 30          # NCCL and CUDA IPC, one worker, all on one GPU
+python tests/faults.py --gpu --schedules 30          # NCCL and CUDA IPC; senders on a second GPU, if any
 """
 
 import argparse
@@ -218,7 +218,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first one; each has the next seed")
     parser.add_argument("--killed", type=int, default=3, help="how many more in which a worker dies")
     parser.add_argument("--only", type=int, nargs="+", help="run these seeds alone; -1, -2, ...: a worker dies")
-    parser.add_argument("--gpu", action="store_true", help="one worker, on the GPU that the senders use too")
+    parser.add_argument("--gpu", action="store_true", help="one worker, on a GPU")
     parser.add_argument("--list", action="store_true", help="print the schedules, run nothing")
     options = parser.parse_args()
     seeds = options.only or [

@@ -10,9 +10,14 @@ import torch
 import torch.multiprocessing as mp
 
 
-def on_one_gpu(name: str) -> dict[str, str]:
-    """Settings with which NCCL takes processes on one GPU for ones on several hosts, and connects them by TCP."""
-    return {"NCCL_HOSTID": name, "NCCL_SOCKET_IFNAME": "lo"}
+def for_nccl(name: str, gpu: int) -> dict[str, str]:
+    """Settings for a process of this host, which uses its GPU `gpu`.
+
+    NCCL refuses two of one host on one GPU, and takes those that name hosts of their own for ones on several hosts,
+    connected by TCP. Where there are more GPUs than `gpu`, no other process has it.
+    """
+    shared = {} if gpu < torch.cuda.device_count() else {"NCCL_HOSTID": name}
+    return shared | {"NCCL_SOCKET_IFNAME": "lo"}
 
 
 class Workers:
@@ -81,8 +86,7 @@ def _serve(end: Connection, rank: int, device: str) -> None:
     if device == "cuda":
         where = torch.device("cuda", (rank + 1) % torch.cuda.device_count())
         torch.cuda.set_device(where)
-        if torch.cuda.device_count() < 2:
-            os.environ |= on_one_gpu(f"worker {rank}")
+        os.environ |= for_nccl(f"worker {rank}", rank + 1)
     receiver: Any = None
     kept: list = []
     while True:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from receivers import Workers, on_one_gpu
+from receivers import Workers, for_nccl
 
 from r3 import SyncError
 from r3.weight_sync.transports import TRANSPORTS, transport_of
@@ -60,8 +60,8 @@ def workers(pools, device):
 
 @pytest.fixture
 def transport(name, device, workers, monkeypatch):
-    if name == "nccl" and torch.cuda.device_count() < 2:
-        for setting, value in on_one_gpu("trainer").items():
+    if name == "nccl":
+        for setting, value in for_nccl("trainer", 0).items():
             monkeypatch.setenv(setting, value)
     made = transport_of(name)
     made.timeout_s = 30.0

@@ -1,4 +1,4 @@
-"""CUDA IPC: the workers read the trainer's own memory, on the same GPU."""
+"""CUDA IPC: the workers read the trainer's own memory, on GPUs of one host."""
 
 import uuid
 from typing import Any
@@ -11,7 +11,8 @@ from r3.weight_sync.transports.packing import dtype_of
 
 
 class IpcTransport(Transport):
-    """Hands out handles of the chunk's tensors: nothing is packed, the worker's copy into its weights is the only one.
+    """Hands out handles of the chunk's tensors: nothing is packed, and a worker on the same GPU copies them into its
+    weights at once. A worker on another GPU of the host first fetches them, from GPU to GPU.
 
     Handles travel as plain numbers and hexadecimal strings: no pickle, and no setting of vLLM's that allows it.
 
@@ -52,7 +53,9 @@ class IpcReceiver(Receiver):
     def __init__(self, offer: Where, rank: int, device: torch.device, timeout_s: float) -> None:
         super().__init__(offer, rank, device, timeout_s)
         self.generation = offer["generation"]
-        self._gpu = str(torch.cuda.get_device_properties(device).uuid)
+        self._gpus = {
+            str(torch.cuda.get_device_properties(index).uuid): index for index in range(torch.cuda.device_count())
+        }
         # By allocation: torch keeps one mapped for as long as a storage in it lives.
         self._open: dict[str, torch.UntypedStorage] = {}
         self._used: set[str] = set()
@@ -71,20 +74,22 @@ class IpcReceiver(Receiver):
         self._open.clear()
 
     def _opened(self, name: str, handle: dict[str, Any]) -> torch.Tensor:
-        if handle["gpu"] != self._gpu:
+        gpu = self._gpus.get(handle["gpu"])
+        if gpu is None:
             raise SyncError(
-                f"{name} is on GPU {handle['gpu']} and this worker on {self._gpu}: `ipc` needs trainer and worker on "
-                "the same GPU; use `nccl`"
+                f"{name} is on GPU {handle['gpu']}, which this worker does not see: it sees {', '.join(self._gpus)}. `ipc` "
+                "needs the trainer's GPU among these (CUDA_VISIBLE_DEVICES); or use `nccl`"
             )
         shape, dtype = handle["shape"], dtype_of(handle["dtype"])
         if handle["storage"] is None:
             return torch.empty(shape, dtype=dtype, device=self.device)
         memory = handle["storage"][0]
-        storage = _open_storage(handle["storage"], self.device)
+        storage = _open_storage(handle["storage"], gpu)
         self._open.setdefault(memory, storage)
         self._used.add(memory)
-        empty = torch.empty(0, dtype=dtype, device=storage.device)
-        return empty.set_(storage, handle["offset"], shape, _contiguous_strides(shape))
+        tensor = torch.empty(0, dtype=dtype, device=storage.device)
+        tensor.set_(storage, handle["offset"], shape, _contiguous_strides(shape))
+        return tensor.to(self.device, non_blocking=True)
 
 
 def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,11 +117,10 @@ def _handle(name: str, tensor: torch.Tensor) -> dict[str, Any]:
     return described | {"storage": [item.hex() if isinstance(item, bytes) else item for item in shared[1:]]}
 
 
-def _open_storage(fields: list[Any], device: torch.device) -> torch.UntypedStorage:
+def _open_storage(fields: list[Any], gpu: int) -> torch.UntypedStorage:
     memory, size, offset, counter, counter_offset, event, event_sync = fields
-    index = torch.cuda.current_device() if device.index is None else device.index
     return torch.UntypedStorage._new_shared_cuda(
-        index,
+        gpu,
         bytes.fromhex(memory),
         size,
         offset,
