@@ -77,8 +77,8 @@ class IpcReceiver(Receiver):
         gpu = self._gpus.get(handle["gpu"])
         if gpu is None:
             raise SyncError(
-                f"{name} is on GPU {handle['gpu']}, which this worker does not see: it sees {', '.join(self._gpus)}. `ipc` "
-                "needs the trainer's GPU among these (CUDA_VISIBLE_DEVICES); or use `nccl`"
+                f"{name} is on GPU {handle['gpu']}, and this worker sees only {', '.join(self._gpus)}: `ipc` needs the "
+                "trainer's GPU among these (CUDA_VISIBLE_DEVICES); or use `nccl`"
             )
         shape, dtype = handle["shape"], dtype_of(handle["dtype"])
         if handle["storage"] is None:
