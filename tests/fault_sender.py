@@ -113,15 +113,19 @@ class FaultyEngine(Engine):
         self._held: tuple | None = None
 
     def replies(self, method: str, args: Any, timeout_s: float) -> list[dict]:
-        point = method.removeprefix("r3_") + (f":{args[1]}" if method == "r3_load" else "")
-        self.faults.at(point, "before", self.inner)
+        points = [method.removeprefix("r3_")]
+        if method == "r3_load":
+            points = [f"load:{index}" for index, _ in enumerate(args[2], args[1])]
+        for point in points:
+            self.faults.at(point, "before", self.inner)
         self.faults.remember(method, args)
-        self._answers = self._call(point, method, args, timeout_s)
-        self.faults.at(point, "after", self.inner)
+        self._answers = self._call(points, method, args, timeout_s)
+        for point in points:
+            self.faults.at(point, "after", self.inner)
         return self._answers
 
-    def _call(self, point: str, method: str, args: tuple, timeout_s: float) -> list[dict]:
-        for fault in self.faults.take(point, "call"):
+    def _call(self, points: list[str], method: str, args: tuple, timeout_s: float) -> list[dict]:
+        for fault in [fault for point in points for fault in self.faults.take(point, "call")]:
             self.faults.say(fault)
             if fault.how == "lost":
                 return self._answers

@@ -25,8 +25,8 @@ class FaultyWorker(WeightSyncWorker):
     def r3_begin(self, *args: Any) -> Any:
         return self.r3_test_around("begin", super().r3_begin, *args)
 
-    def r3_load(self, *args: Any) -> Any:
-        return self.r3_test_around(f"load:{args[1]}", super().r3_load, *args)
+    def _r3_load_one(self, sync: Any, *args: Any) -> Any:
+        return self.r3_test_around(f"load:{sync.chunks}", super()._r3_load_one, sync, *args)
 
     def r3_seal(self, *args: Any) -> Any:
         return self.r3_test_around("seal", super().r3_seal, *args)
@@ -52,7 +52,7 @@ class FaultyWorker(WeightSyncWorker):
             if fault["when"] == "before":
                 self.r3_test_strike(fault)
         answer = call(*args)
-        if point.startswith("load") and "error" not in answer:
+        if point.startswith("load"):
             self.__dict__["r3_test_touched"] = True
         elif point == "commit" and "error" not in answer:
             self.__dict__["r3_test_touched"] = False

@@ -373,7 +373,7 @@ def calls_of_a_sync(worker: WeightSyncWorker, version: int) -> list[str]:
     replies = [
         worker.r3_reserve(sync_id, version, "a test", 60.0),
         worker.r3_begin(sync_id, sync),
-        worker.r3_load(sync_id, 0, list(weights), {}),
+        worker.r3_load(sync_id, 0, [(list(weights), {})]),
         worker.r3_seal(sync_id, digests.result()),
         worker.r3_commit(sync_id),
         worker.r3_release(sync_id),

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from syncs import following, greedy
 
 import r3
-from r3.weight_sync import FilesTransport, WeightSync
+from r3.weight_sync import FilesTransport, GlooTransport, WeightSync
 
 pytestmark = pytest.mark.engine
 
@@ -160,7 +160,7 @@ def test_a_second_sync_and_a_late_chunk_are_turned_away_and_the_open_sync_goes_o
                 with pytest.raises(r3.SyncError) as second:
                     WeightSync(engine).push(weights.items(), version=version + 1)
                 during.append(str(second.value))
-                during.append(engine.collective_rpc("r3_load", args=("late", 0, [], {"path": "late"}))[0]["error"])
+                during.append(engine.collective_rpc("r3_load", args=("late", 0, [([], {"path": "late"})]))[0]["error"])
             return super().publish(index, chunk)
 
     WeightSync(engine, transport=Intruding(), chunk_bytes=1 << 20).push(weights.items(), version=version)
@@ -180,6 +180,42 @@ def test_every_transport_brings_the_same_weights_twice_in_a_row(engine, weights,
         assert receipt.workers == 1
         assert receipt.complete
         assert receipt.sent_bytes == receipt.bytes
+
+
+@pytest.mark.parametrize("transport", [FilesTransport, GlooTransport])
+def test_chunks_that_are_ready_go_with_one_call_and_no_more_are_kept_than_that(
+    engine, weights, reference, transport, monkeypatch
+):
+    kept, calls = [0], []
+
+    class Ahead(transport):
+        most_ready = 3
+        needed = 0  # chunks before this one are not
+
+        def publish(self, index, chunk):
+            kept.append(index + 1 - self.needed)
+            return super().publish(index, chunk)
+
+        def release(self, index):
+            self.needed = index
+            super().release(index)
+
+    moved = {name: t + 0.01 * t.std() for name, t in weights.items()}
+    with contextlib.closing(WeightSync(engine, transport=Ahead(), chunk_bytes=1 << 14, timeout_s=60)) as sync:
+        ask = sync._engines[0].replies
+        monkeypatch.setattr(
+            sync._engines[0],
+            "replies",
+            lambda method, args, timeout_s: calls.append((method, args)) or ask(method, args, timeout_s),
+        )
+        sync.push(moved.items(), version=following(sync))
+        assert greedy(engine) != reference
+        receipt = sync.push(weights.items(), version=following(sync))
+    assert greedy(engine) == reference
+    sizes = [len(args[2]) for method, args in calls if method == "r3_load"]
+    assert sum(sizes) == 2 * receipt.chunks
+    assert 1 < max(sizes) <= 3
+    assert max(kept) <= 1 + 3 + 3, "the last chunk before those that load, those, and those that are ready"
 
 
 @pytest.mark.parametrize("transport", ["files", "gloo"])
@@ -227,7 +263,7 @@ def test_a_sender_that_died_is_taken_over_from_once_its_lease_is_over(engine, we
         assert sync.poisoned is None
         time.sleep(2.1)
         sync.push(weights.items(), version=following(sync) + 1)
-        assert "is not open here" in engine.collective_rpc("r3_load", args=("dead", 0, [], {}))[0]["error"]
+        assert "is not open here" in engine.collective_rpc("r3_load", args=("dead", 0, []))[0]["error"]
     assert greedy(engine) == reference
 
 

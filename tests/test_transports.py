@@ -120,10 +120,10 @@ def pushed(transport, workers, chunks):
         answers = workers.call("receive", transport.publish(index, chunk))
         transport.transfer(index, NEVER)
         assert answers.all() == [None] * len(workers.processes)
-        transport.release(index - 1)
+        transport.release(index)
     transport.settle(NEVER)
     found = workers.run("settle")
-    transport.release(len(chunks) - 1)
+    transport.release(len(chunks))
     return found
 
 

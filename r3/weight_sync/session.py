@@ -21,7 +21,7 @@ from r3.weight_sync.engines import Engine, OnRunning, Reply, engine_of
 from r3.weight_sync.engines.base import require_complete
 from r3.weight_sync.outgoing import Outgoing
 from r3.weight_sync.source_tensor import Weight
-from r3.weight_sync.transports import Chunk, Transport, transport_of
+from r3.weight_sync.transports import Announced, Chunk, Transport, transport_of
 
 _ABORT_S = 15.0
 
@@ -226,10 +226,10 @@ class WeightSync:
         return base_version is None
 
     def _send(self, sync_id: str, chunks: Iterator[Chunk], sent: "_Sent", clock: Clock) -> None:
-        """All chunks: while the workers load one, the next is made ready."""
+        """All chunks: while the workers load some, the next are made ready, and go with one call once they are free."""
+        ready: list[Announced] = []
         loading: Calls | None = None
         while True:
-            index = sent.chunks
             with clock.stage("gather"):
                 chunk = next(chunks, None)
                 if chunk is None:
@@ -239,21 +239,32 @@ class WeightSync:
                 wire = chunk if self._base is None else self._base.encode(chunk)
                 sent.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
             with clock.stage("publish"):
-                where = self._transport.publish(index, wire)
-            with clock.stage("wait"):
-                if loading is not None:
-                    loading.result()
-                    # Its answer says that the chunk before it is needed no more.
-                    self._transport.release(index - 2)
-            sent.chunks += 1
-            with clock.stage("transfer"):
-                loading = self._start("r3_load", sync_id, index, names, where)
-                self._transfer(index, names, loading)
-        with clock.stage("wait"):
-            if loading is not None:
-                loading.result()
+                ready.append((names, self._transport.publish(sent.chunks + len(ready), wire)))
+            if len(ready) == self._transport.most_ready or loading is None or loading.done():
+                self._wait_for(loading, sent, clock)
+                ready, loading = [], self._hand_over(sync_id, ready, sent, clock)
+        self._wait_for(loading, sent, clock)
+        if ready:
+            self._wait_for(self._hand_over(sync_id, ready, sent, clock), sent, clock)
 
-    def _transfer(self, index: int, names: list[str], loading: "Calls") -> None:
+    def _wait_for(self, loading: Calls | None, sent: "_Sent", clock: Clock) -> None:
+        if loading is None:
+            return
+        with clock.stage("wait"):
+            loading.result()
+            # The answers say that no chunk before the last one is needed any more.
+            self._transport.release(sent.chunks - 1)
+
+    def _hand_over(self, sync_id: str, ready: list[Announced], sent: "_Sent", clock: Clock) -> Calls:
+        with clock.stage("transfer"):
+            first = sent.chunks
+            sent.chunks += len(ready)
+            loading = self._start("r3_load", sync_id, first, ready)
+            for index, (names, _) in enumerate(ready, first):
+                self._transfer(index, names, loading)
+            return loading
+
+    def _transfer(self, index: int, names: list[str], loading: Calls) -> None:
         try:
             self._transport.transfer(index, loading.failed)
         except Exception as error:
@@ -272,8 +283,7 @@ class WeightSync:
         if broken:
             raise SyncError(f"{len(broken)} tensors hold NaN or infinity:{summary(broken)}")
         answers = self._call("r3_seal", sync_id, named)
-        for index in range(max(0, sent.chunks - 2), sent.chunks):
-            self._transport.release(index)
+        self._transport.release(sent.chunks)
         for answer in answers:
             for stage, seconds in answer.get("stages_s", {}).items():
                 sent.worker_stages_s[stage] = max(seconds, sent.worker_stages_s.get(stage, 0.0))

@@ -24,7 +24,7 @@ from r3.weight_sync.digest import ContentDigests, combine
 from r3.weight_sync.fp8 import check_finite_engine
 from r3.weight_sync.plan import LoadPlan
 from r3.weight_sync.reload import LayerwiseReload
-from r3.weight_sync.transports import RECEIVERS, Chunk, Receiver
+from r3.weight_sync.transports import RECEIVERS, Announced, Chunk, Receiver, Where
 from r3.weight_sync.transports.base import wait_until
 
 Reply = dict[str, Any]
@@ -128,10 +128,10 @@ class WeightSyncWorker:
         """
         return self._r3_reply(lambda state: self._r3_open(state, self._r3_of(state, sync_id, "reserved"), sync))
 
-    def r3_load(self, sync_id: str, index: int, names: list[str], where: dict[str, Any]) -> Reply:
-        """Receive chunk number `index`, which holds the tensors called `names`, and load it.
+    def r3_load(self, sync_id: str, index: int, chunks: list[Announced]) -> Reply:
+        """Receive `chunks`, of which the first is number `index` of the sync, and load them.
 
-        The answer says that nothing is needed any more of the chunks before it.
+        The answer says that no chunk before the last one is needed any more.
         """
 
         def load(state: _State) -> Reply:
@@ -139,24 +139,8 @@ class WeightSyncWorker:
             if index != sync.chunks:
                 raise RuntimeError(f"expected chunk {sync.chunks}, got {index}: one was lost, doubled or reordered")
             assert state.receiver is not None
-            assert sync.reload is not None
-            with sync.clock.stage("receive"):
-                chunk = state.receiver.receive(where)
-                if sync.base is not None or not sync.reload.only_copies:
-                    # What follows may wait for the device, and would without end where the other side has died.
-                    state.receiver.wait()
-            if sync.base is not None:
-                chunk = [(name, tensor.to(self.device)) for name, tensor in sync.base.decode(names, chunk)]
-            _check(chunk, names, sync)
-            with sync.clock.stage("digest"):
-                sync.digests.add(chunk)
-            sync.touched = True
-            with sync.clock.stage("load"):
-                sync.reload.load(chunk)
-            sync.received.update(names)
-            sync.chunks += 1
-            with sync.clock.stage("wait"):
-                self._r3_wait_for_the_chunk_before(sync)
+            for names, where in chunks:
+                self._r3_load_one(sync, state.receiver, names, where)
             return {}
 
         return self._r3_reply(load)
@@ -264,6 +248,26 @@ class WeightSyncWorker:
         except Exception as error:
             raise _RefusedError(f"{type(error).__name__}: {error}") from error
 
+    def _r3_load_one(self, sync: _Sync, receiver: Receiver, names: list[str], where: Where) -> None:
+        assert sync.reload is not None
+        with sync.clock.stage("receive"):
+            chunk = receiver.receive(where)
+            if sync.base is not None or not sync.reload.only_copies:
+                # What follows may wait for the device, and would without end where the other side has died.
+                receiver.wait()
+        if sync.base is not None:
+            chunk = [(name, tensor.to(self.device)) for name, tensor in sync.base.decode(names, chunk)]
+        _check(chunk, names, sync)
+        with sync.clock.stage("digest"):
+            sync.digests.add(chunk)
+        sync.touched = True
+        with sync.clock.stage("load"):
+            sync.reload.load(chunk)
+        sync.received.update(names)
+        sync.chunks += 1
+        with sync.clock.stage("wait"):
+            self._r3_wait_for_the_chunk_before(sync)
+
     def _r3_of(self, state: _State, sync_id: str, expected: str) -> _Sync:
         if state.sync is None or state.sync.id != sync_id or state.name != expected:
             raise _RefusedError(
@@ -274,7 +278,7 @@ class WeightSyncWorker:
         return state.sync
 
     def _r3_wait_for_the_chunk_before(self, sync: _Sync) -> None:
-        """On a GPU copies are queued: this bounds how many chunks hold memory, and is what the answer promises."""
+        """On a GPU copies are queued: this bounds how many chunks hold memory, and is what `r3_load` promises."""
         if self.device.type != "cuda":
             return
         before, sync.loaded = sync.loaded, torch.cuda.current_stream(self.device).record_event()

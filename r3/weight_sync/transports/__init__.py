@@ -1,7 +1,7 @@
 """The ways of a sync's bytes: one interface, one file a medium, one suite of tests that all pass."""
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.base import Chunk, Receiver, Transport, Where
+from r3.weight_sync.transports.base import Announced, Chunk, Receiver, Transport, Where
 from r3.weight_sync.transports.broadcast import GlooReceiver, GlooTransport, NcclReceiver, NcclTransport
 from r3.weight_sync.transports.files import FilesReceiver, FilesTransport
 from r3.weight_sync.transports.ipc import IpcReceiver, IpcTransport
@@ -29,6 +29,7 @@ def transport_of(transport: "str | Transport") -> Transport:
 __all__ = [
     "RECEIVERS",
     "TRANSPORTS",
+    "Announced",
     "Chunk",
     "FilesTransport",
     "GlooTransport",

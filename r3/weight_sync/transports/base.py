@@ -7,10 +7,10 @@ nothing but plain dictionaries, which travel with the calls of the sync (so: str
     offer = transport.offer(...)
     call begin(offer)               ->        receiver = RECEIVERS[offer["transport"]](offer, rank, device, timeout_s)
     transport.join(stop)            <->       (joins meanwhile)
-    where = transport.publish(i, chunk)
-    call load(i, where)             ->        chunk = receiver.receive(where)
+    where = transport.publish(i, chunk)       (of as many chunks as are ready)
+    call load(i, [where, ...])      ->        chunk = receiver.receive(where), one after the other
     transport.transfer(i, stop)     <->       (receives meanwhile)
-    transport.release(i)            <-        answer to chunk i + 1, or to the seal
+    transport.release(i)            <-        answer to a call with chunk i at its end, or to the seal
     transport.settle(stop)          <->       receiver.settle()
 
 `join`, `transfer` and `settle` deadlock if one side comes and the other never does: they end at `timeout_s`, or as soon
@@ -30,6 +30,8 @@ from r3.errors import SyncError
 
 Chunk = list[tuple[str, Tensor]]
 Where = dict[str, Any]
+Announced = tuple[list[str], Where]
+"""A chunk as it goes with a call: the names of its tensors, and what `publish` answered."""
 Stop = Callable[[], bool]
 
 
@@ -37,10 +39,13 @@ class Transport(ABC):
     """The trainer's side.
 
     Attributes:
+        most_ready: how many chunks may be published while the workers load others. More take memory and save calls,
+            each of which takes vLLM 1 to 2 ms.
         timeout_s: longest wait for the other side. Set by the session.
     """
 
     name: ClassVar[str]
+    most_ready: int = 1
     timeout_s: float = 600.0
 
     def offer(self, workers: int, generations: set[str | None]) -> Where:
@@ -58,13 +63,13 @@ class Transport(ABC):
 
     @abstractmethod
     def publish(self, index: int, chunk: Chunk) -> Where:
-        """Make ready what `receive` needs for chunk number `index`. It is kept until `release(index)`."""
+        """Make ready what `receive` needs for chunk number `index`. It is kept until a `release` of a later one."""
 
     def transfer(self, index: int, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
         """Move the bytes, while the workers receive."""
 
     def release(self, index: int) -> None:  # noqa: B027 (nothing to do for some)
-        """No worker needs chunk `index` any more."""
+        """No worker needs any chunk before number `index` any more."""
 
     def settle(self, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
         """Wait for what was queued on a device."""

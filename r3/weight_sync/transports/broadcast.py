@@ -17,8 +17,8 @@ from r3.weight_sync.transports.group import GlooGroup, Group
 from r3.weight_sync.transports.nccl import NcclGroup
 from r3.weight_sync.transports.packing import Block, pack, unpack
 
-_MOST_IN_FLIGHT = 2
-"""Chunks whose memory a device may hold at a time, on either side."""
+_MOST_RECEIVED = 2
+"""Chunks whose memory a worker may hold at a time."""
 
 
 class BroadcastTransport(Transport):
@@ -63,19 +63,17 @@ class BroadcastTransport(Transport):
             self._group = self.group(self._offer, 0, self._device, self.timeout_s, self._listener)
 
     def publish(self, index: int, chunk: Chunk) -> Where:
-        if self._device.type == "cuda":
-            self._joined().settle_all_but(_MOST_IN_FLIGHT - 1, lambda: False)
+        # What is ready, and what is under way: one more than can be ready, for the workers are free to go on while
+        # they still receive the last one.
+        self._joined().settle_all_but(self.most_ready - len(self._blocks), lambda: False)
         self._blocks[index] = pack(chunk, self._device)
         return {"blocks": [[block.data.numel(), block.layout] for block in self._blocks[index]]}
 
     def transfer(self, index: int, stop: Stop) -> None:
         group = self._joined()
-        group.broadcast([block.data for block in self._blocks[index]])
+        group.broadcast([block.data for block in self._blocks.pop(index)])
         if self._device.type == "cpu":
             group.settle_all_but(0, stop)
-
-    def release(self, index: int) -> None:
-        self._blocks.pop(index, None)
 
     def settle(self, stop: Stop) -> None:
         self._joined().settle_all_but(0, stop)
@@ -107,7 +105,7 @@ class BroadcastReceiver(Receiver):
         self._group = self.group(offer, rank + 1, self._buffers_on(), timeout_s)
 
     def receive(self, where: Where) -> Chunk:
-        self._group.settle_all_but(_MOST_IN_FLIGHT - 1, lambda: False)
+        self._group.settle_all_but(_MOST_RECEIVED - 1, lambda: False)
         device = self._buffers_on()
         data = self._group.receive([nbytes for nbytes, _ in where["blocks"]])
         tensors = [
@@ -143,6 +141,7 @@ class NcclTransport(BroadcastTransport):
     """Between GPUs. Trainer and workers must be on different GPUs: for one and the same there is `ipc`."""
 
     name = "nccl"
+    most_ready = 2
     group = NcclGroup
 
     @staticmethod

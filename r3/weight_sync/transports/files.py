@@ -57,13 +57,11 @@ class FilesTransport(Transport):
         return {"path": str(path), "bytes": path.stat().st_size}
 
     def release(self, index: int) -> None:
-        path = self._published.pop(index, None)
-        if path is not None:
-            path.unlink(missing_ok=True)
+        for done in [number for number in self._published if number < index]:
+            self._published.pop(done).unlink(missing_ok=True)
 
     def abort(self) -> None:
-        for index in list(self._published):
-            self.release(index)
+        self.release(max(self._published, default=0) + 1)
 
     def close(self) -> None:
         self.abort()

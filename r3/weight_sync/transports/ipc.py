@@ -23,6 +23,7 @@ class IpcTransport(Transport):
     """
 
     name = "ipc"
+    most_ready = 2
 
     def __init__(self, *, keep_open: bool = True) -> None:
         self._generation = uuid.uuid4().hex if keep_open else None
@@ -40,7 +41,7 @@ class IpcTransport(Transport):
         return {"tensors": [[name, _handle(name, tensor)] for name, tensor in on_gpu]}
 
     def release(self, index: int) -> None:
-        self._published.pop(index, None)
+        self._published = {number: chunk for number, chunk in self._published.items() if number >= index}
 
     def abort(self) -> None:
         self._published.clear()
