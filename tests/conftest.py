@@ -12,8 +12,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # pytest has touched CUDA by the time that an engine starts, where there is a GPU: a fork of it could not use it.
 os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-# Test tensors are small: more threads gain nothing, and on a large host they make several ranks contend.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+# Test tensors are small: more threads gain nothing, and those that wait for each other keep the cores from other tests.
+SIDE_BY_SIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+THREADS = min(4, max(1, (os.cpu_count() or 1) // SIDE_BY_SIDE))
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 # The same examples in every run, so that a run fails for what it changed; --hypothesis-profile=default draws new ones.
 hypothesis.settings.register_profile("same", derandomize=True)
@@ -21,6 +23,15 @@ hypothesis.settings.load_profile("same")
 
 HERE = Path(__file__).parent
 DEMO_MODEL = HERE.parent / "examples" / "chain_sum_moe"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    """An engine in this process leaves it with a thread for each core, whatever OMP_NUM_THREADS says: beside another
+    test process, small operations were up to thirty times slower after it."""
+    import torch
+
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,7 @@ NUCLEUS = {"top_p": 0.9}
     scope="module", params=[0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)]
 )
 def world(request, tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several test processes share few cores: threads that wait for each other
-    yield World(tmp_path_factory.mktemp("world"), request.param, 96)
-    torch.set_num_threads(threads)
+    return World(tmp_path_factory.mktemp("world"), request.param, 96)
 
 
 def outcome(model: str, rollouts: Rollouts, settings=UNKNOWN, *earlier: str, **limits) -> Explanation:

@@ -55,7 +55,7 @@ def vllm_model(config: Any) -> tuple[nn.Module, Callable]:
     config.compilation_config = copy.deepcopy(config.compilation_config)
     config.compilation_config.static_forward_context = {}
     # Its CPU build declares FP8 layers only where there is AMX, which only running them needs.
-    amx = mock.patch.object(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    amx = mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True)
     with amx, set_current_vllm_config(config), _default_dtype(torch.bfloat16):
         model = initialize_model(vllm_config=config)
     for tensor in declared(model).values():
