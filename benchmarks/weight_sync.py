@@ -6,7 +6,7 @@
     python -m benchmarks.weight_sync --device cuda --trainer-gpu 1 --skip-vllm  # CUDA IPC between two GPUs
 
 One line of JSON. Random weights, the same for every way; the engine starts with dummy ones. All ways take turns in one
-process and one engine. After each, the worker's parameters have the same digest, or the run fails.
+process and one engine, and r3 once more without digests. After each, the worker's parameters have the same digest, or the run fails.
 """
 
 import argparse
@@ -56,8 +56,25 @@ class MeasuredWorker(WeightSyncWorker):
         torch.cuda.reset_peak_memory_stats(self.device)
         return self._r3_reply(lambda state: {"extra": peak - held})
 
+    def r3_bench_digests(self, taken: bool) -> dict[str, Any]:
+        _take_digests(taken)
+        return self._r3_reply(lambda state: {})
+
     def r3_bench_plan(self) -> dict[str, Any]:
         return self._r3_reply(lambda state: {"plan": None if state.plan is None else state.plan.describe()})
+
+
+_ADD = ContentDigests.add
+
+
+def _take_digests(taken: bool) -> None:
+    """In this process: take digests of what is synced, or say 0 for all, to see what they cost."""
+
+    def add(self: Any, chunk: Any) -> None:
+        self._bytes |= {name: tensor.nbytes for name, tensor in chunk}
+        self._sums |= {name: 0 for name, _ in chunk}
+
+    ContentDigests.add = _ADD if taken else add  # pyrefly: ignore
 
 
 def write_config(folder: Path, shape: dict[str, int]) -> Any:
@@ -122,6 +139,18 @@ def through_r3(llm: Any, weights: Weights, transport: Transport, chunk_mib: int)
         return {"seconds": receipt.seconds, "chunks": receipt.chunks, "stages_s": stages, "worker_stages_s": worker}
 
     return push
+
+
+def without_digests(llm: Any, push: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    def unchecked() -> dict[str, Any]:
+        _take_digests(False)
+        llm.collective_rpc("r3_bench_digests", args=(False,))
+        result = push()
+        _take_digests(True)
+        llm.collective_rpc("r3_bench_digests", args=(True,))
+        return result
+
+    return unchecked
 
 
 def through_vllm_ipc(llm: Any, weights: Weights) -> Callable[[], dict[str, Any]]:
@@ -293,6 +322,9 @@ def measure(ways: dict[str, Callable], llm: Any, rounds: int) -> dict[str, Any]:
         for over in (other for other in ways if not other.startswith("r3")):
             ratios = [other / mine for mine, other in zip(seconds[way], seconds[over], strict=True)]
             found[f"{over} / {way}"] = spread(ratios)
+    for way in (way for way in ways if f"{way}, no digests" in ways):
+        pairs = zip(seconds[f"{way}, no digests"], seconds[way], strict=True)
+        found[f"digests' share of {way}"] = spread([1 - without / whole for without, whole in pairs])
     found["plan"] = llm.collective_rpc("r3_bench_plan")[0]["plan"]
     return found
 
@@ -342,6 +374,7 @@ def main() -> None:
         sizes = [int(size) for size in args.chunk_mib.split(",")]
         transport = transport_of(args.transport)  # one: workers keep the connection of one
         ways = {f"r3, {size} MiB": through_r3(llm, weights, transport, size) for size in sizes}
+        ways |= {f"{way}, no digests": without_digests(llm, push) for way, push in ways.items()}
         if cpu:
             ways["bare broadcast"] = stack.enter_context(bare_broadcast(weights))
         else:
