@@ -6,7 +6,8 @@
     python -m benchmarks.weight_sync --device cuda --trainer-gpu 1 --skip-vllm  # CUDA IPC between two GPUs
 
 One line of JSON. Random weights, the same for every way; the engine starts with dummy ones. All ways take turns in one
-process and one engine, and r3 once more without digests. After each, the worker's parameters have the same digest, or the run fails.
+process and one engine, r3 once more without digests. After each, the worker's parameters have the same digest, or the
+run fails.
 """
 
 import argparse
