@@ -93,10 +93,14 @@ def generate(llm, prompts: list[list[int]], **sampling) -> list[Any]:
     return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
 
+def ids_of(rollout: Rollout) -> list[int]:
+    return [*rollout.prompt_ids, *rollout.token_ids]
+
+
 def by_itself(llm, rollout: Rollout, spec) -> Rollout:
     """A prefill of all tokens of `rollout`, that samples one more."""
     assert llm.reset_prefix_cache()
-    (output,) = generate(llm, [rollout.prompt_ids + rollout.token_ids], max_tokens=1, n=1)
+    (output,) = generate(llm, [ids_of(rollout)], max_tokens=1, n=1)
     assert not output.num_cached_tokens
     return collect([output], spec).items[0]
 
@@ -223,8 +227,15 @@ def test_vllm_itself_captures_the_same_rows_or_refuses(hooked, demo_config, trai
             settings(**NATIVE)
         return
     with engine(demo_config, **NATIVE) as llm:
-        native = [by_itself(llm, rollout, trainer[1]) for rollout in hooked[0].busy]
-    assert all(equal(ours, theirs) for ours, theirs in zip(hooked[0].alone, native, strict=True))
+        native = play(llm, trainer[1])
+        alone = [by_itself(llm, rollout, trainer[1]) for rollout in hooked[0].busy]
+    require_rows_of_requests_alone(native, trainer[0])
+    assert all(equal(ours, theirs) for ours, theirs in zip(hooked[0].alone, alone, strict=True))
+    # When a busy engine preempts is a matter of time, and a token may be sampled otherwise, with what follows from it.
+    pairs = list(zip(hooked[0].busy, native.busy, strict=True))
+    same = [(ours, theirs) for ours, theirs in pairs if ids_of(ours) == ids_of(theirs)]
+    assert len(same) > 0.7 * len(pairs)
+    assert all(equal(ours, theirs) for ours, theirs in same)
 
 
 @pytest.mark.long
