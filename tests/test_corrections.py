@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Ranks
 
 from r3.diagnostics.correction_sums import CorrectionSums
 from r3.diagnostics.corrections import (
@@ -17,7 +18,6 @@ from r3.diagnostics.corrections import (
     truncated_importance,
 )
 from r3.errors import DiagnosticsError
-from tests.ranks import Ranks
 
 BY_SEQUENCE = {
     "truncated sequence": lambda *a, **k: truncated_importance(*a, level="sequence", **k),

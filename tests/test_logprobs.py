@@ -1,5 +1,6 @@
 """Log-probability metrics against a 60-digit reference, scipy and numpy, over splits, ranks and hostile input."""
 
+import contextlib
 import math
 import pickle
 from decimal import Decimal, localcontext
@@ -11,9 +12,9 @@ import scipy.special
 import scipy.stats
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from ranks import Ranks
 
 from r3.diagnostics import LogprobSums, RoutingSums, compare_logprobs
 from r3.diagnostics.histogram import HIGHEST, RELATIVE_ERROR
@@ -405,8 +406,8 @@ def test_reduce_is_local_without_a_process_group():
     assert sums.reduce() == sums
 
 
-def _rank(rank, store, results):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _rank():
+    rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     train, rollout = (-torch.rand(5 + rank, generator=generator) for _ in range(2))
     mine = LogprobSums.from_tensors(train, rollout, torch.ones(5 + rank, dtype=torch.bool))
@@ -421,15 +422,12 @@ def _rank(rank, store, results):
             uneven.reduce()
         errors.append(str(caught.value))
     reduced = (mine.reduce(), empty_here.reduce(dist.group.WORLD), routing.reduce())
-    # A pipe would be full of the histograms before anyone reads it.
-    (results / str(rank)).write_bytes(pickle.dumps((mine, routing, reduced, errors)))
-    dist.destroy_process_group()
+    return mine, routing, reduced, errors
 
 
-def test_reduce_over_two_ranks(tmp_path):
-    mp.spawn(_rank, args=(tmp_path / "store", tmp_path), nprocs=2)
-    found = [pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in range(2)]
-    (a, routing_a, reduced_a, errors_a), (b, routing_b, reduced_b, errors_b) = found
+def test_reduce_over_two_ranks():
+    with contextlib.closing(Ranks(2)) as ranks:
+        (a, routing_a, reduced_a, errors_a), (b, routing_b, reduced_b, errors_b) = ranks.all(_rank)
     assert reduced_a == reduced_b == (a + b, b, routing_a + routing_b)
     assert reduced_a[0].abs_max == max(a.abs_max, b.abs_max)
     for rank, errors in enumerate((errors_a, errors_b)):

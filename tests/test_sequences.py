@@ -1,15 +1,15 @@
 """Sequence metrics against the formulas, over rows, splits and ranks."""
 
+import contextlib
 import math
-import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import Ranks
 
 from r3.diagnostics import SequenceSums, sequence_totals
 from r3.errors import DiagnosticsError
@@ -126,8 +126,8 @@ def _half(rank):
     return values[:, rank * 5 :][:, :5], torch.ones(2, 5, dtype=torch.bool), ids[:, rank * 5 :][:, :5]
 
 
-def _rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank():
+    rank = dist.get_rank()
     values, mask, ids = _half(rank)
     totals = sequence_totals(values, mask, ids, 3, dist.group.WORLD)
     errors = []
@@ -137,13 +137,12 @@ def _rank(rank, folder):
         errors.append(str(caught.value))
     again = sequence_totals(values, mask, ids, 3, dist.group.WORLD)
     reduced = SequenceSums.from_totals(*sequence_totals(values, mask, ids, 3)).reduce()
-    (folder / str(rank)).write_bytes(pickle.dumps((totals, again, errors, reduced)))
-    dist.destroy_process_group()
+    return totals, again, errors, reduced
 
 
-def test_sequences_spread_over_two_ranks_and_an_error_on_one_of_them(tmp_path):
-    mp.spawn(_rank, args=(tmp_path,), nprocs=2)
-    found = [pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in range(2)]
+def test_sequences_spread_over_two_ranks_and_an_error_on_one_of_them():
+    with contextlib.closing(Ranks(2)) as ranks:
+        found = ranks.all(_rank)
     whole = [torch.cat(halves, 1) for halves in zip(_half(0), _half(1), strict=True)]
     expected = sequence_totals(*whole, 3)
     halves = [SequenceSums.from_totals(*sequence_totals(*_half(rank), 3)) for rank in range(2)]
