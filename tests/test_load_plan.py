@@ -387,7 +387,7 @@ def test_what_is_queued_on_a_device_is_waited_for_before_anything_but_copies(vll
     """Nothing comes of a broadcast whose sender has died: what waits for the device itself would wait for ever."""
     monkeypatch.setitem(RECEIVERS, "direct", Direct)
     worker = WeightSyncWorker()
-    worker.rank, worker.device, worker.vllm_config = 0, torch.device("cpu"), vllm_config
-    worker.model_runner = SimpleNamespace(model=initial(Toy(process), weights_of(0)))
+    worker.rank, worker.vllm_config = 0, vllm_config
+    worker.model_runner = SimpleNamespace(model=initial(Toy(process), weights_of(0)), device=torch.device("cpu"))
     # The last wait of each is the end of the sync.
     assert [calls_of_a_sync(worker, version) for version in (1, 2)] == [["receive", "wait", "wait"], second]

@@ -39,7 +39,7 @@ class CapturingWorker(PlatformWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         make_stage_buffers(self.model_runner)
-        self.r3_hooks = RouterHooks(self.model_runner, self.vllm_config, self.device)
+        self.r3_hooks = RouterHooks(self.model_runner, self.vllm_config)
 
 
 def check_settings(vllm_config: Any) -> None:
@@ -72,10 +72,9 @@ class RouterHooks:
     Args:
         runner: vLLM's model runner, with its model loaded.
         vllm_config: of the engine.
-        device: where the model is.
     """
 
-    def __init__(self, runner: Any, vllm_config: Any, device: torch.device) -> None:
+    def __init__(self, runner: Any, vllm_config: Any) -> None:
         found = routers(runner.model)
         top_k = {router.top_k for _, router in found}
         experts = max(router.global_num_experts for _, router in found)
@@ -83,7 +82,7 @@ class RouterHooks:
             raise CaptureError(f"expected one number of experts a token in all layers, got {sorted(top_k)}")
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         shape = (tokens, decoder_layers(vllm_config), top_k.pop())
-        self._ids = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._ids = torch.zeros(shape, dtype=torch.int32, device=runner.device)
         self._dtype = torch.uint8 if experts <= 256 else torch.uint16
         for layer, router in found:
             router.set_capture_fn(lambda ids, layer=layer: self._capture(layer, ids))

@@ -85,9 +85,8 @@ class WeightSyncWorker:
     """Mixed into vLLM's worker, which has these."""
 
     rank: int
-    device: torch.device
     vllm_config: Any
-    model_runner: Any
+    model_runner: Any  # has the device: CPU workers of 0.22 have none themselves
 
     def r3_status(self) -> Reply:
         """State (of the list above, or "poisoned"), cause, and what a sender needs to know of this worker."""
@@ -169,8 +168,8 @@ class WeightSyncWorker:
                 )
             if state.cause:
                 _zero(self.model_runner.kv_caches)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            if self.model_runner.device.type == "cuda":
+                torch.cuda.synchronize(self.model_runner.device)
             sync.sealed, sync.stage = combine(digests), "sealed"
             return {"digest": sync.sealed, "stages_s": sync.clock.stages_s}
 
@@ -244,7 +243,7 @@ class WeightSyncWorker:
         if rank is None:
             raise _RefusedError("this worker was started after the sync asked who is there: push again")
         try:
-            state.receiver = RECEIVERS[offer["transport"]](offer, rank, self.device, sync["timeout_s"])
+            state.receiver = RECEIVERS[offer["transport"]](offer, rank, self.model_runner.device, sync["timeout_s"])
         except Exception as error:
             raise _RefusedError(f"{type(error).__name__}: {error}") from error
 
@@ -256,7 +255,7 @@ class WeightSyncWorker:
                 # What follows may wait for the device, and would without end where the other side has died.
                 receiver.wait()
         if sync.base is not None:
-            chunk = [(name, tensor.to(self.device)) for name, tensor in sync.base.decode(names, chunk)]
+            chunk = [(name, tensor.to(self.model_runner.device)) for name, tensor in sync.base.decode(names, chunk)]
         _check(chunk, names, sync)
         with sync.clock.stage("digest"):
             sync.digests.add(chunk)
@@ -279,9 +278,9 @@ class WeightSyncWorker:
 
     def _r3_wait_for_the_chunk_before(self, sync: _Sync) -> None:
         """On a GPU copies are queued: this bounds how many chunks hold memory, and is what `r3_load` promises."""
-        if self.device.type != "cuda":
+        if self.model_runner.device.type != "cuda":
             return
-        before, sync.loaded = sync.loaded, torch.cuda.current_stream(self.device).record_event()
+        before, sync.loaded = sync.loaded, torch.cuda.current_stream(self.model_runner.device).record_event()
         if before is not None:
             wait_until(before.query, lambda: False, sync.lease_s, "the copies of the chunk before")
 
