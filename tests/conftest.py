@@ -69,11 +69,16 @@ def engine(demo_config):
 
 @pytest.fixture(scope="session")
 def weights(demo_config):
-    """The weights that the engine starts with, by the names of transformers (experts fused)."""
+    """The weights that the engine starts with, by the names of transformers (experts fused) where vLLM knows them."""
     import torch
+    import vllm
+    from packaging.version import Version
+    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     path = demo_config.trainer.policy.model.path
+    if Version(vllm.__version__) < Version("0.25"):
+        return load_file(Path(path) / "model.safetensors")
     return dict(AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).state_dict())
 
 

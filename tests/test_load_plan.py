@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from plan_toys import (
+    Fused,
     Toy,
     assert_same,
     derive,
@@ -358,8 +359,15 @@ class Direct(Receiver):
         self.calls.append("wait")
 
 
-def calls_of_a_sync(worker: WeightSyncWorker, version: int) -> list[str]:
-    weights, sync_id = weights_of(version), f"sync {version}"
+def worker_with(model: nn.Module, vllm_config) -> WeightSyncWorker:
+    worker = WeightSyncWorker()
+    worker.rank, worker.vllm_config = 0, vllm_config
+    worker.model_runner = SimpleNamespace(model=model, device=torch.device("cpu"))
+    return worker
+
+
+def replies_of_a_sync(worker: WeightSyncWorker, weights: dict[str, torch.Tensor], version: int = 1) -> list[dict]:
+    sync_id = f"sync {version}"
     digests = ContentDigests()
     digests.add(weights.items())
     sync = {
@@ -370,7 +378,7 @@ def calls_of_a_sync(worker: WeightSyncWorker, version: int) -> list[str]:
         "keep_base": False,
         "base_version": None,
     }
-    replies = [
+    return [
         worker.r3_reserve(sync_id, version, "a test", 60.0),
         worker.r3_begin(sync_id, sync),
         worker.r3_load(sync_id, 0, [(list(weights), {})]),
@@ -378,6 +386,10 @@ def calls_of_a_sync(worker: WeightSyncWorker, version: int) -> list[str]:
         worker.r3_commit(sync_id),
         worker.r3_release(sync_id),
     ]
+
+
+def calls_of_a_sync(worker: WeightSyncWorker, version: int) -> list[str]:
+    replies = replies_of_a_sync(worker, weights_of(version), version)
     assert not any("error" in reply for reply in replies), replies
     return worker.__dict__["r3_state"].receiver.calls
 
@@ -386,8 +398,26 @@ def calls_of_a_sync(worker: WeightSyncWorker, version: int) -> list[str]:
 def test_what_is_queued_on_a_device_is_waited_for_before_anything_but_copies(vllm_config, monkeypatch, process, second):
     """Nothing comes of a broadcast whose sender has died: what waits for the device itself would wait for ever."""
     monkeypatch.setitem(RECEIVERS, "direct", Direct)
-    worker = WeightSyncWorker()
-    worker.rank, worker.vllm_config = 0, vllm_config
-    worker.model_runner = SimpleNamespace(model=initial(Toy(process), weights_of(0)), device=torch.device("cpu"))
+    worker = worker_with(initial(Toy(process), weights_of(0)), vllm_config)
     # The last wait of each is the end of the sync.
     assert [calls_of_a_sync(worker, version) for version in (1, 2)] == [["receive", "wait", "wait"], second]
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("gate_up_proj", True), ("0.gate_proj.weight", False)])
+def test_a_model_that_passes_over_fused_experts_is_told_how_to_send_them(vllm_config, monkeypatch, name, remedy):
+    """As vLLM's models before 0.25 do, without a word."""
+    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+
+    class Old(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.ModuleDict({"experts": Fused()})
+
+        def load_weights(self, weights):
+            for _ in weights:
+                pass
+
+    worker = worker_with(initial(Old(), {}), vllm_config)
+    seal = replies_of_a_sync(worker, {f"mlp.experts.{name}": torch.ones(2, 8, 8)})[3]
+    assert "experts (Fused): 0 of 72 elements" in seal["error"]
+    assert ("weight_sync.fused_experts=false" in seal["error"]) == remedy

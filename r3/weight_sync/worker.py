@@ -12,7 +12,7 @@ leads on. A sync whose sender is silent is taken over by the next one once its l
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,6 +158,7 @@ class WeightSyncWorker:
             if missing:
                 raise RuntimeError(
                     f"{len(missing)} layers of the engine have not got all their weights: {'; '.join(missing[:16])}"
+                    f"{_remedy(missing, sync.manifest)}"
                 )
             with sync.clock.stage("finish"):
                 sync.reload.finish()
@@ -369,6 +370,17 @@ def _check_content(sync: _Sync, digests: dict[str, int]) -> None:
     wrong += [f"{name}: holds NaN or infinity" for name in sync.digests.not_finite()]
     if wrong:
         raise RuntimeError(f"{len(wrong)} tensors have not come as they were sent: {'; '.join(wrong[:16])}")
+
+
+def _remedy(missing: list[str], sent: Iterable[str]) -> str:
+    """vLLM's models pass over tensors whose names they do not know, fused experts among them."""
+    fused = [name for name in sent if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+    if not fused or not any(".experts" in layer and ": 0 of " in layer for layer in missing):
+        return ""
+    return (
+        f". Experts came fused ({fused[0]}), which this vLLM's model does not know (none does before 0.25): send them "
+        "one by one, as a checkpoint has them (weight_sync.fused_experts=false)"
+    )
 
 
 def _zero(caches: Any) -> None:
