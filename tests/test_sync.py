@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file
 from syncs import following, greedy
 
@@ -49,6 +50,8 @@ def test_other_weights_change_the_output_and_the_old_ones_bring_it_back(engine, 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the defect is in vLLM's CPU builds, which CI runs")
 def test_without_the_prepack_closing_the_same_weights_change_the_output(engine, weights, reference, sync):
+    import vllm
+
     engine.collective_rpc("r3_test_remove", args=("expert_prepack",))
     try:
         sync.push(weights.items(), version=following(sync))
@@ -57,7 +60,8 @@ def test_without_the_prepack_closing_the_same_weights_change_the_output(engine, 
         engine.collective_rpc("r3_test_restore")
     sync.push(weights.items(), version=following(sync))
     assert greedy(engine) == reference
-    assert changed != reference, "this build prepacks by itself: the closing can go"
+    prepacks = Version(vllm.__version__) < Version("0.28")
+    assert (changed == reference) == prepacks, "this build prepacks by itself: see `expert_prepack`"
 
 
 def without_a_part(weights):

