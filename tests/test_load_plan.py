@@ -405,7 +405,7 @@ def test_what_is_queued_on_a_device_is_waited_for_before_anything_but_copies(vll
 
 @pytest.mark.parametrize(("name", "remedy"), [("gate_up_proj", True), ("0.gate_proj.weight", False)])
 def test_a_model_that_passes_over_fused_experts_is_told_how_to_send_them(vllm_config, monkeypatch, name, remedy):
-    """As vLLM's models before 0.25 do, without a word."""
+    """As vLLM's Qwen3-MoE does before 0.25, without a word."""
     monkeypatch.setitem(RECEIVERS, "direct", Direct)
 
     class Old(nn.Module):
