@@ -378,8 +378,8 @@ def _remedy(missing: list[str], sent: Iterable[str]) -> str:
     if not fused or not any(".experts" in layer and ": 0 of " in layer for layer in missing):
         return ""
     return (
-        f". Experts came fused ({fused[0]}), which this vLLM's model does not know (Qwen3-MoE's does from 0.25 on): send them "
-        "one by one, as a checkpoint has them (weight_sync.fused_experts=false)"
+        f". Experts came fused ({fused[0]}), which this vLLM's model does not know (Qwen3-MoE's does from 0.25 on): "
+        "send them one by one, as a checkpoint has them (weight_sync.fused_experts=false)"
     )
 
 
