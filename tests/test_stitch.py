@@ -1,6 +1,7 @@
 """Turns of a conversation are joined token by token and row by row, as a naive model of the engine says."""
 
 import dataclasses
+import statistics
 from typing import Any
 
 import pytest
@@ -388,6 +389,7 @@ def test_stitched_turns_are_one_prefill_of_the_whole_conversation(conversations,
 @pytest.mark.engine
 def test_rows_that_are_wrong_are_not_explained(conversations):
     model, made = conversations
+    margins = []
     for turns, whole in made:
         joined, expected = stitch(turns).routing, without_last(whole)
         logits = router_logits(model, whole.prompt_ids, expected)
@@ -396,9 +398,14 @@ def test_rows_that_are_wrong_are_not_explained(conversations):
         shifted = explained_flips(moved(joined, slice(1, rows), slice(0, rows - 1)), expected, logits)
         assert shifted.share > 0.9
         assert shifted.first_margin_ulps > 10 * FIRST_ULPS
-        # The row of a turn's last token as a copy of the row before it: two rows of hundreds.
+        # The row of a turn's last token as a copy of the last row of another token: two rows of hundreds.
         for turn in turns[:-1]:
             at = len(turn) - 1
-            copied = explained_flips(moved(joined, slice(at, at + 1), slice(at - 1, at)), expected, logits)
-            assert copied.first_margin_ulps > 2 * FIRST_ULPS
+            other = max(i for i in range(at) if whole.prompt_ids[i] != whole.prompt_ids[at])
+            copied = explained_flips(moved(joined, slice(at, at + 1), slice(other, other + 1)), expected, logits)
             assert copied.worst[0][0] == at
+            margins.append(copied.first_margin_ulps)
+            # Tokens may be alike to the first layer, but not to all.
+            with pytest.raises(AssertionError):
+                assert_explained(copied)
+    assert statistics.median(margins) > 4 * FIRST_ULPS, margins
