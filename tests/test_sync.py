@@ -70,7 +70,7 @@ def without_a_part(weights):
 
 
 def test_a_missing_part_is_found_poisons_and_a_complete_sync_heals(engine, weights, reference, sync):
-    with pytest.raises(r3.SyncError, match=r"worker rank 0.*layers\.3\.mlp\.experts"):
+    with pytest.raises(r3.SyncError, match=r"worker rank 0.*layers\.3\.mlp\.experts(\.routed_experts)? \("):
         sync.push(without_a_part(weights), version=following(sync))
     with pytest.raises(r3.SyncError, match="half-loaded weights"):
         sync.require_committed()
@@ -137,10 +137,7 @@ def test_a_chunk_that_is_not_what_was_sent_is_refused(engine, weights, change, m
     [
         (lambda w: [*w, w[0]], "occur twice"),
         (lambda w: [], "got nothing"),
-        (
-            lambda w: [(w[0][0], torch.full_like(w[0][1], torch.nan)), *w[1:]],
-            "holds? NaN or infinity:\n  [a-z_.]+weight",
-        ),
+        (lambda w: [(n, t * torch.nan if "embed" in n else t) for n, t in w], "model.embed_tokens.weight"),
     ],
 )
 def test_weights_that_cannot_be_right_are_refused(engine, weights, sync, change, message):

@@ -374,8 +374,10 @@ def _check_content(sync: _Sync, digests: dict[str, int]) -> None:
 
 def _remedy(missing: list[str], sent: Iterable[str]) -> str:
     """vLLM's models pass over tensors whose names they do not know, fused experts among them."""
-    fused = [name for name in sent if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
-    if not fused or not any(".experts" in layer and ": 0 of " in layer for layer in missing):
+    empty = [layer for layer in missing if ": 0 of " in layer]
+    experts = [name for name in sent if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+    fused = [name for name in experts if any(layer.startswith(name.rpartition(".")[0]) for layer in empty)]
+    if not fused:
         return ""
     return (
         f". Experts came fused ({fused[0]}), which this vLLM's model does not know (Qwen3-MoE's does from 0.25 on): "

@@ -1,0 +1,98 @@
+"""The worker's side of a sync, called as a sender calls it, with small models and no engine."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from plan_toys import Fused, Toy, derive, initial, manifest_of, weights_of
+from torch import nn
+
+from r3.weight_sync.digest import ContentDigests
+from r3.weight_sync.transports import RECEIVERS, Receiver
+from r3.weight_sync.worker import WeightSyncWorker
+
+
+class Direct(Receiver):
+    """Hands over a sync's tensors, and notes when it is waited for."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.calls: list[str] = []
+
+    def receive(self, where):
+        self.calls.append("receive")
+        return list(self.offer["weights"].items())
+
+    def wait(self):
+        self.calls.append("wait")
+
+
+def worker_with(model: nn.Module, vllm_config) -> WeightSyncWorker:
+    worker = WeightSyncWorker()
+    worker.rank, worker.vllm_config = 0, vllm_config
+    worker.model_runner = SimpleNamespace(model=model, device=torch.device("cpu"))
+    return worker
+
+
+def replies_of_a_sync(worker: WeightSyncWorker, weights: dict[str, torch.Tensor], version: int = 1) -> list[dict]:
+    sync_id = f"sync {version}"
+    digests = ContentDigests()
+    digests.add(weights.items())
+    sync = {
+        "timeout_s": 60.0,
+        "offer": {"transport": "direct", "weights": weights},
+        "ranks": {worker.r3_status()["worker"]: 0},
+        "manifest": manifest_of(weights),
+        "keep_base": False,
+        "base_version": None,
+    }
+    return [
+        worker.r3_reserve(sync_id, version, "a test", 60.0),
+        worker.r3_begin(sync_id, sync),
+        worker.r3_load(sync_id, 0, [(list(weights), {})]),
+        worker.r3_seal(sync_id, digests.result()),
+        worker.r3_commit(sync_id),
+        worker.r3_release(sync_id),
+    ]
+
+
+def calls_of_a_sync(worker: WeightSyncWorker, version: int) -> list[str]:
+    replies = replies_of_a_sync(worker, weights_of(version), version)
+    assert not any("error" in reply for reply in replies), replies
+    return worker.__dict__["r3_state"].receiver.calls
+
+
+@pytest.mark.parametrize(("process", "second"), [(None, ["receive", "wait"]), (derive, ["receive", "wait", "wait"])])
+def test_what_is_queued_on_a_device_is_waited_for_before_anything_but_copies(vllm_config, monkeypatch, process, second):
+    """Nothing comes of a broadcast whose sender has died: what waits for the device itself would wait for ever."""
+    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+    worker = worker_with(initial(Toy(process), weights_of(0)), vllm_config)
+    # The last wait of each is the end of the sync.
+    assert [calls_of_a_sync(worker, version) for version in (1, 2)] == [["receive", "wait", "wait"], second]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("mlp.experts.gate_up_proj", True),
+        ("mlp.experts.0.gate_proj.weight", False),
+        ("other.experts.gate_up_proj", False),  # the layer that is missing was not sent at all
+    ],
+)
+def test_a_model_that_passes_over_fused_experts_is_told_how_to_send_them(vllm_config, monkeypatch, name, remedy):
+    """As vLLM's Qwen3-MoE does before 0.25, without a word."""
+    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+
+    class Old(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = nn.ModuleDict({"experts": Fused()})
+
+        def load_weights(self, weights):
+            for _ in weights:
+                pass
+
+    worker = worker_with(initial(Old(), {}), vllm_config)
+    seal = replies_of_a_sync(worker, {name: torch.ones(2, 8, 8)})[3]
+    assert "experts (Fused): 0 of 72 elements" in seal["error"]
+    assert ("weight_sync.fused_experts=false" in seal["error"]) == remedy
