@@ -53,8 +53,9 @@ class MeasuredWorker(WeightSyncWorker):
 
     def r3_bench_memory(self) -> dict[str, Any]:
         """Most bytes above what is held now, since the last call."""
-        held, peak = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
+        device = self.model_runner.device
+        held, peak = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         return self._r3_reply(lambda state: {"extra": peak - held})
 
     def r3_bench_digests(self, taken: bool) -> dict[str, Any]:

@@ -1,6 +1,5 @@
-"""Log-probability metrics against a 60-digit reference, scipy and numpy, over splits, ranks and hostile input."""
+"""Log-probability metrics against a 60-digit reference, scipy and numpy, over splits and hostile input."""
 
-import contextlib
 import math
 import pickle
 from decimal import Decimal, localcontext
@@ -11,12 +10,10 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ranks import Ranks
 
-from r3.diagnostics import LogprobSums, RoutingSums, compare_logprobs
+from r3.diagnostics import LogprobSums, compare_logprobs
 from r3.diagnostics.histogram import HIGHEST, RELATIVE_ERROR
 from r3.errors import DiagnosticsError
 
@@ -399,36 +396,3 @@ def test_non_finite_tokens_are_counted_and_placed(bad):
     assert "(1, 4)" not in text
     assert [f"at {p}:" in text for p in ((1, 5), (2, 0), (3, 0), (3, 1))] == [True, True, True, False]
     assert text.count("\n") == 16
-
-
-def test_reduce_is_local_without_a_process_group():
-    sums = LogprobSums.from_tensors(ONES, ONES, YES)
-    assert sums.reduce() == sums
-
-
-def _rank():
-    rank = dist.get_rank()
-    generator = torch.Generator().manual_seed(rank)
-    train, rollout = (-torch.rand(5 + rank, generator=generator) for _ in range(2))
-    mine = LogprobSums.from_tensors(train, rollout, torch.ones(5 + rank, dtype=torch.bool))
-    empty_here = mine if rank else LogprobSums.empty()
-    ids = torch.rand(4, 3, 6, generator=generator).topk(2).indices
-    routing = RoutingSums.from_tensors(ids, ids.roll(1, 0), torch.ones(4, dtype=torch.bool))
-    errors = []
-    # The second pair has totals of different lengths, which no all-reduce could have told.
-    kinds = LogprobSums.empty(extreme_ratio=2.0 + rank), RoutingSums.empty(layer_ids=range(1 + rank), slots=2)
-    for uneven in kinds:
-        with pytest.raises(DiagnosticsError) as caught:
-            uneven.reduce()
-        errors.append(str(caught.value))
-    reduced = (mine.reduce(), empty_here.reduce(dist.group.WORLD), routing.reduce())
-    return mine, routing, reduced, errors
-
-
-def test_reduce_over_two_ranks():
-    with contextlib.closing(Ranks(2)) as ranks:
-        (a, routing_a, reduced_a, errors_a), (b, routing_b, reduced_b, errors_b) = ranks.all(_rank)
-    assert reduced_a == reduced_b == (a + b, b, routing_a + routing_b)
-    assert reduced_a[0].abs_max == max(a.abs_max, b.abs_max)
-    for rank, errors in enumerate((errors_a, errors_b)):
-        assert [f"rank {rank} has {kind}" in e for kind, e in zip(("LogprobSums", "RoutingSums"), errors, strict=True)]

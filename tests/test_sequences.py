@@ -1,15 +1,12 @@
-"""Sequence metrics against the formulas, over rows, splits and ranks."""
+"""Sequence metrics against the formulas, over rows and splits."""
 
-import contextlib
 import math
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import Ranks
 
 from r3.diagnostics import SequenceSums, sequence_totals
 from r3.errors import DiagnosticsError
@@ -118,39 +115,3 @@ def test_totals_that_are_not_finite_are_named():
         SequenceSums.from_totals(torch.tensor([0.0, math.nan, math.inf]), torch.tensor([1, 0, 4]))
     with pytest.raises(DiagnosticsError, match=r"floating diff_sum \[n\]"):
         SequenceSums.from_totals(torch.zeros(2), torch.zeros(3))
-
-
-def _half(rank):
-    generator = torch.Generator().manual_seed(0)
-    values, ids = torch.randn(2, 10, generator=generator), torch.randint(3, (2, 10), generator=generator)
-    return values[:, rank * 5 :][:, :5], torch.ones(2, 5, dtype=torch.bool), ids[:, rank * 5 :][:, :5]
-
-
-def _rank():
-    rank = dist.get_rank()
-    values, mask, ids = _half(rank)
-    totals = sequence_totals(values, mask, ids, 3, dist.group.WORLD)
-    errors = []
-    for case in ((values, mask, ids, 3 + rank), (values / (1 - rank), mask, ids, 3), (values, mask[rank], ids, 3)):
-        with pytest.raises(DiagnosticsError) as caught:
-            sequence_totals(*case, dist.group.WORLD)
-        errors.append(str(caught.value))
-    again = sequence_totals(values, mask, ids, 3, dist.group.WORLD)
-    reduced = SequenceSums.from_totals(*sequence_totals(values, mask, ids, 3)).reduce()
-    return totals, again, errors, reduced
-
-
-def test_sequences_spread_over_two_ranks_and_an_error_on_one_of_them():
-    with contextlib.closing(Ranks(2)) as ranks:
-        found = ranks.all(_rank)
-    whole = [torch.cat(halves, 1) for halves in zip(_half(0), _half(1), strict=True)]
-    expected = sequence_totals(*whole, 3)
-    halves = [SequenceSums.from_totals(*sequence_totals(*_half(rank), 3)) for rank in range(2)]
-    for totals, again, errors, reduced in found:
-        torch.testing.assert_close(totals[0], expected[0], rtol=1e-12, atol=1e-12)
-        assert torch.equal(totals[1], expected[1])
-        assert torch.equal(again[0], totals[0])
-        assert "count: expected the same on all ranks" in errors[0]
-        assert reduced == halves[0] + halves[1]
-    assert "another rank" in found[0][2][1]
-    assert "got 10 of 10" in found[1][2][1]

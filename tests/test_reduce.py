@@ -1,0 +1,84 @@
+"""Sums and sequence totals over two ranks; what is wrong on one of them stops both."""
+
+import contextlib
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+
+from r3.diagnostics import LogprobSums, RoutingSums, SequenceSums, sequence_totals
+from r3.errors import DiagnosticsError
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with contextlib.closing(Ranks(2)) as pair:
+        yield pair
+
+
+def test_reduce_is_local_without_a_process_group():
+    sums = LogprobSums.from_tensors(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3) > 0)
+    assert sums.reduce() == sums
+
+
+def reduce_sums():
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    train, rollout = (-torch.rand(5 + rank, generator=generator) for _ in range(2))
+    mine = LogprobSums.from_tensors(train, rollout, torch.ones(5 + rank, dtype=torch.bool))
+    empty_here = mine if rank else LogprobSums.empty()
+    ids = torch.rand(4, 3, 6, generator=generator).topk(2).indices
+    routing = RoutingSums.from_tensors(ids, ids.roll(1, 0), torch.ones(4, dtype=torch.bool))
+    errors = []
+    # The second pair has totals of different lengths, which no all-reduce could have told.
+    kinds = LogprobSums.empty(extreme_ratio=2.0 + rank), RoutingSums.empty(layer_ids=range(1 + rank), slots=2)
+    for uneven in kinds:
+        with pytest.raises(DiagnosticsError) as caught:
+            uneven.reduce()
+        errors.append(str(caught.value))
+    reduced = (mine.reduce(), empty_here.reduce(dist.group.WORLD), routing.reduce())
+    return mine, routing, reduced, errors
+
+
+def test_sums_of_two_ranks_are_added_and_uneven_ones_refused(ranks):
+    (a, routing_a, reduced_a, errors_a), (b, routing_b, reduced_b, errors_b) = ranks.all(reduce_sums)
+    assert reduced_a == reduced_b == (a + b, b, routing_a + routing_b)
+    assert reduced_a[0].abs_max == max(a.abs_max, b.abs_max)
+    for rank, errors in enumerate((errors_a, errors_b)):
+        assert [f"rank {rank} has {kind}" in e for kind, e in zip(("LogprobSums", "RoutingSums"), errors, strict=True)]
+
+
+def half(rank):
+    generator = torch.Generator().manual_seed(0)
+    values, ids = torch.randn(2, 10, generator=generator), torch.randint(3, (2, 10), generator=generator)
+    return values[:, rank * 5 :][:, :5], torch.ones(2, 5, dtype=torch.bool), ids[:, rank * 5 :][:, :5]
+
+
+def reduce_sequences():
+    rank = dist.get_rank()
+    values, mask, ids = half(rank)
+    totals = sequence_totals(values, mask, ids, 3, dist.group.WORLD)
+    errors = []
+    for case in ((values, mask, ids, 3 + rank), (values / (1 - rank), mask, ids, 3), (values, mask[rank], ids, 3)):
+        with pytest.raises(DiagnosticsError) as caught:
+            sequence_totals(*case, dist.group.WORLD)
+        errors.append(str(caught.value))
+    again = sequence_totals(values, mask, ids, 3, dist.group.WORLD)
+    reduced = SequenceSums.from_totals(*sequence_totals(values, mask, ids, 3)).reduce()
+    return totals, again, errors, reduced
+
+
+def test_sequences_spread_over_two_ranks_and_an_error_on_one_of_them(ranks):
+    found = ranks.all(reduce_sequences)
+    whole = [torch.cat(halves, 1) for halves in zip(half(0), half(1), strict=True)]
+    expected = sequence_totals(*whole, 3)
+    halves = [SequenceSums.from_totals(*sequence_totals(*half(rank), 3)) for rank in range(2)]
+    for totals, again, errors, reduced in found:
+        torch.testing.assert_close(totals[0], expected[0], rtol=1e-12, atol=1e-12)
+        assert torch.equal(totals[1], expected[1])
+        assert torch.equal(again[0], totals[0])
+        assert "count: expected the same on all ranks" in errors[0]
+        assert reduced == halves[0] + halves[1]
+    assert "another rank" in found[0][2][1]
+    assert "got 10 of 10" in found[1][2][1]
