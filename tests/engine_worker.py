@@ -7,10 +7,7 @@ from r3.weight_sync.worker import WeightSyncWorker
 
 CLOSINGS = {
     "expert_prepack": [(reload, "expert_prepack", contextlib.nullcontext)],
-    "clear_abandoned": [
-        (reload, "clear_abandoned", lambda model: None),
-        (reload.LayerwiseReload, "abandon", lambda self: None),
-    ],
+    "abandon": [(reload.LayerwiseReload, "abandon", lambda self: None)],
 }
 
 

@@ -81,8 +81,8 @@ def test_a_missing_part_is_found_poisons_and_a_complete_sync_heals(engine, weigh
     assert greedy(engine) == reference
 
 
-def test_without_clearing_an_abandoned_sync_the_next_one_is_not_right(engine, weights, reference, sync):
-    engine.collective_rpc("r3_test_remove", args=("clear_abandoned",))
+def test_without_giving_up_an_abandoned_sync_the_next_one_is_not_right(engine, weights, reference, sync):
+    engine.collective_rpc("r3_test_remove", args=("abandon",))
     try:
         with pytest.raises(r3.SyncError):
             sync.push(without_a_part(weights), version=following(sync))
@@ -94,7 +94,7 @@ def test_without_clearing_an_abandoned_sync_the_next_one_is_not_right(engine, we
         engine.collective_rpc("r3_test_restore")
     sync.push(weights.items(), version=following(sync))
     assert greedy(engine) == reference
-    assert not right, "vLLM clears by itself: the closing can go"
+    assert not right, "vLLM gives up by itself: the closing can go"
 
 
 class Tampering(FilesTransport):

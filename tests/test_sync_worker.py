@@ -7,6 +7,7 @@ import torch
 from plan_toys import Fused, Toy, derive, initial, manifest_of, weights_of
 from torch import nn
 
+import r3
 from r3.weight_sync.digest import ContentDigests
 from r3.weight_sync.transports import RECEIVERS, Receiver
 from r3.weight_sync.worker import WeightSyncWorker
@@ -30,7 +31,8 @@ class Direct(Receiver):
 def worker_with(model: nn.Module, vllm_config) -> WeightSyncWorker:
     worker = WeightSyncWorker()
     worker.rank, worker.vllm_config = 0, vllm_config
-    worker.model_runner = SimpleNamespace(model=model, device=torch.device("cpu"))
+    run = lambda batch: f"{batch.total_num_scheduled_tokens} tokens"
+    worker.model_runner = SimpleNamespace(model=model, device=torch.device("cpu"), execute_model=run, kv_caches=[])
     return worker
 
 
@@ -96,3 +98,41 @@ def test_a_model_that_passes_over_fused_experts_is_told_how_to_send_them(vllm_co
     seal = replies_of_a_sync(worker, {name: torch.ones(2, 8, 8)})[3]
     assert "experts (Fused): 0 of 72 elements" in seal["error"]
     assert ("weight_sync.fused_experts=false" in seal["error"]) == remedy
+
+
+def test_no_batch_runs_on_weights_that_are_half_loaded_or_cannot_be_trusted(vllm_config, monkeypatch):
+    """Below every pause of the engine: whoever resumes it meanwhile gets no token of these weights."""
+    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+    worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
+    served = []
+
+    def watched(method):
+        call = getattr(worker, method)
+
+        def after(*args):
+            reply = call(*args)
+            try:
+                served.append(worker.model_runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=3)))
+            except r3.SyncError as error:
+                served.append(str(error).partition(" is ")[2] or str(error).partition(": ")[2])
+            assert worker.model_runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=0)) == "0 tokens"
+            return reply
+
+        return after
+
+    for method in ("r3_reserve", "r3_begin", "r3_load", "r3_seal", "r3_commit", "r3_release"):
+        monkeypatch.setattr(worker, method, watched(method))
+    whole = ["3 tokens", "open", "open", "sealed", "3 tokens", "3 tokens"]
+    for version in (1, 2):  # by vLLM's loaders, and by the plan
+        replies_of_a_sync(worker, weights_of(version), version)
+        assert served == whole
+        served.clear()
+    # What comes is not what was announced: the seal fails.
+    nan = {name: tensor / 0 for name, tensor in weights_of(3).items()}
+    replies_of_a_sync(worker, nan, 3)
+    assert served[:3] == whole[:3]
+    assert all("NaN" in said for said in served[3:]), served
+    served.clear()
+    replies_of_a_sync(worker, weights_of(4), 4)
+    assert "NaN" in served[0]
+    assert served[1:] == whole[1:]

@@ -100,6 +100,10 @@ class LoadPlan:
         """Whether every tensor of `manifest` is one of the plan's."""
         return all(self.manifest.get(name) == (tuple(shape), dtype) for name, (shape, dtype) in manifest.items())
 
+    def covers(self, manifest: Manifest) -> bool:
+        """Whether these are the plan's tensors, all of them, and vLLM's loaders need to see none."""
+        return not self.slow_sources and self.manifest.keys() == manifest.keys() and self.serves(manifest)
+
     @cached_property
     def slow_sources(self) -> set[str]:
         """Tensors that vLLM's loaders must see."""

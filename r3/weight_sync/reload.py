@@ -5,11 +5,13 @@ Closed here (tests take 2 and 4 out, and see a wrong result):
 2. CPU builds from 0.28: experts are prepacked only while `moe_kernel is None`, so a reload of identical weights changes
    the output. The kernel is dropped as its layer is processed; vLLM then builds it anew, and prepacks.
 3. A part of a fused layer is loaded without complaint: what is missing is found before the bracket closes.
-4. What an abandoned bracket has counted and kept is cleared before the next one begins.
+4. A bracket that never closed is given up before the next one begins, with all that it has counted and kept: vLLM's
+   `initialize_layerwise_reload` passes over layers that are being loaded, and a layer would close early.
 5. Router and shared-expert gate, joined once by `MoERunner`, are joined again when the bracket closes.
 
 The first complete sync also learns a load plan (`r3.weight_sync.plan`); with it, later ones copy straight into the
-engine's tensors, and only what could not be proved goes through vLLM's loaders.
+engine's tensors, and only what could not be proved goes through vLLM's loaders. Where nothing is left for these, vLLM's
+bracket is not opened: its layers stay where they are, and what derives from weights is made anew at the end.
 """
 
 import logging
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from r3.errors import SyncError, summary
 from r3.weight_sync.plan import LoadPlan, Manifest, Planned
 from r3.weight_sync.plan_learn import Learner, is_deferred, uncounted
+from r3.weight_sync.plan_record import own_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ class LayerwiseReload:
         self._plan = plan
         self._planned: Planned | None = None
         self._learner: Learner | None = None
+        self._opened = False  # vLLM's bracket
         self.learned: LoadPlan | None = plan
 
     @property
@@ -65,16 +69,21 @@ class LayerwiseReload:
         """
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        clear_abandoned(self._model)
+        self.abandon()
+        if manifest is not None and self._plan is not None and self._plan.covers(manifest):
+            live = {name: own_tensors(layer) for name, layer in self._model.named_modules()}
+            self._planned = Planned(plan=self._plan, targets=live)
+            if not self._planned.mismatches():
+                return
+        self._opened = True
         with self._context():
             initialize_layerwise_reload(self._model)
         kernel = self._kernel_tensors()
-        self._planned = self._learner = None
         if self._plan is not None and (manifest is None or self._plan.serves(manifest)):
-            planned = Planned(plan=self._plan, targets=kernel)
-            if not (changed := planned.mismatches()):
-                self._planned = planned
+            self._planned = Planned(plan=self._plan, targets=kernel)
+            if not (changed := self._planned.mismatches()):
                 return
+            self._planned = None
             logger.warning("The engine's tensors have changed; the load plan is learned again:%s", summary(changed))
         rearranges = bool(getattr(self._config.parallel_config, "enable_eplb", False))
         self._learner = Learner(self._model, kernel, rearranges=rearranges)
@@ -84,6 +93,11 @@ class LayerwiseReload:
         if self._planned is not None:
             with torch.no_grad():
                 weights = self._planned.take(weights)
+            if weights and not self._opened:
+                raise SyncError(
+                    f"{weights[0][0]}: expected what the manifest announced, got {tuple(weights[0][1].shape)}, "
+                    f"{weights[0][1].dtype}"
+                )
         # vLLM keeps what it gets until its layer is complete; the memory is the caller's.
         kept = [(name, tensor.detach().clone(memory_format=torch.contiguous_format)) for name, tensor in weights]
         if kept:
@@ -155,24 +169,32 @@ class LayerwiseReload:
             for layer in layers.values():
                 _put_back(layer)
         with self._context(), self._learner.watching([], closing=True) if self._learner else nullcontext():
-            finalize_layerwise_reload(self._model, self._config.model_config)
+            if self._opened:
+                finalize_layerwise_reload(self._model, self._config.model_config)
+            else:
+                self._derive()
         with torch.no_grad():
             join_gates(self._model)
         if self._learner is not None:
             self.learned = self._learner.plan() if learning else self._plan
-        self._planned = self._learner = None
+        self._planned, self._learner, self._opened = None, None, False
+
+    def _derive(self) -> None:
+        """What vLLM makes of weights when it closes a bracket in which it has loaded none."""
+        for layer in self._model.modules():
+            if is_deferred(layer):
+                layer.process_weights_after_loading(self._config.model_config.dtype)
 
     def abandon(self) -> None:
         """Give up: the engine's tensors are back in their places (with new, old or mixed weights); begin may follow."""
         from vllm.model_executor.model_loader.reload.layerwise import LOADING_LAYERS
 
-        clear_abandoned(self._model)
         for layer in self._model.modules():
             _put_back(layer)
         LOADING_LAYERS.clear()
         if hasattr(self._model, "_original_do_torchao_reload"):
             self._model._do_torchao_reload = self._model._original_do_torchao_reload
-        self._planned = self._learner = None
+        self._planned, self._learner, self._opened = None, None, False
 
     def _kernel_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Layer -> name -> tensor that the engine computes with."""
@@ -242,20 +264,6 @@ def join_gates(model: nn.Module) -> None:
                 joined.copy_(new)
                 continue
         setattr(runner, "_combined_gate_weight", None)  # noqa: B010
-
-
-def clear_abandoned(model: nn.Module) -> None:
-    """Forget what an earlier bracket that never closed has counted and kept.
-
-    vLLM's `initialize_layerwise_reload` passes over layers that are already being loaded, counts and all: the next
-    tensors would be added to the old ones, and a layer would close early. No version of vLLM does this by itself.
-    """
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    for layer in model.modules():
-        info = get_layerwise_info(layer)
-        info.loaded_weights.clear()
-        info.load_numel = 0
 
 
 @contextmanager

@@ -11,21 +11,19 @@ leads on. A sync whose sender is silent is taken over by the next one once its l
 """
 
 import time
-import uuid
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from r3.weight_sync.clock import Clock
+from r3.weight_sync.batches import GuardedRunner
 from r3.weight_sync.delta import Base
-from r3.weight_sync.digest import ContentDigests, combine
+from r3.weight_sync.digest import combine
 from r3.weight_sync.fp8 import check_finite_engine
-from r3.weight_sync.plan import LoadPlan
 from r3.weight_sync.reload import LayerwiseReload
 from r3.weight_sync.transports import RECEIVERS, Announced, Chunk, Receiver, Where
 from r3.weight_sync.transports.base import wait_until
+from r3.weight_sync.worker_state import ReceivedSync, WorkerState
 
 Reply = dict[str, Any]
 
@@ -33,48 +31,6 @@ Reply = dict[str, Any]
 # SIGILL at the first token, unless torch has asked. This module is imported in every worker.
 if hasattr(torch.cpu, "_init_amx"):
     torch.cpu._init_amx()
-
-
-@dataclass
-class _Sync:
-    """A sync that has reserved this worker."""
-
-    id: str
-    version: int
-    sender: str
-    lease_s: float
-    stage: str = "reserved"
-    manifest: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
-    reload: LayerwiseReload | None = None
-    base: Base | None = None
-    digests: ContentDigests = field(default_factory=ContentDigests)
-    clock: Clock = field(default_factory=Clock)
-    received: set[str] = field(default_factory=set)
-    chunks: int = 0
-    touched: bool = False
-    sealed: int | None = None
-    loaded: Any = None  # CUDA event after the last chunk's copies
-    until: float = 0.0
-
-    def renew(self) -> None:
-        self.until = time.monotonic() + self.lease_s
-
-
-@dataclass
-class _State:
-    worker: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
-    version: int | None = None  # committed
-    cause: str = ""  # of the poisoning; empty if the weights can be trusted
-    sync: _Sync | None = None
-    receiver: Receiver | None = None
-    plan: LoadPlan | None = None
-    base: Base | None = None
-
-    @property
-    def name(self) -> str:
-        if self.sync is not None:
-            return self.sync.stage
-        return "poisoned" if self.cause else "idle"
 
 
 class _RefusedError(RuntimeError):
@@ -100,7 +56,7 @@ class WeightSyncWorker:
             lease_s: how long the sender may be silent before another may take over.
         """
 
-        def reserve(state: _State) -> Reply:
+        def reserve(state: WorkerState) -> Reply:
             if state.sync is not None:
                 left_s = state.sync.until - time.monotonic()
                 if left_s > 0:
@@ -112,7 +68,7 @@ class WeightSyncWorker:
                 self._r3_give_up(state, cause)
             if state.version is not None and version <= state.version:
                 raise _RefusedError(f"expected a version above {state.version}, got {version}")
-            state.sync = _Sync(id=sync_id, version=version, sender=sender, lease_s=lease_s)
+            state.sync = ReceivedSync(id=sync_id, version=version, sender=sender, lease_s=lease_s)
             state.sync.renew()
             return {}
 
@@ -133,7 +89,7 @@ class WeightSyncWorker:
         The answer says that no chunk before the last one is needed any more.
         """
 
-        def load(state: _State) -> Reply:
+        def load(state: WorkerState) -> Reply:
             sync = self._r3_of(state, sync_id, "open")
             if index != sync.chunks:
                 raise RuntimeError(f"expected chunk {sync.chunks}, got {index}: one was lost, doubled or reordered")
@@ -147,7 +103,7 @@ class WeightSyncWorker:
     def r3_seal(self, sync_id: str, digests: dict[str, int]) -> Reply:
         """Check that everything has come as it was sent, and let vLLM finish its layers. Answers the digest of all."""
 
-        def seal(state: _State) -> Reply:
+        def seal(state: WorkerState) -> Reply:
             sync = self._r3_of(state, sync_id, "open")
             assert state.receiver is not None
             assert sync.reload is not None
@@ -179,7 +135,7 @@ class WeightSyncWorker:
     def r3_commit(self, sync_id: str) -> Reply:
         """The sealed weights are the committed ones from here on. The worker stays reserved until `r3_release`."""
 
-        def commit(state: _State) -> Reply:
+        def commit(state: WorkerState) -> Reply:
             sync = self._r3_of(state, sync_id, "sealed")
             assert sync.reload is not None
             state.version, state.cause, sync.stage = sync.version, "", "committed"
@@ -197,7 +153,7 @@ class WeightSyncWorker:
     def r3_release(self, sync_id: str) -> Reply:
         """The end of a sync: another may reserve this worker."""
 
-        def release(state: _State) -> Reply:
+        def release(state: WorkerState) -> Reply:
             self._r3_of(state, sync_id, "committed")
             state.sync = None
             return {}
@@ -207,14 +163,14 @@ class WeightSyncWorker:
     def r3_abort(self, sync_id: str, cause: str) -> Reply:
         """Give up the sync. The worker is poisoned, unless no weight was touched."""
 
-        def abort(state: _State) -> Reply:
+        def abort(state: WorkerState) -> Reply:
             if state.sync is not None and state.sync.id == sync_id:
                 self._r3_give_up(state, cause)
             return {}
 
         return self._r3_reply(abort)
 
-    def _r3_open(self, state: _State, sync: _Sync, given: dict[str, Any]) -> Reply:
+    def _r3_open(self, state: WorkerState, sync: ReceivedSync, given: dict[str, Any]) -> Reply:
         offer, complete = given["offer"], given["base_version"] is None
         if offer["transport"] not in RECEIVERS:
             raise _RefusedError(f"expected a transport of {sorted(RECEIVERS)}, got {offer['transport']!r}")
@@ -227,6 +183,8 @@ class WeightSyncWorker:
             base.begin(complete)
         sync.base = state.base = base
         self._r3_join(state, given)
+        if not isinstance(self.model_runner.execute_model, GuardedRunner):
+            GuardedRunner(self.model_runner, lambda: state.why_no_batch)
         sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in given["manifest"].items()}
         sync.reload = LayerwiseReload(self.model_runner.model, self.vllm_config, state.plan)
         sync.stage = "open"
@@ -234,7 +192,7 @@ class WeightSyncWorker:
         sync.renew()
         return {}
 
-    def _r3_join(self, state: _State, sync: dict[str, Any]) -> None:
+    def _r3_join(self, state: WorkerState, sync: dict[str, Any]) -> None:
         offer = sync["offer"]
         generation = offer.get("generation")
         if state.receiver is not None and generation is not None and state.receiver.generation == generation:
@@ -248,7 +206,7 @@ class WeightSyncWorker:
         except Exception as error:
             raise _RefusedError(f"{type(error).__name__}: {error}") from error
 
-    def _r3_load_one(self, sync: _Sync, receiver: Receiver, names: list[str], where: Where) -> None:
+    def _r3_load_one(self, sync: ReceivedSync, receiver: Receiver, names: list[str], where: Where) -> None:
         assert sync.reload is not None
         with sync.clock.stage("receive"):
             chunk = receiver.receive(where)
@@ -268,7 +226,7 @@ class WeightSyncWorker:
         with sync.clock.stage("wait"):
             self._r3_wait_for_the_chunk_before(sync)
 
-    def _r3_of(self, state: _State, sync_id: str, expected: str) -> _Sync:
+    def _r3_of(self, state: WorkerState, sync_id: str, expected: str) -> ReceivedSync:
         if state.sync is None or state.sync.id != sync_id or state.name != expected:
             raise _RefusedError(
                 f"sync {sync_id} is not {expected} here: the worker is {state.name}"
@@ -277,7 +235,7 @@ class WeightSyncWorker:
         state.sync.renew()
         return state.sync
 
-    def _r3_wait_for_the_chunk_before(self, sync: _Sync) -> None:
+    def _r3_wait_for_the_chunk_before(self, sync: ReceivedSync) -> None:
         """On a GPU copies are queued: this bounds how many chunks hold memory, and is what `r3_load` promises."""
         if self.model_runner.device.type != "cuda":
             return
@@ -285,7 +243,7 @@ class WeightSyncWorker:
         if before is not None:
             wait_until(before.query, lambda: False, sync.lease_s, "the copies of the chunk before")
 
-    def _r3_give_up(self, state: _State, cause: str) -> None:
+    def _r3_give_up(self, state: WorkerState, cause: str) -> None:
         sync, state.sync = state.sync, None
         _drop_receiver(state)
         if sync is not None:
@@ -308,8 +266,8 @@ class WeightSyncWorker:
                 "its scales uninitialised. Send what r3.weight_sync.quantised makes of the weights"
             )
 
-    def _r3_reply(self, action: Callable[[_State], Reply]) -> Reply:
-        state: _State = self.__dict__.setdefault("r3_state", _State())
+    def _r3_reply(self, action: Callable[[WorkerState], Reply]) -> Reply:
+        state: WorkerState = self.__dict__.setdefault("r3_state", WorkerState())
         reply: Reply = {}
         try:
             reply = action(state)
@@ -334,13 +292,13 @@ class WeightSyncWorker:
         }
 
 
-def _drop_receiver(state: _State) -> None:
+def _drop_receiver(state: WorkerState) -> None:
     if state.receiver is not None:
         state.receiver.abort()
         state.receiver = None
 
 
-def _check(chunk: Chunk, names: list[str], sync: _Sync) -> None:
+def _check(chunk: Chunk, names: list[str], sync: ReceivedSync) -> None:
     """A chunk is exactly what was announced with it, and what the manifest says."""
     problems = []
     came: set[str] = set()
@@ -360,7 +318,7 @@ def _check(chunk: Chunk, names: list[str], sync: _Sync) -> None:
         raise RuntimeError(f"bad chunk: {'; '.join(problems[:16])}")
 
 
-def _check_content(sync: _Sync, digests: dict[str, int]) -> None:
+def _check_content(sync: ReceivedSync, digests: dict[str, int]) -> None:
     """Everything that was announced has come, with the content that was sent, and finite."""
     unsent = sorted(sync.manifest.keys() - sync.received)
     if unsent:
