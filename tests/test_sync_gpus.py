@@ -3,15 +3,13 @@
 python -m pytest tests/test_sync_gpus.py -m gpu        # two GPUs
 """
 
-import asyncio
 import contextlib
-import itertools
-import threading
 
 import pytest
 import torch
+from async_engine import Running
 from receivers import for_nccl
-from syncs import following, prompts
+from syncs import following
 
 from r3.capture import engine_kwargs
 from r3.weight_sync import WeightSync
@@ -19,47 +17,6 @@ from r3.weight_sync import WeightSync
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
 PARALLEL = {"tensor": {"tensor_parallel_size": 2}, "data": {"data_parallel_size": 2}}
-
-
-class Running:
-    """An `AsyncLLM` on an event loop of its own."""
-
-    def __init__(self, settings) -> None:
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        async def start():
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
-
-        self.ranks = settings.get("data_parallel_size", 1)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        self._names = itertools.count()
-        self.llm = asyncio.run_coroutine_threadsafe(start(), self._loop).result(280)
-
-    def greedy(self):
-        """Of each data-parallel rank, tokens and log-probabilities, from empty caches, one prompt at a time."""
-        return asyncio.run_coroutine_threadsafe(self._greedy(), self._loop).result(120)
-
-    async def _greedy(self):
-        assert await self.llm.reset_prefix_cache()
-        return [[await self._one(prompt, rank) for prompt in prompts()] for rank in range(self.ranks)]
-
-    async def _one(self, prompt, rank):
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(temperature=0, max_tokens=24, logprobs=0, ignore_eos=True)
-        where = {"data_parallel_rank": rank} if self.ranks > 1 else {}
-        async for output in self.llm.generate(prompt, sampling, f"{next(self._names)}", **where):
-            completion = output.outputs[0]
-        return [(t, entry[t].logprob) for t, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self.llm.shutdown)
-        asyncio.run_coroutine_threadsafe(asyncio.sleep(0.1), self._loop).result(60)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(60)
 
 
 @pytest.fixture(scope="module", params=PARALLEL)

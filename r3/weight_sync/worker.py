@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from r3.weight_sync.batches import GuardedRunner
+from r3.weight_sync.batch_guard import BatchGuard
 from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import combine
 from r3.weight_sync.fp8 import check_finite_engine
@@ -183,8 +183,8 @@ class WeightSyncWorker:
             base.begin(complete)
         sync.base = state.base = base
         self._r3_join(state, given)
-        if not isinstance(self.model_runner.execute_model, GuardedRunner):
-            GuardedRunner(self.model_runner, lambda: state.why_no_batch)
+        if not isinstance(self.model_runner.execute_model, BatchGuard):
+            BatchGuard(self.model_runner, lambda: state.why_no_batch)
         sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in given["manifest"].items()}
         sync.reload = LayerwiseReload(self.model_runner.model, self.vllm_config, state.plan)
         sync.stage = "open"

@@ -1,4 +1,4 @@
-"""No batch runs on weights that are being loaded, or cannot be trusted: the last line, below every pause of an engine."""
+"""No batch runs on weights that are half loaded, or cannot be trusted: the last line, below every engine's pause."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from r3.errors import SyncError
 
 
-class GuardedRunner:
+class BatchGuard:
     """Stands in for `execute_model` of vLLM's model runner.
 
     A request that gets there during a sync, past the pause of the engine, would be answered from half-loaded weights.
