@@ -20,6 +20,7 @@ order: any split into chunks, threads and devices gives the same digest.
 import hashlib
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class ContentDigests:
         self._total_bytes = 0
         self._sums: dict[str, int] = {}
         self._not_finite: set[str] = set()
-        self._queued: list[tuple[list[str], Tensor, torch.cuda.Event]] = []
+        self._queued: dict[torch.device, tuple[list[str], Any]] = {}  # names, and `digest_cuda.Queue`
 
     def add(self, chunk: Iterable[tuple[str, Tensor]]) -> None:
         """Read the tensors of a chunk. None is read unless all can be.
@@ -93,10 +94,11 @@ class ContentDigests:
             if device.type == "cpu":
                 self._read(part)
                 continue
-            sums = _cuda().queue([(tensor.contiguous(), *_lanes(tensor.dtype)) for _, tensor in part], device)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
-            self._queued.append(([name for name, _ in part], sums, event))
+            if device not in self._queued:
+                self._queued[device] = ([], _cuda().Queue(device))
+            names, queue = self._queued[device]
+            queue.add([(tensor.contiguous(), *_lanes(tensor.dtype)) for _, tensor in part])
+            names += [name for name, _ in part]
         self._bytes |= {name: tensor.nbytes for name, tensor in tensors}
 
     def _read(self, part: list[tuple[str, Tensor]]) -> None:
@@ -122,19 +124,12 @@ class ContentDigests:
         return [name for name in self._bytes if name in self._not_finite]
 
     def _collect(self) -> None:
-        by_device: dict[torch.device, list[tuple[list[str], Tensor, torch.cuda.Event]]] = {}
-        for queued in self._queued:
-            by_device.setdefault(queued[1].device, []).append(queued)
-        for device, parts in by_device.items():
-            for _, _, event in parts:  # queued on a stream that may not be the current one
-                torch.cuda.current_stream(device).wait_event(event)
-            names = [name for part, _, _ in parts for name in part]
-            rows = torch.cat([sums for _, sums, _ in parts]).tolist()
-            for name, (total, found) in zip(names, rows, strict=True):
+        for names, queue in self._queued.values():
+            for name, (total, found) in zip(names, queue.result(), strict=True):
                 self._sums[name] = total
                 if found:
                     self._not_finite.add(name)
-        self._queued = []
+        self._queued = {}
 
     def _require_readable(self, tensors: list[tuple[str, Tensor]]) -> None:
         problems = []

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from r3.weight_sync.digest_cpu import GOLDEN, M1, M2, WORD
 
+PART_TENSORS = 1024  # whose rows are allocated at once
 PIECE_BYTES = 1 << 19  # what one program reads; a multiple of 16, so that a tensor's pieces are aligned as it is
 _PIECE_BYTES = tl.constexpr(PIECE_BYTES)
-_COLUMNS = tl.constexpr(5)
+_COLUMNS = tl.constexpr(6)
 _ROWS = tl.constexpr(4)  # all of a column's are a thread's own, and summed in its registers
 _WIDTH = tl.constexpr(256)
 _BLOCK = tl.constexpr(_ROWS.value * _WIDTH.value)
@@ -25,33 +26,65 @@ Read = tuple[Tensor, int, int, int | None]
 """A contiguous tensor; mask and addend of the lanes in its words; the byte that is NaN, if one is."""
 
 
-def queue(reads: list[Read], device: torch.device) -> Tensor:
-    """Queue the pass on the device's current stream.
+class Queue:
+    """Passes that are queued on a device, of which the host waits for none, and their sums."""
 
-    Returns:
-        int64 `[tensors, 2]` on the device: sum of mixed words modulo 2^64 without that of the length, and a number that
-        is not 0 if the tensor is not finite.
-    """
-    with torch.cuda.device(device):
-        sums = torch.zeros(len(reads), 2, dtype=torch.int64, device=device)
-        table, count = describe(reads)
-        if count:
-            launch(table.pin_memory().to(device, non_blocking=True), count, sums)
-        for slot, (tensor, _, _, nan_byte) in enumerate(reads):
-            if nan_byte is not None:
-                sums[slot, 1] += (tensor.view(torch.uint8) == nan_byte).any()
-    return sums
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._parts: list[_Part] = []
+        self._last: dict[int, torch.cuda.Event] = {}  # by stream
+
+    def add(self, reads: list[Read]) -> None:
+        """Queue the pass over some tensors on the device's current stream: one kernel."""
+        with torch.cuda.device(self._device):
+            if not self._parts or len(self._parts[-1].sums) - self._parts[-1].used < len(reads):
+                self._parts.append(_Part(max(len(reads), PART_TENSORS), self._device))
+            host, table, sums = self._parts[-1].take(len(reads))
+            described, count = describe(reads)
+            host.copy_(described)
+            table.copy_(host, non_blocking=True)
+            if count:
+                launch(table, count, sums)
+            for slot, (tensor, _, _, nan_byte) in enumerate(reads):
+                if nan_byte is not None:
+                    sums[slot, 1] += (tensor.view(torch.uint8) == nan_byte).any()
+            stream = torch.cuda.current_stream()
+            self._last.setdefault(stream.cuda_stream, torch.cuda.Event()).record(stream)
+
+    def result(self) -> list[list[int]]:
+        """Of each tensor, in the order of adding: the sum of its mixed words modulo 2^64 without that of the length,
+        and a number that is not 0 if it is not finite. Waits for the device."""
+        for event in self._last.values():
+            torch.cuda.current_stream(self._device).wait_event(event)
+        return torch.cat([part.sums[: part.used] for part in self._parts]).tolist()
+
+
+class _Part:
+    """Rows of `describe`, on the host in memory that the device can read by itself, and their sums."""
+
+    def __init__(self, tensors: int, device: torch.device) -> None:
+        self._host = torch.empty(tensors, _COLUMNS.value, dtype=torch.int64, pin_memory=True)
+        self._device = torch.empty(tensors, _COLUMNS.value, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(tensors, 2, dtype=torch.int64, device=device)
+        self.used = 0
+
+    def take(self, tensors: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows on the host and on the device, and sums, that nothing queued reads or writes to."""
+        rows = slice(self.used, self.used + tensors)
+        self.used += tensors
+        return self._host[rows], self._device[rows], self.sums[rows]
 
 
 def describe(reads: list[Read]) -> tuple[Tensor, int]:
     """What the kernel must know of the tensors, and how many pieces they are in all.
 
     Returns:
-        int64 `[tensors, 5]`: number of the first piece, address, bytes, mask, addend.
+        int64 `[tensors, 6]`: number of the first piece, address, bytes, mask, addend, and 0, so that every row is
+        aligned to 16 bytes.
     """
     rows, count = [], 0
     for tensor, mask, ulp, _ in reads:
-        rows.append((count, tensor.data_ptr(), tensor.nbytes, mask, ulp))
+        rows.append((count, tensor.data_ptr(), tensor.nbytes, mask, ulp, 0))
         count += -(-tensor.nbytes // PIECE_BYTES)
     return torch.tensor(rows, dtype=torch.int64).view(-1, _COLUMNS.value), count
 
@@ -74,7 +107,7 @@ def _either(a, b):
     return a | b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def _read_piece(table, sums, tensors):
     piece = tl.program_id(0).to(tl.int64)
     # The last tensor whose first piece is this one or one before it.
