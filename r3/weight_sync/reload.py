@@ -114,7 +114,9 @@ class LayerwiseReload:
 
         complete, found = set(), []
         plans = self._planned.plan.layers if self._planned else {}
-        for name, layer in self._model.named_modules():
+        # Where the plan covers everything, a layer that is not in it gets nothing in any sync.
+        everywhere = dict(self._model.named_modules())
+        for name, layer in everywhere.items() if self._opened else ((name, everywhere[name]) for name in plans):
             info = get_layerwise_info(layer)
             got = info.load_numel if info.can_load() else 0
             if name in plans:
@@ -151,6 +153,20 @@ class LayerwiseReload:
         Raises:
             SyncError: a planned layer also got tensors that the plan does not know.
         """
+        if self._planned is not None:
+            with torch.no_grad():
+                self._planned.fill()
+        if self._opened:
+            self._close()
+        else:
+            with self._context():
+                self._derive()
+        with torch.no_grad():
+            join_gates(self._model)
+        self._planned, self._learner, self._opened = None, None, False
+
+    def _close(self) -> None:
+        """Close vLLM's bracket."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -163,21 +179,13 @@ class LayerwiseReload:
                     f"{len(mixed)} layers got both planned tensors and others; expected one set of names a sync, "
                     f"given to `begin` as its manifest:{summary(mixed)}"
                 )
-            with torch.no_grad():
-                self._planned.fill()
             # Before vLLM closes the bracket: it would take them for layers that failed to load, and say so.
             for layer in layers.values():
                 _put_back(layer)
         with self._context(), self._learner.watching([], closing=True) if self._learner else nullcontext():
-            if self._opened:
-                finalize_layerwise_reload(self._model, self._config.model_config)
-            else:
-                self._derive()
-        with torch.no_grad():
-            join_gates(self._model)
+            finalize_layerwise_reload(self._model, self._config.model_config)
         if self._learner is not None:
             self.learned = self._learner.plan() if learning else self._plan
-        self._planned, self._learner, self._opened = None, None, False
 
     def _derive(self) -> None:
         """What vLLM makes of weights when it closes a bracket in which it has loaded none."""
