@@ -286,3 +286,12 @@ def test_a_sync_that_is_refused_touches_nothing_and_poisons_nothing(engine, weig
             unknown.push(weights.items(), version=version + 1)
         unknown.require_committed()
     assert greedy(engine) == reference
+
+
+def test_a_tensor_of_which_no_digest_can_be_taken_is_refused_before_its_chunk_is_sent(engine, weights, reference, sync):
+    unreadable = weights | {"model.norm.weight": weights["model.norm.weight"].to("meta")}
+    with contextlib.closing(WeightSync(engine, chunk_bytes=1 << 30, timeout_s=60)) as whole:
+        with pytest.raises(r3.SyncError, match=r"model\.norm\.weight: expected strided memory .* got .* meta"):
+            whole.push(unreadable.items(), version=following(sync))
+        whole.require_committed()
+    assert greedy(engine) == reference

@@ -82,12 +82,10 @@ class ContentDigests:
                 it is of a floating dtype whose NaNs are unknown here; it is on CUDA, and there is no Triton.
         """
         tensors = list(chunk)
-        self._require_readable(tensors)
+        self.require_readable(tensors)
         by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
         for name, tensor in tensors:
             by_device.setdefault(tensor.device, []).append((name, tensor.detach()))
-        if any(device.type == "cuda" for device in by_device):
-            _cuda()
         # Of all that was added so far: a second of compilation pays off after some bytes, in however many tensors.
         self._total_bytes += sum(tensor.nbytes for _, tensor in tensors)
         for device, part in by_device.items():
@@ -131,7 +129,8 @@ class ContentDigests:
                     self._not_finite.add(name)
         self._queued = {}
 
-    def _require_readable(self, tensors: list[tuple[str, Tensor]]) -> None:
+    def require_readable(self, tensors: list[tuple[str, Tensor]]) -> None:
+        """Raise what `add` would."""
         problems = []
         names: set[str] = set()
         for name, tensor in tensors:
@@ -144,6 +143,8 @@ class ContentDigests:
                 problems.append(f"{name}: which values of {tensor.dtype} are NaN is not known; send its bytes as uint8")
         if problems:
             raise SyncError(f"cannot take the digest of {len(problems)} tensors:{summary(problems)}")
+        if any(tensor.is_cuda for _, tensor in tensors):
+            _cuda()
 
 
 def mix(x: int) -> int:

@@ -39,8 +39,8 @@ class SyncReceipt:
         sent_bytes: handed to the transport: less than `bytes` if only changes were sent.
         complete: whether all tensors were sent whole.
         seconds: from begin to the last acknowledgement, caches reset and engines resumed.
-        stages_s: the trainer's time by stage: pause, begin, gather (making the tensors, digests and delta included),
-            publish, transfer, wait (for workers that still load the chunk before), seal, commit, resume.
+        stages_s: the trainer's time by stage: pause, begin, gather (making the tensors, delta included), publish,
+            transfer, digest, wait (for workers that still load the chunk before), seal, commit, resume.
         worker_stages_s: the slowest worker's, each stage by itself: receive, digest, load, wait (for its device),
             settle (for all that was queued, digests compared), finish (vLLM's processing).
     """
@@ -227,19 +227,20 @@ class WeightSync:
 
     def _send(self, sync_id: str, chunks: Iterator[Chunk], sent: "_Sent", clock: Clock) -> None:
         """All chunks: while the workers load some, the next are made ready, and go with one call once they are free."""
-        ready: list[Announced] = []
+        ready: list[tuple[Chunk, Announced]] = []
         loading: Calls | None = None
         while True:
             with clock.stage("gather"):
                 chunk = next(chunks, None)
                 if chunk is None:
                     break
-                sent.add(chunk)
+                sent.digests.require_readable(chunk)
                 names = [name for name, _ in chunk]
                 wire = chunk if self._base is None else self._base.encode(chunk)
                 sent.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
             with clock.stage("publish"):
-                ready.append((names, self._transport.publish(sent.chunks + len(ready), wire)))
+                where = self._transport.publish(sent.chunks + len(ready), wire)
+                ready.append((chunk, (names, where)))
             if len(ready) == self._transport.most_ready or loading is None or loading.done():
                 self._wait_for(loading, sent, clock)
                 ready, loading = [], self._hand_over(sync_id, ready, sent, clock)
@@ -255,14 +256,18 @@ class WeightSync:
             # The answers say that no chunk before the last one is needed any more.
             self._transport.release(sent.chunks - 1)
 
-    def _hand_over(self, sync_id: str, ready: list[Announced], sent: "_Sent", clock: Clock) -> Calls:
+    def _hand_over(self, sync_id: str, ready: list[tuple[Chunk, Announced]], sent: "_Sent", clock: Clock) -> Calls:
         with clock.stage("transfer"):
             first = sent.chunks
             sent.chunks += len(ready)
-            loading = self._start("r3_load", sync_id, first, ready)
-            for index, (names, _) in enumerate(ready, first):
+            loading = self._start("r3_load", sync_id, first, [announced for _, announced in ready])
+            for index, (_, (names, _)) in enumerate(ready, first):
                 self._transfer(index, names, loading)
-            return loading
+        with clock.stage("digest"):
+            # Not before: on a GPU a broadcast comes after what is queued, on the CPU the workers load meanwhile.
+            for chunk, _ in ready:
+                sent.add(chunk)
+        return loading
 
     def _transfer(self, index: int, names: list[str], loading: Calls) -> None:
         try:
