@@ -84,6 +84,25 @@ def test_an_engine_whose_tensors_have_changed_is_learned_anew(vllm_config, caplo
     reload.abandon()
 
 
+@pytest.mark.parametrize(
+    ("process", "part", "stay"),
+    [(None, slice(None), True), (None, slice(1, None), False), (derive, slice(None), False)],
+)
+def test_layers_stay_where_they_are_only_where_the_plan_covers_every_tensor(vllm_config, process, part, stay):
+    """vLLM's reload puts them on the meta device."""
+    model = initial(Toy(process), weights_of(0))
+    plan = synced(model, vllm_config, weights_of(1)).learned
+    weights = dict(list(weights_of(2).items())[part])
+    reload = LayerwiseReload(model, vllm_config, plan)
+    reload.begin(manifest_of(weights))
+    assert all(not tensor.is_meta for tensor in model.parameters()) == stay
+    if stay:
+        with pytest.raises(r3.SyncError, match=r"one\.other: expected what the manifest announced, got \(3,\)"):
+            reload.load([("one.other", torch.ones(3))])
+        assert len(reload.missing()) == 2
+    reload.abandon()
+
+
 @pytest.mark.parametrize("lost", ["one.up", "two.norm_like"])
 def test_a_sync_that_is_not_complete_teaches_nothing(vllm_config, lost):
     model = initial(Toy(), weights_of(0))
