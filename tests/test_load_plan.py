@@ -19,6 +19,7 @@ from plan_toys import (
 from torch import nn
 
 import r3
+from r3.weight_sync import reload as reload_module
 from r3.weight_sync.reload import LayerwiseReload, join_gates
 
 
@@ -101,6 +102,22 @@ def test_layers_stay_where_they_are_only_where_the_plan_covers_every_tensor(vllm
             reload.load([("one.other", torch.ones(3))])
         assert len(reload.missing()) == 2
     reload.abandon()
+
+
+def test_attention_derives_from_the_new_weights_where_no_reload_is_opened(vllm_config, monkeypatch):
+    class Attention(nn.Module):
+        def process_weights_after_loading(self, act_dtype):
+            self.derived = act_dtype, model.one.weight.detach().clone(), model.two.weight.detach().clone()
+
+    model = initial(Toy(), weights_of(0))
+    plan = synced(model, vllm_config, weights_of(1)).learned
+    model.attention = Attention()
+    monkeypatch.setattr(reload_module, "is_deferred", lambda layer: isinstance(layer, Attention))
+    synced(model, vllm_config, weights_of(2), plan)
+    dtype, one, two = model.attention.derived
+    assert dtype == vllm_config.model_config.dtype
+    assert torch.equal(one, torch.cat([weights_of(2)["one.gate"], weights_of(2)["one.up"]]))
+    assert torch.equal(two, torch.cat([weights_of(2)["two.gate"], weights_of(2)["two.up"]]))
 
 
 @pytest.mark.parametrize("lost", ["one.up", "two.norm_like"])
