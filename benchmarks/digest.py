@@ -107,7 +107,7 @@ def on_cuda(chunks: list[Chunk], device: torch.device, size: int, rounds: int) -
     targets = [[torch.empty_like(tensor) for _, tensor in chunk] for chunk in chunks]
     locked = [[(name, tensor.cpu().pin_memory()) for name, tensor in chunk] for chunk in chunks[:4]]
     reads = [[(tensor, mask, ulp, None) for _, tensor in chunk] for chunk in chunks]
-    tables = [(table.to(device), count) for table, count in map(digest_cuda.describe, reads)]
+    tables = [(torch.tensor(rows, device=device), count) for rows, count in map(digest_cuda.describe, reads)]
     sums = [torch.zeros(len(chunk), 2, dtype=torch.int64, device=device) for chunk in chunks]
 
     def kernels() -> None:

@@ -221,7 +221,7 @@ def test_chunks_that_are_ready_go_with_one_call_and_no_more_are_kept_than_that(
     sizes = [len(args[2]) for method, args in calls if method == "r3_load"]
     assert sum(sizes) == 2 * receipt.chunks
     assert 1 < max(sizes) <= 3
-    assert max(kept) <= 1 + 3 + 3, "the last chunk before those that load, those, and those that are ready"
+    assert max(kept) <= 3 + 3 + 3, "the chunks of the call before, those that load, and those that are ready"
 
 
 @pytest.mark.parametrize("transport", ["files", "gloo"])

@@ -3,6 +3,8 @@
 Needs Triton; imported only when there is a tensor on CUDA.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -40,16 +42,17 @@ class Queue:
             if not self._parts or len(self._parts[-1].sums) - self._parts[-1].used < len(reads):
                 self._parts.append(_Part(max(len(reads), PART_TENSORS), self._device))
             host, table, sums = self._parts[-1].take(len(reads))
-            described, count = describe(reads)
-            host.copy_(described)
-            table.copy_(host, non_blocking=True)
+            rows, count = describe(reads)
             if count:
-                launch(table, count, sums)
+                host.numpy()[:] = rows
+                launch(table.copy_(host, non_blocking=True), count, sums)
             for slot, (tensor, _, _, nan_byte) in enumerate(reads):
                 if nan_byte is not None:
                     sums[slot, 1] += (tensor.view(torch.uint8) == nan_byte).any()
             stream = torch.cuda.current_stream()
-            self._last.setdefault(stream.cuda_stream, torch.cuda.Event()).record(stream)
+            if stream.cuda_stream not in self._last:
+                self._last[stream.cuda_stream] = torch.cuda.Event()
+            self._last[stream.cuda_stream].record(stream)
 
     def result(self) -> list[list[int]]:
         """Of each tensor, in the order of adding: the sum of its mixed words modulo 2^64 without that of the length,
@@ -75,23 +78,31 @@ class _Part:
         return self._host[rows], self._device[rows], self.sums[rows]
 
 
-def describe(reads: list[Read]) -> tuple[Tensor, int]:
+def describe(reads: list[Read]) -> tuple[list[tuple[int, ...]], int]:
     """What the kernel must know of the tensors, and how many pieces they are in all.
 
     Returns:
-        int64 `[tensors, 6]`: number of the first piece, address, bytes, mask, addend, and 0, so that every row is
-        aligned to 16 bytes.
+        A row for each: number of the first piece, address, bytes, mask, addend, and 0, so that every row is aligned to
+        16 bytes.
     """
     rows, count = [], 0
     for tensor, mask, ulp, _ in reads:
         rows.append((count, tensor.data_ptr(), tensor.nbytes, mask, ulp, 0))
         count += -(-tensor.nbytes // PIECE_BYTES)
-    return torch.tensor(rows, dtype=torch.int64).view(-1, _COLUMNS.value), count
+    return rows, count
 
 
 def launch(table: Tensor, count: int, sums: Tensor) -> None:
-    """Add the `count` pieces of `table` to int64 `[tensors, 2]`; both are where the kernel runs."""
-    _read_piece[(count,)](table, sums, len(table), num_warps=4)  # pyrefly: ignore
+    """Add the `count` pieces of int64 `[tensors, 6]` to `[tensors, 2]`; both are on the current device, and aligned to
+    16 bytes."""
+    _compiled(torch.cuda.current_device())[(count, 1, 1)](table, sums, len(table))
+
+
+@cache
+def _compiled(device: int):
+    """The kernel on the current device. Launched so, it costs the host a fraction of what `_read_piece[...]` does, which
+    looks it up by its arguments each time."""
+    return _read_piece.warmup(torch.int64, torch.int64, 1, grid=(1,), num_warps=4)  # pyrefly: ignore
 
 
 @triton.jit

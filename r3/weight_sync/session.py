@@ -253,20 +253,19 @@ class WeightSync:
             return
         with clock.stage("wait"):
             loading.result()
-            # The answers say that no chunk before the last one is needed any more.
-            self._transport.release(sent.chunks - 1)
+            # The answers say that no chunk of a call before this one is needed any more.
+            self._transport.release(sent.loading)
 
     def _hand_over(self, sync_id: str, ready: list[tuple[Chunk, Announced]], sent: "_Sent", clock: Clock) -> Calls:
         with clock.stage("transfer"):
-            first = sent.chunks
+            sent.loading = sent.chunks
             sent.chunks += len(ready)
-            loading = self._start("r3_load", sync_id, first, [announced for _, announced in ready])
-            for index, (_, (names, _)) in enumerate(ready, first):
+            loading = self._start("r3_load", sync_id, sent.loading, [announced for _, announced in ready])
+            for index, (_, (names, _)) in enumerate(ready, sent.loading):
                 self._transfer(index, names, loading)
         with clock.stage("digest"):
             # Not before: on a GPU a broadcast comes after what is queued, on the CPU the workers load meanwhile.
-            for chunk, _ in ready:
-                sent.add(chunk)
+            sent.add([item for chunk, _ in ready for item in chunk])
         return loading
 
     def _transfer(self, index: int, names: list[str], loading: Calls) -> None:
@@ -364,14 +363,15 @@ class WeightSync:
 class _Sent:
     digests: ContentDigests = field(default_factory=ContentDigests)
     chunks: int = 0
+    loading: int = 0  # number of the last call's first chunk
     bytes: int = 0
     sent_bytes: int = 0
     served: list[Engine] = field(default_factory=list)
     worker_stages_s: dict[str, float] = field(default_factory=dict)
 
-    def add(self, chunk: Chunk) -> None:
-        self.digests.add(chunk)
-        self.bytes += sum(tensor.nbytes for _, tensor in chunk)
+    def add(self, tensors: Chunk) -> None:
+        self.digests.add(tensors)
+        self.bytes += sum(tensor.nbytes for _, tensor in tensors)
 
 
 def _require_equal(answers: list[Reply], version: int, digest: int) -> None:

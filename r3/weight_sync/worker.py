@@ -86,7 +86,7 @@ class WeightSyncWorker:
     def r3_load(self, sync_id: str, index: int, chunks: list[Announced]) -> Reply:
         """Receive `chunks`, of which the first is number `index` of the sync, and load them.
 
-        The answer says that no chunk before the last one is needed any more.
+        On a GPU that is queued by the time of the answer, which says that no chunk before `index` is needed any more.
         """
 
         def load(state: WorkerState) -> Reply:
@@ -94,8 +94,14 @@ class WeightSyncWorker:
             if index != sync.chunks:
                 raise RuntimeError(f"expected chunk {sync.chunks}, got {index}: one was lost, doubled or reordered")
             assert state.receiver is not None
-            for names, where in chunks:
-                self._r3_load_one(sync, state.receiver, names, where)
+            received = []
+            for number, (names, where) in enumerate(chunks, 1):
+                if number == len(chunks):
+                    with sync.clock.stage("wait"):
+                        self._r3_wait_for_the_call_before(sync)
+                with sync.clock.stage("receive"):
+                    received.append((names, self._r3_receive(sync, state.receiver, where)))
+            self._r3_load_received(sync, state.receiver, received)
             return {}
 
         return self._r3_reply(load)
@@ -206,25 +212,34 @@ class WeightSyncWorker:
         except Exception as error:
             raise _RefusedError(f"{type(error).__name__}: {error}") from error
 
-    def _r3_load_one(self, sync: ReceivedSync, receiver: Receiver, names: list[str], where: Where) -> None:
+    def _r3_receive(self, sync: ReceivedSync, receiver: Receiver, where: Where) -> Chunk:
+        chunk = receiver.receive(where)
+        sync.chunks += 1
+        return chunk
+
+    def _r3_load_received(
+        self, sync: ReceivedSync, receiver: Receiver, received: list[tuple[list[str], Chunk]]
+    ) -> None:
         assert sync.reload is not None
-        with sync.clock.stage("receive"):
-            chunk = receiver.receive(where)
-            if sync.base is not None or not sync.reload.only_copies:
+        if sync.base is not None or not sync.reload.only_copies:
+            with sync.clock.stage("receive"):
                 # What follows may wait for the device, and would without end where the other side has died.
                 receiver.wait()
-        if sync.base is not None:
-            chunk = [(name, tensor.to(self.model_runner.device)) for name, tensor in sync.base.decode(names, chunk)]
-        _check(chunk, names, sync)
+        whole: Chunk = []
+        for names, chunk in received:
+            if sync.base is not None:
+                device = self.model_runner.device
+                chunk = [(name, tensor.to(device)) for name, tensor in sync.base.decode(names, chunk)]
+            _check(chunk, names, sync)
+            sync.received.update(names)
+            whole += chunk
         with sync.clock.stage("digest"):
-            sync.digests.add(chunk)
+            sync.digests.add(whole)
         sync.touched = True
         with sync.clock.stage("load"):
-            sync.reload.load(chunk)
-        sync.received.update(names)
-        sync.chunks += 1
-        with sync.clock.stage("wait"):
-            self._r3_wait_for_the_chunk_before(sync)
+            sync.reload.load(whole)
+        if self.model_runner.device.type == "cuda":
+            sync.loaded = torch.cuda.current_stream(self.model_runner.device).record_event()
 
     def _r3_of(self, state: WorkerState, sync_id: str, expected: str) -> ReceivedSync:
         if state.sync is None or state.sync.id != sync_id or state.name != expected:
@@ -235,13 +250,10 @@ class WeightSyncWorker:
         state.sync.renew()
         return state.sync
 
-    def _r3_wait_for_the_chunk_before(self, sync: ReceivedSync) -> None:
+    def _r3_wait_for_the_call_before(self, sync: ReceivedSync) -> None:
         """On a GPU copies are queued: this bounds how many chunks hold memory, and is what `r3_load` promises."""
-        if self.model_runner.device.type != "cuda":
-            return
-        before, sync.loaded = sync.loaded, torch.cuda.current_stream(self.model_runner.device).record_event()
-        if before is not None:
-            wait_until(before.query, lambda: False, sync.lease_s, "the copies of the chunk before")
+        if sync.loaded is not None:
+            wait_until(sync.loaded.query, lambda: False, sync.lease_s, "the copies of the call before")
 
     def _r3_give_up(self, state: WorkerState, cause: str) -> None:
         sync, state.sync = state.sync, None

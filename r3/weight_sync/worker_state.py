@@ -31,7 +31,7 @@ class ReceivedSync:
     chunks: int = 0
     touched: bool = False
     sealed: int | None = None
-    loaded: Any = None  # CUDA event after the last chunk's copies
+    loaded: Any = None  # CUDA event after the copies of the last call
     until: float = 0.0
 
     def renew(self) -> None:
