@@ -25,19 +25,8 @@ class FaultyWorker(WeightSyncWorker):
     def r3_begin(self, *args: Any) -> Any:
         return self.r3_test_around("begin", super().r3_begin, *args)
 
-    def r3_load(self, sync_id: str, index: int, chunks: list) -> Any:
-        answer = super().r3_load(sync_id, index, chunks)
-        for number in range(index, index + len(chunks)) if "error" not in answer else ():
-            self.r3_test_strike(f"load:{number}", "after")
-        return answer
-
-    def _r3_receive(self, sync: Any, *args: Any) -> Any:
-        self.r3_test_strike(f"load:{sync.chunks}", "before")
-        return super()._r3_receive(sync, *args)
-
-    def _r3_load_received(self, *args: Any) -> None:
-        super()._r3_load_received(*args)
-        self.__dict__["r3_test_touched"] = True
+    def _r3_load_one(self, sync: Any, *args: Any) -> Any:
+        return self.r3_test_around(f"load:{sync.chunks}", super()._r3_load_one, sync, *args)
 
     def r3_seal(self, *args: Any) -> Any:
         return self.r3_test_around("seal", super().r3_seal, *args)
@@ -55,22 +44,24 @@ class FaultyWorker(WeightSyncWorker):
         return self.r3_test_around("abort", super().r3_abort, *args)
 
     def r3_test_around(self, point: str, call: Any, *args: Any) -> Any:
-        self.r3_test_strike(point, "before")
+        armed = self.__dict__.get("r3_test_faults", [])
+        here = [f for f in armed if f["point"] == point]
+        # Each strikes once: what comes after is the healing.
+        self.__dict__["r3_test_faults"] = [f for f in armed if f not in here]
+        for fault in here:
+            if fault["when"] == "before":
+                self.r3_test_strike(fault)
         answer = call(*args)
-        if point == "commit" and "error" not in answer:
+        if point.startswith("load"):
+            self.__dict__["r3_test_touched"] = True
+        elif point == "commit" and "error" not in answer:
             self.__dict__["r3_test_touched"] = False
-        self.r3_test_strike(point, "after")
+        for fault in here:
+            if fault["when"] == "after":
+                self.r3_test_strike(fault)
         return answer
 
-    def r3_test_strike(self, point: str, when: str) -> None:
-        armed = self.__dict__.get("r3_test_faults", [])
-        here = [fault for fault in armed if (fault["point"], fault["when"]) == (point, when)]
-        # Each strikes once: what comes after is the healing.
-        self.__dict__["r3_test_faults"] = [fault for fault in armed if fault not in here]
-        for fault in here:
-            self.r3_test_do(fault)
-
-    def r3_test_do(self, fault: dict[str, Any]) -> None:
+    def r3_test_strike(self, fault: dict[str, Any]) -> None:
         happened = {"kind": fault["kind"], "point": fault["point"], "rank": self.rank}
         self.__dict__.setdefault("r3_test_events", []).append(happened)
         match fault["kind"]:

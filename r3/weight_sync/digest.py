@@ -111,10 +111,7 @@ class ContentDigests:
     def result(self) -> dict[str, int]:
         """Digest of each tensor by name, in the order of adding. Waits for what is queued, once a device."""
         self._collect()
-        return {
-            name: (self._sums[name] + mix(size + ((size + 7) // 8 + 1) * GOLDEN)) & WORD
-            for name, size in self._bytes.items()
-        }
+        return {name: (self._sums[name] + _of_length(size)) & WORD for name, size in self._bytes.items()}
 
     def not_finite(self) -> list[str]:
         """Names of the floating and complex tensors that hold NaN or, where the dtype has one, infinity. Waits too."""
@@ -153,6 +150,12 @@ def mix(x: int) -> int:
     for factor in (M1, M2):
         x = ((x ^ x >> 32) * factor) & WORD
     return x ^ x >> 32
+
+
+@cache
+def _of_length(size: int) -> int:
+    """What the last word, the length, adds to a digest."""
+    return mix(size + ((size + 7) // 8 + 1) * GOLDEN)
 
 
 @cache

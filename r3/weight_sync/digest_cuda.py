@@ -34,7 +34,7 @@ class Queue:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._parts: list[_Part] = []
-        self._last: dict[int, torch.cuda.Event] = {}  # by stream
+        self._streams: dict[int, torch.cuda.Stream] = {}
 
     def add(self, reads: list[Read]) -> None:
         """Queue the pass over some tensors on the device's current stream: one kernel."""
@@ -50,15 +50,13 @@ class Queue:
                 if nan_byte is not None:
                     sums[slot, 1] += (tensor.view(torch.uint8) == nan_byte).any()
             stream = torch.cuda.current_stream()
-            if stream.cuda_stream not in self._last:
-                self._last[stream.cuda_stream] = torch.cuda.Event()
-            self._last[stream.cuda_stream].record(stream)
+            self._streams[stream.cuda_stream] = stream
 
     def result(self) -> list[list[int]]:
         """Of each tensor, in the order of adding: the sum of its mixed words modulo 2^64 without that of the length,
         and a number that is not 0 if it is not finite. Waits for the device."""
-        for event in self._last.values():
-            torch.cuda.current_stream(self._device).wait_event(event)
+        for stream in self._streams.values():
+            torch.cuda.current_stream(self._device).wait_stream(stream)
         return torch.cat([part.sums[: part.used] for part in self._parts]).tolist()
 
 

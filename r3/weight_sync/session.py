@@ -281,11 +281,12 @@ class WeightSync:
             ) from error
 
     def _seal(self, sync_id: str, sent: "_Sent") -> int:
-        self._transport.settle(lambda: False)
+        # The last chunks may still be under way.
         named = sent.digests.result()
         broken = sent.digests.not_finite()
         if broken:
             raise SyncError(f"{len(broken)} tensors hold NaN or infinity:{summary(broken)}")
+        self._transport.settle(lambda: False)
         answers = self._call("r3_seal", sync_id, named)
         self._transport.release(sent.chunks)
         for answer in answers:

@@ -94,14 +94,13 @@ class WeightSyncWorker:
             if index != sync.chunks:
                 raise RuntimeError(f"expected chunk {sync.chunks}, got {index}: one was lost, doubled or reordered")
             assert state.receiver is not None
-            received = []
             for number, (names, where) in enumerate(chunks, 1):
                 if number == len(chunks):
                     with sync.clock.stage("wait"):
                         self._r3_wait_for_the_call_before(sync)
-                with sync.clock.stage("receive"):
-                    received.append((names, self._r3_receive(sync, state.receiver, where)))
-            self._r3_load_received(sync, state.receiver, received)
+                self._r3_load_one(sync, state.receiver, names, where)
+            if self.model_runner.device.type == "cuda":
+                sync.loaded = torch.cuda.current_stream(self.model_runner.device).record_event()
             return {}
 
         return self._r3_reply(load)
@@ -212,34 +211,23 @@ class WeightSyncWorker:
         except Exception as error:
             raise _RefusedError(f"{type(error).__name__}: {error}") from error
 
-    def _r3_receive(self, sync: ReceivedSync, receiver: Receiver, where: Where) -> Chunk:
-        chunk = receiver.receive(where)
-        sync.chunks += 1
-        return chunk
-
-    def _r3_load_received(
-        self, sync: ReceivedSync, receiver: Receiver, received: list[tuple[list[str], Chunk]]
-    ) -> None:
+    def _r3_load_one(self, sync: ReceivedSync, receiver: Receiver, names: list[str], where: Where) -> None:
         assert sync.reload is not None
-        if sync.base is not None or not sync.reload.only_copies:
-            with sync.clock.stage("receive"):
+        with sync.clock.stage("receive"):
+            chunk = receiver.receive(where)
+            if sync.base is not None or not sync.reload.only_copies:
                 # What follows may wait for the device, and would without end where the other side has died.
                 receiver.wait()
-        whole: Chunk = []
-        for names, chunk in received:
-            if sync.base is not None:
-                device = self.model_runner.device
-                chunk = [(name, tensor.to(device)) for name, tensor in sync.base.decode(names, chunk)]
-            _check(chunk, names, sync)
-            sync.received.update(names)
-            whole += chunk
+        if sync.base is not None:
+            chunk = [(name, tensor.to(self.model_runner.device)) for name, tensor in sync.base.decode(names, chunk)]
+        _check(chunk, names, sync)
         with sync.clock.stage("digest"):
-            sync.digests.add(whole)
+            sync.digests.add(chunk)
         sync.touched = True
         with sync.clock.stage("load"):
-            sync.reload.load(whole)
-        if self.model_runner.device.type == "cuda":
-            sync.loaded = torch.cuda.current_stream(self.model_runner.device).record_event()
+            sync.reload.load(chunk)
+        sync.received.update(names)
+        sync.chunks += 1
 
     def _r3_of(self, state: WorkerState, sync_id: str, expected: str) -> ReceivedSync:
         if state.sync is None or state.sync.id != sync_id or state.name != expected:
