@@ -5,11 +5,13 @@
 
 One line of JSON. `ratio` is time over that of a copy within the same memory, in the same run and by turns; a copy reads
 and writes, a digest reads. On the CPU there is one for each way to read the bytes. On a GPU `ratio` is of all that is
-queued, as a sync does it, and `kernel` of the kernel alone; `queue_us` is what the host spends on a chunk, and `from
-host` compares with the transfer of the same bytes from page-locked memory.
+queued, as a sync does it, `written` where what is read is also written elsewhere, and `kernel` of the kernel alone;
+`queue_us` is what the host spends on a chunk, and `from host` compares with the transfer of the same bytes from
+page-locked memory.
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -46,10 +48,10 @@ def chunks_of(device: torch.device, total_bytes: int, chunk_bytes: int, tensor_b
     ]
 
 
-def digests(chunks: list[Chunk]) -> ContentDigests:
+def digests(chunks: list[Chunk], into: dict[str, torch.Tensor] | None = None) -> ContentDigests:
     found = ContentDigests()
     for chunk in chunks:
-        found.add(chunk)
+        found.add(chunk, into)
     return found
 
 
@@ -105,8 +107,10 @@ def on_cuda(chunks: list[Chunk], device: torch.device, size: int, rounds: int) -
 
     mask, ulp, _ = _lanes(torch.bfloat16)
     targets = [[torch.empty_like(tensor) for _, tensor in chunk] for chunk in chunks]
+    names = [name for chunk in chunks for name, _ in chunk]
+    into = dict(zip(names, itertools.chain.from_iterable(targets), strict=True))
     locked = [[(name, tensor.cpu().pin_memory()) for name, tensor in chunk] for chunk in chunks[:4]]
-    reads = [[(tensor, mask, ulp, None) for _, tensor in chunk] for chunk in chunks]
+    reads = [[(tensor, mask, ulp, None, None) for _, tensor in chunk] for chunk in chunks]
     tables = [(torch.tensor(rows, device=device), count) for rows, count in map(digest_cuda.describe, reads)]
     sums = [torch.zeros(len(chunk), 2, dtype=torch.int64, device=device) for chunk in chunks]
 
@@ -119,6 +123,7 @@ def on_cuda(chunks: list[Chunk], device: torch.device, size: int, rounds: int) -
         "kernel": kernels,
         "queued": lambda: digests(chunks),
         "queued, and the result": lambda: digests(chunks).result(),
+        "queued, and written": lambda: digests(chunks, into),
     }
     found = compared(jobs, device, size, rounds)
     part = sum(tensor.nbytes for chunk in locked for _, tensor in chunk)

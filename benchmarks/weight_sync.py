@@ -30,6 +30,7 @@ from torch import Tensor
 from benchmarks.machine import machine, spread
 from r3.weight_sync import WeightSync
 from r3.weight_sync.digest import ContentDigests, combine
+from r3.weight_sync.reload import LayerwiseReload
 from r3.weight_sync.transports import Transport, transport_of
 from r3.weight_sync.worker import WeightSyncWorker
 
@@ -66,17 +67,18 @@ class MeasuredWorker(WeightSyncWorker):
         return self._r3_reply(lambda state: {"plan": None if state.plan is None else state.plan.describe()})
 
 
-_ADD = ContentDigests.add
+_ADD, _WHOLE_TARGETS = ContentDigests.add, LayerwiseReload.whole_targets
 
 
 def _take_digests(taken: bool) -> None:
-    """In this process: take digests of what is synced, or say 0 for all, to see what they cost."""
+    """In this process: take digests of what is synced, or say 0 for all and only copy, to see what they cost."""
 
-    def add(self: Any, chunk: Any) -> None:
+    def add(self: Any, chunk: Any, into: Any = None) -> None:
         self._bytes |= {name: tensor.nbytes for name, tensor in chunk}
         self._sums |= {name: 0 for name, _ in chunk}
 
     ContentDigests.add = _ADD if taken else add  # pyrefly: ignore
+    LayerwiseReload.whole_targets = _WHOLE_TARGETS if taken else (lambda self, weights: {})  # pyrefly: ignore
 
 
 def write_config(folder: Path, shape: dict[str, int]) -> Any:

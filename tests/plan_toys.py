@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from r3.weight_sync.digest import ContentDigests
 from r3.weight_sync.plan_record import held_tensors, own_tensors
 from r3.weight_sync.reload import LayerwiseReload
 
@@ -86,14 +87,22 @@ def manifest_of(weights) -> dict[str, tuple[tuple[int, ...], str]]:
     return {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in weights.items()}
 
 
-def synced(model, config, weights, plan=None, chunk: int = 1, given: bool = True) -> LayerwiseReload:
-    """One sync. The caller's memory is used again as soon as a chunk is loaded, as transports do."""
+def synced(
+    model, config, weights, plan=None, chunk: int = 1, given: bool = True, digests: ContentDigests | None = None
+) -> LayerwiseReload:
+    """One sync. The caller's memory is used again as soon as a chunk is loaded, as transports do.
+
+    With `digests` they write what goes into the engine whole, as in a worker.
+    """
     reload = LayerwiseReload(model, config, plan)
     reload.begin(manifest_of(weights) if given else None)
     items = list(weights.items())
     for start in range(0, len(items), chunk):
         part = [(name, tensor.clone()) for name, tensor in items[start : start + chunk]]
-        reload.load(part)
+        into = reload.whole_targets(part) if digests is not None else {}
+        if digests is not None:
+            digests.add(part, into)
+        reload.load(part, written=into)
         for _, tensor in part:
             tensor.fill_(77)
     assert reload.missing() == []
@@ -124,10 +133,11 @@ def planned_equals_slow(make, config, weights=weights_of, chunk: int = 1):
     plan = synced(with_plan, config, weights(1), chunk=chunk).learned
     addresses = {name: p.data_ptr() for name, p in with_plan.named_parameters()}
     reload = LayerwiseReload(with_plan, config, plan)
-    synced(with_plan, config, weights(2), plan, chunk)
-    for seed in (1, 2):
+    synced(without, config, weights(1), chunk=chunk)
+    for seed, digests in ((2, None), (3, ContentDigests())):
+        synced(with_plan, config, weights(seed), plan, chunk, digests=digests)
         synced(without, config, weights(seed), chunk=chunk)
-    assert_same(state(with_plan), state(without))
+        assert_same(state(with_plan), state(without))
     assert {name: p.data_ptr() for name, p in with_plan.named_parameters()} == addresses
     assert reload.learned is plan
     return plan

@@ -288,6 +288,47 @@ def cases(device: str, offsets: tuple[int, ...]) -> list[tuple[str, torch.Tensor
     return [*found, ("transposed", square.T), ("columns", square[:, 3:77]), ("one", square[0, 0])]
 
 
+def places_for(chunk: list[tuple[str, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Where to write the tensors, every fourth at an odd address; and the memory around each, of ones."""
+    places, memory = {}, {}
+    for number, (name, tensor) in enumerate(chunk):
+        start = 16 + (tensor.dtype.itemsize if number % 4 == 3 else 0)
+        memory[name] = torch.ones(start + tensor.nbytes + 16, dtype=torch.uint8, device=tensor.device)
+        places[name] = memory[name][start : start + tensor.nbytes].view(tensor.dtype)
+    return places, memory
+
+
+def require_written(chunk: list[tuple[str, torch.Tensor]], memory: dict[str, torch.Tensor]) -> None:
+    for number, (name, tensor) in enumerate(chunk):
+        start = 16 + (tensor.dtype.itemsize if number % 4 == 3 else 0)
+        expected = torch.ones_like(memory[name])
+        expected[start : start + tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
+        assert torch.equal(memory[name], expected), name
+
+
+def test_what_is_read_is_written_where_it_should_be(way):
+    chunk = cases("cpu", (0, 3, 8))
+    places, memory = places_for(chunk)
+    digests, alone = ContentDigests(), ContentDigests()
+    digests.add(chunk, places)
+    alone.add(chunk)
+    assert digests.result() == alone.result()
+    require_written(chunk, memory)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [torch.zeros(5), torch.zeros(6, dtype=torch.int32), torch.zeros(6, device="meta"), torch.zeros(3, 4)[:, 1:3]],
+    ids=["elements", "dtype", "device", "gaps"],
+)
+def test_nothing_is_written_where_it_does_not_fit(place):
+    digests, fine = ContentDigests(), torch.zeros(2)
+    with pytest.raises(SyncError, match=r"x: expected contiguous memory for 6 elements of torch.float32 on cpu"):
+        digests.add([("fine", torch.ones(2)), ("x", torch.ones(2, 3))], {"fine": fine, "x": place})
+    assert not fine.any()
+    assert digests.result() == {}
+
+
 def compare_interpreted() -> None:
     """The kernel, run by Triton's interpreter on the CPU, against the pass for the CPU."""
     from r3.weight_sync import digest_cuda
@@ -299,8 +340,16 @@ def compare_interpreted() -> None:
     expected = ContentDigests()
     expected.add(chunk)
     sums = torch.zeros(len(chunk), 2, dtype=torch.int64)
-    rows, count = digest_cuda.describe([(tensor, *_lanes(tensor.dtype)) for _, tensor in chunk])
+    places, memory = places_for(chunk)
+    reads = [(tensor, *_lanes(tensor.dtype), places[name]) for name, tensor in chunk]
+    rows, count = digest_cuda.describe(reads)
     digest_cuda._read_piece[(count,)](torch.tensor(rows), sums, len(rows))
+    by_kernel = {name for name, tensor in chunk if digest_cuda._in_whole_words(tensor, places[name])}
+    assert {"bytes 0 0", "three pieces", "transposed"} < by_kernel < places.keys()
+    for name, tensor in chunk:
+        if name not in by_kernel:  # by torch
+            places[name].copy_(tensor.reshape(-1))
+    require_written(chunk, memory)
     for (name, tensor), (total, found) in zip(chunk, sums.tolist(), strict=True):
         assert total % 2**64 == expected._sums[name], name
         if _lanes(tensor.dtype)[2] is None:  # a byte that is NaN is looked for by torch
@@ -325,13 +374,14 @@ def test_the_cuda_kernel_as_triton_interprets_it():
 @pytest.mark.gpu
 def test_cuda_gives_what_the_cpu_gives_and_the_host_does_not_wait():
     chunk = cases("cuda", (0, 1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 66))
+    places, memory = places_for(chunk)
     digests = ContentDigests()
     digests.add([("warm", torch.ones(1, device="cuda")), ("warm, odd", torch.ones(3, device="cuda")[1:])])
     digests.result()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        digests.add(chunk)
+        digests.add(chunk, places)
     finally:
         torch.cuda.set_sync_debug_mode(before)
     expected = ContentDigests()
@@ -339,6 +389,7 @@ def test_cuda_gives_what_the_cpu_gives_and_the_host_does_not_wait():
     got = digests.result()
     assert [name for name, value in expected.result().items() if got[name] != value] == []
     assert digests.not_finite() == expected.not_finite()
+    require_written(chunk, memory)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ order: any split into chunks, threads and devices gives the same digest.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -74,15 +74,23 @@ class ContentDigests:
         self._not_finite: set[str] = set()
         self._queued: dict[torch.device, tuple[list[str], Any]] = {}  # names, and `digest_cuda.Queue`
 
-    def add(self, chunk: Iterable[tuple[str, Tensor]]) -> None:
+    def add(self, chunk: Iterable[tuple[str, Tensor]], into: Mapping[str, Tensor] | None = None) -> None:
         """Read the tensors of a chunk. None is read unless all can be.
+
+        Args:
+            chunk: names and tensors.
+            into: where to write some of them, by name, as they are read: contiguous, on the same device, with as many
+                elements of the same dtype.
 
         Raises:
             SyncError: a name came before; a tensor is neither on the CPU nor on CUDA, or has no plain strided memory;
-                it is of a floating dtype whose NaNs are unknown here; it is on CUDA, and there is no Triton.
+                it is of a floating dtype whose NaNs are unknown here; it is on CUDA, and there is no Triton; it does
+                not fit where it is to be written.
         """
         tensors = list(chunk)
+        targets = into or {}
         self.require_readable(tensors)
+        _require_fits(tensors, targets)
         by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
         for name, tensor in tensors:
             by_device.setdefault(tensor.device, []).append((name, tensor.detach()))
@@ -90,16 +98,16 @@ class ContentDigests:
         self._total_bytes += sum(tensor.nbytes for _, tensor in tensors)
         for device, part in by_device.items():
             if device.type == "cpu":
-                self._read(part)
+                self._read(part, targets)
                 continue
             if device not in self._queued:
                 self._queued[device] = ([], _cuda().Queue(device))
             names, queue = self._queued[device]
-            queue.add([(tensor.contiguous(), *_lanes(tensor.dtype)) for _, tensor in part])
+            queue.add([(tensor.contiguous(), *_lanes(tensor.dtype), targets.get(name)) for name, tensor in part])
             names += [name for name, _ in part]
         self._bytes |= {name: tensor.nbytes for name, tensor in tensors}
 
-    def _read(self, part: list[tuple[str, Tensor]]) -> None:
+    def _read(self, part: list[tuple[str, Tensor]], targets: Mapping[str, Tensor]) -> None:
         many = self._total_bytes >= digest_cpu.MANY_BYTES
         for name, tensor in part:
             mask, ulp, nan_byte = _lanes(tensor.dtype)
@@ -107,6 +115,8 @@ class ContentDigests:
             self._sums[name], found = digest_cpu.read(data, mask, ulp, many=many)
             if found or (nan_byte is not None and bool((data == nan_byte).any())):
                 self._not_finite.add(name)
+            if name in targets:
+                targets[name].detach().view(tensor.shape).copy_(tensor)
 
     def result(self) -> dict[str, int]:
         """Digest of each tensor by name, in the order of adding. Waits for what is queued, once a device."""
@@ -142,6 +152,22 @@ class ContentDigests:
             raise SyncError(f"cannot take the digest of {len(problems)} tensors:{summary(problems)}")
         if any(tensor.is_cuda for _, tensor in tensors):
             _cuda()
+
+
+def _require_fits(tensors: list[tuple[str, Tensor]], targets: Mapping[str, Tensor]) -> None:
+    problems = []
+    for name, tensor in tensors if targets else ():
+        target = targets.get(name)
+        if target is None:
+            continue
+        expected = (tensor.numel(), tensor.dtype, tensor.device)
+        if (target.numel(), target.dtype, target.device) != expected or not target.is_contiguous():
+            problems.append(
+                f"{name}: expected contiguous memory for {tensor.numel()} elements of {tensor.dtype} on "
+                f"{tensor.device}, got {tuple(target.shape)} of {target.dtype} on {target.device}"
+            )
+    if problems:
+        raise SyncError(f"{len(problems)} tensors cannot be written where they should:{summary(problems)}")
 
 
 def mix(x: int) -> int:

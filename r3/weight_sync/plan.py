@@ -9,7 +9,7 @@ All offsets and strides are in elements. Sources are contiguous; targets have th
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -105,6 +105,17 @@ class LoadPlan:
         return not self.slow_sources and self.manifest.keys() == manifest.keys() and self.serves(manifest)
 
     @cached_property
+    def whole(self) -> dict[str, Copy]:
+        """The copy of each tensor that goes as it is, in one piece, into contiguous memory."""
+        return {
+            name: copies[0]
+            for name, copies in self.copies.items()
+            if len(copies) == 1
+            and copies[0].size == (math.prod(self.manifest[name][0]),)
+            and copies[0].source_stride == copies[0].target_stride == (1,)
+        }
+
+    @cached_property
     def slow_sources(self) -> set[str]:
         """Tensors that vLLM's loaders must see."""
         return self.manifest.keys() - self.copies.keys() - self.dropped
@@ -153,16 +164,31 @@ class Planned:
                 found.append(f"{name}: expected {layer.layout}, got {held}")
         return found
 
-    def take(self, chunk: Iterable[tuple[str, Tensor]]) -> Chunk:
-        """Copy what is planned, queued on the current stream; returns the tensors that vLLM's loaders must see."""
+    def whole_targets(self, chunk: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Where tensors of `chunk` go that are copied whole: by name, `[elements]`."""
+        found = {}
+        for name, source in chunk:
+            copy = self.plan.whole.get(name)
+            if copy is not None and self.plan.manifest[name] == (tuple(source.shape), str(source.dtype)):
+                target = copy.target.of(self.targets[copy.layer][copy.tensor])
+                if (target.dtype, target.device) == (source.dtype, source.device):
+                    found[name] = target
+        return found
+
+    def take(self, chunk: Iterable[tuple[str, Tensor]], written: Container[str] = ()) -> Chunk:
+        """Copy what is planned, queued on the current stream; returns the tensors that vLLM's loaders must see.
+
+        What is in `written` is in its place already.
+        """
         rest: Chunk = []
         pairs: list[tuple[Tensor, Tensor]] = []
         for name, source in chunk:
             if self.plan.manifest.get(name) != (tuple(source.shape), str(source.dtype)):
                 rest.append((name, source))
             elif copies := self.plan.copies.get(name):
-                flat = source.contiguous()
-                pairs += [(c.target.of(self.targets[c.layer][c.tensor]), c.source.of(flat)) for c in copies]
+                if name not in written:
+                    flat = source.contiguous()
+                    pairs += [(c.target.of(self.targets[c.layer][c.tensor]), c.source.of(flat)) for c in copies]
                 if name not in self._seen:
                     self._seen.add(name)
                     for c in copies:

@@ -15,7 +15,7 @@ bracket is not opened: its layers stay where they are, and what derives from wei
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -88,11 +88,26 @@ class LayerwiseReload:
         rearranges = bool(getattr(self._config.parallel_config, "enable_eplb", False))
         self._learner = Learner(self._model, kernel, rearranges=rearranges)
 
-    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Load some of the checkpoint's tensors. They are read by the time that the current stream gets there."""
+    def whole_targets(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Memory of the engine that some of `weights` go into as they are, by name: `[elements]`, contiguous.
+
+        Who reads them anyway can write them there, and need not have `load` read them once more.
+        """
+        if self._planned is None:
+            return {}
+        with torch.no_grad():
+            return self._planned.whole_targets(weights)
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], written: Container[str] = ()) -> None:
+        """Load some of the checkpoint's tensors. They are read by the time that the current stream gets there.
+
+        Args:
+            weights: names and tensors.
+            written: names of those that are in their `whole_targets` already.
+        """
         if self._planned is not None:
             with torch.no_grad():
-                weights = self._planned.take(weights)
+                weights = self._planned.take(weights, written)
             if weights and not self._opened:
                 raise SyncError(
                     f"{weights[0][0]}: expected what the manifest announced, got {tuple(weights[0][1].shape)}, "

@@ -221,11 +221,12 @@ class WeightSyncWorker:
         if sync.base is not None:
             chunk = [(name, tensor.to(self.model_runner.device)) for name, tensor in sync.base.decode(names, chunk)]
         _check(chunk, names, sync)
-        with sync.clock.stage("digest"):
-            sync.digests.add(chunk)
         sync.touched = True
+        with sync.clock.stage("digest"):
+            into = sync.reload.whole_targets(chunk)
+            sync.digests.add(chunk, into)
         with sync.clock.stage("load"):
-            sync.reload.load(chunk)
+            sync.reload.load(chunk, written=into)
         sync.received.update(names)
         sync.chunks += 1
 

@@ -1,10 +1,13 @@
 """Waiting for an engine with a deadline of our own: vLLM's clients wait for ever when an engine stops or dies."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for_any
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 from r3.errors import SyncError
@@ -31,18 +34,37 @@ class Deadline:
         return max(0.0, self._end - time.monotonic())
 
 
+_idle: list[SimpleQueue] = []  # of threads that wait for work
+os.register_at_fork(after_in_child=_idle.clear)
+
+
 def in_thread(function: Callable[[], Any]) -> Future:
-    """The result of `function`, called at once in a daemon thread: one that never returns does not hold the process."""
+    """The result of `function`, called at once in a daemon thread: one that never returns does not hold the process.
+
+    Threads are kept for the next call: to start one takes longer than much of what is called.
+    """
     future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="r3-sync-call", daemon=True).start()
+    try:
+        work = _idle.pop()
+    except IndexError:
+        work = SimpleQueue()
+        threading.Thread(target=_serve, args=(work,), name="r3-sync-call", daemon=True).start()
+    work.put((function, future))
     return future
+
+
+def _serve(work: SimpleQueue) -> None:
+    while True:
+        function, future = work.get()
+        answer: Callable[[], None]
+        try:
+            answer = partial(future.set_result, function())
+        except BaseException as error:
+            answer = partial(future.set_exception, error)
+        del function, future
+        _idle.append(work)  # first, so that who waits for the answer finds this thread idle
+        answer()
+        del answer
 
 
 def answer_of(future: Future, deadline: Deadline, *, where: str, what: str, dead: Callable[[], str | None]) -> Any:
