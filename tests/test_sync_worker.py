@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from plan_toys import Fused, Toy, derive, initial, manifest_of, weights_of
+from plan_toys import Fused, Toy, assert_same, derive, initial, manifest_of, state, weights_of
 from torch import nn
 
 import r3
@@ -71,6 +71,7 @@ def test_what_is_queued_on_a_device_is_waited_for_before_anything_but_copies(vll
     worker = worker_with(initial(Toy(process), weights_of(0)), vllm_config)
     # The last wait of each is the end of the sync.
     assert [calls_of_a_sync(worker, version) for version in (1, 2)] == [["receive", "wait", "wait"], second]
+    assert_same(state(worker.model_runner.model), state(initial(Toy(process), weights_of(2))))
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,9 @@ class SyncReceipt:
         seconds: from begin to the last acknowledgement, caches reset and engines resumed.
         stages_s: the trainer's time by stage: pause, begin, gather (making the tensors, delta included), publish,
             transfer, digest, wait (for workers that still load the chunk before), seal, commit, resume.
-        worker_stages_s: the slowest worker's, each stage by itself: receive, digest, load, wait (for its device),
-            settle (for all that was queued, digests compared), finish (vLLM's processing).
+        worker_stages_s: the slowest worker's, each stage by itself: receive, digest (and what is written with it), load
+            (the rest), wait (for its device), settle (for all that was queued, digests compared), finish (vLLM's
+            processing).
     """
 
     version: int
