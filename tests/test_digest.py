@@ -1,14 +1,11 @@
 """Content digests against a plain definition, what they must see, and which values are found not finite."""
 
 import itertools
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from digest_cases import DTYPES, cases, places_for, require_written
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -16,12 +13,6 @@ from r3.errors import SyncError
 from r3.weight_sync import digest_cpu
 from r3.weight_sync.digest import ContentDigests, combine, digest
 
-HERE = Path(__file__).parent
-DTYPES = [
-    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128),
-    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
-]
 FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
 CODES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -264,48 +255,6 @@ def test_the_combined_digest_is_of_names_and_digests_whatever_their_order():
     assert all(0 <= combine(named) < 2**64 for named in (one, *others))
 
 
-def cases(device: str, offsets: tuple[int, ...]) -> list[tuple[str, torch.Tensor]]:
-    """Ragged tensors at odd addresses, of all dtypes, some not finite."""
-    generator = torch.Generator().manual_seed(0)
-    store = torch.randint(256, (400_000,), dtype=torch.uint8, generator=generator).to(device)
-    lengths = [*(0, 1, 2, 7, 8, 9, 15, 16, 17, 100), *(8191, 8192, 8193, 65535, 65536, 65537, 140_003)]
-    found = [(f"bytes {offset} {length}", store[offset : offset + length]) for offset in offsets for length in lengths]
-    for dtype in DTYPES:
-        for count in (1, 13, 5000):
-            zeros = torch.zeros(count + 3, dtype=dtype, device=device)
-            found += [(f"{dtype} {count} from {start}", zeros[start : start + count]) for start in (0, 1, 2)]
-            if dtype.is_floating_point:
-                for place in {0, count - 1}:
-                    bad = torch.zeros(count, dtype=torch.float32)
-                    bad[place] = float("nan")
-                    found.append((f"{dtype} {count} NaN at {place}", bad.to(dtype).to(device)))
-                    moved = torch.zeros(count + 1, dtype=dtype, device=device)
-                    moved[1:] = found[-1][1]
-                    found.append((f"{dtype} {count} moved, NaN at {place}", moved[1:]))
-    square = torch.randn(300, 200, generator=generator).to(device, torch.bfloat16)
-    several = torch.arange(150_001, device=device)
-    found += [("three pieces", several), ("three pieces, odd", several.view(torch.uint8)[1:])]
-    return [*found, ("transposed", square.T), ("columns", square[:, 3:77]), ("one", square[0, 0])]
-
-
-def places_for(chunk: list[tuple[str, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Where to write the tensors, every fourth at an odd address; and the memory around each, of ones."""
-    places, memory = {}, {}
-    for number, (name, tensor) in enumerate(chunk):
-        start = 16 + (tensor.dtype.itemsize if number % 4 == 3 else 0)
-        memory[name] = torch.ones(start + tensor.nbytes + 16, dtype=torch.uint8, device=tensor.device)
-        places[name] = memory[name][start : start + tensor.nbytes].view(tensor.dtype)
-    return places, memory
-
-
-def require_written(chunk: list[tuple[str, torch.Tensor]], memory: dict[str, torch.Tensor]) -> None:
-    for number, (name, tensor) in enumerate(chunk):
-        start = 16 + (tensor.dtype.itemsize if number % 4 == 3 else 0)
-        expected = torch.ones_like(memory[name])
-        expected[start : start + tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
-        assert torch.equal(memory[name], expected), name
-
-
 def test_what_is_read_is_written_where_it_should_be(way):
     chunk = cases("cpu", (0, 3, 8))
     places, memory = places_for(chunk)
@@ -327,101 +276,3 @@ def test_nothing_is_written_where_it_does_not_fit(place):
         digests.add([("fine", torch.ones(2)), ("x", torch.ones(2, 3))], {"fine": fine, "x": place})
     assert not fine.any()
     assert digests.result() == {}
-
-
-def compare_interpreted() -> None:
-    """The kernel, run by Triton's interpreter on the CPU, against the pass for the CPU."""
-    from r3.weight_sync import digest_cuda
-    from r3.weight_sync.digest import _lanes
-
-    every = cases("cpu", (0, 3, 8, 16))
-    # A third of them, as the interpreter is slow; of the last ones, in several pieces or strided, all.
-    chunk = [(name, tensor.contiguous()) for name, tensor in [*every[:-5:3], *every[-5:]]]
-    expected = ContentDigests()
-    expected.add(chunk)
-    sums = torch.zeros(len(chunk), 2, dtype=torch.int64)
-    places, memory = places_for(chunk)
-    reads = [(tensor, *_lanes(tensor.dtype), places[name]) for name, tensor in chunk]
-    rows, count = digest_cuda.describe(reads)
-    digest_cuda._read_piece[(count,)](torch.tensor(rows), sums, len(rows))
-    by_kernel = {name for name, tensor in chunk if digest_cuda._in_whole_words(tensor, places[name])}
-    assert {"bytes 0 0", "three pieces", "transposed"} < by_kernel < places.keys()
-    for name, tensor in chunk:
-        if name not in by_kernel:  # by torch
-            places[name].copy_(tensor.reshape(-1))
-    require_written(chunk, memory)
-    for (name, tensor), (total, found) in zip(chunk, sums.tolist(), strict=True):
-        assert total % 2**64 == expected._sums[name], name
-        if _lanes(tensor.dtype)[2] is None:  # a byte that is NaN is looked for by torch
-            assert bool(found) == (name in expected._not_finite), name
-    assert len(expected.not_finite()) > 15
-
-
-def test_the_cuda_kernel_as_triton_interprets_it():
-    import triton  # noqa: F401 (comes with vLLM, also on the CPU)
-
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_digest; test_digest.compare_interpreted()"],
-        cwd=HERE,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE.parent)},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.gpu
-def test_cuda_gives_what_the_cpu_gives_and_the_host_does_not_wait():
-    chunk = cases("cuda", (0, 1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 66))
-    places, memory = places_for(chunk)
-    digests = ContentDigests()
-    digests.add([("warm", torch.ones(1, device="cuda")), ("warm, odd", torch.ones(3, device="cuda")[1:])])
-    digests.result()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        digests.add(chunk, places)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    expected = ContentDigests()
-    expected.add([(name, tensor.cpu()) for name, tensor in chunk])
-    got = digests.result()
-    assert [name for name, value in expected.result().items() if got[name] != value] == []
-    assert digests.not_finite() == expected.not_finite()
-    require_written(chunk, memory)
-
-
-@pytest.mark.gpu
-def test_cuda_memory_may_be_written_again_in_the_order_of_its_stream():
-    source = torch.arange(1 << 26, device="cuda")
-    expected = digest(source.cpu())
-    digests = ContentDigests()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for turn in range(8):
-            digests.add([(f"{turn}", source)])
-        digests.add([("transposed", source.view(1 << 13, 1 << 13).T)])
-        source.zero_()
-    got = digests.result()  # on another stream
-    assert {got[f"{turn}"] for turn in range(8)} == {expected}
-    assert got["transposed"] == digest(torch.arange(1 << 26).view(1 << 13, 1 << 13).T)
-
-
-@pytest.mark.gpu
-def test_a_cuda_tensor_of_more_than_two_to_the_31_elements():
-    count = (1 << 31) + 12345
-    tensor = torch.arange(count, dtype=torch.uint8, device="cuda")
-    tensor[-1] = 77
-    assert digest(tensor) == digest(tensor.cpu())
-    odd = tensor[3:]
-    assert digest(odd) == digest(odd.cpu())
-
-
-@pytest.mark.gpu
-def test_chunks_on_both_devices():
-    here, there = torch.randn(1000), torch.randn(1000, device="cuda")
-    digests = ContentDigests()
-    digests.add([("there", there), ("here", here)])
-    assert digests.result() == {"there": digest(there.cpu()), "here": digest(here)}
