@@ -43,9 +43,9 @@ def places_for(chunk: list[tuple[str, torch.Tensor]]) -> tuple[dict[str, torch.T
     return places, memory
 
 
-def require_written(chunk: list[tuple[str, torch.Tensor]], memory: dict[str, torch.Tensor]) -> None:
-    for number, (name, tensor) in enumerate(chunk):
-        start = 16 + (tensor.dtype.itemsize if number % 4 == 3 else 0)
+def require_written(chunk: list[tuple[str, torch.Tensor]], places: dict, memory: dict[str, torch.Tensor]) -> None:
+    for name, tensor in chunk:
+        start = places[name].storage_offset() * tensor.dtype.itemsize
         expected = torch.ones_like(memory[name])
         expected[start : start + tensor.nbytes] = tensor.contiguous().reshape(-1).view(torch.uint8)
         assert torch.equal(memory[name], expected), name

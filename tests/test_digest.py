@@ -262,7 +262,7 @@ def test_what_is_read_is_written_where_it_should_be(way):
     digests.add(chunk, places)
     alone.add(chunk)
     assert digests.result() == alone.result()
-    require_written(chunk, memory)
+    require_written(chunk, places, memory)
 
 
 @pytest.mark.parametrize(

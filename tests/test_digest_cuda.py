@@ -34,7 +34,7 @@ def compare_interpreted() -> None:
     for name, tensor in chunk:
         if name not in by_kernel:  # by torch
             places[name].copy_(tensor.reshape(-1))
-    require_written(chunk, memory)
+    require_written(chunk, places, memory)
     for (name, tensor), (total, found) in zip(chunk, sums.tolist(), strict=True):
         assert total % 2**64 == expected._sums[name], name
         if _lanes(tensor.dtype)[2] is None:  # a byte that is NaN is looked for by torch
@@ -74,7 +74,7 @@ def test_cuda_gives_what_the_cpu_gives_and_the_host_does_not_wait():
     got = digests.result()
     assert [name for name, value in expected.result().items() if got[name] != value] == []
     assert digests.not_finite() == expected.not_finite()
-    require_written(chunk, memory)
+    require_written(chunk, places, memory)
 
 
 @pytest.mark.gpu

@@ -36,10 +36,8 @@ def worker_with(model: nn.Module, vllm_config) -> WeightSyncWorker:
     return worker
 
 
-def replies_of_a_sync(worker: WeightSyncWorker, weights: dict[str, torch.Tensor], version: int = 1) -> list[dict]:
+def replies_up_to_begin(worker: WeightSyncWorker, weights: dict[str, torch.Tensor], version: int = 1) -> list[dict]:
     sync_id = f"sync {version}"
-    digests = ContentDigests()
-    digests.add(weights.items())
     sync = {
         "timeout_s": 60.0,
         "offer": {"transport": "direct", "weights": weights},
@@ -48,9 +46,15 @@ def replies_of_a_sync(worker: WeightSyncWorker, weights: dict[str, torch.Tensor]
         "keep_base": False,
         "base_version": None,
     }
+    return [worker.r3_reserve(sync_id, version, "a test", 60.0), worker.r3_begin(sync_id, sync)]
+
+
+def replies_of_a_sync(worker: WeightSyncWorker, weights: dict[str, torch.Tensor], version: int = 1) -> list[dict]:
+    sync_id = f"sync {version}"
+    digests = ContentDigests()
+    digests.add(weights.items())
     return [
-        worker.r3_reserve(sync_id, version, "a test", 60.0),
-        worker.r3_begin(sync_id, sync),
+        *replies_up_to_begin(worker, weights, version),
         worker.r3_load(sync_id, 0, [(list(weights), {})]),
         worker.r3_seal(sync_id, digests.result()),
         worker.r3_commit(sync_id),
@@ -72,6 +76,42 @@ def test_what_is_queued_on_a_device_is_waited_for_before_anything_but_copies(vll
     # The last wait of each is the end of the sync.
     assert [calls_of_a_sync(worker, version) for version in (1, 2)] == [["receive", "wait", "wait"], second]
     assert_same(state(worker.model_runner.model), state(initial(Toy(process), weights_of(2))))
+
+
+def test_the_last_chunk_of_a_call_waits_for_the_copies_of_the_call_before(vllm_config, monkeypatch):
+    """Or chunks pile up on the GPU; and the sender releases those of the call before once this one is answered."""
+
+    class OneByOne(Direct):
+        def receive(self, where):
+            self.calls.append(where["name"])
+            return [(where["name"], self.offer["weights"][where["name"]])]
+
+    monkeypatch.setitem(RECEIVERS, "direct", OneByOne)
+    weights = weights_of(1)
+    worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
+    assert not any("error" in reply for reply in replies_up_to_begin(worker, weights))
+    state = worker.__dict__["r3_state"]
+    names = list(weights)
+
+    def load(index: int, some: list[str]) -> None:
+        reply = worker.r3_load("sync 1", index, [([name], {"name": name}) for name in some])
+        assert "error" not in reply
+
+    load(0, names[:1])
+
+    class Copies:  # stands for a CUDA event
+        left = 3
+
+        def query(self):
+            self.left -= 1
+            state.receiver.calls.append("copying" if self.left else "copied")
+            return not self.left
+
+    state.receiver.calls.clear()
+    state.sync.loaded = Copies()
+    load(1, names[1:4])
+    calls = [call for call in state.receiver.calls if call != "wait"]
+    assert calls == [*names[1:3], "copying", "copying", "copied", names[3]]
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def in_thread(function: Callable[[], Any]) -> Future:
     Threads are kept for the next call: to start one takes longer than much of what is called.
     """
     future: Future = Future()
+    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, and takes its answer
     try:
         work = _idle.pop()
     except IndexError:

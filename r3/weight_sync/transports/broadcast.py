@@ -63,8 +63,8 @@ class BroadcastTransport(Transport):
             self._group = self.group(self._offer, 0, self._device, self.timeout_s, self._listener)
 
     def publish(self, index: int, chunk: Chunk) -> Where:
-        # What is ready, and what is under way: one more than can be ready, for the workers are free to go on while
-        # they still receive the last one.
+        # What is ready and what is under way, together: one more than can be ready, for the workers answer while they
+        # still receive.
         self._joined().settle_all_but(self.most_ready - len(self._blocks), lambda: False)
         self._blocks[index] = pack(chunk, self._device)
         return {"blocks": [[block.data.numel(), block.layout] for block in self._blocks[index]]}
