@@ -34,9 +34,6 @@ class FaultyWorker(WeightSyncWorker):
     def r3_commit(self, *args: Any) -> Any:
         return self.r3_test_around("commit", super().r3_commit, *args)
 
-    def r3_hold(self, *args: Any) -> Any:
-        return self.r3_test_around("hold", super().r3_hold, *args)
-
     def r3_release(self, *args: Any) -> Any:
         return self.r3_test_around("release", super().r3_release, *args)
 

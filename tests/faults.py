@@ -20,8 +20,8 @@ CPU, GPU = ("files", "gloo"), ("nccl", "ipc")
 """Transports that schedules choose between."""
 
 LOADS = ("load:0", "load:1", "load:3", "load:5")
-WORKER_POINTS = ("reserve", "begin", *LOADS, "seal", "commit", "hold", "release")
-POINTS = ("reserve", "pause", "begin", *LOADS, "seal", "commit", "caches", "hold", "resume", "release")
+WORKER_POINTS = ("reserve", "begin", *LOADS, "seal", "commit", "release")
+POINTS = ("reserve", "pause", "begin", *LOADS, "caches", "seal", "commit", "resume", "release")
 TENSOR = ("flip", "nan", "shape", "dtype", "lost", "doubled", "renamed", "swapped", "zeros")
 FILE = ("flip", "header", "truncated", "removed", "zeros")
 CONTENT = ("missing", "unknown", "twice", "nan", "inf", "larger", "smaller", "gather raises", "gather changes")

@@ -364,7 +364,7 @@ def test_joined_gates_follow_and_stay_where_they_are(vllm_config, planned):
     assert model.runner.join() is joined
     assert torch.equal(joined, torch.cat([model.one.weight, model.two.weight]))
     model.runner.shared_expert_gate.weight = nn.Parameter(torch.zeros(3, 8))
-    join_gates(model)
+    join_gates(model.modules())
     assert model.runner._combined_gate_weight is None
 
 

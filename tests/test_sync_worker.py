@@ -9,6 +9,7 @@ from torch import nn
 
 import r3
 from r3.weight_sync.digest import ContentDigests
+from r3.weight_sync.reload import LayerwiseReload
 from r3.weight_sync.transports import RECEIVERS, Receiver
 from r3.weight_sync.worker import WeightSyncWorker
 
@@ -26,6 +27,9 @@ class Direct(Receiver):
 
     def wait(self):
         self.calls.append("wait")
+
+    def release(self, index):
+        self.calls.append(f"release {index}")
 
 
 def worker_with(model: nn.Module, vllm_config) -> WeightSyncWorker:
@@ -65,21 +69,33 @@ def replies_of_a_sync(worker: WeightSyncWorker, weights: dict[str, torch.Tensor]
 def calls_of_a_sync(worker: WeightSyncWorker, version: int) -> list[str]:
     replies = replies_of_a_sync(worker, weights_of(version), version)
     assert not any("error" in reply for reply in replies), replies
-    return worker.__dict__["r3_state"].receiver.calls
+    return [call for call in worker.__dict__["r3_state"].receiver.calls if not call.startswith("release")]
 
 
-@pytest.mark.parametrize(("process", "second"), [(None, ["receive", "wait"]), (derive, ["receive", "wait", "wait"])])
+@pytest.mark.parametrize(
+    ("process", "second"),
+    [(None, ["receive"]), (derive, ["receive", "wait"])],
+)
 def test_what_is_queued_on_a_device_is_waited_for_before_anything_but_copies(vllm_config, monkeypatch, process, second):
     """Nothing comes of a broadcast whose sender has died: what waits for the device itself would wait for ever."""
     monkeypatch.setitem(RECEIVERS, "direct", Direct)
     worker = worker_with(initial(Toy(process), weights_of(0)), vllm_config)
-    # The last wait of each is the end of the sync.
-    assert [calls_of_a_sync(worker, version) for version in (1, 2)] == [["receive", "wait", "wait"], second]
+    finish = LayerwiseReload.finish
+
+    def noted(reload):
+        worker.__dict__["r3_state"].receiver.calls.append("finish")
+        finish(reload)
+
+    monkeypatch.setattr(LayerwiseReload, "finish", noted)
+    end = ["wait", "finish", "wait"]
+    found = [calls_of_a_sync(worker, version) for version in (1, 2)]
+    assert found == [["receive", "wait", *end], second + end]
     assert_same(state(worker.model_runner.model), state(initial(Toy(process), weights_of(2))))
 
 
-def test_the_last_chunk_of_a_call_waits_for_the_copies_of_the_call_before(vllm_config, monkeypatch):
-    """Or chunks pile up on the GPU; and the sender releases those of the call before once this one is answered."""
+@pytest.mark.parametrize("takes_memory", [True, False])
+def test_a_call_waits_for_the_copies_of_the_call_before(vllm_config, monkeypatch, takes_memory):
+    """Or the sender would release chunks that are still read; where they take memory here, before the last chunk."""
 
     class OneByOne(Direct):
         def receive(self, where):
@@ -87,6 +103,7 @@ def test_the_last_chunk_of_a_call_waits_for_the_copies_of_the_call_before(vllm_c
             return [(where["name"], self.offer["weights"][where["name"]])]
 
     monkeypatch.setitem(RECEIVERS, "direct", OneByOne)
+    monkeypatch.setattr(OneByOne, "takes_memory", takes_memory)
     weights = weights_of(1)
     worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
     assert not any("error" in reply for reply in replies_up_to_begin(worker, weights))
@@ -111,7 +128,9 @@ def test_the_last_chunk_of_a_call_waits_for_the_copies_of_the_call_before(vllm_c
     state.sync.loaded = Copies()
     load(1, names[1:4])
     calls = [call for call in state.receiver.calls if call != "wait"]
-    assert calls == [*names[1:3], "copying", "copying", "copied", names[3]]
+    waits = ["copying", "copying", "copied"]
+    loads = [*names[1:3], *waits, names[3]] if takes_memory else [*names[1:4], *waits]
+    assert calls == [*loads, "release 1"]
 
 
 @pytest.mark.parametrize(
@@ -136,9 +155,9 @@ def test_a_model_that_passes_over_fused_experts_is_told_how_to_send_them(vllm_co
                 pass
 
     worker = worker_with(initial(Old(), {}), vllm_config)
-    seal = replies_of_a_sync(worker, {name: torch.ones(2, 8, 8)})[3]
-    assert "experts (Fused): 0 of 72 elements" in seal["error"]
-    assert ("weight_sync.fused_experts=false" in seal["error"]) == remedy
+    load = replies_of_a_sync(worker, {name: torch.ones(2, 8, 8)})[2]
+    assert "experts (Fused): 0 of 72 elements" in load["error"]
+    assert ("weight_sync.fused_experts=false" in load["error"]) == remedy
 
 
 def test_no_batch_runs_on_weights_that_are_half_loaded_or_cannot_be_trusted(vllm_config, monkeypatch):

@@ -1,6 +1,5 @@
 """Calls to several engines at a time, and what their workers answer."""
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
@@ -50,12 +49,8 @@ class Calls:
 
 def first_failure_of(*calls: Calls) -> None:
     """Wait for all. Raises as soon as one has failed: the others may be waiting for it."""
-    while not all(call.done() for call in calls):
-        for call in calls:
-            if call.failed():
-                call.result()
-        time.sleep(1e-3)
-    for call in calls:
+    futures.wait([future for call in calls for future in call._futures], return_when="FIRST_EXCEPTION")
+    for call in sorted(calls, key=Calls.failed, reverse=True):
         call.result()
 
 

@@ -55,10 +55,14 @@ def combine(digests: dict[str, int]) -> int:
 class ContentDigests:
     """Digests of many named tensors, and which of them are not finite, found in one pass over their bytes.
 
-    Tensors on the CPU are read when they are added. On CUDA the reading is queued on the current stream: one kernel a
-    chunk, no wait on the host. A tensor's memory may be written to again in that stream's order. A tensor that is not
-    contiguous is copied first, and one of a dtype whose only NaN is a single byte pattern (the `fnuz` ones and
-    float8_e8m0fnu) is read once more by torch.
+    Tensors on the CPU are read when they are added. On CUDA the reading is queued: one kernel a chunk, no wait on the
+    host. A tensor that is not contiguous is copied first, and one of a dtype whose only NaN is a single byte pattern
+    (the `fnuz` ones and float8_e8m0fnu) is read once more by torch.
+
+    Args:
+        beside: on CUDA, read on a stream of its own, after what is queued on the current one: what is queued there
+            later does not wait for the digests. Tensors may be freed, and must not be written to before `result`.
+            Otherwise the current stream reads, and a tensor may be written to again in its order.
 
     Example:
         >>> digests = ContentDigests()
@@ -67,7 +71,8 @@ class ContentDigests:
         (True, ['b'])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, beside: bool = False) -> None:
+        self._beside = beside
         self._bytes: dict[str, int] = {}  # in the order of adding
         self._total_bytes = 0
         self._sums: dict[str, int] = {}
@@ -101,7 +106,7 @@ class ContentDigests:
                 self._read(part, targets)
                 continue
             if device not in self._queued:
-                self._queued[device] = ([], _cuda().Queue(device))
+                self._queued[device] = ([], _cuda().Queue(device, beside=self._beside))
             names, queue = self._queued[device]
             queue.add([(tensor.contiguous(), *_lanes(tensor.dtype), targets.get(name)) for name, tensor in part])
             names += [name for name, _ in part]
@@ -117,6 +122,9 @@ class ContentDigests:
                 self._not_finite.add(name)
             if name in targets:
                 targets[name].detach().view(tensor.shape).copy_(tensor)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._bytes
 
     def result(self) -> dict[str, int]:
         """Digest of each tensor by name, in the order of adding. Waits for what is queued, once a device."""

@@ -31,16 +31,26 @@ Read = tuple[Tensor, int, int, int | None, Tensor | None]
 
 
 class Queue:
-    """Passes that are queued on a device, of which the host waits for none, and their sums."""
+    """Passes that are queued on a device, of which the host waits for none, and their sums.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: of the tensors.
+        beside: queue them on a stream of their own, which comes after what is queued on the current one by then.
+    """
+
+    def __init__(self, device: torch.device, *, beside: bool) -> None:
         self._device = device
+        self._beside = torch.cuda.Stream(device) if beside else None
         self._parts: list[_Part] = []
         self._streams: dict[int, torch.cuda.Stream] = {}
 
     def add(self, reads: list[Read]) -> None:
-        """Queue the pass over some tensors on the device's current stream: one kernel."""
-        with torch.cuda.device(self._device):
+        """Queue the pass over some tensors: one kernel."""
+        if self._beside is not None:
+            self._beside.wait_stream(torch.cuda.current_stream(self._device))
+            for tensor, *_ in reads:
+                tensor.record_stream(self._beside)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._beside):
             if not self._parts or len(self._parts[-1].sums) - self._parts[-1].used < len(reads):
                 self._parts.append(_Part(max(len(reads), PART_TENSORS), self._device))
             host, table, sums = self._parts[-1].take(len(reads))

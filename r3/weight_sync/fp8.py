@@ -4,7 +4,7 @@ sync.push(quantised(named_weights(model), engine_config), version=1)
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from r3.errors import SyncError, summary
 from r3.weight_sync.fp8_block import FP8, block_quantise
 from r3.weight_sync.fp8_rules import SCALE, Fp8Scheme, fp8_scheme
+from r3.weight_sync.plan_record import own_tensors
 from r3.weight_sync.source_tensor import Together, Weight, WeightSource, as_source, gathered
 
 __all__ = ["Fp8Scheme", "block_quantise", "check_finite_engine", "fp8_scheme", "quantised"]
@@ -94,15 +95,20 @@ def check_finite_engine(model: nn.Module) -> list[str]:
     """What is wrong with the FP8 weights and scales of vLLM's `model`, by name; empty if nothing is.
 
     An expert's scale that was not sent is left as the memory happened to be: NaN, or zero. Looks at FP8 tensors and at
-    whatever has "scale" in its name, parameters and buffers. On a GPU everything is queued, and waited for once.
+    whatever has "scale" in its name, parameters and buffers.
     """
+    return queue_finite_check(dict(model.named_modules()))()
+
+
+def queue_finite_check(layers: Mapping[str, nn.Module]) -> Callable[[], list[str]]:
+    """`check_finite_engine` of the model with these modules: queued on a GPU, which the answer waits for, once."""
     found: dict[torch.device, tuple[list[str], list[Tensor]]] = {}
-    for names, is_scale, rows in _to_check(model):
+    for names, is_scale, rows in _to_check(layers):
         for problem, bad in _problems(rows, is_scale):
             texts, flags = found.setdefault(rows.device, ([], []))
             texts += [f"{name}: {problem}" for name in names]
             flags.append(bad)
-    return sorted(
+    return lambda: sorted(
         text
         for texts, flags in found.values()
         for text, bad in zip(texts, torch.cat(flags).tolist(), strict=True)
@@ -110,14 +116,15 @@ def check_finite_engine(model: nn.Module) -> list[str]:
     )
 
 
-def _to_check(model: nn.Module) -> Iterator[tuple[list[str], bool, Tensor]]:
+def _to_check(layers: Mapping[str, nn.Module]) -> Iterator[tuple[list[str], bool, Tensor]]:
     """(names, whether they are scales, `[names, elements]`): single numbers together, others each by itself."""
     numbers: dict[tuple[torch.device, torch.dtype, bool], dict[str, Tensor]] = {}
-    for group in (model.named_parameters(), model.named_buffers()):
-        for name, tensor in group:
-            is_scale = "scale" in name.rpartition(".")[2]
+    for layer, module in layers.items():
+        for own, tensor in own_tensors(module).items():
+            is_scale = "scale" in own
             if not tensor.numel() or tensor.device.type == "meta" or not (is_scale or tensor.dtype in _NAN_BITS):
                 continue
+            name = f"{layer}.{own}" if layer else own
             if tensor.numel() == 1:
                 numbers.setdefault((tensor.device, tensor.dtype, is_scale), {})[name] = tensor.reshape(1)
             else:

@@ -4,9 +4,10 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from r3.errors import SyncError, summary
-from r3.weight_sync.source_tensor import Weight, WeightSource, gathered
+from r3.weight_sync.source_tensor import Weight, WeightSource, gathered, is_live
 from r3.weight_sync.transports import Chunk
 
 _CASTABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -40,6 +41,14 @@ class Outgoing:
         if twice:
             raise SyncError(f"named_tensors: {len(twice)} names occur twice:{summary(twice)}")
         return {name: [list(weight.shape), str(self._sent_dtype(weight))] for name, weight in self._named}
+
+    def as_they_lie(self) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that are sent from where they lie on a GPU: neither gathered nor cast, and there from the start."""
+        for name, weight in self._named:
+            if is_live(weight) and weight.dtype == self._sent_dtype(weight):
+                tensor = gathered(weight)
+                if tensor.is_cuda and tensor.is_contiguous():
+                    yield name, tensor
 
     def chunks(self) -> Iterator[Chunk]:
         """Whole tensors, gathered and cast.

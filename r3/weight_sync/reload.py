@@ -38,10 +38,15 @@ class LayerwiseReload:
         vllm_config: the worker's configuration; set as current around every call, as vLLM's loaders expect.
         plan: what an earlier bracket on this model `learned`. Without one, or with one of other tensors, this bracket
             goes through vLLM's loaders and learns.
+
+    Attributes:
+        layers: the model's modules, by name.
+        learned: the plan of a bracket that went well; before, `plan`.
     """
 
     def __init__(self, model: Any, vllm_config: Any, plan: LoadPlan | None = None) -> None:
         self._model = model
+        self.layers: dict[str, nn.Module] = dict(model.named_modules())
         self._config = vllm_config
         self._plan = plan
         self._planned: Planned | None = None
@@ -71,7 +76,7 @@ class LayerwiseReload:
 
         self.abandon()
         if manifest is not None and self._plan is not None and self._plan.covers(manifest):
-            live = {name: own_tensors(layer) for name, layer in self._model.named_modules()}
+            live = {name: own_tensors(self.layers[name]) for name in self._plan.layers if name in self.layers}
             self._planned = Planned(plan=self._plan, targets=live)
             if not self._planned.mismatches():
                 return
@@ -130,8 +135,8 @@ class LayerwiseReload:
         complete, found = set(), []
         plans = self._planned.plan.layers if self._planned else {}
         # Where the plan covers everything, a layer that is not in it gets nothing in any sync.
-        everywhere = dict(self._model.named_modules())
-        for name, layer in everywhere.items() if self._opened else ((name, everywhere[name]) for name in plans):
+        for name in self.layers if self._opened else plans:
+            layer = self.layers[name]
             info = get_layerwise_info(layer)
             got = info.load_numel if info.can_load() else 0
             if name in plans:
@@ -177,7 +182,7 @@ class LayerwiseReload:
             with self._context():
                 self._derive()
         with torch.no_grad():
-            join_gates(self._model)
+            join_gates(self.layers.values())
         self._planned, self._learner, self._opened = None, None, False
 
     def _close(self) -> None:
@@ -187,7 +192,7 @@ class LayerwiseReload:
 
         learning = self._learner is not None and not self.missing()
         if self._planned is not None:
-            layers = {name: self._model.get_submodule(name) for name in self._planned.plan.layers}
+            layers = {name: self.layers[name] for name in self._planned.plan.layers}
             mixed = [name for name, layer in layers.items() if get_layerwise_info(layer).load_numel > 0]
             if mixed:
                 raise SyncError(
@@ -204,15 +209,15 @@ class LayerwiseReload:
 
     def _derive(self) -> None:
         """What vLLM makes of weights when it closes a bracket in which it has loaded none."""
-        for layer in self._model.modules():
+        for layer in self.layers.values():
             if is_deferred(layer):
-                layer.process_weights_after_loading(self._config.model_config.dtype)
+                layer.process_weights_after_loading(self._config.model_config.dtype)  # pyrefly: ignore
 
     def abandon(self) -> None:
         """Give up: the engine's tensors are back in their places (with new, old or mixed weights); begin may follow."""
         from vllm.model_executor.model_loader.reload.layerwise import LOADING_LAYERS
 
-        for layer in self._model.modules():
+        for layer in self.layers.values():
             _put_back(layer)
         LOADING_LAYERS.clear()
         if hasattr(self._model, "_original_do_torchao_reload"):
@@ -224,7 +229,7 @@ class LayerwiseReload:
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         found = {}
-        for name, layer in self._model.named_modules():
+        for name, layer in self.layers.items():
             parameters, buffers = get_layerwise_info(layer).kernel_tensors or ({}, {})
             if parameters or buffers:
                 found[name] = parameters | buffers
@@ -271,12 +276,12 @@ def _loadable_numel(layer: nn.Module, name: str, param: Tensor) -> int:
     return numel // rows * indices.num_org_elements
 
 
-def join_gates(model: nn.Module) -> None:
+def join_gates(layers: Iterable[nn.Module]) -> None:
     """Make anew, in place, what vLLM's `MoERunner` joins once of the router's and the shared expert's gate.
 
     In place: CUDA graphs hold its address. Where it cannot be, it is dropped, and the next forward joins it.
     """
-    for runner in model.modules():
+    for runner in layers:
         joined = getattr(runner, "_combined_gate_weight", None)
         if joined is None:
             continue

@@ -8,9 +8,11 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from r3.errors import SyncError, summary
 from r3.weight_sync.calls import Calls, add_note, checked, first_failure_of, who
@@ -24,6 +26,7 @@ from r3.weight_sync.source_tensor import Weight
 from r3.weight_sync.transports import Announced, Chunk, Transport, transport_of
 
 _ABORT_S = 15.0
+_AHEAD = 32  # tensors: half a millisecond of the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +43,11 @@ class SyncReceipt:
         complete: whether all tensors were sent whole.
         seconds: from begin to the last acknowledgement, caches reset and engines resumed.
         stages_s: the trainer's time by stage: pause, begin, gather (making the tensors, delta included), publish,
-            transfer, digest, wait (for workers that still load the chunk before), seal, commit, resume.
+            transfer, digest, wait (for workers that still load the chunk before), seal, commit, resume. What lies on a
+            GPU is read in pause and begin.
         worker_stages_s: the slowest worker's, each stage by itself: receive, digest (and what is written with it), load
-            (the rest), wait (for its device), settle (for all that was queued, digests compared), finish (vLLM's
-            processing).
+            (the rest), wait (for its device), finish (vLLM's processing), settle (for all that was queued, digests
+            compared).
     """
 
     version: int
@@ -165,25 +169,29 @@ class WeightSync:
         sync_id = uuid.uuid4().hex[:12]
         sent = _Sent()
         try:
+            # First of all: no two senders may pause and resume an engine at a time.
+            reserving = self._start("r3_reserve", sync_id, version, self._sender, self._timeout_s)
+            lying = outgoing.as_they_lie()
             with clock.stage("pause"):
-                # First of all: no two senders may pause and resume an engine at a time.
-                status = self._call("r3_reserve", sync_id, version, self._sender, self._timeout_s)
+                sent.add_while([reserving], lying)
+                status = reserving.result()
                 self._pause(sent)
             with clock.stage("begin"):
-                complete = self._begin(sync_id, status, manifest)
-            self._send(sync_id, outgoing.chunks(), sent, clock)
+                complete, beginning = self._begin(sync_id, status, manifest)
+                sent.add_while(beginning, lying)
+            self._send(sync_id, beginning, outgoing.chunks(), sent, clock)
             with clock.stage("seal"):
                 total = self._seal(sync_id, sent)
                 agree()
             with clock.stage("commit"):
+                until = time.monotonic() + self._timeout_s / 2  # well within the lease, which the commit begins anew
                 answers = self._call("r3_commit", sync_id)
                 _require_equal(answers, version, total)
                 if self._base is not None:
                     self._base.version = version
             with clock.stage("resume"):
-                self._each(lambda engine: engine.reset_caches(self._timeout_s))
                 self._each(lambda engine: engine.label(version, self._timeout_s))
-                self._resume(sync_id)
+                self._resume(until)
                 self._call("r3_release", sync_id)
         except BaseException as error:
             self._abort(sync_id, sent, error)
@@ -204,8 +212,8 @@ class WeightSync:
             worker_stages_s=sent.worker_stages_s,
         )
 
-    def _begin(self, sync_id: str, status: list[Reply], manifest: dict[str, list]) -> bool:
-        """Open the sync on all workers. Says whether it is complete."""
+    def _begin(self, sync_id: str, status: list[Reply], manifest: dict[str, list]) -> tuple[bool, list[Calls]]:
+        """Open the sync on all workers. Answers whether it is complete, and what is to be waited for."""
         base_version = None if self._base is None else self._base.version
         # One worker without the base, restarted perhaps, and all get everything.
         if any(reply["base_version"] != base_version or reply["cause"] for reply in status):
@@ -223,31 +231,48 @@ class WeightSync:
         }
         call = self._start("r3_begin", sync_id, sync)
         join = Calls([lambda: self._transport.join(call.failed)])
-        first_failure_of(join, call)
-        return base_version is None
+        return base_version is None, [join, call]
 
-    def _send(self, sync_id: str, chunks: Iterator[Chunk], sent: "_Sent", clock: Clock) -> None:
+    def _send(self, sync_id: str, beginning: list[Calls], chunks: Iterator[Chunk], sent: "_Sent", clock: Clock) -> None:
         """All chunks: while the workers load some, the next are made ready, and go with one call once they are free."""
         ready: list[tuple[Chunk, Announced]] = []
         loading: Calls | None = None
-        while True:
-            with clock.stage("gather"):
-                chunk = next(chunks, None)
-                if chunk is None:
-                    break
-                sent.digests.require_readable(chunk)
-                names = [name for name, _ in chunk]
-                wire = chunk if self._base is None else self._base.encode(chunk)
-                sent.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
-            with clock.stage("publish"):
-                where = self._transport.publish(sent.chunks + len(ready), wire)
-                ready.append((chunk, (names, where)))
+        try:
+            more = self._make_ready(chunks, ready, sent, clock)
+        finally:
+            with clock.stage("begin"):
+                first_failure_of(*beginning)
+        # The workers run no batch from here to the commit: what is emptied now stays empty.
+        emptying = Calls([partial(engine.reset_caches, self._timeout_s) for engine in self._engines])
+        while more:
             if len(ready) == self._transport.most_ready or loading is None or loading.done():
                 self._wait_for(loading, sent, clock)
                 ready, loading = [], self._hand_over(sync_id, ready, sent, clock)
-        self._wait_for(loading, sent, clock)
+            more = self._make_ready(chunks, ready, sent, clock)
         if ready:
-            self._wait_for(self._hand_over(sync_id, ready, sent, clock), sent, clock)
+            self._wait_for(loading, sent, clock)
+            loading = self._hand_over(sync_id, ready, sent, clock)
+        with clock.stage("digest"):
+            # The last chunks are still under way.
+            sent.named = sent.digests.result()
+        self._wait_for(loading, sent, clock)
+        emptying.result()
+
+    def _make_ready(
+        self, chunks: Iterator[Chunk], ready: list[tuple[Chunk, Announced]], sent: "_Sent", clock: Clock
+    ) -> bool:
+        """Gather and publish the next chunk, if there is one."""
+        with clock.stage("gather"):
+            chunk = next(chunks, None)
+            if chunk is None:
+                return False
+            sent.digests.require_readable(sent.unread(chunk))
+            wire = chunk if self._base is None else self._base.encode(chunk)
+            sent.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
+        with clock.stage("publish"):
+            where = self._transport.publish(sent.chunks + len(ready), wire)
+            ready.append((chunk, ([name for name, _ in chunk], where)))
+        return True
 
     def _wait_for(self, loading: Calls | None, sent: "_Sent", clock: Clock) -> None:
         if loading is None:
@@ -266,7 +291,7 @@ class WeightSync:
                 self._transfer(index, names, loading)
         with clock.stage("digest"):
             # Not before: on a GPU a broadcast comes after what is queued, on the CPU the workers load meanwhile.
-            sent.add([item for chunk, _ in ready for item in chunk])
+            sent.add(sent.unread([item for chunk, _ in ready for item in chunk]))
         return loading
 
     def _transfer(self, index: int, names: list[str], loading: Calls) -> None:
@@ -282,18 +307,17 @@ class WeightSync:
             ) from error
 
     def _seal(self, sync_id: str, sent: "_Sent") -> int:
-        # The last chunks may still be under way.
-        named = sent.digests.result()
         broken = sent.digests.not_finite()
         if broken:
             raise SyncError(f"{len(broken)} tensors hold NaN or infinity:{summary(broken)}")
         self._transport.settle(lambda: False)
-        answers = self._call("r3_seal", sync_id, named)
+        sealing = self._start("r3_seal", sync_id, sent.named)
+        total = combine(sent.named)
+        answers = sealing.result()
         self._transport.release(sent.chunks)
         for answer in answers:
             for stage, seconds in answer.get("stages_s", {}).items():
                 sent.worker_stages_s[stage] = max(seconds, sent.worker_stages_s.get(stage, 0.0))
-        total = combine(named)
         wrong = [f"{who(a)}: {a.get('digest')}" for a in answers if a.get("digest") != total]
         if wrong:
             raise SyncError(f"expected digest {total} on every worker, got:{summary(wrong)}")
@@ -320,10 +344,8 @@ class WeightSync:
         for engine in self._engines:
             engine.refuse(f"its weights cannot be trusted since a sync failed ({cause}); a complete sync heals it")
 
-    def _resume(self, sync_id: str) -> None:
+    def _resume(self, until: float) -> None:
         """Let the engines serve, if this sync still has their workers: a sender that was late may have lost them."""
-        until = time.monotonic() + self._timeout_s / 2  # well within the lease, which begins anew
-        self._call("r3_hold", sync_id)
 
         def resume(engine: Engine) -> None:
             if time.monotonic() > until:
@@ -363,7 +385,8 @@ class WeightSync:
 
 @dataclass
 class _Sent:
-    digests: ContentDigests = field(default_factory=ContentDigests)
+    digests: ContentDigests = field(default_factory=lambda: ContentDigests(beside=True))
+    named: dict[str, int] = field(default_factory=dict)  # digests of all
     chunks: int = 0
     loading: int = 0  # number of the last call's first chunk
     bytes: int = 0
@@ -374,6 +397,16 @@ class _Sent:
     def add(self, tensors: Chunk) -> None:
         self.digests.add(tensors)
         self.bytes += sum(tensor.nbytes for _, tensor in tensors)
+
+    def add_while(self, calls: list[Calls], lying: Iterator[tuple[str, Tensor]]) -> None:
+        """Take digests of what lies on a GPU, which reads it while the host waits for `calls`."""
+        while not all(call.done() for call in calls) and (some := list(islice(lying, _AHEAD))):
+            self.add(some)
+            time.sleep(0)  # the calls' threads have a turn
+
+    def unread(self, tensors: Chunk) -> Chunk:
+        """Those whose digest is not taken yet."""
+        return [(name, tensor) for name, tensor in tensors if name not in self.digests]
 
 
 def _require_equal(answers: list[Reply], version: int, digest: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from r3.errors import SyncError, summary
 from r3.weight_sync.source_merge import is_tuner, live_choice, merged, tuned_module
-from r3.weight_sync.source_tensor import Together, WeightSource, gathered
+from r3.weight_sync.source_tensor import Together, WeightSource, gathered, is_sharded
 
 # Modules that hold one other module and stand in its place: torch.compile, activation checkpointing.
 _TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -164,7 +164,14 @@ def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_F
 
 
 def _source(name: str, tensor: Tensor, make: Callable[[], Tensor], keep_dtype: bool) -> WeightSource:
-    return WeightSource(name=name, shape=tensor.shape, dtype=tensor.dtype, make=make, keep_dtype=keep_dtype)
+    return WeightSource(
+        name=name,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        make=make,
+        keep_dtype=keep_dtype,
+        live=tensor.is_contiguous() and not is_sharded(tensor),
+    )
 
 
 def _reader(module: nn.Module, own: str, shard: Any) -> Callable[[], Tensor]:

@@ -120,7 +120,7 @@ def _views(source: WeightSource, names: list[str], made: dict[str, _Traced]) -> 
         whole = source.make().contiguous()
         return [whole.as_strided(shape, stride, whole.storage_offset() + offset) for shape, stride, offset in cuts]
 
-    return _taken(Together(make), names, made, source.keep_dtype)
+    return _taken(Together(make), names, made, source.keep_dtype, live=source.live)
 
 
 def _converted(skeleton: Any, sources: list[WeightSource], names: list[str], made: dict[str, _Traced]) -> Named:
@@ -132,10 +132,10 @@ def _converted(skeleton: Any, sources: list[WeightSource], names: list[str], mad
             raise SyncError(f"transformers' conversion of {len(sources)} weights depends on others:{summary(problems)}")
         return [whole[name] for name in names]
 
-    return _taken(Together(make), names, made, all(source.keep_dtype for source in sources))
+    return _taken(Together(make), names, made, all(source.keep_dtype for source in sources), live=False)
 
 
-def _taken(together: Together, names: list[str], made: dict[str, _Traced], keep_dtype: bool) -> Named:
+def _taken(together: Together, names: list[str], made: dict[str, _Traced], keep_dtype: bool, *, live: bool) -> Named:
     return [
         (
             name,
@@ -146,6 +146,7 @@ def _taken(together: Together, names: list[str], made: dict[str, _Traced], keep_
                 # Without a copy where the cut lies in one piece, as experts do.
                 make=lambda index=index: together.take(index).contiguous(),
                 keep_dtype=keep_dtype,
+                live=live and made[name].is_contiguous(),
             ),
         )
         for index, name in enumerate(names)

@@ -19,6 +19,7 @@ class WeightSource:
         make: returns the tensor, which may be a view of the live weight: read it, do not write to it. Where the
             weight is sharded, every rank of its mesh must call it, in the same order.
         keep_dtype: whether a sync leaves the dtype as it is, even when it casts the other weights to the engine's.
+        live: whether `make` gives the weight itself, or a view of it, and makes nothing.
         parts: of a weight that is sent in one, though the checkpoint has it in parts of one shape: their names, in the
             order in which they lie in it.
     """
@@ -28,10 +29,21 @@ class WeightSource:
     dtype: torch.dtype
     make: Callable[[], Tensor]
     keep_dtype: bool = False
+    live: bool = False
     parts: tuple[str, ...] = ()
 
 
 Weight = Tensor | WeightSource
+
+
+def is_live(weight: Weight) -> bool:
+    """Whether `gathered(weight)` is the weight itself, and makes nothing."""
+    return weight.live if isinstance(weight, WeightSource) else not is_sharded(weight)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    return hasattr(tensor, "full_tensor")
 
 
 def gathered(weight: Weight) -> Tensor:
@@ -50,7 +62,7 @@ def gathered(weight: Weight) -> Tensor:
             )
         return whole
     whole = weight.detach()
-    if not hasattr(whole, "full_tensor"):
+    if not is_sharded(whole):
         return whole
     on = whole.device_mesh.device_type  # pyrefly: ignore
     # Shards that FSDP keeps in main memory are gathered by the backend of the mesh's device.
@@ -61,7 +73,9 @@ def as_source(name: str, weight: Weight) -> WeightSource:
     """`weight` as a `WeightSource`."""
     if isinstance(weight, WeightSource):
         return weight
-    return WeightSource(name=name, shape=weight.shape, dtype=weight.dtype, make=lambda: gathered(weight))
+    return WeightSource(
+        name=name, shape=weight.shape, dtype=weight.dtype, make=lambda: gathered(weight), live=is_live(weight)
+    )
 
 
 class Together:

@@ -19,7 +19,7 @@ import torch
 from r3.weight_sync.batch_guard import BatchGuard
 from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import combine
-from r3.weight_sync.fp8 import check_finite_engine
+from r3.weight_sync.fp8 import queue_finite_check
 from r3.weight_sync.reload import LayerwiseReload
 from r3.weight_sync.transports import RECEIVERS, Announced, Chunk, Receiver, Where
 from r3.weight_sync.transports.base import wait_until
@@ -84,7 +84,7 @@ class WeightSyncWorker:
         return self._r3_reply(lambda state: self._r3_open(state, self._r3_of(state, sync_id, "reserved"), sync))
 
     def r3_load(self, sync_id: str, index: int, chunks: list[Announced]) -> Reply:
-        """Receive `chunks`, of which the first is number `index` of the sync, and load them.
+        """Receive `chunks`, of which the first is number `index` of the sync, load them, and finish after the last one.
 
         On a GPU that is queued by the time of the answer, which says that no chunk before `index` is needed any more.
         """
@@ -95,10 +95,13 @@ class WeightSyncWorker:
                 raise RuntimeError(f"expected chunk {sync.chunks}, got {index}: one was lost, doubled or reordered")
             assert state.receiver is not None
             for number, (names, where) in enumerate(chunks, 1):
-                if number == len(chunks):
-                    with sync.clock.stage("wait"):
-                        self._r3_wait_for_the_call_before(sync)
+                if number == len(chunks) and state.receiver.takes_memory:
+                    self._r3_wait_for_the_call_before(sync)
                 self._r3_load_one(sync, state.receiver, names, where)
+            if len(sync.received) == len(sync.manifest):
+                self._r3_finish(sync, state.receiver)
+            self._r3_wait_for_the_call_before(sync)
+            state.receiver.release(index)
             if self.model_runner.device.type == "cuda":
                 sync.loaded = torch.cuda.current_stream(self.model_runner.device).record_event()
             return {}
@@ -106,33 +109,27 @@ class WeightSyncWorker:
         return self._r3_reply(load)
 
     def r3_seal(self, sync_id: str, digests: dict[str, int]) -> Reply:
-        """Check that everything has come as it was sent, and let vLLM finish its layers. Answers the digest of all."""
+        """Check that everything has come as it was sent. Answers the digest of all."""
 
         def seal(state: WorkerState) -> Reply:
             sync = self._r3_of(state, sync_id, "open")
             assert state.receiver is not None
-            assert sync.reload is not None
+            unsent = sorted(sync.manifest.keys() - sync.received)
+            if unsent:
+                raise RuntimeError(f"{len(unsent)} tensors of the manifest have not come: {unsent[:16]}")
+            sealed = combine(digests)
             with sync.clock.stage("settle"):
-                state.receiver.settle()
                 _check_content(sync, digests)
-            missing = sync.reload.missing()
-            if missing:
-                raise RuntimeError(
-                    f"{len(missing)} layers of the engine have not got all their weights: {'; '.join(missing[:16])}"
-                    f"{_remedy(missing, sync.manifest)}"
-                )
-            with sync.clock.stage("finish"):
-                sync.reload.finish()
-            wrong = check_finite_engine(self.model_runner.model)
-            if wrong:
-                raise RuntimeError(
-                    f"{len(wrong)} tensors of the engine were left uninitialised: {'; '.join(wrong[:16])}"
-                )
-            if state.cause:
-                _zero(self.model_runner.kv_caches)
-            if self.model_runner.device.type == "cuda":
-                torch.cuda.synchronize(self.model_runner.device)
-            sync.sealed, sync.stage = combine(digests), "sealed"
+                if wrong := sync.uninitialised():
+                    raise RuntimeError(
+                        f"{len(wrong)} tensors of the engine were left uninitialised: {'; '.join(wrong[:16])}"
+                    )
+                if state.cause:
+                    _zero(self.model_runner.kv_caches)
+                if self.model_runner.device.type == "cuda":
+                    torch.cuda.synchronize(self.model_runner.device)
+                state.receiver.settle()
+            sync.sealed, sync.stage = sealed, "sealed"
             return {"digest": sync.sealed, "stages_s": sync.clock.stages_s}
 
         return self._r3_reply(seal)
@@ -150,10 +147,6 @@ class WeightSyncWorker:
             return {"digest": sync.sealed}
 
         return self._r3_reply(commit)
-
-    def r3_hold(self, sync_id: str) -> Reply:
-        """Whether the committed sync still has this worker; its lease begins anew."""
-        return self._r3_reply(lambda state: {"digest": self._r3_of(state, sync_id, "committed").sealed})
 
     def r3_release(self, sync_id: str) -> Reply:
         """The end of a sync: another may reserve this worker."""
@@ -230,6 +223,21 @@ class WeightSyncWorker:
         sync.received.update(names)
         sync.chunks += 1
 
+    def _r3_finish(self, sync: ReceivedSync, receiver: Receiver) -> None:
+        """Everything has come: let vLLM finish its layers. A GPU may still copy, and is not waited for."""
+        assert sync.reload is not None
+        with sync.clock.stage("finish"):
+            # What follows may wait for the device, and would without end where the other side has died.
+            receiver.wait()
+            missing = sync.reload.missing()
+            if missing:
+                raise RuntimeError(
+                    f"{len(missing)} layers of the engine have not got all their weights: {'; '.join(missing[:16])}"
+                    f"{_remedy(missing, sync.manifest)}"
+                )
+            sync.reload.finish()
+            sync.uninitialised = queue_finite_check(sync.reload.layers)
+
     def _r3_of(self, state: WorkerState, sync_id: str, expected: str) -> ReceivedSync:
         if state.sync is None or state.sync.id != sync_id or state.name != expected:
             raise _RefusedError(
@@ -242,7 +250,9 @@ class WeightSyncWorker:
     def _r3_wait_for_the_call_before(self, sync: ReceivedSync) -> None:
         """On a GPU copies are queued: this bounds how many chunks hold memory, and is what `r3_load` promises."""
         if sync.loaded is not None:
-            wait_until(sync.loaded.query, lambda: False, sync.lease_s, "the copies of the call before")
+            with sync.clock.stage("wait"):
+                wait_until(sync.loaded.query, lambda: False, sync.lease_s, "the copies of the call before")
+                sync.loaded = None
 
     def _r3_give_up(self, state: WorkerState, cause: str) -> None:
         sync, state.sync = state.sync, None
@@ -320,10 +330,7 @@ def _check(chunk: Chunk, names: list[str], sync: ReceivedSync) -> None:
 
 
 def _check_content(sync: ReceivedSync, digests: dict[str, int]) -> None:
-    """Everything that was announced has come, with the content that was sent, and finite."""
-    unsent = sorted(sync.manifest.keys() - sync.received)
-    if unsent:
-        raise RuntimeError(f"{len(unsent)} tensors of the manifest have not come: {unsent[:16]}")
+    """Everything has come with the content that was sent, and finite."""
     found = sync.digests.result()
     wrong = [f"{n}: expected digest {digests.get(n)}, got {d}" for n, d in found.items() if digests.get(n) != d]
     wrong += [f"{name}: holds NaN or infinity" for name in sync.digests.not_finite()]

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ class ReceivedSync:
     received: set[str] = field(default_factory=set)
     chunks: int = 0
     touched: bool = False
+    uninitialised: Callable[[], list[str]] = list  # what the finished layers have got no values for
     sealed: int | None = None
     loaded: Any = None  # CUDA event after the copies of the last call
     until: float = 0.0

@@ -7,10 +7,11 @@ nothing but plain dictionaries, which travel with the calls of the sync (so: str
     offer = transport.offer(...)
     call begin(offer)               ->        receiver = RECEIVERS[offer["transport"]](offer, rank, device, timeout_s)
     transport.join(stop)            <->       (joins meanwhile)
-    where = transport.publish(i, chunk)       (of as many chunks as are ready)
+    where = transport.publish(i, chunk)       (of as many chunks as are ready; of the first while the workers join)
     call load(i, [where, ...])      ->        chunk = receiver.receive(where), one after the other
     transport.transfer(i, stop)     <->       (receives meanwhile)
     transport.release(i)            <-        answer to a call with chunk i at its start, or to the seal
+                                              (before which: receiver.release(i))
     transport.settle(stop)          <->       receiver.settle()
 
 `join`, `transfer` and `settle` deadlock if one side comes and the other never does: they end at `timeout_s`, or as soon
@@ -95,9 +96,12 @@ class Receiver(ABC):
         timeout_s: longest wait for the other side.
 
     Attributes:
+        takes_memory: whether what is received takes memory of the worker's, which bounds how many chunks may wait for
+            the device.
         generation: names the connection that this receiver keeps from sync to sync; None if it keeps none.
     """
 
+    takes_memory: ClassVar[bool] = True
     generation: str | None = None
 
     def __init__(self, offer: Where, rank: int, device: torch.device, timeout_s: float) -> None:
@@ -112,6 +116,9 @@ class Receiver(ABC):
 
     def wait(self) -> None:  # noqa: B027 (nothing to do for some)
         """Wait, for `timeout_s` at most, until what was received is here, and not only queued on a device."""
+
+    def release(self, index: int) -> None:  # noqa: B027 (nothing to do for some)
+        """The device has read all chunks before number `index` of the sync."""
 
     def settle(self) -> None:
         """The end of a sync that all went well: `wait`, and give back what the next one does not need."""

@@ -65,7 +65,8 @@ class BroadcastTransport(Transport):
     def publish(self, index: int, chunk: Chunk) -> Where:
         # What is ready and what is under way, together: one more than can be ready, for the workers answer while they
         # still receive.
-        self._joined().settle_all_but(self.most_ready - len(self._blocks), lambda: False)
+        if self._group is not None:
+            self._group.settle_all_but(self.most_ready - len(self._blocks), lambda: False)
         self._blocks[index] = pack(chunk, self._device)
         return {"blocks": [[block.data.numel(), block.layout] for block in self._blocks[index]]}
 

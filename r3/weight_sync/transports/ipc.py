@@ -1,9 +1,13 @@
 """CUDA IPC: the workers read the trainer's own memory, on GPUs of one host."""
 
 import uuid
-from typing import Any
+from collections import deque
+from contextlib import ExitStack
+from functools import cache
+from typing import ClassVar
 
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from r3.errors import SyncError
 from r3.weight_sync.transports.base import Chunk, Receiver, Transport, Where
@@ -27,21 +31,32 @@ class IpcTransport(Transport):
 
     def __init__(self, *, keep_open: bool = True) -> None:
         self._generation = uuid.uuid4().hex if keep_open else None
-        self._published: dict[int, Chunk] = {}
+        self._published: dict[int, list[torch.UntypedStorage]] = {}
 
     def offer(self, workers: int, generations: set[str | None]) -> Where:
         return {"transport": self.name, "generation": self._generation}
 
     def publish(self, index: int, chunk: Chunk) -> Where:
         on_gpu = [(name, _on_gpu(tensor.detach())) for name, tensor in chunk]
-        # What makes the tensors may still be queued; the workers' streams know nothing of ours.
+        # What makes the tensors may still be queued, and a worker that waits for it on its device waits without end if
+        # this process dies.
         for device in {tensor.device for _, tensor in on_gpu}:
             torch.cuda.current_stream(device).synchronize()
-        self._published[index] = on_gpu
-        return {"tensors": [[name, _handle(name, tensor)] for name, tensor in on_gpu]}
+        places: dict[int, int] = {}
+        shared, handles, tensors = [], [], []
+        for name, tensor in on_gpu:
+            storage, place = tensor.untyped_storage(), None
+            if tensor.nbytes:
+                place = places.setdefault(storage._cdata, len(shared))
+                if place == len(shared):
+                    shared.append(_alias(storage))
+                    handles.append(_handle(name, shared[-1]))
+            tensors.append([name, str(tensor.dtype), list(tensor.shape), place, tensor.storage_offset()])
+        self._published[index] = shared
+        return {"storages": handles, "tensors": tensors}
 
     def release(self, index: int) -> None:
-        self._published = {number: chunk for number, chunk in self._published.items() if number >= index}
+        self._published = {number: kept for number, kept in self._published.items() if number >= index}
 
     def abort(self) -> None:
         self._published.clear()
@@ -51,45 +66,82 @@ class IpcTransport(Transport):
 
 
 class IpcReceiver(Receiver):
+    takes_memory: ClassVar[bool] = False
+
     def __init__(self, offer: Where, rank: int, device: torch.device, timeout_s: float) -> None:
         super().__init__(offer, rank, device, timeout_s)
         self.generation = offer["generation"]
-        self._gpus = {
-            str(torch.cuda.get_device_properties(index).uuid): index for index in range(torch.cuda.device_count())
-        }
+        self._gpus = {_uuid(index): index for index in range(torch.cuda.device_count())}
         # By allocation: torch keeps one mapped for as long as a storage in it lives.
         self._open: dict[str, torch.UntypedStorage] = {}
         self._used: set[str] = set()
+        self._chunks: deque[list[torch.UntypedStorage]] = deque()
+        self._released = 0
+        self._idle: dict[torch.device, torch.cuda.Stream] = {}
 
     def receive(self, where: Where) -> Chunk:
-        return [(name, self._opened(name, handle)) for name, handle in where["tensors"]]
+        first = where["tensors"][0][0] if where["tensors"] else ""
+        storages = [self._opened(first, handle) for handle in where["storages"]]
+        self._chunks.append(storages)
+        return [
+            (name, self._tensor(dtype_of(dtype), shape, None if place is None else storages[place], offset))
+            for name, dtype, shape, place, offset in where["tensors"]
+        ]
+
+    def release(self, index: int) -> None:
+        # torch lets go of another process's memory once the current stream has done all that is queued there, and the
+        # host waits for it: here for a stream on which nothing is.
+        with ExitStack() as idle:
+            for stream in self._idle.values():
+                idle.enter_context(torch.cuda.stream(stream))
+            while self._released < index and self._chunks:
+                self._chunks.popleft()
+                self._released += 1
 
     def settle(self) -> None:
         torch.cuda.current_stream(self.device).synchronize()
+        self._chunks.clear()
+        self._released = 0
         self._open = {memory: storage for memory, storage in self._open.items() if memory in self._used}
         self._used = set()
         if self.generation is None:
             self._open.clear()
 
     def abort(self) -> None:
+        self._chunks.clear()
         self._open.clear()
 
-    def _opened(self, name: str, handle: dict[str, Any]) -> torch.Tensor:
+    def _opened(self, name: str, handle: Where) -> torch.UntypedStorage:
         gpu = self._gpus.get(handle["gpu"])
         if gpu is None:
             raise SyncError(
                 f"{name} is on GPU {handle['gpu']}, and this worker sees only {', '.join(self._gpus)}: `ipc` needs the "
                 "trainer's GPU among these (CUDA_VISIBLE_DEVICES); or use `nccl`"
             )
-        shape, dtype = handle["shape"], dtype_of(handle["dtype"])
-        if handle["storage"] is None:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        memory = handle["storage"][0]
-        storage = _open_storage(handle["storage"], gpu)
+        memory, size, offset, counter, counter_offset, event, event_sync = handle["storage"]
+        storage = torch.UntypedStorage._new_shared_cuda(
+            gpu,
+            bytes.fromhex(memory),
+            size,
+            offset,
+            bytes.fromhex(counter),
+            counter_offset,
+            bytes.fromhex(event),
+            event_sync,
+        )
         self._open.setdefault(memory, storage)
         self._used.add(memory)
+        if storage.device not in self._idle:
+            self._idle[storage.device] = torch.cuda.Stream(storage.device)
+        return storage
+
+    def _tensor(
+        self, dtype: torch.dtype, shape: list[int], storage: torch.UntypedStorage | None, offset: int
+    ) -> torch.Tensor:
+        if storage is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
         tensor = torch.empty(0, dtype=dtype, device=storage.device)
-        tensor.set_(storage, handle["offset"], shape, _contiguous_strides(shape))
+        tensor.set_(storage, offset, shape)  # pyrefly: ignore
         return tensor.to(self.device, non_blocking=True)
 
 
@@ -97,43 +149,26 @@ def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor if tensor.is_cuda else tensor.cuda()).contiguous()
 
 
-def _handle(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    described = {
-        "gpu": str(torch.cuda.get_device_properties(tensor.device).uuid),
-        "dtype": str(tensor.dtype),
-        "shape": list(tensor.shape),
-        "offset": tensor.storage_offset(),
-        "storage": None,
-    }
-    if not tensor.nbytes:
-        return described
+def _alias(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """The same memory as a storage of its own, which lasts for one sync. torch wraps what it shares for good, and a
+    weight that is shared in every sync would be wrapped once more each time."""
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyrefly: ignore
+    return from_dlpack(to_dlpack(whole)).untyped_storage()
+
+
+def _handle(name: str, storage: torch.UntypedStorage) -> Where:
     try:
-        shared = tensor.untyped_storage()._share_cuda_()
+        shared = storage._share_cuda_()
     except RuntimeError as error:
         raise SyncError(
             f"{name}: its memory cannot be shared with another process ({error}); PYTORCH_CUDA_ALLOC_CONF="
             "expandable_segments:True does that on some systems: unset it, or use another transport"
         ) from error
     # The first field is the index that the GPU has in this process: the worker puts in its own.
-    return described | {"storage": [item.hex() if isinstance(item, bytes) else item for item in shared[1:]]}
+    fields = [item.hex() if isinstance(item, bytes) else item for item in shared[1:]]
+    return {"gpu": _uuid(storage.get_device()), "storage": fields}
 
 
-def _open_storage(fields: list[Any], gpu: int) -> torch.UntypedStorage:
-    memory, size, offset, counter, counter_offset, event, event_sync = fields
-    return torch.UntypedStorage._new_shared_cuda(
-        gpu,
-        bytes.fromhex(memory),
-        size,
-        offset,
-        bytes.fromhex(counter),
-        counter_offset,
-        bytes.fromhex(event),
-        event_sync,
-    )
-
-
-def _contiguous_strides(shape: list[int]) -> list[int]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * max(size, 1))
-    return strides[: len(shape)] if shape else []
+@cache
+def _uuid(gpu: int) -> str:
+    return str(torch.cuda.get_device_properties(gpu).uuid)
