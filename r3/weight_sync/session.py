@@ -229,7 +229,8 @@ class WeightSync:
             "keep_base": self._base is not None,
             "base_version": base_version,
         }
-        call = self._start("r3_begin", sync_id, sync)
+        # The workers run no batch from here to the commit: caches that are emptied now stay empty.
+        call = self._start("r3_begin", sync_id, sync, then=lambda engine: engine.reset_caches(self._timeout_s))
         join = Calls([lambda: self._transport.join(call.failed)])
         return base_version is None, [join, call]
 
@@ -242,8 +243,6 @@ class WeightSync:
         finally:
             with clock.stage("begin"):
                 first_failure_of(*beginning)
-        # The workers run no batch from here to the commit: what is emptied now stays empty.
-        emptying = Calls([partial(engine.reset_caches, self._timeout_s) for engine in self._engines])
         while more:
             if len(ready) == self._transport.most_ready or loading is None or loading.done():
                 self._wait_for(loading, sent, clock)
@@ -256,7 +255,6 @@ class WeightSync:
             # The last chunks are still under way.
             sent.named = sent.digests.result()
         self._wait_for(loading, sent, clock)
-        emptying.result()
 
     def _make_ready(
         self, chunks: Iterator[Chunk], ready: list[tuple[Chunk, Announced]], sent: "_Sent", clock: Clock
@@ -367,11 +365,19 @@ class WeightSync:
         """Call `method` on every worker of every engine; raises if one did not answer, or answered with an error."""
         return self._start(method, *args).result()
 
-    def _start(self, method: str, *args: Any, timeout_s: float | None = None) -> "Calls":
+    def _start(
+        self,
+        method: str,
+        *args: Any,
+        timeout_s: float | None = None,
+        then: Callable[[Engine], None] = lambda engine: None,
+    ) -> "Calls":
         limit_s = self._timeout_s if timeout_s is None else timeout_s
 
         def ask(engine: Engine) -> list[Reply]:
-            return checked(engine, method, engine.replies(method, args, limit_s))
+            replies = checked(engine, method, engine.replies(method, args, limit_s))
+            then(engine)
+            return replies
 
         engines = self._engines
         return Calls(
