@@ -12,7 +12,7 @@ All else stays on vLLM's path.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -290,12 +290,17 @@ class _Watch(TorchDispatchMode):
 
 
 def is_deferred(layer: nn.Module) -> bool:
-    """Whether vLLM processes a layer at the end of a bracket (up to 0.26 two classes, by name)."""
+    """Whether vLLM processes a layer at the end of a bracket."""
+    return bool(_asks_deferred()(layer))
+
+
+@functools.cache
+def _asks_deferred() -> Callable[[nn.Module], bool]:
+    """vLLM's own function; up to 0.26 it has none, and two classes."""
     from vllm.model_executor.layers import attention
 
-    if (asks := getattr(attention, "is_deferred_attention_layer", None)) is not None:
-        return bool(asks(layer))
-    return isinstance(layer, (attention.Attention, attention.MLAAttention))
+    asks = getattr(attention, "is_deferred_attention_layer", None)
+    return asks or (lambda layer: isinstance(layer, (attention.Attention, attention.MLAAttention)))
 
 
 def uncounted() -> set[str]:

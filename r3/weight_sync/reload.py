@@ -132,30 +132,35 @@ class LayerwiseReload:
         """Layers that have not got all their weights, each with what it has and needs (in elements)."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-        complete, found = set(), []
-        plans = self._planned.plan.layers if self._planned else {}
+        planned = {} if self._planned is None else self._planned.plan.layers
+        received = {} if self._planned is None else self._planned.received
+        targets = {} if self._planned is None else self._planned.targets
         # Where the plan covers everything, a layer that is not in it gets nothing in any sync.
-        for name in self.layers if self._opened else plans:
+        names = list(self.layers if self._opened else planned)
+        found = {}
+        for name in names:
             layer = self.layers[name]
             info = get_layerwise_info(layer)
             got = info.load_numel if info.can_load() else 0
-            if name in plans:
-                taken, expected = self._planned.received.get(name, 0), plans[name].elements  # type: ignore[union-attr]
+            if name in planned:
+                taken, expected = received.get(name, 0), planned[name].elements
                 if got or taken < expected:
                     mixed = f", and {got} that the plan does not know" if got else ""
-                    found.append((layer, f"{name} ({type(layer).__name__}): {taken} of {expected} elements{mixed}"))
-                else:
-                    complete |= {_address(tensor) for tensor in self._planned.targets[name].values()}  # type: ignore[union-attr]
-                continue
-            if is_deferred(layer):
-                continue  # its scales, where it has any, are optional
-            # Of parameters: buffers (rotary tables) are in no checkpoint.
-            expected = sum(_loadable_numel(layer, n, p) for n, p in layer.named_parameters(recurse=False))
-            if not info.can_load() or got >= expected:
-                complete |= {_address(tensor) for tensor in layer.parameters(recurse=False)}
-            else:
-                found.append((layer, f"{name} ({type(layer).__name__}): {got} of {expected} elements"))
-        return [text for layer, text in found if not self._tied(layer, complete)]
+                    found[name] = f"{name} ({type(layer).__name__}): {taken} of {expected} elements{mixed}"
+            elif info.can_load() and not is_deferred(layer):  # whose scales, where it has any, are optional
+                # Of parameters: buffers (rotary tables) are in no checkpoint.
+                expected = sum(_loadable_numel(layer, n, p) for n, p in layer.named_parameters(recurse=False))
+                if got < expected:
+                    found[name] = f"{name} ({type(layer).__name__}): {got} of {expected} elements"
+        if not found:
+            return []
+        complete = {
+            _address(tensor)
+            for name in names
+            if name not in found
+            for tensor in (targets[name].values() if name in planned else self.layers[name].parameters(recurse=False))
+        }
+        return [text for name, text in found.items() if not self._tied(self.layers[name], complete)]
 
     def _tied(self, layer: nn.Module, complete: set[int]) -> bool:
         """Whether a layer that got nothing computes with the tensors of one that is complete (a tied output layer)."""
@@ -209,16 +214,16 @@ class LayerwiseReload:
 
     def _derive(self) -> None:
         """What vLLM makes of weights when it closes a bracket in which it has loaded none."""
-        for layer in self.layers.values():
-            if is_deferred(layer):
-                layer.process_weights_after_loading(self._config.model_config.dtype)  # pyrefly: ignore
+        for layer in filter(is_deferred, self.layers.values()):
+            layer.process_weights_after_loading(self._config.model_config.dtype)  # pyrefly: ignore
 
     def abandon(self) -> None:
         """Give up: the engine's tensors are back in their places (with new, old or mixed weights); begin may follow."""
-        from vllm.model_executor.model_loader.reload.layerwise import LOADING_LAYERS
+        from vllm.model_executor.model_loader.reload.layerwise import LOADING_LAYERS, get_layerwise_info
 
         for layer in self.layers.values():
-            _put_back(layer)
+            if get_layerwise_info(layer).can_load():
+                _put_back(layer)
         LOADING_LAYERS.clear()
         if hasattr(self._model, "_original_do_torchao_reload"):
             self._model._do_torchao_reload = self._model._original_do_torchao_reload
