@@ -58,10 +58,10 @@ class Queue:
             if count:
                 host.numpy()[:] = rows
                 launch(table.copy_(host, non_blocking=True), count, sums)
-            for slot, (tensor, _, _, nan_byte, target) in enumerate(reads):
+            for slot, ((tensor, _, _, nan_byte, target), row) in enumerate(zip(reads, rows, strict=True)):
                 if nan_byte is not None:
                     sums[slot, 1] += (tensor.view(torch.uint8) == nan_byte).any()
-                if target is not None and not _in_whole_words(tensor, target):
+                if target is not None and not row[5]:
                     target.detach().view(tensor.shape).copy_(tensor)
             stream = torch.cuda.current_stream()
             self._streams[stream.cuda_stream] = stream

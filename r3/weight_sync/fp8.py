@@ -103,11 +103,12 @@ def check_finite_engine(model: nn.Module) -> list[str]:
 def queue_finite_check(layers: Mapping[str, nn.Module]) -> Callable[[], list[str]]:
     """`check_finite_engine` of the model with these modules: queued on a GPU, which the answer waits for, once."""
     found: dict[torch.device, tuple[list[str], list[Tensor]]] = {}
-    for names, is_scale, rows in _to_check(layers):
-        for problem, bad in _problems(rows, is_scale):
-            texts, flags = found.setdefault(rows.device, ([], []))
-            texts += [f"{name}: {problem}" for name in names]
-            flags.append(bad)
+    with torch._C.DisableTorchFunctionSubclass():  # vLLM's parameters go through Python whenever they are touched
+        for names, is_scale, rows in _to_check(layers):
+            for problem, bad in _problems(rows, is_scale):
+                texts, flags = found.setdefault(rows.device, ([], []))
+                texts += [f"{name}: {problem}" for name in names]
+                flags.append(bad)
     return lambda: sorted(
         text
         for texts, flags in found.values()

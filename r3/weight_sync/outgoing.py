@@ -28,6 +28,8 @@ class Outgoing:
         self._ungathered = deque(self._named)
         self._dtype = dtype
         self._chunk_bytes = chunk_bytes
+        self.lasting = {name for name, w in self._named if is_live(w) and w.dtype == self._sent_dtype(w)}
+        """Names of weights that are sent as they are, neither gathered nor cast."""
 
     def manifest(self) -> dict[str, list]:
         """Name -> [shape, dtype] of what will be sent.
@@ -43,11 +45,11 @@ class Outgoing:
         return {name: [list(weight.shape), str(self._sent_dtype(weight))] for name, weight in self._named}
 
     def as_they_lie(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that are sent from where they lie on a GPU: neither gathered nor cast, and there from the start."""
+        """Tensors that are sent from where they lie on a GPU: there from the start, and not made for the sync."""
         for name, weight in self._named:
-            if is_live(weight) and weight.dtype == self._sent_dtype(weight):
+            if name in self.lasting:
                 tensor = gathered(weight)
-                if tensor.is_cuda and tensor.is_contiguous():
+                if tensor.is_cuda:
                     yield name, tensor
 
     def chunks(self) -> Iterator[Chunk]:

@@ -165,14 +165,16 @@ class Planned:
         return found
 
     def whole_targets(self, chunk: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Where tensors of `chunk` go that are copied whole: by name, `[elements]`."""
+        """Where tensors of `chunk` go that are copied whole: by name, contiguous, with as many elements."""
         found = {}
         for name, source in chunk:
             copy = self.plan.whole.get(name)
-            if copy is not None and self.plan.manifest[name] == (tuple(source.shape), str(source.dtype)):
-                target = copy.target.of(self.targets[copy.layer][copy.tensor])
-                if (target.dtype, target.device) == (source.dtype, source.device):
-                    found[name] = target
+            if copy is None or self.plan.manifest[name] != (tuple(source.shape), str(source.dtype)):
+                continue
+            target = self.targets[copy.layer][copy.tensor]
+            if (target.dtype, target.device) == (source.dtype, source.device):
+                all_of_it = copy.size == (target.numel(),) and target.is_contiguous()
+                found[name] = target if all_of_it else copy.target.of(target)
         return found
 
     def take(self, chunk: Iterable[tuple[str, Tensor]], written: Container[str] = ()) -> Chunk:

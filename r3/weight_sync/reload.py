@@ -76,8 +76,7 @@ class LayerwiseReload:
 
         self.abandon()
         if manifest is not None and self._plan is not None and self._plan.covers(manifest):
-            live = {name: own_tensors(self.layers[name]) for name in self._plan.layers if name in self.layers}
-            self._planned = Planned(plan=self._plan, targets=live)
+            self._planned = Planned(plan=self._plan, targets=self._live_tensors(self._plan.layers))
             if not self._planned.mismatches():
                 return
         self._opened = True
@@ -94,7 +93,7 @@ class LayerwiseReload:
         self._learner = Learner(self._model, kernel, rearranges=rearranges)
 
     def whole_targets(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Memory of the engine that some of `weights` go into as they are, by name: `[elements]`, contiguous.
+        """Memory of the engine that some of `weights` go into as they are, by name: contiguous, as many elements.
 
         Who reads them anyway can write them there, and need not have `load` read them once more.
         """
@@ -229,6 +228,15 @@ class LayerwiseReload:
             self._model._do_torchao_reload = self._model._original_do_torchao_reload
         self._planned, self._learner, self._opened = None, None, False
 
+    def _live_tensors(self, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """What the layers have, as plain tensors: vLLM's parameters go through Python whenever they are touched."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return {
+                name: {own: tensor.data for own, tensor in own_tensors(self.layers[name]).items()}
+                for name in names
+                if name in self.layers
+            }
+
     def _kernel_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Layer -> name -> tensor that the engine computes with."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -287,7 +295,9 @@ def join_gates(layers: Iterable[nn.Module]) -> None:
     In place: CUDA graphs hold its address. Where it cannot be, it is dropped, and the next forward joins it.
     """
     for runner in layers:
-        joined = getattr(runner, "_combined_gate_weight", None)
+        # What a module has not got takes it longest to say.
+        held = (runner.__dict__, runner._buffers, runner._parameters)
+        joined = next((found for place in held if (found := place.get("_combined_gate_weight")) is not None), None)
         if joined is None:
             continue
         parts = [getattr(getattr(runner, name, None), "weight", None) for name in ("gate", "shared_expert_gate")]

@@ -166,6 +166,7 @@ class WeightSync:
     def _push(self, outgoing: Outgoing, version: int, agree: Callable[[], Any]) -> SyncReceipt:
         clock = Clock()
         manifest = outgoing.manifest()
+        self._transport.lasting = outgoing.lasting
         sync_id = uuid.uuid4().hex[:12]
         sent = _Sent()
         try:

@@ -19,7 +19,7 @@ class WeightSource:
         make: returns the tensor, which may be a view of the live weight: read it, do not write to it. Where the
             weight is sharded, every rank of its mesh must call it, in the same order.
         keep_dtype: whether a sync leaves the dtype as it is, even when it casts the other weights to the engine's.
-        live: whether `make` gives the weight itself, or a view of it, and makes nothing.
+        live: whether `make` gives the weight itself or a contiguous view of it, and makes nothing.
         parts: of a weight that is sent in one, though the checkpoint has it in parts of one shape: their names, in the
             order in which they lie in it.
     """
@@ -37,8 +37,10 @@ Weight = Tensor | WeightSource
 
 
 def is_live(weight: Weight) -> bool:
-    """Whether `gathered(weight)` is the weight itself, and makes nothing."""
-    return weight.live if isinstance(weight, WeightSource) else not is_sharded(weight)
+    """Whether `gathered(weight)` is the weight itself, in one piece, and makes nothing."""
+    if isinstance(weight, WeightSource):
+        return weight.live
+    return not is_sharded(weight) and weight.is_contiguous()
 
 
 def is_sharded(tensor: Tensor) -> bool:

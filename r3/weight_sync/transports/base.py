@@ -21,7 +21,7 @@ the next sync starts from an `offer` that knows nothing of this one.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, ClassVar
 
 import torch
@@ -45,11 +45,13 @@ class Transport(ABC):
         most_ready: how many chunks may be published while the workers load others. More take memory and save calls,
             each of which takes vLLM 1 to 2 ms.
         timeout_s: longest wait for the other side. Set by the session.
+        lasting: names of tensors that were not made for the sync: the trainer itself keeps them. Set by the session.
     """
 
     name: ClassVar[str]
     most_ready: int = 1
     timeout_s: float = 600.0
+    lasting: Container[str] = ()
 
     def offer(self, workers: int, generations: set[str | None]) -> Where:
         """What the workers need to join: at least {"transport": name}.

@@ -1,5 +1,6 @@
 """CUDA IPC: the workers read the trainer's own memory, on GPUs of one host."""
 
+import itertools
 import uuid
 from collections import deque
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.base import Chunk, Receiver, Transport, Where
+from r3.weight_sync.transports.base import Chunk, Receiver, Stop, Transport, Where
 from r3.weight_sync.transports.packing import dtype_of
 
 
@@ -31,38 +32,90 @@ class IpcTransport(Transport):
 
     def __init__(self, *, keep_open: bool = True) -> None:
         self._generation = uuid.uuid4().hex if keep_open else None
-        self._published: dict[int, list[torch.UntypedStorage]] = {}
+        self._numbers = itertools.count()
+        self._published: dict[int, list[_Shared]] = {}
+        self._kept: dict[int, _Shared] = {}  # by their storages; of weights that last
+        self._used: set[int] = set()
 
     def offer(self, workers: int, generations: set[str | None]) -> Where:
+        if generations != {self._generation}:
+            self._kept.clear()  # a worker has come that has opened none
         return {"transport": self.name, "generation": self._generation}
 
     def publish(self, index: int, chunk: Chunk) -> Where:
-        on_gpu = [(name, _on_gpu(tensor.detach())) for name, tensor in chunk]
+        on_gpu = [(name, tensor, _on_gpu(tensor.detach())) for name, tensor in chunk]
         # What makes the tensors may still be queued, and a worker that waits for it on its device waits without end if
         # this process dies.
-        for device in {tensor.device for _, tensor in on_gpu}:
+        for device in {tensor.device for _, _, tensor in on_gpu}:
             torch.cuda.current_stream(device).synchronize()
         places: dict[int, int] = {}
-        shared, handles, tensors = [], [], []
-        for name, tensor in on_gpu:
+        shared: list[_Shared] = []
+        tensors = []
+        for name, given, tensor in on_gpu:
             storage, place = tensor.untyped_storage(), None
             if tensor.nbytes:
                 place = places.setdefault(storage._cdata, len(shared))
                 if place == len(shared):
-                    shared.append(_alias(storage))
-                    handles.append(_handle(name, shared[-1]))
+                    lasts = name in self.lasting and tensor.data_ptr() == given.data_ptr()
+                    shared.append(self._kept_shared(name, storage) if lasts else _Shared(name, storage))
             tensors.append([name, str(tensor.dtype), list(tensor.shape), place, tensor.storage_offset()])
         self._published[index] = shared
-        return {"storages": handles, "tensors": tensors}
+        return {"storages": [one.handle for one in shared], "tensors": tensors}
 
     def release(self, index: int) -> None:
         self._published = {number: kept for number, kept in self._published.items() if number >= index}
 
+    def settle(self, stop: Stop) -> None:
+        self._kept = {storage: shared for storage, shared in self._kept.items() if storage in self._used}
+        self._used = set()
+
     def abort(self) -> None:
         self._published.clear()
+        self._kept.clear()
+        self._used = set()
 
     def close(self) -> None:
         self.abort()
+
+    def _kept_shared(self, name: str, storage: torch.UntypedStorage) -> "_Shared":
+        if self._generation is None:
+            return _Shared(name, storage)
+        kept = self._kept.get(storage._cdata)
+        if kept is None or not kept.is_of(storage):
+            kept = self._kept[storage._cdata] = _Shared(name, storage, next(self._numbers))
+        self._used.add(storage._cdata)
+        return kept
+
+
+class _Shared:
+    """Memory that other processes may open, for as long as this lives.
+
+    torch wraps a storage that it shares for good, and one that is shared in every sync would be wrapped once more each
+    time: what is shared is another storage of the same memory.
+
+    Args:
+        name: of a tensor in it, for messages.
+        storage: is kept alive.
+        number: by which workers know it from sync to sync; None if they do not keep it.
+    """
+
+    def __init__(self, name: str, storage: torch.UntypedStorage, number: int | None = None) -> None:
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyrefly: ignore
+        self._alias = from_dlpack(to_dlpack(whole)).untyped_storage()
+        try:
+            shared = self._alias._share_cuda_()
+        except RuntimeError as error:
+            raise SyncError(
+                f"{name}: its memory cannot be shared with another process ({error}); PYTORCH_CUDA_ALLOC_CONF="
+                "expandable_segments:True does that on some systems: unset it, or use another transport"
+            ) from error
+        # The first field is the index that the GPU has in this process: the worker puts in its own.
+        fields = [item.hex() if isinstance(item, bytes) else item for item in shared[1:]]
+        self.handle: Where = {"number": number, "gpu": _uuid(storage.get_device()), "storage": fields}
+
+    def is_of(self, storage: torch.UntypedStorage) -> bool:
+        """Whether `storage`, the same object as was shared, still has the same memory."""
+        return (storage.data_ptr(), storage.nbytes()) == (self._alias.data_ptr(), self._alias.nbytes())
 
 
 class IpcReceiver(Receiver):
@@ -72,16 +125,16 @@ class IpcReceiver(Receiver):
         super().__init__(offer, rank, device, timeout_s)
         self.generation = offer["generation"]
         self._gpus = {_uuid(index): index for index in range(torch.cuda.device_count())}
-        # By allocation: torch keeps one mapped for as long as a storage in it lives.
-        self._open: dict[str, torch.UntypedStorage] = {}
-        self._used: set[str] = set()
+        # By number, or, one of each allocation, by that: torch keeps it mapped for as long as a storage in it lives.
+        self._open: dict[int | str, torch.UntypedStorage] = {}
+        self._used: set[int | str] = set()
         self._chunks: deque[list[torch.UntypedStorage]] = deque()
         self._released = 0
         self._idle: dict[torch.device, torch.cuda.Stream] = {}
 
     def receive(self, where: Where) -> Chunk:
         first = where["tensors"][0][0] if where["tensors"] else ""
-        storages = [self._opened(first, handle) for handle in where["storages"]]
+        storages = [self._storage(first, handle) for handle in where["storages"]]
         self._chunks.append(storages)
         return [
             (name, self._tensor(dtype_of(dtype), shape, None if place is None else storages[place], offset))
@@ -102,7 +155,7 @@ class IpcReceiver(Receiver):
         torch.cuda.current_stream(self.device).synchronize()
         self._chunks.clear()
         self._released = 0
-        self._open = {memory: storage for memory, storage in self._open.items() if memory in self._used}
+        self._open = {key: storage for key, storage in self._open.items() if key in self._used}
         self._used = set()
         if self.generation is None:
             self._open.clear()
@@ -111,14 +164,18 @@ class IpcReceiver(Receiver):
         self._chunks.clear()
         self._open.clear()
 
-    def _opened(self, name: str, handle: Where) -> torch.UntypedStorage:
+    def _storage(self, name: str, handle: Where) -> torch.UntypedStorage:
+        memory, size, offset, counter, counter_offset, event, event_sync = handle["storage"]
+        key = memory if handle["number"] is None else handle["number"]
+        self._used.add(key)
+        if key in self._open and handle["number"] is not None:
+            return self._open[key]
         gpu = self._gpus.get(handle["gpu"])
         if gpu is None:
             raise SyncError(
                 f"{name} is on GPU {handle['gpu']}, and this worker sees only {', '.join(self._gpus)}: `ipc` needs the "
                 "trainer's GPU among these (CUDA_VISIBLE_DEVICES); or use `nccl`"
             )
-        memory, size, offset, counter, counter_offset, event, event_sync = handle["storage"]
         storage = torch.UntypedStorage._new_shared_cuda(
             gpu,
             bytes.fromhex(memory),
@@ -129,8 +186,7 @@ class IpcReceiver(Receiver):
             bytes.fromhex(event),
             event_sync,
         )
-        self._open.setdefault(memory, storage)
-        self._used.add(memory)
+        self._open.setdefault(key, storage)
         if storage.device not in self._idle:
             self._idle[storage.device] = torch.cuda.Stream(storage.device)
         return storage
@@ -147,26 +203,6 @@ class IpcReceiver(Receiver):
 
 def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor if tensor.is_cuda else tensor.cuda()).contiguous()
-
-
-def _alias(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """The same memory as a storage of its own, which lasts for one sync. torch wraps what it shares for good, and a
-    weight that is shared in every sync would be wrapped once more each time."""
-    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyrefly: ignore
-    return from_dlpack(to_dlpack(whole)).untyped_storage()
-
-
-def _handle(name: str, storage: torch.UntypedStorage) -> Where:
-    try:
-        shared = storage._share_cuda_()
-    except RuntimeError as error:
-        raise SyncError(
-            f"{name}: its memory cannot be shared with another process ({error}); PYTORCH_CUDA_ALLOC_CONF="
-            "expandable_segments:True does that on some systems: unset it, or use another transport"
-        ) from error
-    # The first field is the index that the GPU has in this process: the worker puts in its own.
-    fields = [item.hex() if isinstance(item, bytes) else item for item in shared[1:]]
-    return {"gpu": _uuid(storage.get_device()), "storage": fields}
 
 
 @cache
