@@ -89,6 +89,7 @@ def _serve(end: Connection, rank: int, device: str) -> None:
         os.environ |= for_nccl(f"worker {rank}", rank + 1)
     receiver: Any = None
     kept: list = []
+    received = 0
     while True:
         try:
             name, args = end.recv()
@@ -101,13 +102,16 @@ def _serve(end: Connection, rank: int, device: str) -> None:
                 if receiver is None or receiver.generation is None or receiver.generation != offer.get("generation"):
                     receiver = RECEIVERS[offer["transport"]](offer, rank, where, timeout_s)
                     answer = "joined"
-                kept = []
+                kept, received = [], 0
             elif name == "receive":
                 chunk = receiver.receive(*args)
                 receiver.wait()
                 kept += [(key, tensor.clone()) for key, tensor in chunk]
                 if where.type == "cuda":
                     torch.cuda.current_stream(where).synchronize()
+                del chunk
+                received += 1
+                receiver.release(received)
             elif name == "settle":
                 receiver.settle()
                 answer = [

@@ -95,6 +95,24 @@ def test_cuda_memory_may_be_written_again_in_the_order_of_its_stream():
 
 
 @pytest.mark.gpu
+def test_digests_beside_a_stream_do_not_hold_it_up_and_memory_may_be_freed_at_once():
+    """A trainer's: what it gathers next takes the memory of what it gathered before, on its own stream."""
+    large = torch.ones(1 << 33, dtype=torch.uint8, device="cuda")  # read in milliseconds
+    digests = ContentDigests(beside=True)
+    digests.add([("warm", large[:64])])
+    torch.cuda.synchronize()
+    digests.add([("large", large)])
+    for turn in range(8):
+        digests.add([(f"{turn}", torch.full((1 << 22,), turn, device="cuda"))])
+    here = torch.cuda.current_stream().record_event()
+    here.synchronize()
+    queue = digests._queued[large.device][1]
+    assert not queue._beside.query(), "the stream has waited for the digests"
+    got = digests.result()
+    assert [got[f"{turn}"] for turn in range(8)] == [digest(torch.full((1 << 22,), turn)) for turn in range(8)]
+
+
+@pytest.mark.gpu
 def test_a_cuda_tensor_of_more_than_two_to_the_31_elements():
     count = (1 << 31) + 12345
     tensor = torch.arange(count, dtype=torch.uint8, device="cuda")

@@ -13,6 +13,7 @@ from syncs import following, greedy
 
 import r3
 from r3.weight_sync import FilesTransport, GlooTransport, WeightSync
+from r3.weight_sync.outgoing import Outgoing
 
 pytestmark = pytest.mark.engine
 
@@ -96,6 +97,59 @@ def test_without_giving_up_an_abandoned_sync_the_next_one_is_not_right(engine, w
     sync.push(weights.items(), version=following(sync))
     assert greedy(engine) == reference
     assert not right, "vLLM gives up by itself: the closing can go"
+
+
+def test_caches_are_emptied_once_no_batch_can_run_and_an_engine_is_asked_one_thing_at_a_time(
+    engine, weights, reference, sync, monkeypatch
+):
+    """A batch after that and before the weights change would fill them anew; vLLM's client cannot take two calls."""
+    adapter, said, busy = sync._engines[0], [], []
+
+    def watched(name):
+        call = getattr(adapter, name)
+
+        def alone(*args):
+            said.append(args[0] if name == "replies" else name)
+            busy.append(name)
+            assert len(busy) == 1, busy
+            try:
+                return call(*args)
+            finally:
+                busy.remove(name)
+
+        monkeypatch.setattr(adapter, name, alone)
+
+    for name in ("replies", "pause", "resume", "reset_caches", "label"):
+        watched(name)
+    sync.push(weights.items(), version=following(sync))
+    order = list(dict.fromkeys(said))
+    assert order == [
+        *("r3_reserve", "pause", "r3_begin", "reset_caches", "r3_load"),
+        *("r3_seal", "r3_commit", "label", "resume", "r3_release"),
+    ]
+    assert greedy(engine) == reference
+
+
+def test_digests_that_are_taken_while_an_engine_is_waited_for_are_those_of_the_chunks(
+    engine, weights, reference, sync, monkeypatch
+):
+    """As they are of what lies on a GPU: some before the first chunk, none twice."""
+    expected = sync.push(weights.items(), version=following(sync))
+    taken = []
+
+    def lying(outgoing):
+        for name, tensor in weights.items():
+            taken.append(name)
+            yield name, tensor
+
+    monkeypatch.setattr(Outgoing, "as_they_lie", lying)
+    receipt = sync.push(weights.items(), version=following(sync))
+    assert 0 < len(taken) <= len(weights)
+    assert (receipt.digest, receipt.bytes) == (expected.digest, expected.bytes)
+    wrong = {name: t * torch.nan if name == taken[0] else t for name, t in weights.items()}
+    monkeypatch.setattr(Outgoing, "as_they_lie", lambda outgoing: iter(wrong.items()))
+    with pytest.raises(r3.SyncError, match=f"1 tensors hold NaN or infinity.*{taken[0]}"):
+        sync.push(wrong.items(), version=following(sync))
 
 
 class Tampering(FilesTransport):

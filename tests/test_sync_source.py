@@ -18,7 +18,9 @@ from vllm_models import FAMILIES, config_of, declared, vllm_model
 from zoo.families import CASES
 
 from r3.errors import SyncError
+from r3.weight_sync.outgoing import Outgoing
 from r3.weight_sync.source import adapter_weights, gathered, named_weights
+from r3.weight_sync.source_tensor import is_sharded
 
 transformers_logging.disable_progress_bar()
 
@@ -30,7 +32,14 @@ def sent(model: nn.Module, **options) -> dict[str, torch.Tensor]:
     for name, source in named:
         assert (source.shape, source.dtype) == (made[name].shape, made[name].dtype), name
         assert made[name].is_contiguous(), name
+        if source.live:
+            assert made[name].untyped_storage().data_ptr() in memory_of(model), name
     return made
+
+
+def memory_of(model: nn.Module) -> set[int]:
+    held = [tensor for tensor in (*model.parameters(), *model.buffers()) if not is_sharded(tensor)]
+    return {tensor.untyped_storage().data_ptr() for tensor in held}
 
 
 def saved(model: nn.Module, folder) -> dict[str, torch.Tensor]:
@@ -66,6 +75,20 @@ def test_experts_are_views():
         if name.startswith("model.layers.0.mlp.experts"):
             fused = experts.down_proj if "down" in name else experts.gate_up_proj
             assert gathered(source).untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("fused_experts", [False, True])
+def test_what_is_sent_from_where_it_lies_is_known(fused_experts):
+    """Its memory can be kept open, and its digest taken early; what is made for a sync is let go of after it."""
+    model = tiny_moe(dtype=torch.bfloat16)
+    named = named_weights(model, fused_experts=fused_experts)
+    assert Outgoing(named, dtype=None, chunk_bytes=1).lasting == dict(named).keys()
+    assert Outgoing(named, dtype=torch.bfloat16, chunk_bytes=1).lasting == dict(named).keys()
+    assert Outgoing(named, dtype=torch.float16, chunk_bytes=1).lasting == set()
+    merged = named_weights(with_lora(model, target_modules=["q_proj"]), fused_experts=fused_experts)
+    assert {name for name, source in merged if not source.live} == {n for n, _ in named if "q_proj" in n}
+    tensors = {"whole": torch.ones(4, 4), "turned": torch.ones(4, 6).T}
+    assert Outgoing(tensors.items(), dtype=None, chunk_bytes=1).lasting == {"whole"}
 
 
 def test_fused_experts():
@@ -293,6 +316,7 @@ def _sharded_is_whole(name: str) -> None:
     layers = model.model.language_model.layers if name == "qwen3_vl_moe" else model.model.layers
     model = sharded(model, layers)
     assert_same(sent(model), expected)
+    assert not any(source.live for n, source in named_weights(model) if not n.endswith("e_score_correction_bias"))
     # After a forward the root's weights are gathered, and bfloat16: the true ones are sent all the same.
     ids = torch.arange(6)[None]
     named = named_weights(model)

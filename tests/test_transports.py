@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from receivers import Workers, for_nccl
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from r3 import SyncError
-from r3.weight_sync.transports import TRANSPORTS, transport_of
+from r3.weight_sync.transports import TRANSPORTS, IpcTransport, transport_of
 from r3.weight_sync.transports.base import wait_until
 from r3.weight_sync.transports.packing import pack, unpack
 
@@ -135,6 +136,49 @@ def test_every_worker_gets_every_byte_in_two_syncs(transport, workers, device):
         chunks = ragged(device, seed)
         expected = sorted(as_bytes(chunks))
         assert [sorted(found) for found in pushed(transport, workers, chunks)] == [expected] * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep_open", [True, False])
+def test_ipc_shares_memory_that_lasts_once_and_lets_go_of_all_other(pools, keep_open):
+    """torch wraps a storage each time that it shares it: a weight would gather wraps as long as training runs."""
+    workers, transport = pools("cuda"), IpcTransport(keep_open=keep_open)
+    transport.lasting = {"weight"}
+    memory: list[StorageWeakRef] = []
+
+    def made(value: int) -> torch.Tensor:
+        tensor = torch.full((1 << 24,), value, dtype=torch.int32, device="cuda")  # in an allocation of its own
+        memory.append(StorageWeakRef(tensor.untyped_storage()))
+        return tensor
+
+    def push(**tensors: torch.Tensor) -> dict[str, dict]:
+        joined(transport, workers)
+        handles = {}
+        publish = transport.publish
+
+        def noted(index, chunk):
+            where = publish(index, chunk)
+            return (
+                handles.update({name: where["storages"][place] for name, _, _, place, _ in where["tensors"]}) or where
+            )
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(transport, "publish", noted)
+            found = pushed(transport, workers, [[(name, tensor)] for name, tensor in tensors.items()])
+        assert found == [as_bytes([list(tensors.items())])] * 3
+        return handles
+
+    weight = made(0)
+    handles = []
+    for step in range(1, 4):
+        weight += 1  # in place, as optimizers do
+        handles.append(push(weight=weight, gathered=made(step)))
+    assert (handles[0]["weight"] == handles[1]["weight"] == handles[2]["weight"]) == keep_open
+    assert all(one["gathered"]["number"] is None for one in handles)
+    weight = made(7)  # another one by the same name
+    assert push(weight=weight)["weight"] != handles[2]["weight"]
+    torch.cuda.ipc_collect()
+    assert [ref.expired() for ref in memory] == [True] * (len(memory) - 1) + [False]
 
 
 def test_a_worker_that_was_restarted_joins_at_the_next_sync(transport, workers, device):
