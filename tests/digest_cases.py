@@ -29,7 +29,7 @@ def cases(device: str, offsets: tuple[int, ...]) -> list[tuple[str, torch.Tensor
                     found.append((f"{dtype} {count} moved, NaN at {place}", moved[1:]))
     square = torch.randn(300, 200, generator=generator).to(device, torch.bfloat16)
     several = torch.arange(150_001, device=device)
-    found += [("three pieces", several), ("three pieces, odd", several.view(torch.uint8)[1:])]
+    found += [("many pieces", several), ("many pieces, odd", several.view(torch.uint8)[1:])]
     return [*found, ("transposed", square.T), ("columns", square[:, 3:77]), ("one", square[0, 0])]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from r3.weight_sync.digest_cpu import GOLDEN, M1, M2, WORD
 
 PART_TENSORS = 1024  # whose rows are allocated at once
-PIECE_BYTES = 1 << 19  # what one program reads; a multiple of 16, so that a tensor's pieces are aligned as it is
+PIECE_BYTES = 1 << 15  # what one program reads; a multiple of 16, so that a tensor's pieces are aligned as it is
 _PIECE_BYTES = tl.constexpr(PIECE_BYTES)
 _COLUMNS = tl.constexpr(6)
 _ROWS = tl.constexpr(4)  # all of a column's are a thread's own, and summed in its registers

@@ -11,7 +11,7 @@ import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.base import Chunk, Receiver, Stop, Transport, Where
+from r3.weight_sync.transports.base import Chunk, Receiver, Transport, Where
 from r3.weight_sync.transports.packing import dtype_of
 
 
@@ -23,8 +23,8 @@ class IpcTransport(Transport):
 
     Args:
         keep_open: the workers keep the trainer's memory mapped from sync to sync, and need not open each allocation
-            again. What the trainer frees is then free only after the next sync: False where the trainer leaves the
-            GPU to the engine in between.
+            again. What the trainer frees is then free once the next two syncs have begun: False where the trainer
+            leaves the GPU to the engine in between.
     """
 
     name = "ipc"
@@ -34,12 +34,15 @@ class IpcTransport(Transport):
         self._generation = uuid.uuid4().hex if keep_open else None
         self._numbers = itertools.count()
         self._published: dict[int, list[_Shared]] = {}
-        self._kept: dict[int, _Shared] = {}  # by their storages; of weights that last
-        self._used: set[int] = set()
+        # What the workers keep open: memory that lasts by its storage, and else one storage of each allocation.
+        self._kept: dict[int | str, _Shared] = {}
+        self._used: set[int | str] = set()
 
     def offer(self, workers: int, generations: set[str | None]) -> Where:
-        if generations != {self._generation}:
-            self._kept.clear()  # a worker has come that has opened none
+        # They have closed what was not used when the last sync ended, and have nothing open if they are new.
+        known = generations == {self._generation}
+        self._kept = {key: shared for key, shared in self._kept.items() if known and key in self._used}
+        self._used = set()
         return {"transport": self.name, "generation": self._generation}
 
     def publish(self, index: int, chunk: Chunk) -> Where:
@@ -57,17 +60,13 @@ class IpcTransport(Transport):
                 place = places.setdefault(storage._cdata, len(shared))
                 if place == len(shared):
                     lasts = name in self.lasting and tensor.data_ptr() == given.data_ptr()
-                    shared.append(self._kept_shared(name, storage) if lasts else _Shared(name, storage))
+                    shared.append(self._shared(name, storage, lasts))
             tensors.append([name, str(tensor.dtype), list(tensor.shape), place, tensor.storage_offset()])
         self._published[index] = shared
         return {"storages": [one.handle for one in shared], "tensors": tensors}
 
     def release(self, index: int) -> None:
         self._published = {number: kept for number, kept in self._published.items() if number >= index}
-
-    def settle(self, stop: Stop) -> None:
-        self._kept = {storage: shared for storage, shared in self._kept.items() if storage in self._used}
-        self._used = set()
 
     def abort(self) -> None:
         self._published.clear()
@@ -77,9 +76,14 @@ class IpcTransport(Transport):
     def close(self) -> None:
         self.abort()
 
-    def _kept_shared(self, name: str, storage: torch.UntypedStorage) -> "_Shared":
+    def _shared(self, name: str, storage: torch.UntypedStorage, lasts: bool) -> "_Shared":
         if self._generation is None:
             return _Shared(name, storage)
+        if not lasts:
+            made = _Shared(name, storage)
+            self._kept.setdefault(made.allocation, made)
+            self._used.add(made.allocation)
+            return made
         kept = self._kept.get(storage._cdata)
         if kept is None or not kept.is_of(storage):
             kept = self._kept[storage._cdata] = _Shared(name, storage, next(self._numbers))
@@ -91,7 +95,8 @@ class _Shared:
     """Memory that other processes may open, for as long as this lives.
 
     torch wraps a storage that it shares for good, and one that is shared in every sync would be wrapped once more each
-    time: what is shared is another storage of the same memory.
+    time: what is shared is another storage of the same memory. And torch counts who has it open, for one process: what
+    several have let go of, or one never will, is never freed (seen with 2.11). The count of this is 0 from the start.
 
     Args:
         name: of a tensor in it, for messages.
@@ -110,8 +115,15 @@ class _Shared:
                 "expandable_segments:True does that on some systems: unset it, or use another transport"
             ) from error
         # The first field is the index that the GPU has in this process: the worker puts in its own.
-        fields = [item.hex() if isinstance(item, bytes) else item for item in shared[1:]]
-        self.handle: Where = {"number": number, "gpu": _uuid(storage.get_device()), "storage": fields}
+        _, memory, size, offset, *counter, event, event_sync = shared
+        torch.UntypedStorage._release_ipc_counter(*counter, device=storage.device)
+        fields = [memory, size, offset, *_counter()[:2], event, event_sync]
+        self.allocation: str = memory.hex()
+        self.handle: Where = {
+            "number": number,
+            "gpu": _uuid(storage.get_device()),
+            "storage": [item.hex() if isinstance(item, bytes) else item for item in fields],
+        }
 
     def is_of(self, storage: torch.UntypedStorage) -> bool:
         """Whether `storage`, the same object as was shared, still has the same memory."""
@@ -203,6 +215,15 @@ class IpcReceiver(Receiver):
 
 def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor if tensor.is_cuda else tensor.cuda()).contiguous()
+
+
+@cache
+def _counter() -> tuple[bytes, int, torch.UntypedStorage]:
+    """Where workers count what they let go of, and the storage that it is of. Nobody reads it: a sync knows who needs
+    what."""
+    storage = torch.empty(1, device="cuda").untyped_storage()
+    _, _, _, _, handle, offset, _, _ = storage._share_cuda_()
+    return handle, offset, storage
 
 
 @cache
