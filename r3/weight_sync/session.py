@@ -6,27 +6,25 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from r3.errors import SyncError, summary
 from r3.weight_sync.calls import Calls, add_note, checked, first_failure_of, who
 from r3.weight_sync.clock import Clock
 from r3.weight_sync.delta import Base
-from r3.weight_sync.digest import ContentDigests, combine
+from r3.weight_sync.digest import combine
 from r3.weight_sync.engines import Engine, OnRunning, Reply, engine_of
 from r3.weight_sync.engines.base import require_complete
 from r3.weight_sync.outgoing import Outgoing
+from r3.weight_sync.sent import Sent
 from r3.weight_sync.source_tensor import Weight
 from r3.weight_sync.transports import Announced, Chunk, Transport, transport_of
 
 _ABORT_S = 15.0
-_AHEAD = 32  # tensors: half a millisecond of the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +166,7 @@ class WeightSync:
         manifest = outgoing.manifest()
         self._transport.lasting = outgoing.lasting
         sync_id = uuid.uuid4().hex[:12]
-        sent = _Sent()
+        sent = Sent()
         try:
             # First of all: no two senders may pause and resume an engine at a time.
             reserving = self._start("r3_reserve", sync_id, version, self._sender, self._timeout_s)
@@ -235,7 +233,7 @@ class WeightSync:
         join = Calls([lambda: self._transport.join(call.failed)])
         return base_version is None, [join, call]
 
-    def _send(self, sync_id: str, beginning: list[Calls], chunks: Iterator[Chunk], sent: "_Sent", clock: Clock) -> None:
+    def _send(self, sync_id: str, beginning: list[Calls], chunks: Iterator[Chunk], sent: Sent, clock: Clock) -> None:
         """All chunks: while the workers load some, the next are made ready, and go with one call once they are free."""
         ready: list[tuple[Chunk, Announced]] = []
         loading: Calls | None = None
@@ -258,14 +256,14 @@ class WeightSync:
         self._wait_for(loading, sent, clock)
 
     def _make_ready(
-        self, chunks: Iterator[Chunk], ready: list[tuple[Chunk, Announced]], sent: "_Sent", clock: Clock
+        self, chunks: Iterator[Chunk], ready: list[tuple[Chunk, Announced]], sent: Sent, clock: Clock
     ) -> bool:
         """Gather and publish the next chunk, if there is one."""
         with clock.stage("gather"):
             chunk = next(chunks, None)
             if chunk is None:
                 return False
-            sent.digests.require_readable(sent.unread(chunk))
+            sent.require_readable(chunk)
             wire = chunk if self._base is None else self._base.encode(chunk)
             sent.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
         with clock.stage("publish"):
@@ -273,7 +271,7 @@ class WeightSync:
             ready.append((chunk, ([name for name, _ in chunk], where)))
         return True
 
-    def _wait_for(self, loading: Calls | None, sent: "_Sent", clock: Clock) -> None:
+    def _wait_for(self, loading: Calls | None, sent: Sent, clock: Clock) -> None:
         if loading is None:
             return
         with clock.stage("wait"):
@@ -281,7 +279,7 @@ class WeightSync:
             # The answers say that no chunk of a call before this one is needed any more.
             self._transport.release(sent.loading)
 
-    def _hand_over(self, sync_id: str, ready: list[tuple[Chunk, Announced]], sent: "_Sent", clock: Clock) -> Calls:
+    def _hand_over(self, sync_id: str, ready: list[tuple[Chunk, Announced]], sent: Sent, clock: Clock) -> Calls:
         with clock.stage("transfer"):
             sent.loading = sent.chunks
             sent.chunks += len(ready)
@@ -289,8 +287,8 @@ class WeightSync:
             for index, (_, (names, _)) in enumerate(ready, sent.loading):
                 self._transfer(index, names, loading)
         with clock.stage("digest"):
-            # Not before: on a GPU a broadcast comes after what is queued, on the CPU the workers load meanwhile.
-            sent.add(sent.unread([item for chunk, _ in ready for item in chunk]))
+            # Not before: the workers load meanwhile.
+            sent.add([item for chunk, _ in ready for item in chunk])
         return loading
 
     def _transfer(self, index: int, names: list[str], loading: Calls) -> None:
@@ -305,7 +303,7 @@ class WeightSync:
                 f"chunk {index} ({names[0]} and {len(names) - 1} more) did not get to all workers of {engines}: {error}"
             ) from error
 
-    def _seal(self, sync_id: str, sent: "_Sent") -> int:
+    def _seal(self, sync_id: str, sent: Sent) -> int:
         broken = sent.digests.not_finite()
         if broken:
             raise SyncError(f"{len(broken)} tensors hold NaN or infinity:{summary(broken)}")
@@ -322,7 +320,7 @@ class WeightSync:
             raise SyncError(f"expected digest {total} on every worker, got:{summary(wrong)}")
         return total
 
-    def _abort(self, sync_id: str, sent: "_Sent", error: BaseException) -> None:
+    def _abort(self, sync_id: str, sent: Sent, error: BaseException) -> None:
         cause = f"{type(error).__name__}: {error}"
         self._transport.abort()
         call = self._start("r3_abort", sync_id, cause, timeout_s=min(_ABORT_S, self._timeout_s))
@@ -353,7 +351,7 @@ class WeightSync:
 
         self._each(resume)
 
-    def _pause(self, sent: "_Sent") -> None:
+    def _pause(self, sent: Sent) -> None:
         def pause(engine: Engine) -> None:
             if engine.pause(self._timeout_s):
                 sent.served.append(engine)
@@ -388,32 +386,6 @@ class WeightSync:
 
     def _each(self, action: Callable[[Engine], None]) -> None:
         Calls([partial(action, engine) for engine in self._engines]).result()
-
-
-@dataclass
-class _Sent:
-    digests: ContentDigests = field(default_factory=lambda: ContentDigests(beside=True))
-    named: dict[str, int] = field(default_factory=dict)  # digests of all
-    chunks: int = 0
-    loading: int = 0  # number of the last call's first chunk
-    bytes: int = 0
-    sent_bytes: int = 0
-    served: list[Engine] = field(default_factory=list)
-    worker_stages_s: dict[str, float] = field(default_factory=dict)
-
-    def add(self, tensors: Chunk) -> None:
-        self.digests.add(tensors)
-        self.bytes += sum(tensor.nbytes for _, tensor in tensors)
-
-    def add_while(self, calls: list[Calls], lying: Iterator[tuple[str, Tensor]]) -> None:
-        """Take digests of what lies on a GPU, which reads it while the host waits for `calls`."""
-        while not all(call.done() for call in calls) and (some := list(islice(lying, _AHEAD))):
-            self.add(some)
-            time.sleep(0)  # the calls' threads have a turn
-
-    def unread(self, tensors: Chunk) -> Chunk:
-        """Those whose digest is not taken yet."""
-        return [(name, tensor) for name, tensor in tensors if name not in self.digests]
 
 
 def _require_equal(answers: list[Reply], version: int, digest: int) -> None:
