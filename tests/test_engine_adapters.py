@@ -65,7 +65,9 @@ def two_cores():
         output_handler=None,
         errored=False,
         vllm_config=SimpleNamespace(
-            parallel_config=SimpleNamespace(world_size=1, data_parallel_size=2), kv_transfer_config=None
+            parallel_config=SimpleNamespace(world_size=1, data_parallel_size=2),
+            kv_transfer_config=None,
+            model_config=SimpleNamespace(is_multimodal_model=True),
         ),
         reset_mm_cache=nothing,
         reset_encoder_cache=nothing,

@@ -243,14 +243,18 @@ def test_every_transport_brings_the_same_weights_twice_in_a_row(engine, weights,
         assert receipt.sent_bytes == receipt.bytes
 
 
-@pytest.mark.parametrize("transport", [FilesTransport, GlooTransport])
+@pytest.mark.parametrize(
+    ("transport", "most", "shares", "at_once"),
+    [(FilesTransport, 3, False, 3), (GlooTransport, 3, False, 3), (FilesTransport, 1, True, 8)],
+)
 def test_chunks_that_are_ready_go_with_one_call_and_no_more_are_kept_than_that(
-    engine, weights, reference, transport, monkeypatch
+    engine, weights, reference, transport, most, shares, at_once, monkeypatch
 ):
     kept, calls, released = [0], [], []
 
     class Ahead(transport):
-        most_ready = 3
+        most_ready = most
+        shares_lasting = shares
         needed = 0  # chunks before this one are not
 
         def publish(self, index, chunk):
@@ -278,10 +282,10 @@ def test_chunks_that_are_ready_go_with_one_call_and_no_more_are_kept_than_that(
     assert greedy(engine) == reference
     sizes = [len(args[2]) for method, args in calls if method == "r3_load"]
     assert sum(sizes) == 2 * receipt.chunks
-    assert 1 < max(sizes) <= 3
+    assert 1 < max(sizes) <= at_once
     assert released
     assert all(index == first for index, first in released), "a call may still load its own chunks when it answers"
-    assert max(kept) <= 3 + 3 + 3, "the chunks of the call before, those that load, and those that are ready"
+    assert max(kept) <= 3 * at_once, "the chunks of the call before, those that load, and those that are ready"
 
 
 @pytest.mark.parametrize("transport", ["files", "gloo"])

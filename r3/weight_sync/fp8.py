@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from r3.errors import SyncError, summary
 from r3.weight_sync.fp8_block import FP8, block_quantise
 from r3.weight_sync.fp8_rules import SCALE, Fp8Scheme, fp8_scheme
-from r3.weight_sync.plan_record import own_tensors
 from r3.weight_sync.source_tensor import Together, Weight, WeightSource, as_source, gathered
 
 __all__ = ["Fp8Scheme", "block_quantise", "check_finite_engine", "fp8_scheme", "quantised"]
 
 _AT_ONCE = 1 << 26
+
+Names = list[tuple[str, str]]
+"""Of tensors: the layer, and the tensor in it."""
 
 
 def quantised(
@@ -90,7 +92,6 @@ def _quantised(
     return sent
 
 
-@torch.no_grad()
 def check_finite_engine(model: nn.Module) -> list[str]:
     """What is wrong with the FP8 weights and scales of vLLM's `model`, by name; empty if nothing is.
 
@@ -100,38 +101,42 @@ def check_finite_engine(model: nn.Module) -> list[str]:
     return queue_finite_check(dict(model.named_modules()))()
 
 
+@torch.no_grad()
 def queue_finite_check(layers: Mapping[str, nn.Module]) -> Callable[[], list[str]]:
     """`check_finite_engine` of the model with these modules: queued on a GPU, which the answer waits for, once."""
-    found: dict[torch.device, tuple[list[str], list[Tensor]]] = {}
+    found: dict[torch.device, tuple[list[tuple[Names, str]], list[Tensor]]] = {}
     with torch._C.DisableTorchFunctionSubclass():  # vLLM's parameters go through Python whenever they are touched
         for names, is_scale, rows in _to_check(layers):
             for problem, bad in _problems(rows, is_scale):
-                texts, flags = found.setdefault(rows.device, ([], []))
-                texts += [f"{name}: {problem}" for name in names]
+                checked, flags = found.setdefault(rows.device, ([], []))
+                checked.append((names, problem))
                 flags.append(bad)
-    return lambda: sorted(
-        text
-        for texts, flags in found.values()
-        for text, bad in zip(texts, torch.cat(flags).tolist(), strict=True)
-        if bad
-    )
+
+    def wrong() -> Iterator[str]:
+        for checked, flags in found.values():
+            bad = iter(torch.cat(flags).tolist())
+            for names, problem in checked:
+                yield from (f"{layer}.{own}".strip(".") + f": {problem}" for layer, own in names if next(bad))
+
+    return lambda: sorted(wrong())
 
 
-def _to_check(layers: Mapping[str, nn.Module]) -> Iterator[tuple[list[str], bool, Tensor]]:
+def _to_check(layers: Mapping[str, nn.Module]) -> Iterator[tuple[Names, bool, Tensor]]:
     """(names, whether they are scales, `[names, elements]`): single numbers together, others each by itself."""
-    numbers: dict[tuple[torch.device, torch.dtype, bool], dict[str, Tensor]] = {}
+    numbers: dict[tuple[torch.Size, torch.device, torch.dtype, bool], tuple[Names, list[Tensor]]] = {}
     for layer, module in layers.items():
-        for own, tensor in own_tensors(module).items():
+        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
             is_scale = "scale" in own
-            if not tensor.numel() or tensor.device.type == "meta" or not (is_scale or tensor.dtype in _NAN_BITS):
+            if tensor is None or not (is_scale or tensor.dtype in _NAN_BITS) or tensor.is_meta or not tensor.numel():
                 continue
-            name = f"{layer}.{own}" if layer else own
-            if tensor.numel() == 1:
-                numbers.setdefault((tensor.device, tensor.dtype, is_scale), {})[name] = tensor.reshape(1)
-            else:
-                yield [name], is_scale, tensor.reshape(1, -1)
-    for (_, _, is_scale), named in numbers.items():
-        yield list(named), is_scale, torch.stack(list(named.values()))
+            if tensor.numel() > 1:
+                yield [(layer, own)], is_scale, tensor.reshape(1, -1)
+                continue
+            names, alike = numbers.setdefault((tensor.shape, tensor.device, tensor.dtype, is_scale), ([], []))
+            names.append((layer, own))
+            alike.append(tensor)
+    for (_, _, _, is_scale), (names, alike) in numbers.items():
+        yield names, is_scale, torch.stack(alike).reshape(-1, 1)
 
 
 # FP8 has no arithmetic: mask of the bits to look at, and their pattern in a NaN.

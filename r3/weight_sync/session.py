@@ -25,6 +25,7 @@ from r3.weight_sync.source_tensor import Weight
 from r3.weight_sync.transports import Announced, Chunk, Transport, transport_of
 
 _ABORT_S = 15.0
+_MOST_A_CALL = 8  # chunks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +244,7 @@ class WeightSync:
             with clock.stage("begin"):
                 first_failure_of(*beginning)
         while more:
-            if len(ready) == self._transport.most_ready or loading is None or loading.done():
+            if self._is_full(ready) or loading is None or loading.done():
                 self._wait_for(loading, sent, clock)
                 ready, loading = [], self._hand_over(sync_id, ready, sent, clock)
             more = self._make_ready(chunks, ready, sent, clock)
@@ -270,6 +271,13 @@ class WeightSync:
             where = self._transport.publish(sent.chunks + len(ready), wire)
             ready.append((chunk, ([name for name, _ in chunk], where)))
         return True
+
+    def _is_full(self, ready: list[tuple[Chunk, Announced]]) -> bool:
+        """Whether no more chunks may wait for the workers: for the memory that they take, or for one call."""
+        keeps = self._transport.shares_lasting and self._base is None
+        lasting = self._transport.lasting if keeps else ()
+        made = sum(any(name not in lasting for name, _ in chunk) for chunk, _ in ready)
+        return made >= self._transport.most_ready or len(ready) >= max(_MOST_A_CALL, self._transport.most_ready)
 
     def _wait_for(self, loading: Calls | None, sent: Sent, clock: Clock) -> None:
         if loading is None:

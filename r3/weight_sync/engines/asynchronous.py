@@ -86,8 +86,9 @@ class AsyncEngine(Engine):
                 f"{self.name}: vLLM did not reset the prefix cache of data-parallel ranks {kept}, which holds keys of "
                 "the old weights: requests hold blocks of it"
             )
-        self._run("reset_mm_cache", self._engine.reset_mm_cache, deadline)
-        self._run("reset_encoder_cache", self._engine.reset_encoder_cache, deadline)
+        if self._engine.vllm_config.model_config.is_multimodal_model:
+            self._run("reset_mm_cache", self._engine.reset_mm_cache, deadline)
+            self._run("reset_encoder_cache", self._engine.reset_encoder_cache, deadline)
 
     def label(self, version: int, timeout_s: float) -> None:
         update = getattr(self._engine, "update_weight_version", None)

@@ -81,7 +81,7 @@ class Engine(ABC):
 
     @abstractmethod
     def reset_caches(self, timeout_s: float) -> None:
-        """Empty the prefix cache (and a KV connector's), the multimodal and the encoder cache.
+        """Empty the prefix cache (and a KV connector's); of multimodal models also the processor's and the encoder's.
 
         Requests that a pause has frozen lose their keys and values, and are computed anew.
 

@@ -70,8 +70,9 @@ class OfflineEngine(Engine):
                 f"{self.name}: vLLM did not reset its prefix cache, which holds keys of the old weights: requests "
                 "hold blocks of it"
             )
-        self._run("reset_mm_cache", self._llm.reset_mm_cache, deadline)
-        self._run("reset_encoder_cache", self._llm.llm_engine.reset_encoder_cache, deadline)
+        if self._llm.llm_engine.vllm_config.model_config.is_multimodal_model:
+            self._run("reset_mm_cache", self._llm.reset_mm_cache, deadline)
+            self._run("reset_encoder_cache", self._llm.llm_engine.reset_encoder_cache, deadline)
 
     def label(self, version: int, timeout_s: float) -> None:
         update = getattr(self._llm, "update_weight_version", None)

@@ -44,12 +44,15 @@ class Transport(ABC):
     Attributes:
         most_ready: how many chunks may be published while the workers load others. More take memory and save calls,
             each of which takes vLLM 1 to 2 ms.
+        shares_lasting: whether tensors that the trainer keeps are sent from where they lie. Chunks of nothing else take
+            no memory, and more of them may be published.
         timeout_s: longest wait for the other side. Set by the session.
         lasting: names of tensors that were not made for the sync: the trainer itself keeps them. Set by the session.
     """
 
     name: ClassVar[str]
     most_ready: int = 1
+    shares_lasting: ClassVar[bool] = False
     timeout_s: float = 600.0
     lasting: Container[str] = ()
 

@@ -29,6 +29,7 @@ class IpcTransport(Transport):
 
     name = "ipc"
     most_ready = 2
+    shares_lasting = True
 
     def __init__(self, *, keep_open: bool = True) -> None:
         self._generation = uuid.uuid4().hex if keep_open else None
@@ -96,7 +97,8 @@ class _Shared:
 
     torch wraps a storage that it shares for good, and one that is shared in every sync would be wrapped once more each
     time: what is shared is another storage of the same memory. And torch counts who has it open, for one process: what
-    several have let go of, or one never will, is never freed (seen with 2.11). The count of this is 0 from the start.
+    several have let go of is never freed (seen with 2.11). The count of this is 0 from the start: a sync knows who
+    needs what, and for how long.
 
     Args:
         name: of a tensor in it, for messages.
@@ -219,8 +221,7 @@ def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _counter() -> tuple[bytes, int, torch.UntypedStorage]:
-    """Where workers count what they let go of, and the storage that it is of. Nobody reads it: a sync knows who needs
-    what."""
+    """Where workers count what they let go of, which nobody reads, and the storage that it is of."""
     storage = torch.empty(1, device="cuda").untyped_storage()
     _, _, _, _, handle, offset, _, _ = storage._share_cuda_()
     return handle, offset, storage
