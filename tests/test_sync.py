@@ -148,7 +148,7 @@ def test_digests_that_are_taken_while_an_engine_is_waited_for_are_those_of_the_c
     assert (receipt.digest, receipt.bytes) == (expected.digest, expected.bytes)
     wrong = {name: t * torch.nan if name == taken[0] else t for name, t in weights.items()}
     monkeypatch.setattr(Outgoing, "as_they_lie", lambda outgoing: iter(wrong.items()))
-    with pytest.raises(r3.SyncError, match=f"1 tensors hold NaN or infinity.*{taken[0]}"):
+    with pytest.raises(r3.SyncError, match=rf"1 tensors hold NaN or infinity:\s+{taken[0]}"):
         sync.push(wrong.items(), version=following(sync))
 
 

@@ -6,7 +6,6 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,46 +19,13 @@ from r3.weight_sync.digest import combine
 from r3.weight_sync.engines import Engine, OnRunning, Reply, engine_of
 from r3.weight_sync.engines.base import require_complete
 from r3.weight_sync.outgoing import Outgoing
+from r3.weight_sync.receipt import SyncReceipt
 from r3.weight_sync.sent import Sent
 from r3.weight_sync.source_tensor import Weight
 from r3.weight_sync.transports import Announced, Chunk, Transport, transport_of
 
 _ABORT_S = 15.0
 _MOST_A_CALL = 8  # chunks
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyncReceipt:
-    """What every worker acknowledged.
-
-    Attributes:
-        version: committed, the same on every worker.
-        digest: of names and content of all tensors, equal on both sides.
-        workers: how many acknowledged, of all engines.
-        tensors, chunks: what was sent.
-        bytes: of the tensors.
-        sent_bytes: handed to the transport: less than `bytes` if only changes were sent.
-        complete: whether all tensors were sent whole.
-        seconds: from begin to the last acknowledgement, caches reset and engines resumed.
-        stages_s: the trainer's time by stage: pause, begin, gather (making the tensors, delta included), publish,
-            transfer, digest, wait (for workers that still load the chunk before), seal, commit, resume. What lies on a
-            GPU is read in pause and begin.
-        worker_stages_s: the slowest worker's, each stage by itself: receive, digest (and what is written with it), load
-            (the rest), wait (for its device), finish (vLLM's processing), settle (for all that was queued, digests
-            compared).
-    """
-
-    version: int
-    digest: int
-    workers: int
-    tensors: int
-    chunks: int
-    bytes: int
-    sent_bytes: int
-    complete: bool
-    seconds: float
-    stages_s: dict[str, float]
-    worker_stages_s: dict[str, float]
 
 
 class WeightSync:

@@ -1,0 +1,37 @@
+"""What a sync that has committed says of itself."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncReceipt:
+    """What every worker acknowledged.
+
+    Attributes:
+        version: committed, the same on every worker.
+        digest: of names and content of all tensors, equal on both sides.
+        workers: how many acknowledged, of all engines.
+        tensors, chunks: what was sent.
+        bytes: of the tensors.
+        sent_bytes: handed to the transport: less than `bytes` if only changes were sent.
+        complete: whether all tensors were sent whole.
+        seconds: from begin to the last acknowledgement, caches reset and engines resumed.
+        stages_s: the trainer's time by stage: pause, begin, gather (making the tensors, delta included), publish,
+            transfer, digest, wait (for workers that still load the chunk before), seal, commit, resume. What lies on a
+            GPU is read in pause and begin.
+        worker_stages_s: the slowest worker's, each stage by itself: receive, digest (and what is written with it), load
+            (the rest), wait (for its device), finish (vLLM's processing), settle (for all that was queued, digests
+            compared).
+    """
+
+    version: int
+    digest: int
+    workers: int
+    tensors: int
+    chunks: int
+    bytes: int
+    sent_bytes: int
+    complete: bool
+    seconds: float
+    stages_s: dict[str, float]
+    worker_stages_s: dict[str, float]
