@@ -25,3 +25,6 @@ class BreakableWorker(WeightSyncWorker):
         for where, name, closing in self.__dict__.pop("r3_removed"):
             setattr(where, name, closing)
         return []
+
+    def r3_test_length(self, text: str) -> dict:
+        return self._r3_reply(lambda state: {"length": len(text)})

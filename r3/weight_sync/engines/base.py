@@ -17,8 +17,7 @@ class Engine(ABC):
     """A running vLLM engine: all workers of all its data-parallel ranks, or of those that one client reaches.
 
     Every method returns or raises within its `timeout_s`, also when the engine has died or was stopped. A call that
-    timed out may still run in the engine; calls that follow come after it, in order, and never get its answer. None is
-    called while another has not returned: the client of a `vllm.LLM` writes to a socket that threads must not share.
+    timed out may still run in the engine; calls that follow come after it, in order, and never get its answer.
 
     Attributes:
         name: for messages.

@@ -1,5 +1,7 @@
 """`vllm.LLM`, which has no pause of its own: it must be idle, and refuses requests while a sync is open."""
 
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
@@ -10,6 +12,24 @@ from r3.errors import SyncError
 from r3.weight_sync.engines.base import Engine, Reply, failed, require_replies
 from r3.weight_sync.engines.guard import Guard
 from r3.weight_sync.engines.waiting import Deadline, answer_of, in_thread
+
+
+class _OneAtATime:
+    """Stands in for `_send_input` of vLLM's client, which writes to a ZeroMQ socket: threads must not share one.
+
+    A sync that ends early gives up while a call may still be on its way. Without this the messages mix, and the engine
+    waits for ever, or ZeroMQ ends the process. A client has one, whoever put it there.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._send = weakref.WeakMethod(client._send_input)
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        send = self._send()
+        assert send is not None
+        with self._lock:
+            return send(*args, **kwargs)
 
 
 class OfflineEngine(Engine):
@@ -29,6 +49,8 @@ class OfflineEngine(Engine):
         self.name = "vllm.LLM"
         self._llm = llm
         self._core = llm.llm_engine.engine_core
+        if self._in_process_of_its_own and not isinstance(self._core._send_input, _OneAtATime):
+            self._core._send_input = _OneAtATime(self._core)
         self._guard = Guard(llm.llm_engine)
         self._last: Future | None = None
 
@@ -91,7 +113,7 @@ class OfflineEngine(Engine):
             raise failed(self.name, what, error, self._dead()) from error
 
     def _submit(self, function: Callable[[], Any]) -> Future:
-        if hasattr(self._core, "resources"):
+        if self._in_process_of_its_own:
             return in_thread(function)
         # The engine core is in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0): no queue of its own keeps the order,
         # and the current CUDA device is one of the caller's thread.
@@ -107,6 +129,10 @@ class OfflineEngine(Engine):
 
         self._last = in_thread(in_order)
         return self._last
+
+    @property
+    def _in_process_of_its_own(self) -> bool:
+        return hasattr(self._core, "resources")
 
     def _dead(self) -> str | None:
         resources = getattr(self._core, "resources", None)
