@@ -1,7 +1,9 @@
 """A sync into a real engine changes nothing or everything and says which; what is not closed is wrong in silence."""
 
 import contextlib
+import random
 import re
+import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -154,6 +156,34 @@ def test_digests_that_are_taken_while_an_engine_is_waited_for_are_those_of_the_c
     monkeypatch.setattr(Outgoing, "as_they_lie", lambda outgoing: iter(wrong.items()))
     with pytest.raises(r3.SyncError, match=rf"1 tensors hold NaN or infinity:\s+{taken[0]}"):
         sync.push(wrong.items(), version=following(sync))
+
+
+@pytest.mark.long
+def test_a_sync_that_is_interrupted_at_any_moment_is_healed_by_the_next(engine, weights, reference, sync):
+    """As by Ctrl-C, or by SIGTERM where it raises: calls to the engine are on their way then."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    sync.push(weights.items(), version=following(sync))
+    whole_s = sync.push(weights.items(), version=following(sync)).seconds
+    version, interrupted, of = sync.version, 0, random.Random(0)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(200):
+            version += 1
+            signal.setitimer(signal.ITIMER_REAL, of.uniform(0, whole_s))
+            # Python's own locks make another error of one that comes within them.
+            with contextlib.suppress(KeyboardInterrupt, RuntimeError):
+                sync.push(weights.items(), version=version)
+                interrupted -= 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            interrupted, version = interrupted + 1, version + 1
+            sync.push(weights.items(), version=version)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 100
+    assert greedy(engine) == reference
 
 
 class Tampering(FilesTransport):
