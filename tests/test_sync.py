@@ -176,8 +176,8 @@ def test_a_sync_that_is_interrupted_at_any_moment_is_healed_by_the_next(engine, 
             # Python's own locks make another error of one that comes within them.
             with contextlib.suppress(KeyboardInterrupt, RuntimeError):
                 sync.push(weights.items(), version=version)
+                signal.setitimer(signal.ITIMER_REAL, 0)
                 interrupted -= 1
-            signal.setitimer(signal.ITIMER_REAL, 0)
             interrupted, version = interrupted + 1, version + 1
             sync.push(weights.items(), version=version)
     finally:
