@@ -1,5 +1,6 @@
 """Settings that must stand before torch and transformers are imported, and the one real engine of the tests."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -115,3 +116,12 @@ def vllm_config():
     from vllm.engine.arg_utils import EngineArgs
 
     return EngineArgs(model=str(DEMO_MODEL), enforce_eager=True).create_engine_config()
+
+
+@pytest.fixture
+def sync(engine, reference):
+    """`reference` is taken before anything is synced, whichever test comes first."""
+    from r3.weight_sync import WeightSync
+
+    with contextlib.closing(WeightSync(engine, chunk_bytes=1 << 20, timeout_s=120)) as made:
+        yield made

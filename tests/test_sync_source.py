@@ -18,7 +18,6 @@ from vllm_models import FAMILIES, config_of, declared, vllm_model
 from zoo.families import CASES
 
 from r3.errors import SyncError
-from r3.weight_sync.outgoing import Outgoing
 from r3.weight_sync.source import adapter_weights, gathered, named_weights
 from r3.weight_sync.source_tensor import is_sharded
 
@@ -75,20 +74,6 @@ def test_experts_are_views():
         if name.startswith("model.layers.0.mlp.experts"):
             fused = experts.down_proj if "down" in name else experts.gate_up_proj
             assert gathered(source).untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
-
-
-@pytest.mark.parametrize("fused_experts", [False, True])
-def test_what_is_sent_from_where_it_lies_is_known(fused_experts):
-    """Its memory can be kept open, and its digest taken early; what is made for a sync is let go of after it."""
-    model = tiny_moe(dtype=torch.bfloat16)
-    named = named_weights(model, fused_experts=fused_experts)
-    assert Outgoing(named, dtype=None, chunk_bytes=1).lasting == dict(named).keys()
-    assert Outgoing(named, dtype=torch.bfloat16, chunk_bytes=1).lasting == dict(named).keys()
-    assert Outgoing(named, dtype=torch.float16, chunk_bytes=1).lasting == set()
-    merged = named_weights(with_lora(model, target_modules=["q_proj"]), fused_experts=fused_experts)
-    assert {name for name, source in merged if not source.live} == {n for n, _ in named if "q_proj" in n}
-    tensors = {"whole": torch.ones(4, 4), "turned": torch.ones(4, 6).T}
-    assert Outgoing(tensors.items(), dtype=None, chunk_bytes=1).lasting == {"whole"}
 
 
 def test_fused_experts():

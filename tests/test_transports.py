@@ -158,9 +158,8 @@ def test_ipc_shares_memory_that_lasts_once_and_lets_go_of_all_other(pools, keep_
 
         def noted(index, chunk):
             where = publish(index, chunk)
-            return (
-                handles.update({name: where["storages"][place] for name, _, _, place, _ in where["tensors"]}) or where
-            )
+            handles.update({name: where["storages"][place] for name, _, _, place, _ in where["tensors"]})
+            return where
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(transport, "publish", noted)

@@ -240,9 +240,7 @@ class WeightSync:
 
     def _is_full(self, ready: list[tuple[Chunk, Announced]]) -> bool:
         """Whether no more chunks may wait for the workers: for the memory that they take, or for one call."""
-        keeps = self._transport.shares_lasting and self._base is None
-        lasting = self._transport.lasting if keeps else ()
-        made = sum(any(name not in lasting for name, _ in chunk) for chunk, _ in ready)
+        made = sum(self._base is not None or self._transport.takes_memory(chunk) for chunk, _ in ready)
         return made >= self._transport.most_ready or len(ready) >= max(_MOST_A_CALL, self._transport.most_ready)
 
     def _wait_for(self, loading: Calls | None, sent: Sent, clock: Clock) -> None:

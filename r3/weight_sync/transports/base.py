@@ -42,17 +42,14 @@ class Transport(ABC):
     """The trainer's side.
 
     Attributes:
-        most_ready: how many chunks may be published while the workers load others. More take memory and save calls,
+        most_ready: how many chunks that take memory may be published while the workers load others. More save calls,
             each of which takes vLLM 1 to 2 ms.
-        shares_lasting: whether tensors that the trainer keeps are sent from where they lie. Chunks of nothing else take
-            no memory, and more of them may be published.
         timeout_s: longest wait for the other side. Set by the session.
         lasting: names of tensors that were not made for the sync: the trainer itself keeps them. Set by the session.
     """
 
     name: ClassVar[str]
     most_ready: int = 1
-    shares_lasting: ClassVar[bool] = False
     timeout_s: float = 600.0
     lasting: Container[str] = ()
 
@@ -72,6 +69,10 @@ class Transport(ABC):
     @abstractmethod
     def publish(self, index: int, chunk: Chunk) -> Where:
         """Make ready what `receive` needs for chunk number `index`. It is kept until a `release` of a later one."""
+
+    def takes_memory(self, chunk: Chunk) -> bool:
+        """Whether what is published of `chunk` takes memory beside what the trainer keeps anyway."""
+        return True
 
     def transfer(self, index: int, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
         """Move the bytes, while the workers receive."""

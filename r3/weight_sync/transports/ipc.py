@@ -29,7 +29,6 @@ class IpcTransport(Transport):
 
     name = "ipc"
     most_ready = 2
-    shares_lasting = True
 
     def __init__(self, *, keep_open: bool = True) -> None:
         self._generation = uuid.uuid4().hex if keep_open else None
@@ -65,6 +64,9 @@ class IpcTransport(Transport):
             tensors.append([name, str(tensor.dtype), list(tensor.shape), place, tensor.storage_offset()])
         self._published[index] = shared
         return {"storages": [one.handle for one in shared], "tensors": tensors}
+
+    def takes_memory(self, chunk: Chunk) -> bool:
+        return not all(name in self.lasting and tensor.is_cuda for name, tensor in chunk)
 
     def release(self, index: int) -> None:
         self._published = {number: kept for number, kept in self._published.items() if number >= index}
