@@ -69,6 +69,9 @@ def test_digests_that_are_taken_while_an_engine_is_waited_for_are_those_of_the_c
     monkeypatch.setattr(Outgoing, "as_they_lie", lambda outgoing: iter(wrong.items()))
     with pytest.raises(r3.SyncError, match=rf"1 tensors hold NaN or infinity:\s+{taken[0]}"):
         sync.push(wrong.items(), version=following(sync))
+    monkeypatch.undo()
+    sync.push(weights.items(), version=following(sync))
+    assert greedy(engine) == reference
 
 
 def test_a_cache_that_cannot_be_emptied_leaves_the_engine_as_it_was(engine, weights, reference, sync, monkeypatch):

@@ -160,6 +160,16 @@ def test_a_model_that_passes_over_fused_experts_is_told_how_to_send_them(vllm_co
     assert ("weight_sync.fused_experts=false" in load["error"]) == remedy
 
 
+def test_a_reserve_that_comes_after_its_abort_does_not_keep_the_worker(vllm_config):
+    """The calls of a sender that is interrupted may cross; the worker would be nobody's until the lease is over."""
+    worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
+    assert worker.r3_abort("sync 1", "interrupted")["state"] == "idle"
+    late = worker.r3_reserve("sync 1", 1, "a test", 60.0)
+    assert "was given up before" in late["error"]
+    assert late["state"] == "idle"
+    assert worker.r3_reserve("sync 2", 2, "a test", 60.0)["state"] == "reserved"
+
+
 def test_no_batch_runs_on_weights_that_are_half_loaded_or_cannot_be_trusted(vllm_config, monkeypatch):
     """Below every pause of the engine: whoever resumes it meanwhile gets no token of these weights."""
     monkeypatch.setitem(RECEIVERS, "direct", Direct)

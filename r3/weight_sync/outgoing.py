@@ -45,7 +45,7 @@ class Outgoing:
         return {name: [list(weight.shape), str(self._sent_dtype(weight))] for name, weight in self._named}
 
     def as_they_lie(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors that are sent from where they lie on a GPU, and not made for the sync; up to one that lies elsewhere."""
+        """Tensors sent from where they lie on a GPU, and not made for the sync, up to one that lies elsewhere."""
         for name, weight in self._named:
             if name in self.lasting:
                 tensor = gathered(weight)

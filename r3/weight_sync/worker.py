@@ -57,6 +57,8 @@ class WeightSyncWorker:
         """
 
         def reserve(state: WorkerState) -> Reply:
+            if sync_id == state.given_up:
+                raise _RefusedError(f"sync {sync_id} was given up before this came")
             if state.sync is not None:
                 left_s = state.sync.until - time.monotonic()
                 if left_s > 0:
@@ -159,9 +161,13 @@ class WeightSyncWorker:
         return self._r3_reply(release)
 
     def r3_abort(self, sync_id: str, cause: str) -> Reply:
-        """Give up the sync. The worker is poisoned, unless no weight was touched."""
+        """Give up the sync, also one that is reserved only later: the calls of a sender that ends early may cross.
+
+        The worker is poisoned, unless no weight was touched.
+        """
 
         def abort(state: WorkerState) -> Reply:
+            state.given_up = sync_id
             if state.sync is not None and state.sync.id == sync_id:
                 self._r3_give_up(state, cause)
             return {}

@@ -46,6 +46,7 @@ class WorkerState:
     version: int | None = None  # committed
     cause: str = ""  # of the poisoning; empty if the weights can be trusted
     sync: ReceivedSync | None = None
+    given_up: str = ""  # id of the last sync that was aborted
     receiver: Receiver | None = None
     plan: LoadPlan | None = None
     base: Base | None = None
