@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from r3.weight_sync.outgoing import Outgoing
 from r3.weight_sync.source import named_weights
-from r3.weight_sync.transports import IpcTransport
+from r3.weight_sync.transports import IpcTransport, ipc
 
 
 @pytest.mark.parametrize("fused_experts", [False, True])
@@ -26,12 +26,35 @@ def test_what_is_sent_from_where_it_lies_is_known(fused_experts):
     assert Outgoing(tensors.items(), dtype=None, chunk_bytes=1).lasting == {"whole"}
 
 
-def test_by_ipc_only_what_lies_on_a_gpu_and_stays_there_takes_no_memory():
+def test_by_ipc_only_what_lies_on_the_workers_gpu_and_stays_there_takes_no_memory(monkeypatch):
+    """A worker on another GPU fetches what it loads, into memory of its own."""
+    monkeypatch.setattr(ipc, "gpu_uuid", str)
     transport = IpcTransport()
     transport.lasting = {"kept"}
-    here, there = torch.ones(2), SimpleNamespace(is_cuda=True)
+    here, there = torch.ones(2), SimpleNamespace(is_cuda=True, device="cuda:0")
     chunks = {"there": [("kept", there)], "here": [("kept", here)], "made": [("kept", there), ("made", there)]}
-    assert [name for name, chunk in chunks.items() if transport.takes_memory(chunk)] == ["here", "made"]
+    takes = lambda: [name for name, chunk in chunks.items() if transport.takes_memory(chunk)]
+    transport.workers_on = {"cuda:0"}
+    assert takes() == ["here", "made"]
+    for elsewhere in ({"cuda:1"}, {"cuda:0", "cuda:1"}, {"cuda:0", None}, set()):
+        transport.workers_on = elsewhere
+        assert takes() == ["there", "here", "made"]
+
+
+def test_chunks_are_larger_where_they_take_no_memory():
+    """Every chunk costs both sides; `chunk_bytes` bounds the memory that one takes."""
+    kept = [(f"kept {n}", torch.zeros(10, dtype=torch.float32)) for n in range(20)]
+    cast = [(f"cast {n}", torch.zeros(10, dtype=torch.float16)) for n in range(4)]
+    free = lambda chunk: any(name.startswith("cast") for name, _ in chunk)
+
+    def sizes(named, takes_memory):
+        outgoing = Outgoing(named, dtype=torch.float32, chunk_bytes=80)
+        return [len(chunk) for chunk in outgoing.chunks(takes_memory)]
+
+    assert sizes(kept, lambda chunk: True) == [2] * 10
+    assert sizes(kept, free) == [16, 4]
+    assert sizes(cast, free) == [2, 2]
+    assert sizes([*kept[:8], *cast], free) == [9, 2, 1], "together, no more than either"
 
 
 def test_what_lies_in_main_memory_is_not_looked_through_for_what_lies_on_a_gpu():

@@ -40,7 +40,8 @@ class WeightSync:
             the weights in main memory. The first sync, and any after a failure, is complete.
         dtype: 16-, 32- and 64-bit floating-point tensors are sent in this dtype (the engine's), None to send all as
             they are. A `WeightSource` says for itself.
-        chunk_bytes: largest chunk; one tensor that is larger is a chunk of its own.
+        chunk_bytes: largest chunk; one tensor that is larger is a chunk of its own. Eight times as much where it takes
+            no memory: of weights that workers on the same GPU read where they lie (`ipc`).
         timeout_s: longest wait for any one answer of an engine. Also how long a sync may be silent before another
             sender may take over from it.
 
@@ -145,7 +146,7 @@ class WeightSync:
             with clock.stage("begin"):
                 complete, beginning = self._begin(sync_id, status, manifest)
                 sent.add_while(beginning, lying)
-            self._send(sync_id, beginning, outgoing.chunks(), sent, clock)
+            self._send(sync_id, beginning, outgoing.chunks(self._takes_memory), sent, clock)
             with clock.stage("seal"):
                 total = self._seal(sync_id, sent)
                 agree()
@@ -186,6 +187,7 @@ class WeightSync:
             base_version = None
         if self._base is not None:
             self._base.begin(complete=base_version is None)
+        self._transport.workers_on = {reply["gpu"] for reply in status}
         offer = self._transport.offer(len(status), {reply["generation"] for reply in status})
         sync = {
             "timeout_s": self._timeout_s,
@@ -240,8 +242,11 @@ class WeightSync:
 
     def _is_full(self, ready: list[tuple[Chunk, Announced]]) -> bool:
         """Whether no more chunks may wait for the workers: for the memory that they take, or for one call."""
-        made = sum(self._base is not None or self._transport.takes_memory(chunk) for chunk, _ in ready)
+        made = sum(self._takes_memory(chunk) for chunk, _ in ready)
         return made >= self._transport.most_ready or len(ready) >= max(_MOST_A_CALL, self._transport.most_ready)
+
+    def _takes_memory(self, chunk: Chunk) -> bool:
+        return self._base is not None or self._transport.takes_memory(chunk)
 
     def _wait_for(self, loading: Calls | None, sent: Sent, clock: Clock) -> None:
         if loading is None:

@@ -22,7 +22,7 @@ from r3.weight_sync.digest import combine
 from r3.weight_sync.fp8 import queue_finite_check
 from r3.weight_sync.reload import LayerwiseReload
 from r3.weight_sync.transports import RECEIVERS, Announced, Chunk, Receiver, Where
-from r3.weight_sync.transports.base import wait_until
+from r3.weight_sync.transports.base import gpu_uuid, wait_until
 from r3.weight_sync.worker_state import ReceivedSync, WorkerState
 
 Reply = dict[str, Any]
@@ -300,6 +300,7 @@ class WeightSyncWorker:
             "world_size": parallel.world_size,
             "dp_size": parallel.data_parallel_size,
             "worker": state.worker,
+            "gpu": gpu_uuid(self.model_runner.device),
             "version": state.version,
             "state": state.name,
             "cause": state.cause,

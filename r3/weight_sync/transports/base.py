@@ -21,7 +21,8 @@ the next sync starts from an `offer` that knows nothing of this one.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -46,12 +47,14 @@ class Transport(ABC):
             each of which takes vLLM 1 to 2 ms.
         timeout_s: longest wait for the other side. Set by the session.
         lasting: names of tensors that were not made for the sync: the trainer itself keeps them. Set by the session.
+        workers_on: where the workers' models are: `gpu_uuid`. Set by the session.
     """
 
     name: ClassVar[str]
     most_ready: int = 1
     timeout_s: float = 600.0
     lasting: Container[str] = ()
+    workers_on: Collection[str | None] = ()
 
     def offer(self, workers: int, generations: set[str | None]) -> Where:
         """What the workers need to join: at least {"transport": name}.
@@ -71,7 +74,7 @@ class Transport(ABC):
         """Make ready what `receive` needs for chunk number `index`. It is kept until a `release` of a later one."""
 
     def takes_memory(self, chunk: Chunk) -> bool:
-        """Whether what is published of `chunk` takes memory beside what the trainer keeps anyway."""
+        """Whether sending `chunk` takes memory, here or of a worker, beside what the trainer keeps anyway."""
         return True
 
     def transfer(self, index: int, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
@@ -132,6 +135,12 @@ class Receiver(ABC):
 
     def abort(self) -> None:  # noqa: B027
         """Drop everything of a sync that failed."""
+
+
+@cache
+def gpu_uuid(device: torch.device) -> str | None:
+    """By which processes that number their GPUs in their own ways know this one; None if it is no CUDA device."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
 def wait_until(done: Callable[[], bool], stop: Stop, timeout_s: float, what: str) -> None:

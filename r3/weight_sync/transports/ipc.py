@@ -11,7 +11,7 @@ import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.base import Chunk, Receiver, Transport, Where
+from r3.weight_sync.transports.base import Chunk, Receiver, Transport, Where, gpu_uuid
 from r3.weight_sync.transports.packing import dtype_of
 
 
@@ -66,7 +66,10 @@ class IpcTransport(Transport):
         return {"storages": [one.handle for one in shared], "tensors": tensors}
 
     def takes_memory(self, chunk: Chunk) -> bool:
-        return not all(name in self.lasting and tensor.is_cuda for name, tensor in chunk)
+        return not all(
+            name in self.lasting and tensor.is_cuda and self.workers_on == {gpu_uuid(tensor.device)}
+            for name, tensor in chunk
+        )
 
     def release(self, index: int) -> None:
         self._published = {number: kept for number, kept in self._published.items() if number >= index}
@@ -125,7 +128,7 @@ class _Shared:
         self.allocation: str = memory.hex()
         self.handle: Where = {
             "number": number,
-            "gpu": _uuid(storage.get_device()),
+            "gpu": gpu_uuid(storage.device),
             "storage": [item.hex() if isinstance(item, bytes) else item for item in fields],
         }
 
@@ -140,7 +143,8 @@ class IpcReceiver(Receiver):
     def __init__(self, offer: Where, rank: int, device: torch.device, timeout_s: float) -> None:
         super().__init__(offer, rank, device, timeout_s)
         self.generation = offer["generation"]
-        self._gpus = {_uuid(index): index for index in range(torch.cuda.device_count())}
+        gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        self._gpus = {str(gpu_uuid(gpu)): gpu.index for gpu in gpus}
         # By number, or, one of each allocation, by that: torch keeps it mapped for as long as a storage in it lives.
         self._open: dict[int | str, torch.UntypedStorage] = {}
         self._used: set[int | str] = set()
@@ -227,8 +231,3 @@ def _counter() -> tuple[bytes, int, torch.UntypedStorage]:
     storage = torch.empty(1, device="cuda").untyped_storage()
     _, _, _, _, handle, offset, _, _ = storage._share_cuda_()
     return handle, offset, storage
-
-
-@cache
-def _uuid(gpu: int) -> str:
-    return str(torch.cuda.get_device_properties(gpu).uuid)
