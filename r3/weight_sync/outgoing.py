@@ -70,13 +70,15 @@ class Outgoing:
             name, weight = self._ungathered[0]
             dtype = self._sent_dtype(weight)
             nbytes = weight.shape.numel() * dtype.itemsize
-            if name in self.lasting and not takes_memory([(name, _whole(name, weight))]):
+            whole = _whole(name, weight) if name in self.lasting else None
+            if whole is not None and not takes_memory([(name, whole)]):
                 nbytes //= _MORE_IN_PLACE
             if chunk and size + nbytes > self._chunk_bytes:
                 yield chunk
                 chunk, size = [], 0
             self._ungathered.popleft()
-            chunk.append((name, _whole(name, weight).to(dtype).contiguous()))
+            # What is made for the sync is made once there is room.
+            chunk.append((name, _whole(name, weight).to(dtype).contiguous() if whole is None else whole))
             size += nbytes
         if chunk:
             yield chunk
