@@ -25,7 +25,6 @@ from r3.weight_sync.source_tensor import Weight
 from r3.weight_sync.transports import Announced, Chunk, Transport, transport_of
 
 _ABORT_S = 15.0
-_MOST_A_CALL = 8  # chunks
 
 
 class WeightSync:
@@ -203,11 +202,14 @@ class WeightSync:
         return base_version is None, [join, call]
 
     def _send(self, sync_id: str, beginning: list[Calls], chunks: Iterator[Chunk], sent: Sent, clock: Clock) -> None:
-        """All chunks: while the workers load some, the next are made ready, and go with one call once they are free."""
+        """All chunks: while the workers begin, or load some, the next are made ready, and go with one call once they
+        are free."""
         ready: list[tuple[Chunk, Announced]] = []
         loading: Calls | None = None
         try:
             more = self._make_ready(chunks, ready, sent, clock)
+            while more and not self._is_full(ready) and not all(call.done() for call in beginning):
+                more = self._make_ready(chunks, ready, sent, clock)
         finally:
             with clock.stage("begin"):
                 first_failure_of(*beginning)
@@ -241,9 +243,8 @@ class WeightSync:
         return True
 
     def _is_full(self, ready: list[tuple[Chunk, Announced]]) -> bool:
-        """Whether no more chunks may wait for the workers: for the memory that they take, or for one call."""
-        made = sum(self._takes_memory(chunk) for chunk, _ in ready)
-        return made >= self._transport.most_ready or len(ready) >= max(_MOST_A_CALL, self._transport.most_ready)
+        """Whether no more chunks may wait for the workers, for the memory that they take."""
+        return sum(self._takes_memory(chunk) for chunk, _ in ready) >= self._transport.most_ready
 
     def _takes_memory(self, chunk: Chunk) -> bool:
         return self._base is not None or self._transport.takes_memory(chunk)

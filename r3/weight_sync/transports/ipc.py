@@ -146,18 +146,18 @@ class IpcReceiver(Receiver):
         gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
         self._gpus = {str(gpu_uuid(gpu)): gpu.index for gpu in gpus}
         # By number, or, one of each allocation, by that: torch keeps it mapped for as long as a storage in it lives.
-        self._open: dict[int | str, torch.UntypedStorage] = {}
+        self._open: dict[int | str, _Opened] = {}
         self._used: set[int | str] = set()
-        self._chunks: deque[list[torch.UntypedStorage]] = deque()
+        self._chunks: deque[list[_Opened]] = deque()
         self._released = 0
         self._idle: dict[torch.device, torch.cuda.Stream] = {}
 
     def receive(self, where: Where) -> Chunk:
         first = where["tensors"][0][0] if where["tensors"] else ""
-        storages = [self._storage(first, handle) for handle in where["storages"]]
-        self._chunks.append(storages)
+        opened = [self._opened(first, handle) for handle in where["storages"]]
+        self._chunks.append(opened)
         return [
-            (name, self._tensor(dtype_of(dtype), shape, None if place is None else storages[place], offset))
+            (name, self._tensor(None if place is None else opened[place], dtype, shape, offset))
             for name, dtype, shape, place, offset in where["tensors"]
         ]
 
@@ -175,7 +175,7 @@ class IpcReceiver(Receiver):
         torch.cuda.current_stream(self.device).synchronize()
         self._chunks.clear()
         self._released = 0
-        self._open = {key: storage for key, storage in self._open.items() if key in self._used}
+        self._open = {key: opened for key, opened in self._open.items() if key in self._used}
         self._used = set()
         if self.generation is None:
             self._open.clear()
@@ -184,7 +184,7 @@ class IpcReceiver(Receiver):
         self._chunks.clear()
         self._open.clear()
 
-    def _storage(self, name: str, handle: Where) -> torch.UntypedStorage:
+    def _opened(self, name: str, handle: Where) -> "_Opened":
         memory, size, offset, counter, counter_offset, event, event_sync = handle["storage"]
         key = memory if handle["number"] is None else handle["number"]
         self._used.add(key)
@@ -206,19 +206,31 @@ class IpcReceiver(Receiver):
             bytes.fromhex(event),
             event_sync,
         )
-        self._open.setdefault(key, storage)
+        opened = _Opened(storage)
+        self._open.setdefault(key, opened)
         if storage.device not in self._idle:
             self._idle[storage.device] = torch.cuda.Stream(storage.device)
-        return storage
+        return opened
 
-    def _tensor(
-        self, dtype: torch.dtype, shape: list[int], storage: torch.UntypedStorage | None, offset: int
-    ) -> torch.Tensor:
-        if storage is None:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        tensor = torch.empty(0, dtype=dtype, device=storage.device)
-        tensor.set_(storage, offset, shape)  # pyrefly: ignore
-        return tensor.to(self.device, non_blocking=True)
+    def _tensor(self, opened: "_Opened | None", dtype: str, shape: list[int], offset: int) -> torch.Tensor:
+        if opened is None:
+            return torch.empty(shape, dtype=dtype_of(dtype), device=self.device)
+        return opened.tensor(dtype, shape, offset).to(self.device, non_blocking=True)
+
+
+class _Opened:
+    """Memory of another process, and the tensors in it: to make one takes 9 us, and a weight's comes in every sync."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._storage = storage
+        self._tensors: dict[tuple[str | int, ...], torch.Tensor] = {}
+
+    def tensor(self, dtype: str, shape: list[int], offset: int) -> torch.Tensor:
+        key = (dtype, *shape, offset)
+        if key not in self._tensors:
+            empty = torch.empty(0, dtype=dtype_of(dtype), device=self._storage.device)
+            self._tensors[key] = empty.set_(self._storage, offset, shape)  # pyrefly: ignore
+        return self._tensors[key]
 
 
 def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
