@@ -111,12 +111,12 @@ def on_cuda(chunks: list[Chunk], device: torch.device, size: int, rounds: int) -
     into = dict(zip(names, itertools.chain.from_iterable(targets), strict=True))
     locked = [[(name, tensor.cpu().pin_memory()) for name, tensor in chunk] for chunk in chunks[:4]]
     reads = [[(tensor, mask, ulp, None, None) for _, tensor in chunk] for chunk in chunks]
-    tables = [(torch.tensor(rows, device=device), count) for rows, count in map(digest_cuda.describe, reads)]
+    tables = [(torch.tensor(rows, device=device), count) for rows, count, _ in map(digest_cuda.describe, reads)]
     sums = [torch.zeros(len(chunk), 2, dtype=torch.int64, device=device) for chunk in chunks]
 
     def kernels() -> None:
         for (table, count), total in zip(tables, sums, strict=True):
-            digest_cuda.launch(table, count, total)
+            digest_cuda.launch(table, count, total, writes=False)
 
     jobs: dict[str, Callable[[], object]] = {
         "copy": lambda: copied(chunks, targets),

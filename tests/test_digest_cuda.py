@@ -27,8 +27,14 @@ def compare_interpreted() -> None:
     sums = torch.zeros(len(chunk), 2, dtype=torch.int64)
     places, memory = places_for(chunk)
     reads = [(tensor, *_lanes(tensor.dtype), places[name]) for name, tensor in chunk]
-    rows, count = digest_cuda.describe(reads)
-    digest_cuda._read_piece[(count,)](torch.tensor(rows), sums, len(rows))
+    rows, count, writes = digest_cuda.describe(reads)
+    assert writes
+    digest_cuda._write_piece[(count,)](torch.tensor(rows), sums, len(rows))
+    rows, count, writes = digest_cuda.describe([(*read[:4], None) for read in reads])
+    assert not writes
+    only_read = torch.zeros_like(sums)
+    digest_cuda._read_piece[(count,)](torch.tensor(rows), only_read, len(rows))
+    assert only_read.equal(sums)
     by_kernel = {name for name, tensor in chunk if digest_cuda._in_whole_words(tensor, places[name])}
     assert {"bytes 0 0", "many pieces", "transposed"} < by_kernel < places.keys()
     for name, tensor in chunk:
