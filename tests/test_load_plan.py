@@ -120,6 +120,34 @@ def test_attention_derives_from_the_new_weights_where_no_reload_is_opened(vllm_c
     assert torch.equal(two, torch.cat([weights_of(2)["two.gate"], weights_of(2)["two.up"]]))
 
 
+def test_a_chunk_of_any_size_is_copied_aside_in_parts(vllm_config, monkeypatch):
+    """By ipc, one of the trainer's own weights can have all that there are, and the GPU has no room for them twice."""
+    loaded = []
+
+    class Counting(Toy):
+        def load_weights(self, weights):
+            loaded.append(weights := list(weights))
+            super().load_weights(weights)
+
+    model = initial(Counting(), weights_of(0))
+    loaded.clear()
+    whole = synced(model, vllm_config, weights_of(1), chunk=6).learned
+    assert [len(part) for part in loaded] == [6]
+    expected = state(model)
+    model = initial(Counting(), weights_of(0))
+    monkeypatch.setattr(reload_module, "_ASIDE_BYTES", 4 * (32 + 8))
+    loaded.clear()
+    plan = synced(model, vllm_config, weights_of(1), chunk=6).learned
+    assert [[name for name, _ in part] for part in loaded] == [
+        ["one.gate"],
+        ["one.up", "one.norm_like"],
+        ["two.gate"],
+        ["two.up", "two.norm_like"],
+    ]
+    assert_same(state(model), expected)
+    assert plan == whole
+
+
 @pytest.mark.parametrize("lost", ["one.up", "two.norm_like"])
 def test_a_sync_that_is_not_complete_teaches_nothing(vllm_config, lost):
     model = initial(Toy(), weights_of(0))

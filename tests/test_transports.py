@@ -143,7 +143,7 @@ def test_every_worker_gets_every_byte_in_two_syncs(transport, workers, device):
 def test_ipc_shares_memory_that_lasts_once_and_lets_go_of_all_other(pools, keep_open):
     """torch wraps a storage each time that it shares it: a weight would gather wraps as long as training runs."""
     workers, transport = pools("cuda"), IpcTransport(keep_open=keep_open)
-    transport.lasting = {"weight"}
+    transport.lasting = {"weight", "part of it"}
     memory: list[StorageWeakRef] = []
 
     def made(value: int) -> torch.Tensor:
@@ -171,7 +171,8 @@ def test_ipc_shares_memory_that_lasts_once_and_lets_go_of_all_other(pools, keep_
     handles = []
     for step in range(1, 4):
         weight += 1  # in place, as optimizers do
-        handles.append(push(weight=weight, gathered=made(step)))
+        part = weight[step:][:6].view(2, 3) if step > 1 else weight[1:]  # of other shapes, by the same name
+        handles.append(push(**{"weight": weight, "gathered": made(step), "part of it": part}))
     assert (handles[0]["weight"] == handles[1]["weight"] == handles[2]["weight"]) == keep_open
     assert all(one["gathered"]["number"] is None for one in handles)
     weight = made(7)  # another one by the same name

@@ -29,6 +29,8 @@ from r3.weight_sync.plan_record import own_tensors
 
 logger = logging.getLogger(__name__)
 
+_ASIDE_BYTES = 512 << 20
+
 
 class LayerwiseReload:
     """One bracket: `begin`, `load` any number of times, `missing`, `finish`; or `abandon`.
@@ -117,15 +119,18 @@ class LayerwiseReload:
                     f"{weights[0][0]}: expected what the manifest announced, got {tuple(weights[0][1].shape)}, "
                     f"{weights[0][1].dtype}"
                 )
+        for part in _parts(weights):
+            self._load_by_vllm(part)
+
+    def _load_by_vllm(self, part: Iterable[tuple[str, Tensor]]) -> None:
         # vLLM keeps what it gets until its layer is complete; the memory is the caller's.
-        kept = [(name, tensor.detach().clone(memory_format=torch.contiguous_format)) for name, tensor in weights]
-        if kept:
-            at: list[str] = []
-            try:
-                with self._context(), self._learner.watching(kept) if self._learner else nullcontext():
-                    self._model.load_weights(_noted(kept, at))
-            except Exception as error:
-                raise SyncError(f"{at[-1] if at else kept[0][0]}: vLLM did not load it: {str(error)[:400]}") from error
+        kept = [(name, tensor.detach().clone(memory_format=torch.contiguous_format)) for name, tensor in part]
+        at: list[str] = []
+        try:
+            with self._context(), self._learner.watching(kept) if self._learner else nullcontext():
+                self._model.load_weights(_noted(kept, at))
+        except Exception as error:
+            raise SyncError(f"{at[-1] if at else kept[0][0]}: vLLM did not load it: {str(error)[:400]}") from error
 
     def missing(self) -> list[str]:
         """Layers that have not got all their weights, each with what it has and needs (in elements)."""
@@ -254,6 +259,20 @@ class LayerwiseReload:
 
         with set_current_vllm_config(self._config), torch.no_grad(), expert_prepack():
             yield
+
+
+def _parts(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
+    """`weights`, as many at once as may be copied aside; one that is larger is a part of its own."""
+    part: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in weights:
+        if part and size + tensor.nbytes > _ASIDE_BYTES:
+            yield part
+            part, size = [], 0
+        part.append((name, tensor))
+        size += tensor.nbytes
+    if part:
+        yield part
 
 
 def _noted(weights: Iterable[tuple[str, Tensor]], at: list[str]) -> Iterator[tuple[str, Tensor]]:
