@@ -138,12 +138,7 @@ def test_a_chunk_of_any_size_is_copied_aside_in_parts(vllm_config, monkeypatch):
     monkeypatch.setattr(reload_module, "_ASIDE_BYTES", 4 * (32 + 8))
     loaded.clear()
     plan = synced(model, vllm_config, weights_of(1), chunk=6).learned
-    assert [[name for name, _ in part] for part in loaded] == [
-        ["one.gate"],
-        ["one.up", "one.norm_like"],
-        ["two.gate"],
-        ["two.up", "two.norm_like"],
-    ]
+    assert [len(part) for part in loaded] == [1, 2, 1, 2], "160 bytes at most: 32 and 8 numbers"
     assert_same(state(model), expected)
     assert plan == whole
 
