@@ -3,6 +3,7 @@
 import contextlib
 import random
 import signal
+import time
 from functools import partial
 
 import pytest
@@ -52,9 +53,15 @@ def test_caches_are_emptied_once_no_batch_can_run(engine, weights, reference, sy
 def test_digests_that_are_taken_while_an_engine_is_waited_for_are_those_of_the_chunks(
     engine, weights, reference, sync, monkeypatch
 ):
-    """As they are of what lies on a GPU: some before the first chunk, none twice."""
+    """As they are of what lies on a GPU: all while requests run to their end, none twice."""
     expected = sync.push(weights.items(), version=following(sync))
-    taken = []
+    taken, by_then = [], []
+    pause = sync._engines[0].pause
+
+    def slow_to_pause(timeout_s):
+        time.sleep(1.0)
+        by_then.append(len(taken))
+        return pause(timeout_s)
 
     def lying(outgoing):
         for name, tensor in weights.items():
@@ -62,8 +69,9 @@ def test_digests_that_are_taken_while_an_engine_is_waited_for_are_those_of_the_c
             yield name, tensor
 
     monkeypatch.setattr(Outgoing, "as_they_lie", lying)
+    monkeypatch.setattr(sync._engines[0], "pause", slow_to_pause)
     receipt = sync.push(weights.items(), version=following(sync))
-    assert 0 < len(taken) <= len(weights)
+    assert by_then == [len(weights)] == [len(taken)]
     assert (receipt.digest, receipt.bytes) == (expected.digest, expected.bytes)
     wrong = {name: t * torch.nan if name == taken[0] else t for name, t in weights.items()}
     monkeypatch.setattr(Outgoing, "as_they_lie", lambda outgoing: iter(wrong.items()))

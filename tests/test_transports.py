@@ -173,6 +173,7 @@ def test_ipc_shares_memory_that_lasts_once_and_lets_go_of_all_other(pools, keep_
         weight += 1  # in place, as optimizers do
         part = weight[step:][:6].view(2, 3) if step > 1 else weight[1:]  # of other shapes, by the same name
         handles.append(push(**{"weight": weight, "gathered": made(step), "part of it": part}))
+        del part
     assert (handles[0]["weight"] == handles[1]["weight"] == handles[2]["weight"]) == keep_open
     assert all(one["gathered"]["number"] is None for one in handles)
     weight = made(7)  # another one by the same name

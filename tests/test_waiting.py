@@ -3,17 +3,46 @@
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
+from r3.weight_sync.engines import waiting
 from r3.weight_sync.engines.waiting import in_thread
 
 
-def test_a_thread_is_used_again_also_after_an_error():
-    first = in_thread(threading.get_ident).result()
+@pytest.fixture
+def result(monkeypatch):
+    """The result of a call, once its thread waits for another."""
+    monkeypatch.setattr(waiting, "_idle", idle := [])
+
+    def result(function):
+        try:
+            return in_thread(function).result(60)
+        finally:
+            end = time.monotonic() + 60
+            while not idle and time.monotonic() < end:
+                time.sleep(0.01)
+
+    return result
+
+
+def test_a_thread_is_used_again_also_after_an_error(result):
+    first = result(threading.get_ident)
     with pytest.raises(SystemExit, match="over"):
-        in_thread(lambda: sys.exit("over")).result()
-    assert in_thread(threading.get_ident).result() == first != threading.get_ident()
+        result(lambda: sys.exit("over"))
+    assert result(threading.get_ident) == first != threading.get_ident()
+
+
+def test_a_thread_that_cannot_give_its_answer_is_given_no_other_call():
+    """What a signal's exception leaves that comes within `futures.wait`: the lock of the future stays taken."""
+    release = threading.Event()
+    unheard = in_thread(lambda: release.wait(60))
+    with unheard._condition:
+        release.set()
+        time.sleep(0.5)
+        assert in_thread(lambda: "next").result(60) == "next"
+    assert unheard.result(60)
 
 
 def test_calls_that_wait_for_each_other_run_side_by_side():

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from r3.errors import SyncError, summary
 from r3.weight_sync.calls import Calls, add_note, checked, first_failure_of, who
@@ -141,7 +142,7 @@ class WeightSync:
             with clock.stage("pause"):
                 sent.add_while([reserving], lying)
                 status = reserving.result()
-                self._pause(sent)
+                self._pause(sent, lying)
             with clock.stage("begin"):
                 complete, beginning = self._begin(sync_id, status, manifest)
                 sent.add_while(beginning, lying)
@@ -329,13 +330,16 @@ class WeightSync:
 
         self._each(resume)
 
-    def _pause(self, sent: Sent) -> None:
+    def _pause(self, sent: Sent, lying: Iterator[tuple[str, Tensor]]) -> None:
         def pause(engine: Engine) -> None:
             if engine.pause(self._timeout_s):
                 sent.served.append(engine)
 
         calls = Calls([partial(pause, engine) for engine in self._engines])
-        calls.wait(2 * self._timeout_s, all_of_them=True)  # of those that were paused, none may be forgotten
+        try:
+            sent.add_while([calls], lying)  # while they end what they generate
+        finally:
+            calls.wait(2 * self._timeout_s, all_of_them=True)  # of those that were paused, none may be forgotten
         calls.result()
 
     def _call(self, method: str, *args: Any) -> list[Reply]:

@@ -63,9 +63,11 @@ def _serve(work: SimpleQueue) -> None:
         except BaseException as error:
             answer = partial(future.set_exception, error)
         del function, future
-        _idle.append(work)  # first, so that who waits for the answer finds this thread idle
+        # It may never come through: an exception that a signal raises within `futures.wait` leaves the future's lock
+        # with the thread that waited.
         answer()
         del answer
+        _idle.append(work)
 
 
 def answer_of(future: Future, deadline: Deadline, *, where: str, what: str, dead: Callable[[], str | None]) -> Any:
