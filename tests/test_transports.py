@@ -174,10 +174,13 @@ def test_ipc_shares_memory_that_lasts_once_and_lets_go_of_all_other(pools, keep_
         part = weight[step:][:6].view(2, 3) if step > 1 else weight[1:]  # of other shapes, by the same name
         handles.append(push(**{"weight": weight, "gathered": made(step), "part of it": part}))
         del part
-    assert (handles[0]["weight"] == handles[1]["weight"] == handles[2]["weight"]) == keep_open
+    if keep_open:
+        assert handles[0]["weight"] == handles[1]["weight"] == handles[2]["weight"] == handles[2]["part of it"]
+    assert all((one["weight"]["number"] is not None) == keep_open for one in handles)
     assert all(one["gathered"]["number"] is None for one in handles)
     weight = made(7)  # another one by the same name
-    assert push(weight=weight)["weight"] != handles[2]["weight"]
+    again = push(weight=weight)["weight"]
+    assert (again["number"] != handles[2]["weight"]["number"]) == keep_open
     transport.offer(3, set(workers.run("generation")))  # of the next sync
     assert [ref.expired() for ref in memory] == [True] * (len(memory) - 1) + [False]
 

@@ -26,6 +26,7 @@ from r3.weight_sync.source_tensor import Weight
 from r3.weight_sync.transports import Announced, Chunk, Transport, transport_of
 
 _ABORT_S = 15.0
+_IDLE_PAUSES_S = 5e-3  # an engine that generates nothing
 
 
 class WeightSync:
@@ -337,7 +338,8 @@ class WeightSync:
 
         calls = Calls([partial(pause, engine) for engine in self._engines])
         try:
-            sent.add_while([calls], lying)  # while they end what they generate
+            if not calls.wait(_IDLE_PAUSES_S, all_of_them=True):
+                sent.add_while([calls], lying)  # while they end what they generate
         finally:
             calls.wait(2 * self._timeout_s, all_of_them=True)  # of those that were paused, none may be forgotten
         calls.result()
