@@ -12,7 +12,7 @@ from r3.weight_sync.digest import ContentDigests
 from r3.weight_sync.engines import Engine
 from r3.weight_sync.transports import Chunk
 
-_AHEAD = 32  # tensors: half a millisecond of the host at most, by which an answer may be late
+_AHEAD = 64  # tensors: of few, each takes the host up to three times as long
 
 
 @dataclass
