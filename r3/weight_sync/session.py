@@ -26,7 +26,7 @@ from r3.weight_sync.source_tensor import Weight
 from r3.weight_sync.transports import Announced, Chunk, Transport, transport_of
 
 _ABORT_S = 15.0
-_IDLE_PAUSES_S = 5e-3  # an engine that generates nothing
+_IDLE_PAUSES_S = 5e-3  # within this, an engine that generates nothing has paused
 
 
 class WeightSync:
