@@ -30,11 +30,11 @@ def compare_interpreted() -> None:
     rows, count, writes = digest_cuda.describe(reads)
     assert writes
     digest_cuda._write_piece[(count,)](torch.tensor(rows), sums, len(rows))
-    rows, count, writes = digest_cuda.describe([(*read[:4], None) for read in reads])
+    rows, count, writes = digest_cuda.describe([(*read[:4], None) for read in reads[-40:]])
     assert not writes
-    only_read = torch.zeros_like(sums)
+    only_read = torch.zeros(len(rows), 2, dtype=torch.int64)
     digest_cuda._read_piece[(count,)](torch.tensor(rows), only_read, len(rows))
-    assert only_read.equal(sums)
+    assert only_read.equal(sums[-40:])
     by_kernel = {name for name, tensor in chunk if digest_cuda._in_whole_words(tensor, places[name])}
     assert {"bytes 0 0", "many pieces", "transposed"} < by_kernel < places.keys()
     for name, tensor in chunk:
