@@ -121,7 +121,7 @@ def test_attention_derives_from_the_new_weights_where_no_reload_is_opened(vllm_c
 
 
 def test_a_chunk_of_any_size_is_copied_aside_in_parts(vllm_config, monkeypatch):
-    """By ipc, one of the trainer's own weights can have all that there are, and the GPU has no room for them twice."""
+    """One of the trainer's own weights has 4 GiB by ipc: more than an engine may have room for beside its own."""
     loaded = []
 
     class Counting(Toy):

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -206,7 +206,7 @@ class WeightSync:
     def _send(self, sync_id: str, beginning: list[Calls], chunks: Iterator[Chunk], sent: Sent, clock: Clock) -> None:
         """All chunks: while the workers begin, or load some, the next are made ready, and go with one call once they
         are free."""
-        ready: list[tuple[Chunk, Announced]] = []
+        ready: list[_Ready] = []
         loading: Calls | None = None
         try:
             more = self._make_ready(chunks, ready, sent, clock)
@@ -228,9 +228,7 @@ class WeightSync:
             sent.named = sent.digests.result()
         self._wait_for(loading, sent, clock)
 
-    def _make_ready(
-        self, chunks: Iterator[Chunk], ready: list[tuple[Chunk, Announced]], sent: Sent, clock: Clock
-    ) -> bool:
+    def _make_ready(self, chunks: Iterator[Chunk], ready: list["_Ready"], sent: Sent, clock: Clock) -> bool:
         """Gather and publish the next chunk, if there is one."""
         with clock.stage("gather"):
             chunk = next(chunks, None)
@@ -241,12 +239,12 @@ class WeightSync:
             sent.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
         with clock.stage("publish"):
             where = self._transport.publish(sent.chunks + len(ready), wire)
-            ready.append((chunk, ([name for name, _ in chunk], where)))
+            ready.append(_Ready(chunk, ([name for name, _ in chunk], where), self._takes_memory(chunk)))
         return True
 
-    def _is_full(self, ready: list[tuple[Chunk, Announced]]) -> bool:
+    def _is_full(self, ready: list["_Ready"]) -> bool:
         """Whether no more chunks may wait for the workers, for the memory that they take."""
-        return sum(self._takes_memory(chunk) for chunk, _ in ready) >= self._transport.most_ready
+        return sum(one.takes_memory for one in ready) >= self._transport.most_ready
 
     def _takes_memory(self, chunk: Chunk) -> bool:
         return self._base is not None or self._transport.takes_memory(chunk)
@@ -259,16 +257,16 @@ class WeightSync:
             # The answers say that no chunk of a call before this one is needed any more.
             self._transport.release(sent.loading)
 
-    def _hand_over(self, sync_id: str, ready: list[tuple[Chunk, Announced]], sent: Sent, clock: Clock) -> Calls:
+    def _hand_over(self, sync_id: str, ready: list["_Ready"], sent: Sent, clock: Clock) -> Calls:
         with clock.stage("transfer"):
             sent.loading = sent.chunks
             sent.chunks += len(ready)
-            loading = self._start("r3_load", sync_id, sent.loading, [announced for _, announced in ready])
-            for index, (_, (names, _)) in enumerate(ready, sent.loading):
-                self._transfer(index, names, loading)
+            loading = self._start("r3_load", sync_id, sent.loading, [one.announced for one in ready])
+            for index, one in enumerate(ready, sent.loading):
+                self._transfer(index, one.announced[0], loading)
         with clock.stage("digest"):
             # Not before: the workers load meanwhile.
-            sent.add([item for chunk, _ in ready for item in chunk])
+            sent.add([item for one in ready for item in one.chunk])
         return loading
 
     def _transfer(self, index: int, names: list[str], loading: Calls) -> None:
@@ -370,6 +368,14 @@ class WeightSync:
 
     def _each(self, action: Callable[[Engine], None]) -> None:
         Calls([partial(action, engine) for engine in self._engines]).result()
+
+
+class _Ready(NamedTuple):
+    """A chunk that is published, and waits for the workers."""
+
+    chunk: Chunk
+    announced: Announced
+    takes_memory: bool
 
 
 def _require_equal(answers: list[Reply], version: int, digest: int) -> None:
