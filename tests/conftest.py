@@ -93,6 +93,22 @@ def reference(engine):
     return first
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip what `@pytest.mark.gpu(count=...)` wants more GPUs for than there are, before fixtures start anything."""
+    marker = item.get_closest_marker("gpu")
+    if marker is None:
+        return
+    import torch
+
+    needed, found = marker.kwargs.get("count", 1), torch.cuda.device_count()
+    if found >= needed:
+        return
+    if not found and any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.fail("this machine has a GPU that torch cannot use: is its driver older than torch's CUDA build?")
+    pytest.skip(f"needs {needed} GPU{'s' * (needed > 1)}, torch sees {found}: run it where there are as many")
+
+
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tests/test_every_model.py runs its models")
     parser.addoption("--support-table", action="store_true", help="write docs/models.md from tests/test_every_model.py")

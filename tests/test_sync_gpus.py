@@ -14,15 +14,13 @@ from syncs import following
 from r3.capture import engine_kwargs
 from r3.weight_sync import WeightSync
 
-pytestmark = [pytest.mark.gpu, pytest.mark.engine]
+pytestmark = [pytest.mark.gpu(count=2), pytest.mark.engine]
 
 PARALLEL = {"tensor": {"tensor_parallel_size": 2}, "data": {"data_parallel_size": 2}}
 
 
 @pytest.fixture(scope="module", params=PARALLEL)
 def running(request, demo_config):
-    if torch.cuda.device_count() < 2:
-        pytest.fail(f"needs two GPUs, got {torch.cuda.device_count()}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NCCL_SOCKET_IFNAME", "lo")
         with contextlib.closing(Running(engine_kwargs(demo_config) | PARALLEL[request.param])) as made:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from r3.errors import ParallelError
+from r3.routing.positions import text_positions
 
 IGNORED = -100
 
@@ -18,8 +19,10 @@ def next_tokens(input_ids: Tensor, position_ids: Tensor) -> Tensor:
 
     Args:
         input_ids: `[B, S]`.
-        position_ids: `[B, S]`, restarting with each sequence and on padding.
+        position_ids: `[B, S]`, restarting with each sequence and on padding; or `[4, B, S]` or `[3, B, S]` of a model
+            with multimodal rope.
     """
+    position_ids = text_positions(position_ids)
     labels = input_ids.roll(-1, dims=1)
     goes_on = position_ids.roll(-1, dims=1) == position_ids + 1
     goes_on[:, -1] = False

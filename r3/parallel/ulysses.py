@@ -23,10 +23,12 @@ from r3.errors import ParallelError
 from r3.parallel.agreement import Agreement
 from r3.parallel.attention import attend, attend_to_self, require_splittable
 from r3.parallel.collectives import gather_sequence
+from r3.parallel.decoder import gather_positions, narrow, widen
 from r3.parallel.masks import whole_mask
 from r3.parallel.proof import prove_local
 from r3.parallel.sequences import Sequences
 from r3.routing import RolloutRouting
+from r3.routing.positions import ModelInputs, text_positions
 
 _ROUTING = "routed_experts"
 
@@ -36,6 +38,8 @@ class _Activity(threading.local):
 
     def __init__(self) -> None:
         self.sequences: Sequences | None = None
+        self.wide = False  # whole rows around the decoder
+        self.bounds: dict[str, Any] = {}  # FlashAttention's
         self.proof = False
 
 
@@ -53,7 +57,9 @@ class Ulysses:
         self._group = group
         self._agreement = agreement
         self._activity = _Activity()
-        self._config = _text_config(model)
+        decoder = _decoder(model)
+        self._config: Any = decoder.config
+        self._inputs = ModelInputs(model)
         self._implementation: str = self._config._attn_implementation or "eager"
         if self._implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
             raise ParallelError(
@@ -71,6 +77,9 @@ class Ulysses:
         try:
             self._prove(model)
             self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+            # After replay has compared its routing with this rank's tokens.
+            self._handles.append(model.register_forward_pre_hook(self._widen, with_kwargs=True))
+            self._handles.append(decoder.register_forward_pre_hook(self._at_decoder, with_kwargs=True))
             self._handles.append(model.register_forward_hook(self._end, always_call=True))
         except BaseException:
             self.detach()
@@ -113,6 +122,7 @@ class Ulysses:
         return whole_mask(
             ALL_MASK_ATTENTION_FUNCTIONS[self._implementation],
             self._activity.sequences,
+            whole=self.size == 1 or self._activity.wide,
             implementation=self._implementation,
             **{**kwargs, "config": self._plain_config},
         )
@@ -127,24 +137,39 @@ class Ulysses:
         problem = self._problem(tokens, kwargs)
         self._agree(problem, tokens, kwargs)
         position_ids, padding = kwargs["position_ids"], kwargs.get("attention_mask")
-        whole = Sequences(
-            self._gather(position_ids.expand(tokens.shape[:2])),
-            None if padding is None else ~self._gather(padding.to(torch.uint8)).bool(),
-        )
+        position_ids = position_ids.expand(*position_ids.shape[:-2], *tokens.shape[:2])
+        text = text_positions(gather_positions(position_ids, self._gather))
+        whole = Sequences(text, None if padding is None else ~self._gather(padding.to(torch.uint8)).bool())
         self._require_in_order(whole)
         changes: dict[str, Any] = {"use_cache": False}
+        if position_ids.dim() == 3:
+            mine = slice(self.rank * tokens.shape[1], (self.rank + 1) * tokens.shape[1])
+            changes["position_ids"] = torch.cat([text[None, :, mine], position_ids[-3:]])
         # Not None: with position ids and no mask, transformers would add one of this slice's sequences by itself.
         changes["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        self._activity.bounds = {}
         if "flash" in self._implementation:
             bounds, longest = whole.cu_seqlens
-            changes |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-            changes |= {"max_length_q": longest, "max_length_k": longest}
+            self._activity.bounds = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+            self._activity.bounds |= {"max_length_q": longest, "max_length_k": longest}
+        self._activity.wide = self.size > 1 and bool(self._inputs.given(kwargs))
         self._activity.sequences = whole
         return args, kwargs | changes
 
     @torch.compiler.disable
+    def _widen(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return widen(args, kwargs, self._gather) if self._activity.wide else (args, kwargs)
+
+    def _at_decoder(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if self._activity.wide and self._activity.sequences is not None:
+            batch, length = self._activity.sequences.position_ids.shape
+            kwargs = kwargs | narrow(kwargs, (batch, length), self.rank, self.size)
+        # Here and not before: a vision tower has sequences of its own.
+        return args, kwargs | self._activity.bounds
+
+    @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self._activity.sequences = None
+        self._activity.sequences, self._activity.bounds = None, {}
 
     def _gather(self, tensor: Tensor) -> Tensor:
         return tensor if self._group is None else gather_sequence(tensor, self._group)
@@ -153,12 +178,15 @@ class Ulysses:
         """What is wrong with the arguments of this rank, in words."""
         shape = tuple(tokens.shape[:2])
         position_ids, mask, routing = (kwargs.get(name) for name in ("position_ids", "attention_mask", _ROUTING))
-        if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] != shape[1]:
+        if position_ids is None or not _by_token(position_ids, shape):
             got = None if position_ids is None else tuple(position_ids.shape)
             return (
-                f"position_ids: expected [B, S] = {shape}, of this rank's slice, restarting at 0 with each sequence; "
-                f"got {got}"
+                f"position_ids: expected [B, S] = {shape}, of this rank's slice, restarting at 0 with each sequence "
+                f"(or [3, B, S] or [4, B, S] with multimodal rope); got {got}"
             )
+        problem = self._inputs.position_problem(kwargs)
+        if problem is not None:
+            return problem
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != shape):
             return (
                 f"attention_mask: expected [B, S] = {shape} or none, got {getattr(mask, 'shape', type(mask).__name__)}"
@@ -179,7 +207,8 @@ class Ulysses:
         routing = kwargs.get(_ROUTING)
         kind = None if routing is None else (routing.layer_ids, routing.shape[3], routing.num_experts)
         first = dist.get_rank() if self._group is None else dist.get_process_group_ranks(self._group)[0]
-        return first, tokens.shape[0], tokens.shape[1], zlib.crc32(repr(kind).encode())
+        beside = {name: getattr(kwargs[name], "shape", None) for name in self._inputs.given(kwargs)}
+        return first, *tokens.shape[:2], _number((beside, kwargs["position_ids"].dim())), _number(kind)
 
     def _agree(self, problem: str | None, tokens: Tensor, kwargs: dict) -> None:
         """Raise on every rank if one has a problem, or if their arguments cannot go together."""
@@ -187,15 +216,20 @@ class Ulysses:
             if problem is not None:
                 raise ParallelError(problem)
             return
-        facts = self._facts(tokens, kwargs) if problem is None else (0,) * 4
+        facts = self._facts(tokens, kwargs) if problem is None else (0,) * 5
         found = self._agreement.exchange(problem, facts).tolist()
         # All ranks look at the facts of all groups: what one of them refuses, none goes on with.
-        shapes = {first: {(b, s) for other, b, s, _ in found if other == first} for first, *_ in found}
+        shapes = {first: {(b, s) for other, b, s, *_ in found if other == first} for first, *_ in found}
         torn = {first: sorted(seen) for first, seen in shapes.items() if len(seen) > 1}
         if torn:
             raise ParallelError(
                 "expected slices of one shape [B, S] on all ranks of a Ulysses group, got "
                 + "; ".join(f"{seen} in the group of rank {first}" for first, seen in torn.items())
+            )
+        if len({(first, beside) for first, *_, beside, _ in found}) > len(shapes):
+            raise ParallelError(
+                "expected on all ranks of a Ulysses group the images of the whole rows, or none, and position ids of "
+                "one kind; got others on some ranks. Pass pixel_values and what belongs to them unsliced"
             )
         if len({kind for *_, kind in found}) > 1:
             raise ParallelError(f"expected {_ROUTING} of one kind (layers, slots, experts) or none on all ranks")
@@ -232,6 +266,9 @@ def ulysses(model: nn.Module, group: dist.ProcessGroup | None = None, *, agreeme
     parts by rank (`r3.routing.shard`). `position_ids` restart at 0 with each sequence, also on padding;
     `attention_mask` `[B, S]` may say what is padding. Logits are those of the slice.
 
+    Beside images, a model with multimodal rope takes its own positions, `[3, B, S]` or `[4, B, S]`. Images and their
+    grids are those of the whole rows, the same on each rank: each embeds them, and cuts what reaches the decoder.
+
     Args:
         model: a transformers model, or a wrapper around one, with the attention implementation that is to do the work.
         group: ranks that share each row, in the order of its slices. None: rows are packed and not split.
@@ -248,11 +285,22 @@ def ulysses(model: nn.Module, group: dist.ProcessGroup | None = None, *, agreeme
     return Ulysses(model, group, agreement)
 
 
-def _text_config(model: nn.Module) -> Any:
+def _decoder(model: nn.Module) -> Any:
     outermost = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if outermost is None:
         raise ParallelError(f"expected a transformers model or a wrapper around one, got {type(model).__name__}")
-    return outermost.get_decoder().config
+    return outermost.get_decoder()
+
+
+def _by_token(position_ids: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether these are `[B, S]` = `shape` (B may be 1), or three or four of such."""
+    if position_ids.dim() == 2:
+        return position_ids.shape[1] == shape[1]
+    return position_ids.dim() == 3 and position_ids.shape[0] in (3, 4) and tuple(position_ids.shape[1:]) == shape
+
+
+def _number(value: Any) -> int:
+    return zlib.crc32(repr(value).encode())
 
 
 def _tokens(args: tuple, kwargs: dict) -> Tensor:

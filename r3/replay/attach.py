@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from r3.errors import ReplayError, RoutingError, summary
 from r3.replay.instrument import KEYWORD, Call, ForwardReport, Instrument, tokens_of
 from r3.routing import RolloutRouting, RoutingSpec
+from r3.routing.positions import ModelInputs
 
 
 class Replay:
@@ -23,6 +24,7 @@ class Replay:
         self.model = model
         self.required = required
         self._handles: list[Any] = []
+        self._inputs = ModelInputs(model)
         self._instrument = Instrument.of(model)
         try:
             if self._instrument.replayed:
@@ -79,6 +81,7 @@ class Replay:
                     "routing of these tokens, or call model.eval() for a forward that is meant to be live"
                 )
             return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
+        self._inputs.require_positions(kwargs)
         routing = given if isinstance(given, RolloutRouting) else self.routing(given)
         return args, {**kwargs, KEYWORD: self._call(routing, tokens_of(args, kwargs))}
 
@@ -128,6 +131,7 @@ def attach(model: nn.Module, *, required: bool = False) -> Replay:
 
     `routing` is a `RolloutRouting` or an integer tensor `[B, S, L, K]` in which rows of -1 are not valid; its `[B, S]`
     equals that of `input_ids`. Rows that are not valid are routed live. A forward without the keyword is not touched.
+    One whose positions do not fit the images beside them raises: see "Images" in docs/parallel.md.
 
     Args:
         model: a transformers model, or a wrapper around one.

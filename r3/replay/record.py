@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from r3.errors import ReplayError, summary
 from r3.replay.instrument import Instrument, Tape, tokens_of
 from r3.routing import RolloutRouting, compact_dtype
+from r3.routing.positions import ModelInputs
 
 
 class Recorder:
@@ -34,6 +35,8 @@ class Recorder:
         self._with_margins = margins
         self._instrument: Instrument | None = None
         self._handles: list[Any] = []
+        self._inputs = ModelInputs(model)
+        self._given = (0, 0)
         self._shape: tuple[int, int] | None = None
         self._chosen: list[Tensor] = []
         self._margins: list[Tensor] = []
@@ -72,7 +75,8 @@ class Recorder:
         self._instrument = Instrument.of(self._model)
         self._spec = self._instrument.spec
         self._handles = [
-            self._model.register_forward_pre_hook(self._begin),
+            # First, for the tokens that the caller gave: Ulysses attention may make whole rows of them.
+            self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             self._model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
         return self
@@ -86,8 +90,10 @@ class Recorder:
             self._instrument = None
 
     @torch.compiler.disable
-    def _begin(self, model: nn.Module, args: tuple) -> None:
+    def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         assert self._instrument is not None
+        batch, length = tokens_of(args, kwargs).shape[:2]
+        self._given = (batch, length)
         self._instrument.activity.tape = Tape(margins=self._with_margins)
 
     @torch.compiler.disable
@@ -96,11 +102,11 @@ class Recorder:
         tape, self._instrument.activity.tape = self._instrument.activity.tape, None
         if output is None or tape is None:  # the forward raised
             return
+        self._inputs.require_positions(kwargs)
         missing = [chooser.site.name for chooser in self._instrument.choosers if chooser.index not in tape.chosen]
         if missing:
             raise ReplayError(f"expected every router to choose in a forward; these did not run:{summary(missing)}")
-        batch, length = tokens_of(args, kwargs).shape[:2]
-        self._shape = (batch, length)
+        self._shape = self._given
         self._chosen = [tape.chosen[index].flatten(0, -2) for index in sorted(tape.chosen)]
         margins = tape.margins or {}
         # Of a live forward all layers have one.

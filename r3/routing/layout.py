@@ -147,13 +147,30 @@ class Packing:
         source = [(p.row, p.offset, p.length) for p in self.places]
         return _moved(tensor, self.batch_shape, source, [(p.sample, p.start, p.length) for p in self.places], fill)
 
-    def position_ids(self, device: torch.device | str = "cpu") -> Tensor:
-        """int64 `[R, N]`, from 0 in each sequence; 0 on padding: each such position is a sequence of its own."""
+    def position_ids(self, device: torch.device | str = "cpu", *, multimodal: Tensor | None = None) -> Tensor:
+        """int64 `[R, N]`, from 0 in each sequence; 0 on padding: each such position is a sequence of its own.
+
+        Args:
+            device: of the result.
+            multimodal: `[3, B, S]`, positions of the batch by time, height and width, as a vision-language model makes
+                them (`get_rope_index`). The result is then `[4, R, N]`: the above, and these at their places.
+
+        Raises:
+            RoutingError: `multimodal` of another shape.
+        """
         ids = torch.zeros(self.shape, dtype=torch.int64)
         count = torch.arange(max(self.lengths, default=0))
         for place in self.places:
             ids[place.row, place.offset : place.offset + place.length] = count[: place.length]
-        return ids.to(device)
+        ids = ids.to(device)
+        if multimodal is None:
+            return ids
+        if multimodal.dim() != 3 or multimodal.shape[0] != 3:
+            raise RoutingError(
+                f"multimodal: expected positions [3, B, S] with (B, S) = {self.batch_shape}, got "
+                f"{tuple(multimodal.shape)}"
+            )
+        return torch.stack([ids, *(self.pack(part).to(ids) for part in multimodal)])
 
     def cu_seqlens(self, device: torch.device | str = "cpu") -> Tensor:
         """int32: bounds of the sequences in the flattened rows. A row's padding is one too; empty ones are none."""
