@@ -291,6 +291,7 @@ class BrokenEngine(Engine):
                 "version": None,
                 "generation": None,
                 "base_version": None,
+                "constants": [],
                 "gpu": None,
                 "digest": digest,
             }

@@ -49,6 +49,7 @@ def replies_up_to_begin(worker: WeightSyncWorker, weights: dict[str, torch.Tenso
         "manifest": manifest_of(weights),
         "keep_base": False,
         "base_version": None,
+        "constants": [],
     }
     return [worker.r3_reserve(sync_id, version, "a test", 60.0), worker.r3_begin(sync_id, sync)]
 
@@ -155,9 +156,9 @@ def test_a_model_that_passes_over_fused_experts_is_told_how_to_send_them(vllm_co
                 pass
 
     worker = worker_with(initial(Old(), {}), vllm_config)
-    load = replies_of_a_sync(worker, {name: torch.ones(2, 8, 8)})[2]
-    assert "experts (Fused): 0 of 72 elements" in load["error"]
-    assert ("weight_sync.fused_experts=false" in load["error"]) == remedy
+    begin = replies_up_to_begin(worker, {name: torch.ones(2, 8, 8)})[1]
+    assert "experts (Fused): 0 of 72 elements" in begin["error"]
+    assert ("weight_sync.fused_experts=false" in begin["error"]) == remedy
 
 
 def test_a_reserve_that_comes_after_its_abort_does_not_keep_the_worker(vllm_config):

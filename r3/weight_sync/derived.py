@@ -105,6 +105,7 @@ class DerivedTensors:
         constants: patterns of paths (`*.scale`) that are known to be none of the weights' business.
 
     Attributes:
+        known_constants: `constants`.
         views: by the layer that has the parameter: views that no longer share its memory.
     """
 
@@ -112,7 +113,7 @@ class DerivedTensors:
         self._model = model
         self._modules: dict[str, Any] = dict(model.named_modules())
         self._caches = caches
-        self._known = constants
+        self.known_constants = constants
         self._origins: Origins | None = model.__dict__.get(_KEY)
         self._before: dict[str, Tensor] = {}
         self.views = self._parted_views()
@@ -183,7 +184,7 @@ class DerivedTensors:
             if storage_of(tensor) in parameters or storage_of(tensor) in self._caches:
                 continue
             constant = self._origins.constants.get(path)
-            named = any(fnmatchcase(path, pattern) for pattern in self._known)
+            named = any(fnmatchcase(path, pattern) for pattern in self.known_constants)
             if not named and (constant is None or not _is_content(tensor, *constant)):
                 self._before[path] = tensor  # which keeps its storage's address from being used again
 

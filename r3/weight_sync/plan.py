@@ -95,6 +95,7 @@ class LoadPlan:
     dropped: frozenset[str]
     layers: dict[str, LayerPlan]
     slow: dict[str, str]  # layer -> class and reason
+    ties: frozenset[tuple[str, ...]] = frozenset()  # sources that go into the same memory
 
     def serves(self, manifest: Manifest) -> bool:
         """Whether every tensor of `manifest` is one of the plan's."""

@@ -1,7 +1,7 @@
 """From what was seen in a complete sync to a load plan: which layers are proved, and which tensors feed only such."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -46,6 +46,7 @@ def conclude(
 
     _evaluate(checks, fail)
     uncovered = _uncovered(model, records, optional, fail)
+    shared = [*shared]
     for group in shared:
         layers = {layer for layer, tensor in group if layer in records and records[layer].regions(tensor)}
         for layer in layers if len(layers) > 1 else ():
@@ -73,9 +74,23 @@ def conclude(
         dropped=frozenset() if uncovered else frozenset(manifest.keys() - linked - slow_sources),
         layers={record.layer: _layer_plan(record) for record in proved},
         slow=slow,
+        ties=frozenset(_ties(records, shared)),
     )
     logger.info("Load plan learned: %s", plan.describe())
     return plan
+
+
+def _ties(records: dict[str, Record], shared: Iterable[Collection[tuple[str, str]]]) -> Iterator[tuple[str, ...]]:
+    """Sources of which several layers load the same elements of one tensor."""
+    for group in shared:
+        sources: dict[tuple[int, tuple[int, ...]], set[str]] = {}
+        for layer, tensor in group:
+            for source, copies in records[layer].copies.items() if layer in records else ():
+                for copy in copies:
+                    if copy.tensor == tensor:
+                        start = copy.target_offset + int(records[layer].kernel[tensor].storage_offset())
+                        sources.setdefault((start, copy.size), set()).add(source)
+        yield from (tuple(sorted(names)) for names in sources.values() if len(names) > 1)
 
 
 def _evaluate(checks: Iterable[Check], fail: Fail) -> None:

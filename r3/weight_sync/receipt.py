@@ -15,6 +15,8 @@ class SyncReceipt:
         bytes: of the tensors.
         sent_bytes: handed to the transport: less than `bytes` if only changes were sent.
         complete: whether all tensors were sent whole.
+        draft_model: of speculative decoding: "synced", or why it keeps the weights that it was loaded with; "" if there
+            is none.
         seconds: from begin to the last acknowledgement, caches reset and engines resumed.
         stages_s: the trainer's time by stage: pause, begin, gather (making the tensors, delta included), publish,
             transfer, digest, wait (for workers that still load the chunk before), seal, commit, resume. What lies on a
@@ -32,6 +34,7 @@ class SyncReceipt:
     bytes: int
     sent_bytes: int
     complete: bool
+    draft_model: str
     seconds: float
     stages_s: dict[str, float]
     worker_stages_s: dict[str, float]

@@ -45,6 +45,8 @@ class WeightSync:
             no memory: of weights that workers on the same GPU read where they lie (`ipc`).
         timeout_s: longest wait for any one answer of an engine. Also how long a sync may be silent before another
             sender may take over from it.
+        engine_constants: patterns (`*.impl.table`) of tensors of the engine that do not derive from weights, though a
+            sync took them for such and refused: it names them.
 
     Raises:
         SyncError: an engine has no such extension, or a worker does not answer.
@@ -64,6 +66,7 @@ class WeightSync:
         dtype: torch.dtype | None = None,
         chunk_bytes: int = 512 << 20,
         timeout_s: float = 600.0,
+        engine_constants: Sequence[str] = (),
     ) -> None:
         if chunk_bytes <= 0 or timeout_s <= 0:
             raise SyncError(f"expected chunk_bytes and timeout_s above 0, got {chunk_bytes} and {timeout_s}")
@@ -78,6 +81,7 @@ class WeightSync:
         self._dtype = dtype
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
+        self._engine_constants = list(engine_constants)
         self._sender = f"process {os.getpid()} on {socket.gethostname()}"
         self.poisoned: str | None = None
         """Why the engines' weights cannot be trusted until the next sync commits; None if they can."""
@@ -175,6 +179,7 @@ class WeightSync:
             bytes=sent.bytes,
             sent_bytes=sent.sent_bytes,
             complete=complete,
+            draft_model=_draft_model(beginning[1].result()),
             seconds=clock.total_s(),
             stages_s=clock.stages_s,
             worker_stages_s=sent.worker_stages_s,
@@ -197,6 +202,7 @@ class WeightSync:
             "manifest": manifest,
             "keep_base": self._base is not None,
             "base_version": base_version,
+            "constants": self._engine_constants,
         }
         # The workers run no batch from here to the commit: caches that are emptied now stay empty.
         call = self._start("r3_begin", sync_id, sync, then=lambda engine: engine.reset_caches(self._timeout_s))
@@ -376,6 +382,11 @@ class _Ready(NamedTuple):
     chunk: Chunk
     announced: Announced
     takes_memory: bool
+
+
+def _draft_model(replies: list[Reply]) -> str:
+    """What became of the engines' draft models."""
+    return "; ".join(sorted({reply["draft"] for reply in replies} - {""}))
 
 
 def _require_equal(answers: list[Reply], version: int, digest: int) -> None:

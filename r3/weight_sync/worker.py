@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
+from r3.errors import summary
 from r3.weight_sync.batch_guard import BatchGuard
 from r3.weight_sync.delta import Base
+from r3.weight_sync.derived import watch_construction
 from r3.weight_sync.digest import combine
+from r3.weight_sync.engine_models import EngineModels, caches_in
 from r3.weight_sync.fp8 import queue_finite_check
-from r3.weight_sync.reload import LayerwiseReload
 from r3.weight_sync.transports import RECEIVERS, Announced, Chunk, Receiver, Where
 from r3.weight_sync.transports.base import gpu_uuid, wait_until
 from r3.weight_sync.worker_state import ReceivedSync, WorkerState
@@ -31,6 +33,8 @@ Reply = dict[str, Any]
 # SIGILL at the first token, unless torch has asked. This module is imported in every worker.
 if hasattr(torch.cpu, "_init_amx"):
     torch.cpu._init_amx()
+
+watch_construction()  # no model has been built yet
 
 
 class _RefusedError(RuntimeError):
@@ -122,6 +126,7 @@ class WeightSyncWorker:
             sealed = combine(digests)
             with sync.clock.stage("settle"):
                 _check_content(sync, digests)
+                _check_ties(sync, digests)
                 if wrong := sync.uninitialised():
                     raise RuntimeError(
                         f"{len(wrong)} tensors of the engine were left uninitialised: {'; '.join(wrong[:16])}"
@@ -143,7 +148,7 @@ class WeightSyncWorker:
             sync = self._r3_of(state, sync_id, "sealed")
             assert sync.reload is not None
             state.version, state.cause, sync.stage = sync.version, "", "committed"
-            state.plan = sync.reload.learned
+            sync.reload.commit()
             if sync.base is not None:
                 sync.base.version = sync.version
             return {"digest": sync.sealed}
@@ -182,6 +187,15 @@ class WeightSyncWorker:
         if not complete and (base is None or base.version != given["base_version"] or state.cause):
             raise _RefusedError(f"this worker has no base of version {given['base_version']}: send a complete sync")
         self._r3_check_quantization(given["manifest"])
+        sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in given["manifest"].items()}
+        if state.models is None:
+            state.models = EngineModels.of(self.model_runner, self.vllm_config)
+        sync.reload = state.models.bracket(constants=given["constants"])
+        if misfits := sync.reload.misfits(sync.manifest):
+            raise _RefusedError(
+                f"{len(misfits)} tensors or layers do not fit the engine:{summary(misfits)}"
+                + _remedy(misfits, sync.manifest)
+            )
         if given["keep_base"]:
             base = base or Base()
             base.begin(complete)
@@ -189,12 +203,10 @@ class WeightSyncWorker:
         self._r3_join(state, given)
         if not isinstance(self.model_runner.execute_model, BatchGuard):
             BatchGuard(self.model_runner, lambda: state.why_no_batch)
-        sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in given["manifest"].items()}
-        sync.reload = LayerwiseReload(self.model_runner.model, self.vllm_config, state.plan)
         sync.stage = "open"
         sync.reload.begin(sync.manifest)
         sync.renew()
-        return {}
+        return {"draft": state.models.draft}
 
     def _r3_join(self, state: WorkerState, sync: dict[str, Any]) -> None:
         offer = sync["offer"]
@@ -345,6 +357,17 @@ def _check_content(sync: ReceivedSync, digests: dict[str, int]) -> None:
         raise RuntimeError(f"{len(wrong)} tensors have not come as they were sent: {'; '.join(wrong[:16])}")
 
 
+def _check_ties(sync: ReceivedSync, digests: dict[str, int]) -> None:
+    """What the engine holds as one tensor has come with one content."""
+    assert sync.reload is not None
+    wrong = [" and ".join(tie) for tie in sync.reload.ties if len({digests.get(name) for name in tie}) > 1]
+    if wrong:
+        raise RuntimeError(
+            f"the engine holds as one what was sent as two different tensors: {'; '.join(wrong[:16])}. Train them tied "
+            "(tie_word_embeddings=True), or start the engine from a checkpoint and configuration that part them"
+        )
+
+
 def _remedy(missing: list[str], sent: Iterable[str]) -> str:
     """vLLM's models pass over tensors whose names they do not know, fused experts among them."""
     empty = [layer for layer in missing if ": 0 of " in layer]
@@ -360,10 +383,5 @@ def _remedy(missing: list[str], sent: Iterable[str]) -> str:
 
 def _zero(caches: Any) -> None:
     """Clear KV caches: what a half-loaded model wrote, NaN perhaps, outlives a reset of the prefix cache."""
-    if isinstance(caches, torch.Tensor):
-        caches.zero_()
-    elif isinstance(caches, dict):
-        _zero(list(caches.values()))
-    else:
-        for cache in caches:
-            _zero(cache)
+    for cache in caches_in(caches):
+        cache.zero_()

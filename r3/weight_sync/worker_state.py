@@ -9,8 +9,7 @@ from typing import Any
 from r3.weight_sync.clock import Clock
 from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import ContentDigests
-from r3.weight_sync.plan import LoadPlan
-from r3.weight_sync.reload import LayerwiseReload
+from r3.weight_sync.engine_models import EngineModels, EngineReload
 from r3.weight_sync.transports import Receiver
 
 
@@ -24,7 +23,7 @@ class ReceivedSync:
     lease_s: float
     stage: str = "reserved"
     manifest: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
-    reload: LayerwiseReload | None = None
+    reload: EngineReload | None = None
     base: Base | None = None
     digests: ContentDigests = field(default_factory=ContentDigests)
     clock: Clock = field(default_factory=Clock)
@@ -48,7 +47,7 @@ class WorkerState:
     sync: ReceivedSync | None = None
     given_up: str = ""  # id of the last sync that was aborted
     receiver: Receiver | None = None
-    plan: LoadPlan | None = None
+    models: EngineModels | None = None
     base: Base | None = None
 
     @property
