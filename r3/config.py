@@ -12,6 +12,7 @@ from r3.errors import ConfigError
 DTYPES = ("float32", "bfloat16", "float16")
 MIXED_VERSIONS = ("keep", "invalidate", "drop")
 SINKS = ("tensorboard", "trackio", "wandb")
+ENGINE_FAULTS = ("repetition", "logprobs", "selection")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,9 @@ class DiagnosticsConfig:
     """Name of the project in trackio and wandb."""
     save_rollouts_every: int = 0
     """Save the rollouts of the first step and of every so many after it; 0 for never."""
+    accepted_engine_faults: list[str] = field(default_factory=list)
+    """An engine that differs from the trainer before the first step stops the run, but for these: any of `repetition`,
+    `logprobs` and `selection`. `docs/engines.md` says what they are."""
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
     def measures(self, step: int) -> bool:
@@ -143,6 +147,11 @@ class DiagnosticsConfig:
             problems.append(f"{prefix}.project: expected a name, got an empty one")
         if unknown := [name for name in self.sinks if name not in SINKS]:
             problems.append(f"{prefix}.sinks: expected any of {', '.join(SINKS)}, got {', '.join(map(repr, unknown))}")
+        if unknown := [name for name in self.accepted_engine_faults if name not in ENGINE_FAULTS]:
+            problems.append(
+                f"{prefix}.accepted_engine_faults: expected any of {', '.join(ENGINE_FAULTS)}, got "
+                f"{', '.join(map(repr, unknown))}"
+            )
         if len(set(self.sinks)) < len(self.sinks):
             problems.append(f"{prefix}.sinks: expected each once, got {', '.join(self.sinks)}")
         if self.alarms.enabled and self.every == 0:

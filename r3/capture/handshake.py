@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from r3.capture.ask import ask
 from r3.capture.collect import collect
-from r3.capture.endpoint import Endpoint
 from r3.capture.rollout import Rollout
 from r3.errors import CaptureError
 from r3.routing import RoutingSpec
@@ -77,21 +77,20 @@ def handshake(
         >>> handshake("http://127.0.0.1:8000", r3.attach(model).spec)  # doctest: +SKIP
     """
     started = time.perf_counter()
-    ask = _ask_server if isinstance(engine, str) else _ask_engine
     greedy: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True}
     forced = greedy | {"temperature": 1.0, "max_tokens": 1, "allowed_token_ids": [prompt_ids[0]]}
     try:
-        name, version, model, responses = ask(engine, list(prompt_ids), [greedy, forced], timeout_s, api_key)
-        (sampled,) = collect(responses[:1], spec)
-        (certain,) = collect(responses[1:], spec)
+        asked = ask(engine, [(prompt_ids, greedy), (prompt_ids, forced)], timeout_s=timeout_s, api_key=api_key)
+        (sampled,) = collect(asked.responses[:1], spec)
+        (certain,) = collect(asked.responses[1:], spec)
         _require(sampled, certain, list(prompt_ids), max_tokens, spec)
     except CaptureError as error:
         raise CaptureError(f"handshake with {engine if isinstance(engine, str) else 'the engine'}: {error}") from error
     assert sampled.routing is not None
     return Handshake(
-        engine=name,
-        vllm_version=version,
-        model=model,
+        engine=asked.engine,
+        vllm_version=asked.vllm_version,
+        model=asked.model,
         prompt_tokens=len(sampled.prompt_ids),
         sampled_tokens=len(sampled.token_ids),
         rows=sampled.routing.rows_valid,
@@ -124,24 +123,3 @@ def _require(sampled: Rollout, certain: Rollout, prompt_ids: list[int], max_toke
             f"expert 0 in all {len(spec.layer_ids)} layers for all {routing.rows_valid} tokens: nothing was captured. "
             "vLLM's CPU build 0.30 does this when it compiles: use enforce_eager=True; so do monolithic MoE kernels"
         )
-
-
-def _ask_engine(
-    engine: Any, prompt_ids: list[int], requests: list[dict[str, Any]], timeout_s: float, api_key: str | None
-) -> tuple[str, str, str, list[Any]]:
-    import vllm
-
-    prompts = [{"prompt_token_ids": prompt_ids} for _ in requests]
-    sampling = [vllm.SamplingParams(logprobs=0, **request) for request in requests]
-    outputs = engine.generate(prompts, sampling, use_tqdm=False)
-    return "vllm.LLM", vllm.__version__, engine.llm_engine.model_config.model, outputs
-
-
-def _ask_server(
-    url: str, prompt_ids: list[int], requests: list[dict[str, Any]], timeout_s: float, api_key: str | None
-) -> tuple[str, str, str, list[Any]]:
-    server = Endpoint(url=url, timeout_s=timeout_s, api_key=api_key)
-    version, model = server.version(), server.model()
-    fields = {"model": model, "prompt": prompt_ids, "logprobs": 0}
-    fields |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
-    return url, version, model, [server.ask("/v1/completions", fields | request) for request in requests]

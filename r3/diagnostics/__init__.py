@@ -1,5 +1,6 @@
 """How far rollout and trainer are apart: mergeable metrics, corrections, alarms, sinks, and the run folder."""
 
+from r3.diagnostics.agreement import EngineAgreement
 from r3.diagnostics.alarms import Alarm, Alarms, find_alarms
 from r3.diagnostics.correction_sums import CorrectionSums
 from r3.diagnostics.corrections import (
@@ -29,6 +30,7 @@ __all__ = [
     "Correction",
     "CorrectionSums",
     "CoverageSums",
+    "EngineAgreement",
     "LoadSums",
     "LogprobSums",
     "MarginSums",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from r3.capture import Endpoint
 from r3.config import R3Config
+from r3.doctor.agreement import engine_agreement
 from r3.doctor.check import Check, Status, guarded
 from r3.doctor.engine import engine as engine_check
 from r3.doctor.engine import engine_settings
@@ -21,7 +22,7 @@ from r3.doctor.vllm_build import vllm_build, vllm_builds, vllm_platform
 from r3.doctor.weights import weights
 from r3.routing import RoutingSpec
 
-__all__ = ["ENVIRONMENT", "Check", "Status", "examine"]
+__all__ = ["ENVIRONMENT", "Check", "Status", "engine_agreement", "examine"]
 
 
 def examine(
