@@ -9,7 +9,11 @@ from r3.weight_sync.worker import WeightSyncWorker
 CLOSINGS = {
     "expert_prepack": [(reload, "expert_prepack", contextlib.nullcontext)],
     "batch guard": [(BatchGuard, "__call__", lambda self, *args, **kwargs: self._execute(*args, **kwargs))],
-    "abandon": [(reload.LayerwiseReload, "abandon", lambda self: None)],
+    "rehearsal": [(reload.LayerwiseReload, "misfits", lambda self, manifest: [])],
+    "abandon": [
+        (reload.LayerwiseReload, "abandon", lambda self: None),
+        (reload.LayerwiseReload, "misfits", lambda self, manifest: []),
+    ],
 }
 
 

@@ -63,9 +63,42 @@ def without_a_part(weights):
     return [(name, t) for name, t in weights.items() if not re.match(r"model\.layers\.3\.mlp\.experts.*down", name)]
 
 
-def test_a_missing_part_is_found_poisons_and_a_complete_sync_heals(engine, weights, reference, sync):
-    with pytest.raises(r3.SyncError, match=r"worker rank 0.*layers\.3\.mlp\.experts(\.routed_experts)? \("):
-        sync.push(without_a_part(weights), version=following(sync))
+def resized(weights):
+    return [(name, torch.cat([t, t[:2]]) if "embed_tokens" in name else t) for name, t in weights.items()]
+
+
+def inner(weights):
+    return [(name.removeprefix("model."), t) for name, t in weights.items() if name.startswith("model.")]
+
+
+def wrapped(weights):
+    return [(f"module.{name}", t) for name, t in weights.items()]
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (without_a_part, r"worker rank 0.*layers\.3\.mlp\.experts(\.routed_experts)? \(.*not all of its weights"),
+        (resized, r"embed_tokens\.weight: expected 384 rows.*got \(386, 64\).*resize_token_embeddings"),
+        (inner, r"with `model\.` before each name they fit.*Send named_weights of the whole model"),
+        (wrapped, r"without `module\.` before each name they fit"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_a_weight_is_touched(engine, weights, reference, sync, made, said):
+    with pytest.raises(r3.SyncError, match=f"(?s){said}"):
+        sync.push(made(weights), version=following(sync))
+    sync.require_committed()
+    assert engine.collective_rpc("r3_status")[0]["state"] == "idle"
+    assert greedy(engine) == reference
+
+
+def test_a_missing_part_that_was_not_foreseen_poisons_and_a_complete_sync_heals(engine, weights, reference, sync):
+    engine.collective_rpc("r3_test_remove", args=("rehearsal",))
+    try:
+        with pytest.raises(r3.SyncError, match=r"worker rank 0.*layers\.3\.mlp\.experts(\.routed_experts)? \("):
+            sync.push(without_a_part(weights), version=following(sync))
+    finally:
+        engine.collective_rpc("r3_test_restore")
     with pytest.raises(r3.SyncError, match="half-loaded weights"):
         sync.require_committed()
     assert engine.collective_rpc("r3_status")[0]["state"] == "poisoned"

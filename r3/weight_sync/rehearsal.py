@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # What people's models have in front of names, or lack, when they send another module than the engine has.
 _PREFIXES = ("model.", "language_model.", "model.language_model.", "language_model.model.")
-_MANY = 16  # problems, after which no more are looked for
+_MANY = 8  # problems, after which no more are looked for
 
 
 def rehearse(
@@ -75,7 +75,7 @@ def likely_cause(manifest: Manifest, problems: list[str], again: Callable[[Manif
     if best is None:
         return ""
     return (
-        f"\nLikely another module was sent than the engine runs (the inner model, or what wraps it): {best[1]}. Send "
+        f"Likely another module was sent than the engine runs (the inner model, or what wraps it): {best[1]}. Send "
         "named_weights of the whole model that the checkpoint is of"
     )
 
@@ -136,7 +136,7 @@ def _feed(model: Any, manifest: Manifest, loaded: _Loaded) -> tuple[list[str], b
                 logger.debug("%s: vLLM cannot load it without memory: %s", name, text[:200])
                 whole = False
             else:
-                said = loaded.failed or f"{tuple(shape)}: {text[:300] or type(error).__name__}"
+                said = loaded.failed or f"{tuple(shape)}: {text[:160] or type(error).__name__}"
                 problems.append(f"{name}: {said}")
         left = left[max(given, 1) :]
     return problems, whole

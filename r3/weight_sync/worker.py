@@ -193,7 +193,7 @@ class WeightSyncWorker:
         sync.reload = state.models.bracket(constants=given["constants"])
         if misfits := sync.reload.misfits(sync.manifest):
             raise _RefusedError(
-                f"{len(misfits)} tensors or layers do not fit the engine:{summary(misfits)}"
+                f"what is sent does not fit the engine, of which no weight was touched:{summary(misfits)}"
                 + _remedy(misfits, sync.manifest)
             )
         if given["keep_base"]:
