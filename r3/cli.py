@@ -63,6 +63,7 @@ def doctor(args: argparse.Namespace) -> None:
             url=args.url,
             engine=args.engine,
             sync=args.sync,
+            agreement=args.agreement,
             timeout_s=args.timeout_s,
             api_key=args.api_key,
         ):
@@ -153,7 +154,14 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument(
         "--sync", action="store_true", help="weights are to be synced into the server: check that they can"
     )
-    sub.add_argument("--engine", action="store_true", help="start an engine of the settings and check its capture")
+    sub.add_argument(
+        "--agreement",
+        action="store_true",
+        help="compare what the server computes with --model, loaded here",
+    )
+    sub.add_argument(
+        "--engine", action="store_true", help="start an engine of the settings, check its capture and what it computes"
+    )
     sub.add_argument("--json", action="store_true", help="print the results as JSON")
     sub.set_defaults(run_command=doctor)
 

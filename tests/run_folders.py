@@ -25,6 +25,10 @@ def step_metrics(step, rng, *, layers, experts, replay, steps, worse=1.0):
         "reward/std_in_group": 0.3 + rng.gauss(0, 0.02),
         "rollout/tokens_mean": tokens / 256,
     }
+    if step == 1:
+        metrics |= {"engine/k3_live": 5e-4, "engine/repeat_nats": 0.0}
+        if replay:
+            metrics |= {"engine/k3_replayed": 8e-5, "engine/differing_rows": 0.04}
     for side, k3 in (("live", 5.04e-4), ("replayed", 8.05e-5)):
         if side == "replayed" and not replay:
             continue

@@ -26,6 +26,10 @@ def found(records, settings=None):
 
 
 WRONG = {
+    "engine at the start": (
+        {"engine/differing_rows": 0.84},
+        "Before the first step, the trainer's routers choose other experts in 84% of rows",
+    ),
     "gap": ({"logprob_diff/replayed/k3": 2.1e-3}, "k3 is above 2.00e-03 in 12 of 12 steps, 2.10e-03 at most"),
     "extreme tokens": ({"logprob_diff/replayed/extreme_frac": 0.0011}, "above 0.10% in 12 of 12 steps, 0.11% at most"),
     "too large for routing": ({"logprob_diff/replayed/abs_mean": 0.51}, "|d| is 0.51 nats on average"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import socket
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,12 +13,14 @@ import pytest
 import torch
 from conftest import DEMO_MODEL
 from models import tiny_dense, tiny_moe
+from safetensors.torch import load_file, save_file
 
 import r3
 from r3 import doctor
 from r3.capture import handshake
 from r3.cli import main
 from r3.doctor import Check, examine
+from r3.doctor.engine import agreement_check
 from r3.doctor.vllm_build import vllm_version
 from r3.routing import RoutingSpec
 
@@ -232,5 +235,23 @@ def test_a_handshake_with_an_engine_of_this_process(engine):
     spec = RoutingSpec(layer_ids=tuple(range(8)), num_layers=8, num_experts=32, top_k=4)
     done = handshake(engine, spec)
     assert (done.engine, done.rows, done.sampled_tokens, done.model) == ("vllm.LLM", 10, 4, str(DEMO_MODEL))
+    assert done.repeat_nats < 1e-3
     with pytest.raises(r3.CaptureError, match=r"handshake with the engine: [\s\S]*got uint8 \(10, 8, 4\)"):
         handshake(engine, dataclasses.replace(spec, top_k=2))
+
+
+@pytest.mark.engine
+def test_an_engine_is_compared_with_the_checkpoint(engine, tmp_path):
+    """The shared engine has the demo's weights; of another checkpoint it is a problem that has a name."""
+    told = agreement_check("engine agreement", engine, config())
+    assert told.status == "ok", told
+    assert re.match(r"qwen3_moe, 192 sampled tokens: k3 \S+ replayed and \S+ live, ", told.detail)
+    shutil.copytree(DEMO_MODEL, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] *= 0.3
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    told = agreement_check("engine agreement", engine, config(model=tmp_path))
+    assert (told.status, "\n  logprobs: k3 is " in told.detail) == ("problem", True), told
+    assert "accepted_engine_faults=[" in told.remedy
+    accepted = config("trainer.diagnostics.accepted_engine_faults=[logprobs,selection]", model=tmp_path)
+    assert agreement_check("engine agreement", engine, accepted).status == "warning"

@@ -145,3 +145,28 @@ def test_sampling_and_engine_agree_on_what_a_logprob_is(engine, demo_config, tra
         gaps[temperature] = replayed_k3(trainer.policy, batch)
     trainer.policy.temperature = demo_config.generator.sampling_params.temperature
     assert gaps[0.4] < 1e-2 * gaps[1.0]
+
+
+def test_an_engine_is_compared_with_the_policy_before_the_first_step(trainer, engine, demo_config):
+    """Healthy, and with one tensor of the policy that is not the engine's: which is named, and can be accepted."""
+    from trainer_hooks.engine_check import check_engine
+
+    found = check_engine(demo_config, trainer.policy, engine)
+    assert found.keys() == {"engine/k3_live", "engine/k3_replayed", "engine/differing_rows", "engine/repeat_nats"}
+    assert 0 < found["engine/k3_replayed"] < 5e-3
+    assert found["engine/differing_rows"] < 0.15
+    norm = trainer.policy.model.get_parameter("model.norm.weight")
+    before = norm.detach().clone()
+    try:
+        with torch.no_grad():
+            norm.mul_(0.3)
+        with pytest.raises(r3.errors.AlarmError, match=r"on qwen3_moe, of the same weights[\s\S]*\n  logprobs: k3 is "):
+            check_engine(demo_config, trainer.policy, engine)
+        diagnostics = dataclasses.replace(demo_config.trainer.diagnostics, accepted_engine_faults=["logprobs"])
+        accepting = dataclasses.replace(
+            demo_config, trainer=dataclasses.replace(demo_config.trainer, diagnostics=diagnostics)
+        )
+        assert check_engine(accepting, trainer.policy, engine)["engine/k3_replayed"] > 2e-2
+    finally:
+        with torch.no_grad():
+            norm.copy_(before)

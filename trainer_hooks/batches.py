@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from r3.capture import RolloutBatch
@@ -122,3 +123,14 @@ class Rows:
     def _map(self, change: Callable[[Any], Any]) -> "Rows":
         parts: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         return Rows(**{name: change(part) for name, part in parts.items() if part is not None})
+
+
+def broadcast(whole: StepBatch | None) -> StepBatch:
+    """The first rank's batch, on all ranks."""
+    if dist.get_world_size() == 1:
+        assert whole is not None
+        return whole
+    found = [whole]
+    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    assert found[0] is not None
+    return found[0]

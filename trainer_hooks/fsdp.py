@@ -10,8 +10,9 @@ in groups of `sequence_parallel_size` that share each row.
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import r3
-from r3.capture import Rollouts, collect, handshake, resolve_mixed_versions, running_engine, sampling_kwargs
+from r3.capture import Rollouts, collect, resolve_mixed_versions, running_engine, sampling_kwargs
 from r3.config import R3Config, local_rank, process_rank
 from r3.diagnostics import RunFolder, require_sinks
 from r3.errors import ParallelError, SyncError
@@ -28,7 +29,8 @@ from r3.report import write_report
 from r3.routing import prefetch
 from r3.weight_sync import SyncReceipt, Weight, WeightSource, WeightSync, gather_all, named_weights
 from r3.weight_sync.clock import Clock
-from trainer_hooks.batches import Rows, StepBatch
+from trainer_hooks.batches import Rows, StepBatch, broadcast
+from trainer_hooks.engine_check import check_engine
 from trainer_hooks.measure import Measured, StepGap, coverage, measure
 from trainer_hooks.step_log import StepLog
 
@@ -155,8 +157,8 @@ class GRPOTrainer:
             timeout_s=engine.weight_sync.timeout_s,
         )
 
-    def train(self) -> None:
-        """Run `trainer.max_steps` steps, and record each.
+    def train(self, checked: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Run `trainer.max_steps` steps, and record each; what was `checked` before, with the first.
 
         Raises:
             AlarmError: an alarm stops the run; a `ParallelError` on the other ranks.
@@ -166,7 +168,7 @@ class GRPOTrainer:
                 metrics, details = self.step(step)
                 with self.policy.agreement.before_going_on():
                     if self.log is not None:
-                        self.log.add(step, metrics, details)
+                        self.log.add(step, {**(checked if step == 1 else {}), **metrics}, details)
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, Any] | None]:
         """Rollouts, rewards, training, sync. Returns the step's metrics, and its details where they are due."""
@@ -336,17 +338,6 @@ def push_from_all_ranks(
     return receipt
 
 
-def broadcast(whole: StepBatch | None) -> StepBatch:
-    """The first rank's batch, on all ranks."""
-    if dist.get_world_size() == 1:
-        assert whole is not None
-        return whole
-    found = [whole]
-    dist.broadcast_object_list(found, src=0, device=CPU)
-    assert found[0] is not None
-    return found[0]
-
-
 def train(config: R3Config, task: Task) -> Path:
     """The whole job: process group, policy, engine, loop, report. Returns the run folder.
 
@@ -356,7 +347,8 @@ def train(config: R3Config, task: Task) -> Path:
         ConfigError: settings that contradict each other, before anything is started.
         UnsupportedModelError: the model cannot be replayed.
         CaptureError, SyncError: what went wrong, in the step in which it did.
-        AlarmError: a metric is beyond a bound of `trainer.diagnostics.alarms` that stops the run.
+        AlarmError: the engine differs from the trainer before the first step, or a metric is beyond a bound of
+            `trainer.diagnostics.alarms` that stops the run.
     """
     rank, world = process_rank()
     config.check(world)
@@ -369,9 +361,8 @@ def train(config: R3Config, task: Task) -> Path:
         with contextlib.ExitStack() as stack:
             with policy.agreement.before_going_on():
                 engine = stack.enter_context(running_engine(config)) if rank == 0 else None
-                if engine is not None and policy.replay is not None:
-                    handshake(engine, policy.replay.spec)
-            GRPOTrainer(config, task, policy, engine, log).train()
+            checked = check_engine(config, policy, engine)
+            GRPOTrainer(config, task, policy, engine, log).train(checked)
     if rank == 0:
         write_report(path)
     return path

@@ -1,10 +1,13 @@
 """A few requests to an engine in this process or to a server, for checks: prompts and sampling in, responses out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from r3.capture.endpoint import Endpoint
+from r3.capture.rollout import Rollout
 
 Request = tuple[Sequence[int], dict[str, Any]]
 """Ids of a prompt, and sampling by the names that `SamplingParams` and the completions route share."""
@@ -42,6 +45,20 @@ def ask(engine: Any, requests: Sequence[Request], *, timeout_s: float = 60.0, ap
     return (
         _ask_server(engine, requests, timeout_s, api_key) if isinstance(engine, str) else _ask_engine(engine, requests)
     )
+
+
+def repeat_nats(first: Iterable[Rollout], second: Iterable[Rollout]) -> float:
+    """Mean over tokens of |difference| between two greedy answers, up to the token where they part.
+
+    That token counts: the largest log-probabilities of two distributions are never further apart than the
+    distributions are.
+    """
+    gaps = []
+    for one, other in zip(first, second, strict=True):
+        same = torch.tensor(one.token_ids) == torch.tensor(other.token_ids)
+        compared = min(len(same), int(same.long().cumprod(0).sum()) + 1)
+        gaps.append((one.logprobs - other.logprobs)[:compared].abs())
+    return float(torch.cat(gaps).double().mean())
 
 
 def _ask_engine(engine: Any, requests: Sequence[Request]) -> Asked:

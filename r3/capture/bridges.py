@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from r3.capture.slots import SlotStore
 from r3.errors import CaptureError, ConfigError
@@ -131,6 +132,25 @@ def make_stage_buffers(runner: Any) -> None:
         runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
             batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
         )
+
+
+def rotary_kernel_fails() -> bool:
+    """Whether the CPU kernel of rotary embeddings turns wrong rows of heads `[T, H, D]`; 0.30.
+
+    It takes the stride of the last dimension but one for that between tokens. Latent attention passes heads so
+    (vllm/model_executor/layers/mla.py), and computes something else for each place of a prompt in its batch.
+    """
+    from vllm import _custom_ops
+
+    if not hasattr(torch.ops._C, "rotary_embedding"):
+        return False
+    heads = torch.arange(2 * 2 * 4, dtype=torch.float32).view(2, 2, 4)
+    flat, key = heads.clone().flatten(1), torch.zeros(2, 4)
+    angles = torch.tensor([[0.0, 0.0], [1.0, 0.5]])
+    table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    for query in (heads, flat):
+        _custom_ops.rotary_embedding(torch.arange(2), query, key.clone(), 4, table, False)
+    return not torch.allclose(heads.flatten(1), flat)
 
 
 def captures_natively(vllm_config: Any) -> bool:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from r3.capture.bridges import capture_way
+from r3.capture.bridges import capture_way, rotary_kernel_fails
 from r3.config import InferenceEngineConfig, R3Config
 from r3.errors import ConfigError
 
@@ -49,6 +49,8 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
                 "set it to true"
             )
         kwargs["kv_cache_memory_bytes"] = int(engine.cpu_kv_cache_gib * 2**30)
+        if rotary_kernel_fails():
+            kwargs["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     else:
         kwargs["gpu_memory_utilization"] = engine.gpu_memory_utilization
     return kwargs | _capture_kwargs(engine)

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from r3.capture.ask import ask
+from r3.capture.ask import ask, repeat_nats
 from r3.capture.collect import collect
 from r3.capture.rollout import Rollout
+from r3.config import MOST_REPEAT_NATS
 from r3.errors import CaptureError
 from r3.routing import RoutingSpec
 
@@ -31,6 +32,7 @@ class Handshake:
         rows: rows of routing that came and were right: all but the last token's.
         layers: decoder layers that have a router, of `decoder_layers`.
         experts, top_k: of the trainer, which the rows fit.
+        repeat_nats: mean over the sampled tokens of how far a second answer is from the first.
         seconds: of the whole exchange.
     """
 
@@ -44,6 +46,7 @@ class Handshake:
     decoder_layers: int
     experts: int
     top_k: int
+    repeat_nats: float
     seconds: float
 
 
@@ -53,6 +56,7 @@ def handshake(
     *,
     prompt_ids: Sequence[int] = PROMPT_IDS,
     max_tokens: int = 4,
+    most_repeat_nats: float | None = MOST_REPEAT_NATS,
     timeout_s: float = 60.0,
     api_key: str | None = None,
 ) -> Handshake:
@@ -60,13 +64,15 @@ def handshake(
 
     Token ids, log-probabilities and rows come and fit each other; rows are complete, distinct and in range; every layer
     that the trainer replays was captured, and none besides; the log-probabilities are those of the distribution that
-    is sampled from (where one token alone is allowed, its log-probability is 0).
+    is sampled from (where one token alone is allowed, its log-probability is 0); the engine repeats itself. Whether it
+    computes what the trainer computes is for `r3.doctor.engine_agreement` to say.
 
     Args:
         engine: a `vllm.LLM`, or the URL of a server (`http://host:port`).
         spec: the routing that the trainer's model can replay (`Replay.spec`).
         prompt_ids: ids in the model's vocabulary.
         max_tokens: tokens to sample.
+        most_repeat_nats: how far two greedy answers may be apart, a token; None for any distance.
         timeout_s: of each of a server's answers; an engine in this process has no timeout.
         api_key: of a server that wants one.
 
@@ -84,6 +90,14 @@ def handshake(
         (sampled,) = collect(asked.responses[:1], spec)
         (certain,) = collect(asked.responses[1:], spec)
         _require(sampled, certain, list(prompt_ids), max_tokens, spec)
+        repeated = collect(ask(engine, [(prompt_ids, greedy)], timeout_s=timeout_s, api_key=api_key).responses, spec)
+        apart = repeat_nats([sampled], repeated)
+        if most_repeat_nats is not None and not apart <= most_repeat_nats:
+            raise CaptureError(
+                f"two answers to the same prompt at temperature 0 are {apart:.2g} nats a token apart (bound "
+                f"{most_repeat_nats:g}): the engine reads memory that nobody wrote, or its kernels race; try another "
+                "attention backend, or another vLLM"
+            )
     except CaptureError as error:
         raise CaptureError(f"handshake with {engine if isinstance(engine, str) else 'the engine'}: {error}") from error
     assert sampled.routing is not None
@@ -98,6 +112,7 @@ def handshake(
         decoder_layers=spec.num_layers,
         experts=spec.num_experts,
         top_k=spec.top_k,
+        repeat_nats=apart,
         seconds=time.perf_counter() - started,
     )
 

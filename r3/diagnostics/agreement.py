@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from r3.config import ENGINE_FAULTS
+from r3.config import ENGINE_FAULTS, MOST_REPEAT_NATS
 from r3.errors import AlarmError, ConfigError, summary
 
 # docs/engines.md says what healthy families measure.
-MOST_K3 = 5e-2
-"""Nats a token: as the alarms' bound that stops a run."""
-MOST_DIFFERING = 0.5
-"""Of the choices of experts, as the report's bound."""
-MOST_REPEAT_NATS = 0.1
-"""Mean over the tokens of two answers to the same prompts."""
+MOST_K3 = 2e-2
+"""Nats a token."""
+MOST_DIFFERING = 0.3
+"""Of the choices of experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +50,12 @@ class EngineAgreement:
             repeat_nats=repeat_nats,
         )
 
+    @classmethod
+    def from_record(cls, family: str, record: Mapping[str, float]) -> EngineAgreement:
+        """From what `metrics` gave; the number of tokens is not kept."""
+        names = ("k3_live", "k3_replayed", "differing_rows", "repeat_nats")
+        return cls(family=family, tokens=0, **{name: record.get(f"engine/{name}") for name in names})  # pyrefly: ignore
+
     def metrics(self) -> dict[str, float]:
         """Flat names, of what was measured."""
         figures = {
@@ -78,7 +82,8 @@ class EngineAgreement:
             found["logprobs"] = (
                 f"k3 is {k3:.2g} nats a token with {side} routing (bound {MOST_K3:g}; {self.k3_live:.2g} live): the "
                 "engine computes another function than the trainer. Likely: weights that it does not load or keeps a "
-                "stale copy of, a wrong attention path for this family on this device, or another checkpoint"
+                "stale copy of, a wrong attention path for this family on this device, a setting of the configuration "
+                "that one side ignores (scoring_func, norm_topk_prob, tied embeddings), or another checkpoint"
             )
         if self.differing_rows is not None and not self.differing_rows <= MOST_DIFFERING:
             found["selection"] = (

@@ -11,8 +11,7 @@ from r3.capture import Endpoint
 from r3.config import R3Config
 from r3.doctor.agreement import engine_agreement
 from r3.doctor.check import Check, Status, guarded
-from r3.doctor.engine import engine as engine_check
-from r3.doctor.engine import engine_settings
+from r3.doctor.engine import agreement_check, engine_checks, engine_settings
 from r3.doctor.machine import machine_checks
 from r3.doctor.model import generation_config, model, tokenizer
 from r3.doctor.packages import ENVIRONMENT, optional_packages
@@ -31,6 +30,7 @@ def examine(
     url: str | None = None,
     engine: bool = False,
     sync: bool = False,
+    agreement: bool = False,
     timeout_s: float = 60.0,
     api_key: str | None = None,
 ) -> Iterator[Check]:
@@ -39,8 +39,11 @@ def examine(
     Args:
         config: settings. Without `trainer.policy.model.path`, nothing that needs a model is checked.
         url: of a server to check (`http://host:port`).
-        engine: start an engine of the settings in this process and check its capture: takes as long as an engine does.
+        engine: start an engine of the settings in this process, check its capture and what it computes: takes as long
+            as an engine does.
         sync: weights are to be synced into the server: without its control routes that is a problem.
+        agreement: score with the model of the settings, on this machine, what the server samples: both must have the
+            same weights. An engine that is started here is always compared.
         timeout_s: of each of the server's answers.
         api_key: of a server that wants one.
     """
@@ -71,6 +74,10 @@ def examine(
         if installed:
             yield from guarded("engine settings", partial(engine_settings, config))
     if url is not None:
-        yield from server_checks(Endpoint(url=url, timeout_s=timeout_s, api_key=api_key), spec, sync=sync)
+        server = Endpoint(url=url, timeout_s=timeout_s, api_key=api_key)
+        yield from server_checks(server, spec, sync=sync)
+        if agreement and spec is not None:
+            compared = partial(agreement_check, "server agreement", server.base, config, server)
+            yield from guarded("server agreement", compared)
     if engine:
-        yield from guarded("engine", partial(engine_check, config, spec, timeout_s))
+        yield from engine_checks(config, spec, timeout_s)

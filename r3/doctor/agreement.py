@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from r3.capture import Rollouts, collect
-from r3.capture.ask import ask
+from r3.capture.ask import ask, repeat_nats
 from r3.diagnostics import LogprobSums, RoutingSums
 from r3.diagnostics.agreement import EngineAgreement
 from r3.replay import Replay, record
@@ -89,20 +89,6 @@ def ask_twice(
         return collect(asked.responses, spec)
 
     return Answers(rollouts=sampled(temperature), repeat_nats=repeat_nats(sampled(0.0), sampled(0.0)))
-
-
-def repeat_nats(first: Rollouts, second: Rollouts) -> float:
-    """Mean over tokens of |difference| between two greedy answers, up to the token where they part.
-
-    That token counts: the largest log-probabilities of two distributions are never further apart than the
-    distributions are.
-    """
-    gaps = []
-    for one, other in zip(first, second, strict=True):
-        same = torch.tensor(one.token_ids) == torch.tensor(other.token_ids)
-        compared = min(len(same), int(same.long().cumprod(0).sum()) + 1)
-        gaps.append((one.logprobs - other.logprobs)[:compared].abs())
-    return float(torch.cat(gaps).double().mean())
 
 
 @torch.no_grad()

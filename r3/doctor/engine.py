@@ -1,12 +1,18 @@
 """Checks of an engine: of its settings, by vLLM itself, and of its capture, in this process."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from r3.capture import Endpoint, engine_kwargs, handshake, running_engine
 from r3.config import R3Config
-from r3.doctor.check import Check
+from r3.doctor.agreement import engine_agreement
+from r3.doctor.check import Check, guarded
 from r3.doctor.sync import sync_state
+from r3.errors import summary
+from r3.replay import attach
 from r3.routing import RoutingSpec
 from r3.weight_sync import engine_of
 
@@ -42,17 +48,56 @@ def capture_check(name: str, engine: Any, spec: RoutingSpec, server: Endpoint | 
     return Check(name=name, status="ok", detail=detail)
 
 
-def engine(config: R3Config, spec: RoutingSpec | None, timeout_s: float) -> Check:
+def engine_checks(config: R3Config, spec: RoutingSpec | None, timeout_s: float) -> Iterator[Check]:
+    """An engine of the settings is started here, and ended: its sync's state, its capture, and what it computes."""
     if spec is None:
-        return Check(
+        yield Check(
             name="engine",
             status="problem",
             detail="not started: no model that can be replayed",
             remedy="set trainer.policy.model.path (or --model) to the folder of one",
         )
-    with running_engine(config) as running:
-        state = sync_state("engine", engine_of(running), timeout_s)
-        if state.status != "ok":
-            return state
-        captured = capture_check("engine", running, spec)
-        return replace(captured, detail=f"{captured.detail}; {state.detail}")
+        return
+    with contextlib.ExitStack() as stack:
+        started: list[Any] = []
+
+        def start() -> Check:
+            started.append(stack.enter_context(running_engine(config)))
+            state = sync_state("engine", engine_of(started[0]), timeout_s)
+            if state.status != "ok":
+                return state
+            captured = capture_check("engine", started[0], spec)
+            return replace(captured, detail=f"{captured.detail}; {state.detail}")
+
+        (found,) = guarded("engine", start)
+        yield found
+        if found.status == "ok":
+            yield from guarded("engine agreement", partial(agreement_check, "engine agreement", started[0], config))
+
+
+def agreement_check(name: str, engine: Any, config: R3Config, server: Endpoint | None = None) -> Check:
+    """Loads the model of the settings, in the engine's dtype, and scores with it what the engine samples."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, config.generator.inference_engine.dtype)
+    model = AutoModelForCausalLM.from_pretrained(config.trainer.policy.model.path, dtype=dtype).to(device).eval()
+    reach: dict[str, Any] = {} if server is None else {"timeout_s": server.timeout_s, "api_key": server.api_key}
+    found = engine_agreement(engine, attach(model), **reach)
+    accepted = config.trainer.diagnostics.accepted_engine_faults
+    faults = found.faults()
+    detail = (
+        f"{found.family}, {found.tokens} sampled tokens: k3 {found.k3_replayed:.2g} replayed and {found.k3_live:.2g} "
+        f"live, {100 * (found.differing_rows or 0):.1f}% of choices differ, {found.repeat_nats:.2g} nats between two "
+        "answers to the same prompt"
+    )
+    if not faults:
+        return Check(name=name, status="ok", detail=detail)
+    return Check(
+        name=name,
+        status="warning" if set(faults) <= set(accepted) else "problem",
+        detail=f"{detail}:{summary(f'{fault}: {text}' for fault, text in faults.items())}",
+        remedy="docs/engines.md lists families; a run stops on it unless trainer.diagnostics.accepted_engine_faults="
+        f"[{','.join(faults)}]",
+    )

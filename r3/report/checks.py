@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from r3.config import AlarmsConfig
+from r3.diagnostics.agreement import EngineAgreement
 from r3.report.cells import number, percent, scientific
 from r3.report.series import Records, known, mean, recorded, thirds, weighted_mean
 from r3.report.words import SAME, SIDES, diff_key, layer_means, paired, percent_down, share_text, times
@@ -33,6 +34,7 @@ class Check:
 def checks(records: Records, settings: Mapping[str, Any]) -> list[Check]:
     """All checks of a run."""
     made: dict[str, Callable[[Records], str | None]] = {
+        "engine at the start": _engine,
         "gap": lambda r: _beyond(r, settings, "k3", "k3"),
         "extreme tokens": lambda r: _beyond(r, settings, "extreme_frac", "extreme_frac"),
         "too large for routing": _not_routing,
@@ -49,6 +51,14 @@ def checks(records: Records, settings: Mapping[str, Any]) -> list[Check]:
         "numbers": _nulls,
     }
     return [Check(name, check(records)) for name, check in made.items()]
+
+
+def _engine(records: Records) -> str | None:
+    found = [record for record in records if record.get("engine/k3_live") is not None]
+    if not found:
+        return None
+    faults = EngineAgreement.from_record("the model", found[0]).faults()
+    return " ".join(f"Before the first step, {text[0].lower()}{text[1:]}." for text in faults.values())
 
 
 def _bound(settings: Mapping[str, Any], name: str) -> float:

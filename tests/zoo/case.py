@@ -73,14 +73,24 @@ class Case:
     def model_class(self) -> type[PreTrainedModel]:
         return getattr(transformers, self.architecture)
 
-    def build(self, dtype: torch.dtype = torch.float32, experts: str = "eager") -> nn.Module:
-        """The model in eval mode; the same weights at every call, whatever the state of the global generator."""
+    def build(
+        self,
+        dtype: torch.dtype = torch.float32,
+        experts: str = "eager",
+        *,
+        sizes: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+    ) -> nn.Module:
+        """The model in eval mode; the same weights at every call, whatever the state of the global generator.
+
+        `sizes` are in place of the common settings of `zoo.config`, `text` of the family's own.
+        """
         if experts not in self.experts:
             raise ValueError(f"{self.name}: experts is one of {self.experts}, got {experts!r}")
         if dtype not in self.dtypes:
             raise ValueError(f"{self.name}: dtype is one of {self.dtypes}, got {dtype}")
         cls = self.model_class
-        config = build_config(cls.config_class, self.text, self.parts)
+        config = build_config(cls.config_class, self.text | (text or {}), self.parts, sizes)
         config._attn_implementation = "eager"
         with torch.random.fork_rng(devices=[]), _empty_is_nan():
             torch.manual_seed(0)

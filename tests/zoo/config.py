@@ -145,16 +145,19 @@ def _tower(cls: type) -> dict[str, Any]:
     return _typed(cls, _known(cls, TOWER) | {name: _tower(sub) for name, sub in _sub_configs(cls).items()})
 
 
-def build_config(cls: type, text: dict[str, Any], parts: dict[str, Any]) -> Any:
+def build_config(cls: type, text: dict[str, Any], parts: dict[str, Any], sizes: dict[str, Any] | None = None) -> Any:
     """A configuration of `cls`: the common settings that it knows, then `text` for the decoder, then `parts`.
+
+    `sizes` are common settings in place of those here.
 
     A part that is a dictionary is merged into the settings of the sub-configuration of that name.
     """
     subs = _sub_configs(cls)
+    common = TEXT | (sizes or {})
     if "text_config" not in subs:
-        return cls(**_known(cls, TEXT) | text | parts)
+        return cls(**_known(cls, common) | text | parts)
     settings = {name: _tower(sub) for name, sub in subs.items()}
-    settings["text_config"] = _typed(subs["text_config"], _known(subs["text_config"], TEXT) | text)
+    settings["text_config"] = _typed(subs["text_config"], _known(subs["text_config"], common) | text)
     for name, part in parts.items():
         settings[name] = settings.get(name, {}) | part if isinstance(part, dict) else part
     return cls(**_known(cls, {"tie_word_embeddings": False}) | settings)

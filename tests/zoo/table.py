@@ -52,6 +52,8 @@ with random weights and correction biases, on the CPU. The page is made by those
 On one H200 (torch 2.11.0+cu130, transformers 5.17.0, commit b8c995a, `--device cuda`, deterministic algorithms) all 409
 tests of the 80 models of that version pass as well.
 
+Which of them vLLM's CPU build starts, and whether engine and trainer agree: [engines.md](engines.md).
+
 Variants (`-`) are other routers of a family. A model that is not listed passes or fails on the proof that `attach`
 makes.
 """

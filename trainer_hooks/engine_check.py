@@ -1,0 +1,63 @@
+"""Before the first step: that the engine captures, repeats itself, and computes what the policy computes."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from r3.capture import handshake
+from r3.config import MOST_REPEAT_NATS, R3Config
+from r3.diagnostics import EngineAgreement
+from r3.doctor.agreement import PROMPT_TOKENS, PROMPTS, SAMPLED_TOKENS, ask_twice, family_of, probe_prompts
+from trainer_hooks.batches import StepBatch, broadcast
+from trainer_hooks.measure import measure
+
+if TYPE_CHECKING:
+    from trainer_hooks.fsdp import Policy
+
+logger = logging.getLogger("r3")
+
+
+def check_engine(config: R3Config, policy: Policy, engine: Any) -> dict[str, float]:
+    """Compare the engine with the policy, of the same weights, on tokens that it samples. Every rank calls it.
+
+    Args:
+        engine: a running `vllm.LLM` on the first rank, None on the others.
+
+    Returns:
+        What was found, by flat names, the same on every rank but for `engine/repeat_nats`, which the first has.
+
+    Raises:
+        CaptureError: capture does not work.
+        AlarmError: the engine differs from the policy, and the settings do not accept how; `ParallelError` on the other
+            ranks.
+    """
+    diagnostics, limits = config.trainer.diagnostics, config.generator.inference_engine
+    accepted = diagnostics.accepted_engine_faults
+    whole, apart = None, None
+    with policy.agreement.before_going_on():
+        if engine is not None:
+            spec = policy.replay.spec if policy.replay else None
+            if spec is not None:
+                handshake(engine, spec, most_repeat_nats=None if "repetition" in accepted else MOST_REPEAT_NATS)
+            # Every rank takes part in every forward.
+            count = -(-PROMPTS // policy.mesh.data_size) * policy.mesh.data_size
+            length = min(PROMPT_TOKENS, limits.max_model_len // 2)
+            answers = ask_twice(
+                engine,
+                probe_prompts(policy.model, count=count, length=length),
+                spec,
+                max_tokens=min(SAMPLED_TOKENS, limits.max_model_len - length),
+                temperature=policy.temperature,
+            )
+            whole, apart = StepBatch.of(answers.rollouts.batch(0), torch.zeros(count)), answers.repeat_nats
+    size = config.trainer.micro_train_batch_size
+    measured = measure(policy, broadcast(whole), size=size, extreme_ratio=diagnostics.extreme_ratio, details=False)
+    found = EngineAgreement.from_metrics(family_of(policy.model), measured.metrics, repeat_nats=apart)
+    with policy.agreement.before_going_on():
+        found.require(accepted)
+        for name, text in found.faults().items():
+            logger.warning("accepted: %s: %s", name, text)
+    return found.metrics()
