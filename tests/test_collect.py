@@ -138,3 +138,92 @@ def test_versions_that_the_engine_tells_are_those_of_the_rows():
     assert unlabelled.weight_versions == (7,)
     with pytest.raises(CaptureError, match="expected 6, but the engine says that it sampled with 7 from token 0"):
         collect([output(rows(), weight_versions=told(("7", 0)))], SPEC, weight_version=6)
+
+
+class Arraylike:
+    """What numpy reads, and no array."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self._array
+
+
+READ = {
+    "list": lambda array: array.tolist(),
+    "tuples": lambda array: tuple(tuple(map(tuple, row)) for row in array.tolist()),
+    "big-endian": lambda array: array.astype(">i4"),
+    "array-like": Arraylike,
+    **{
+        str(dtype): lambda array, dtype=dtype: torch.from_numpy(array.astype(np.int64)).to(dtype)
+        for dtype in (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
+    },
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_any_array_of_integers_is_read(kind):
+    expected = collect([output(rows())], SPEC).items[0].routing
+    found = collect([output(READ[kind](rows()))], SPEC).items[0].routing
+    assert torch.equal(found.expert_ids, expected.expert_ids)
+    assert torch.equal(found.valid, expected.valid)
+
+
+class Hostile:
+    """Whatever it is asked for, it raises."""
+
+    def __getattr__(self, name: str):
+        raise RuntimeError(f"no {name}")
+
+
+WRONG = [
+    *(None, True, 7, -1, 1.5, float("nan"), "abc", b"abc", "17", {}, {"a": 1}, {5}, object(), Hostile(), range(-2, 1)),
+    *([], [None], ["a"], [1.5], [-1], [[1], [2, 3]], [2**70], [{}], [{5: None}] * 3, [{5: SimpleNamespace()}] * 3),
+    *(np.zeros(3), np.array(["a"]), np.zeros((6, LAYERS, TOP_K)), np.full((6, LAYERS, TOP_K), 2**40)),
+    *(rows().astype(object), [[[True, False]] * LAYERS] * 6, torch.eye(6).to_sparse(), torch.ones(3).requires_grad_()),
+    *(torch.zeros(6, LAYERS, TOP_K, dtype=torch.bool), torch.zeros(6, LAYERS, TOP_K, device="meta")),
+]
+FIELDS = ("token_ids", "logprobs", "routed_experts", "finish_reason", "weight_versions")
+
+
+def is_good(rollout) -> bool:
+    return (
+        rollout.token_ids == [5, 6, 7]
+        and torch.equal(rollout.routing.expert_ids[0, :6], torch.from_numpy(rows()))
+        and rollout.routing.rows_valid == 6
+    )
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "prompt_token_ids", "outputs", "completion"])
+def test_what_is_wrong_with_one_sample_costs_no_other(field):
+    for value in WRONG:
+        bad = output(rows(), rows(), rows())
+        if field in FIELDS:
+            setattr(bad.outputs[1], field, value)
+        elif field == "completion":
+            bad.outputs[1] = value
+        else:
+            setattr(bad, field, value)
+        kept = collect([output(rows()), bad, output(rows())], SPEC, on_error="skip")
+        good = [rollout for rollout in kept if is_good(rollout)]
+        assert len(good) >= (2 if field in ("prompt_token_ids", "outputs") else 4), value
+        assert (good[0].prompt_index, good[-1].prompt_index) == (0, 2), value
+        # What came through is whole: it can be used like any other.
+        assert kept.batch(0).routing.shape[0] == len(kept), value
+        assert all(problem.startswith(f"sample {n} (prompt 1") for n, problem in kept.failed.items()), value
+        if kept.failed:
+            with pytest.raises(CaptureError, match=f"sample {next(iter(kept.failed))} "):
+                collect([output(rows()), bad], SPEC)
+
+
+def test_routing_that_is_not_wanted_is_not_read():
+    found = collect([output("no array", 17)], None)
+    assert [rollout.routing for rollout in found] == [None, None]
+
+
+def test_numbers_of_numpy_are_versions_and_starts():
+    (found,) = collect([output(rows()[1:])], SPEC, weight_version=np.int64(3), prompt_start=np.int32(1))
+    assert (found.weight_versions, found.routing.rows_valid) == ((3,), 5)
+    with pytest.raises(CaptureError, match=r"sample 0 .*prompt_start: expected 0 or more, got -1"):
+        collect([output(rows())], SPEC, prompt_start=-1)

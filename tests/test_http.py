@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO_MODEL
-from test_collect import SPEC, output, rows
+from test_collect import FIELDS, SPEC, WRONG, is_good, output, rows
 
 import r3
 from r3.capture import collect, engine_kwargs, request_fields, sampling_kwargs, server_args, server_command
@@ -246,3 +246,68 @@ def test_the_server_keeps_the_routing_of_streams_while_it_runs(parsed):
         assert RequestOutput.add is not add
         assert client.get("/").status_code == 404
     assert RequestOutput.add is add
+
+
+def test_choices_come_in_the_order_of_their_index():
+    arrays = [rows(seed) for seed in range(3)]
+    prompts = [[1, 2, 3, 4], [1, 2, 3, 4], [4, 3, 2, 1]]
+    choices = [choice(a, index=i, prompt_token_ids=p) for i, (a, p) in enumerate(zip(arrays, prompts, strict=True))]
+    stream = [
+        {"prompt_token_ids": [1, 2, 3, 4], "choices": [part]}
+        for i in (2, 0, 1)
+        for part in (
+            {"index": i, "token_ids": [5], "logprobs": {"content": [{"logprob": -0.5, "token": "a"}]}},
+            {
+                "index": i,
+                "token_ids": [6, 7],
+                "logprobs": {"content": [{"logprob": -0.6, "token": "b"}, {"logprob": -0.7, "token": "c"}]},
+                "finish_reason": "stop",
+                "routed_experts": choices[i]["routed_experts"],
+            },
+        )
+    ]
+    for response in ({"choices": [choices[2], choices[0], choices[1]]}, stream):
+        found = collect([response], SPEC)
+        for rollout, array in zip(found, arrays, strict=True):
+            assert np.array_equal(rollout.routing.expert_ids[0, :-1].numpy(), array)
+    assert [rollout.prompt_index for rollout in collect([{"choices": choices[::-1]}], SPEC)] == [0, 0, 1]
+    kept = collect([{"choices": [choices[0], choices[1] | {"index": 2}, choices[2]]}], SPEC, on_error="skip")
+    assert len(kept) == 1
+    assert all("2 choices have the index 2" in problem for problem in kept.failed.values())
+    assert sorted(kept.failed) == [1, 2]
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "prompt_token_ids", "index", "choice", "choices", "response"])
+def test_what_is_wrong_with_one_choice_costs_no_other(field):
+    for value in WRONG:
+        choices = [choice(rows(), index=3 * i) for i in range(3)]
+        bad: object = {"choices": choices}
+        if field == "choice":
+            choices[1] = value
+        elif field == "choices":
+            bad = {"choices": value}
+        elif field == "response":
+            bad = value
+        else:
+            choices[1][field] = value
+        kept = collect([{"choices": [choice(rows())]}, bad, output(rows())], SPEC, on_error="skip")
+        good = [rollout for rollout in kept if is_good(rollout)]
+        assert len(good) >= (2 if field in ("choices", "response") else 4), value
+        assert kept.batch(0).routing.shape[0] == len(kept), value
+
+
+def test_one_choice_of_a_stream_without_its_end_costs_no_other():
+    def part(index: int, **changes) -> dict:
+        return {"prompt_token_ids": [1, 2, 3, 4], "choices": [choice(rows(), index=index) | changes]}
+
+    content = {"content": [{"token": name, "logprob": -0.5} for name in "abc"]}
+    chunks = [part(i, logprobs=content, **({"finish_reason": None} if i == 1 else {})) for i in range(3)]
+    kept = collect([chunks], SPEC, on_error="skip")
+    assert len(kept) == 2
+    assert "has no end for choice 1: the connection or the server was lost" in kept.failed[1]
+
+
+def test_routing_may_come_as_lists_and_a_prompt_as_an_array():
+    response = {"prompt_token_ids": np.array([1, 2, 3, 4]), "choices": [choice(None, prompt_token_ids=None)]}
+    response["choices"][0]["routed_experts"] = rows().tolist()
+    assert is_good(collect([response], SPEC).items[0])

@@ -155,8 +155,8 @@ def test_a_conversation_over_two_syncs_keeps_the_rows_of_the_last():
     ids = first.prompt_ids + first.token_ids
     valid = (torch.arange(len(ids) + 3)[None] >= len(ids) - 1) & (torch.arange(len(ids) + 3)[None] < len(ids) + 2)
     rows = RolloutRouting(random_ids(1, len(ids) + 3, seed=9), valid, (0, 1, 2), EXPERTS)
-    second = dataclasses.replace(rollout(), prompt_ids=[*ids, 50], token_ids=[60, 61], routing=rows)
-    second = dataclasses.replace(second, response_mask=torch.tensor([True] * 2), logprobs=torch.zeros(2))
+    sampled = dict(token_ids=[60, 61], response_mask=torch.tensor([True] * 2), logprobs=torch.zeros(2))
+    second = dataclasses.replace(rollout(), prompt_ids=[*ids, 50], routing=rows, **sampled)
     joined = stitch([first, stamp_versions(second, [(0, 6)])])
     assert joined.spans_versions
     assert joined.row_versions.tolist() == [5] * 6 + [6] * 3 + [-1]

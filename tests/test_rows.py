@@ -4,6 +4,8 @@ import base64
 import io
 import sys
 import tracemalloc
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,3 +239,47 @@ def test_a_layer_never_captured_comes_before_a_dense_one_that_is_routed_and_that
 
 def test_one_slot_of_zeros_cannot_be_told_from_expert_0():
     assert checked_rows(np.zeros((3, 2, 1), np.uint8), spec((0, 1), 2, 8, 1), tokens=4).rows_valid == 3
+
+
+@pytest.fixture
+def hooks(monkeypatch):
+    """`RouterHooks` of a runner with two routers, and what calls their hooks as a step of vLLM does."""
+    from r3.capture import worker
+
+    routers = [SimpleNamespace(top_k=2, global_num_experts=8, set_capture_fn=None) for _ in range(2)]
+    for router in routers:
+        router.set_capture_fn = partial(setattr, router, "capture")
+    monkeypatch.setattr(worker, "routers", lambda model: list(enumerate(routers)))
+    monkeypatch.setattr(worker, "decoder_layers", lambda config: 2)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=16))
+    calls: list[list[int]] = []
+
+    def execute(*args):
+        for router, rows in zip(routers, calls, strict=True):
+            for count in rows:
+                router.capture(torch.arange(2 * count).view(count, 2) % 8)
+        return SimpleNamespace()
+
+    runner = SimpleNamespace(model=None, device="cpu", execute_model=execute, sample_tokens=None)
+
+    def step(tokens: int, *rows: list[int]):
+        calls[:] = rows
+        return made.execute_model(SimpleNamespace(total_num_scheduled_tokens=tokens))
+
+    made = worker.RouterHooks(runner, config)
+    return step, execute, calls
+
+
+def test_a_hook_that_gets_fewer_rows_than_the_step_has_tokens_is_an_error(hooks):
+    step, execute, calls = hooks
+    expected = (np.arange(12).reshape(6, 2) % 8).astype(np.uint8)
+    for rows in ([6], [8]):  # padded
+        found = step(6, rows, [6]).r3_rows
+        assert all(np.array_equal(found[:, layer], expected) for layer in range(2))
+    for rows in ([5], [3, 3], [0]):
+        with pytest.raises(CaptureError, match=r"decoder layer 1: expected the experts of all 6 tokens .*, got [530]:"):
+            step(6, [6], rows)
+    # vLLM's own dummy runs are of any length.
+    calls[:] = [[3], [16]]
+    execute()
+    assert step(6, [6], [6]).r3_rows.shape == (6, 2, 2)

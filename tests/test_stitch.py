@@ -116,7 +116,9 @@ def test_every_token_has_what_a_naive_model_says(plan, overlap):
         else:
             assert not found.routing.expert_ids[0, position].any()
             assert found.row_versions[position] == -1
-    assert found.weight_versions == tuple(range(10, 10 + len(turns)))
+    # An aborted turn that gave neither token nor row took no part.
+    gave = [n for n, t in enumerate(turns) if t.token_ids or t.routing.valid.any()]
+    assert found.weight_versions == tuple(10 + n for n in gave)
     versions = set(found.row_versions[found.routing.valid[0]].tolist())
     assert found.routing.weight_version == (versions.pop() if len(versions) == 1 else None)
     assert (found.finish_reason, found.prompt_index) == (turns[-1].finish_reason, 7)
@@ -291,10 +293,6 @@ def empty(made: Rollout) -> Rollout:
         (lambda t: rebuilt(t, num_experts=64), r"2 of 8 experts .*\[0\]; 2 of 64 experts .*\[1\]"),
         (lambda t: rebuilt(t, layer_ids=(0, 1, 5)), r"\(0, 1, 2\).*\[0\]; .*\(0, 1, 5\).*\[1\]"),
         (lambda t: rebuilt(t, expert_ids=t.routing.expert_ids[..., :1]), "1 of 8 experts"),
-        (lambda t: dataclasses.replace(t, logprobs=t.logprobs[1:]), "turn 1: expected logprobs of its 2 .*got 1"),
-        (lambda t: dataclasses.replace(t, response_mask=t.response_mask[1:]), "turn 1: expected response_mask of"),
-        (lambda t: dataclasses.replace(t, row_versions=t.row_versions[1:]), r"expected row_versions \[8\], got \(7,\)"),
-        (lambda t: dataclasses.replace(t, routing=t.routing.pad(9)), r"expected routing \[1, 8, L, K\]"),
         (empty, "turn 1: expected at least one token"),
     ],
 )

@@ -79,7 +79,7 @@ def calls_of_a_sync(worker: WeightSyncWorker, version: int) -> list[str]:
 )
 def test_what_is_queued_on_a_device_is_waited_for_before_anything_but_copies(vllm_config, monkeypatch, process, second):
     """Nothing comes of a broadcast whose sender has died: what waits for the device itself would wait for ever."""
-    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": Direct})
     worker = worker_with(initial(Toy(process), weights_of(0)), vllm_config)
     finish = LayerwiseReload.finish
 
@@ -103,7 +103,7 @@ def test_a_call_waits_for_the_copies_of_the_call_before(vllm_config, monkeypatch
             self.calls.append(where["name"])
             return [(where["name"], self.offer["weights"][where["name"]])]
 
-    monkeypatch.setitem(RECEIVERS, "direct", OneByOne)
+    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": OneByOne})
     monkeypatch.setattr(OneByOne, "takes_memory", takes_memory)
     weights = weights_of(1)
     worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
@@ -144,7 +144,7 @@ def test_a_call_waits_for_the_copies_of_the_call_before(vllm_config, monkeypatch
 )
 def test_a_model_that_passes_over_fused_experts_is_told_how_to_send_them(vllm_config, monkeypatch, name, remedy):
     """As vLLM's Qwen3-MoE does before 0.25, without a word."""
-    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": Direct})
 
     class Old(nn.Module):
         def __init__(self) -> None:
@@ -173,7 +173,7 @@ def test_a_reserve_that_comes_after_its_abort_does_not_keep_the_worker(vllm_conf
 
 def test_no_batch_runs_on_weights_that_are_half_loaded_or_cannot_be_trusted(vllm_config, monkeypatch):
     """Below every pause of the engine: whoever resumes it meanwhile gets no token of these weights."""
-    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": Direct})
     worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
     served = []
 

@@ -11,7 +11,8 @@ from receivers import Workers, for_nccl
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from r3 import SyncError
-from r3.weight_sync.transports import TRANSPORTS, IpcTransport, transport_of
+from r3.weight_sync import transports
+from r3.weight_sync.transports import RECEIVERS, TRANSPORTS, IpcTransport, Receiver, transport_of
 from r3.weight_sync.transports.base import wait_until
 from r3.weight_sync.transports.packing import pack, unpack
 
@@ -306,3 +307,25 @@ def test_a_layout_beyond_its_block_is_refused():
         list(unpack(torch.zeros(10, dtype=torch.uint8), [["x", "torch.float32", [3], 0]]))
     with pytest.raises(SyncError, match="dtype"):
         list(unpack(torch.zeros(10, dtype=torch.uint8), [["x", "torch.nn", [1], 0]]))
+
+
+def test_a_receiver_has_a_name_of_its_own(monkeypatch):
+    class Mine(Receiver):
+        def receive(self, where):
+            return []
+
+    class Other(Mine):
+        pass
+
+    monkeypatch.setattr(transports, "_receivers", dict(RECEIVERS))
+    transports.register_receiver("mine", Mine)
+    transports.register_receiver("mine", Mine)
+    assert transports._receivers == {**RECEIVERS, "mine": Mine}
+    for name in ("mine", "gloo"):
+        with pytest.raises(SyncError, match=f"receiver of '{name}': expected a new name"):
+            transports.register_receiver(name, Other)
+    for wrong in (Mine.receive, int, None):
+        with pytest.raises(SyncError, match="expected a subclass of Receiver"):
+            transports.register_receiver("wrong", wrong)
+    with pytest.raises(TypeError):
+        RECEIVERS["gloo"] = Mine

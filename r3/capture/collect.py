@@ -4,10 +4,12 @@ P prompt tokens, G generated tokens. vLLM returns P + G - 1 rows: the token that
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from r3.capture.http import Read, http_samples
@@ -15,7 +17,7 @@ from r3.capture.rollout import Rollout, Rollouts
 from r3.capture.rows import checked_rows
 from r3.capture.sample import Sample, engine_sample
 from r3.capture.versions import stamp_versions
-from r3.errors import CaptureError, summary
+from r3.errors import CaptureError, R3Error, summary
 from r3.routing import RoutingSpec
 
 # Above rounding: a log-probability of a token that is certain may be a little more than 0.
@@ -61,19 +63,22 @@ def collect(
     problems: dict[int, str] = {}
     cause: Exception | None = None
     prompt = 0
+    # Whatever is wrong with one sample, also what nobody thought of, is its own: the others are not lost with it.
     for response, version, start in zip(responses, versions, starts, strict=True):
-        within = -1
+        place, within = len(items) + len(problems), 0
         try:
-            for number, (within, read) in enumerate(_samples(response, routing=spec is not None)):
-                place = len(items) + len(problems)
-                try:
-                    items.append(_rollout(read(), prompt + within, spec, version, start or 0))
-                except CaptureError as error:
-                    problems[place] = f"sample {place} (prompt {prompt + within}, completion {number}): {error}"
-        except CaptureError as error:
-            place, cause = len(items) + len(problems), cause or error
-            problems[place] = f"sample {place} (prompt {prompt}): {error}"
-        prompt += max(within, 0) + 1
+            found = _samples(response, routing=spec is not None)
+        except Exception as error:
+            cause, found = cause or error, []
+            problems[place] = f"sample {place} (prompt {prompt}): {_told(error)}"
+        for number, (within, read) in enumerate(found):
+            place = len(items) + len(problems)
+            try:
+                items.append(_rollout(read(), prompt + within, spec, version, start or 0))
+            except Exception as error:
+                cause = cause or error
+                problems[place] = f"sample {place} (prompt {prompt + within}, completion {number}): {_told(error)}"
+        prompt += within + 1
     if problems and (on_error == "raise" or not items):
         raise CaptureError(
             f"{len(problems)} of {len(items) + len(problems)} samples:{summary(problems.values())}"
@@ -83,14 +88,20 @@ def collect(
     return Rollouts(items, spec, problems)
 
 
-def _samples(response: Any, *, routing: bool) -> Iterator[tuple[int, Read]]:
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, R3Error) else f"cannot be read: {type(error).__name__}: {error}"
+
+
+def _samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
     """For each completion: the place of its prompt among the response's, and what reads the completion."""
     if hasattr(response, "done") and hasattr(response, "exception"):
         response = _result(response)
     if isinstance(response, BaseException):
         raise CaptureError(f"the request failed with {type(response).__name__}: {response}") from response
     if hasattr(response, "outputs") and hasattr(response, "prompt_token_ids"):
-        return ((0, partial(engine_sample, response, completion)) for completion in response.outputs)
+        if not isinstance(response.outputs, Sequence):
+            raise CaptureError(f"outputs: expected a list of completions, got {response.outputs!r:.80}")
+        return [(0, partial(engine_sample, response, completion, routing)) for completion in response.outputs]
     return http_samples(response, routing=routing)
 
 
@@ -107,6 +118,10 @@ def _rollout(
     sample: Sample, prompt_index: int, spec: RoutingSpec | None, weight_version: int | None, prompt_start: int
 ) -> Rollout:
     _require_logprobs(sample.logprobs)
+    if not isinstance(sample.finish_reason, str | None):
+        raise CaptureError(f"finish_reason: expected text or None, got {sample.finish_reason!r:.80}")
+    if prompt_start < 0:
+        raise CaptureError(f"prompt_start: expected 0 or more, got {prompt_start}")
     tokens = len(sample.prompt_ids) + len(sample.token_ids)
     routing = None
     if spec is not None:
@@ -143,17 +158,17 @@ def _rollout(
 
 def _require_logprobs(logprobs: Sequence[float]) -> None:
     for i, value in enumerate(logprobs):
-        if not math.isfinite(value) or value > LARGEST_LOGPROB:
+        if not isinstance(value, Real) or not math.isfinite(value) or value > LARGEST_LOGPROB:
             raise CaptureError(
-                f"sampled token {i}: expected a finite log-probability, at most 0, got {value}. Start the engine with "
-                "logprobs_mode=processed_logprobs (r3.capture.engine_kwargs and server_args do)"
+                f"sampled token {i}: expected a finite log-probability, at most 0, got {value!r:.80}. Start the engine "
+                "with logprobs_mode=processed_logprobs (r3.capture.engine_kwargs and server_args do)"
             )
 
 
-def _each(name: str, given: int | Sequence[int | None] | None, responses: int) -> Sequence[int | None]:
-    """What was given for all responses, or for each, as one for each."""
-    if given is None or isinstance(given, int):
-        return [given] * responses
+def _each(name: str, given: int | np.integer | Sequence[int | None] | None, responses: int) -> Sequence[int | None]:
+    """What was given for all responses, or for each, as one for each: integers, as of numpy as well."""
+    if given is None or isinstance(given, int | np.integer):
+        return [None if given is None else int(given)] * responses
     if len(given) != responses:
         raise CaptureError(f"{name}: expected one for each of {responses} responses, got {len(given)}")
     return given

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from r3.errors import CaptureError
+from r3.proxy import naming_proxy, open_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,13 @@ class Endpoint:
         """The JSON that `path` answers with, None for an empty answer; a POST where there is a `body`.
 
         Raises:
-            CaptureError: no answer in time, an error status with what the server said, or no JSON.
+            CaptureError: no answer in time, an error status with what the server said, or no JSON; with the proxy of
+                the environment, if one is between.
         """
+        with naming_proxy(self.base):
+            return self._ask(path, body)
+
+    def _ask(self, path: str, body: dict[str, Any] | None) -> Any:
         url = f"{self.base}{path}"
         if not url.startswith(("http://", "https://")):
             raise CaptureError(f"url: expected http://host:port, got {self.url!r}")
@@ -44,7 +50,7 @@ class Endpoint:
         data = None if body is None else json.dumps(body).encode()
         try:
             request = urllib.request.Request(url, data, headers)
-            with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
+            with open_url(request, self.timeout_s) as answer:
                 content = answer.read()
         except urllib.error.HTTPError as error:
             said = error.read()[:500].decode(errors="replace")

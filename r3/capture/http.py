@@ -6,14 +6,15 @@ chunks of a finished stream). P prompt tokens, G sampled tokens.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from r3.capture.rows import decode_npy
-from r3.capture.sample import Sample, told_versions
+from r3.capture.rows import decode_npy, row_array
+from r3.capture.sample import Sample, token_list, told_versions
 from r3.errors import CaptureError
 
 # More than any model returns for a token: 512 layers of 32 slots of 4 bytes. And the array's header.
@@ -22,31 +23,49 @@ MAX_ROW_BYTES, HEADER_BYTES = 1 << 16, 1 << 12
 UNKNOWN_LOGPROB = -9999.0
 # Of a stream's last chunk.
 CARRIED = ("routed_experts", "finish_reason", "weight_versions")
+LOST = "the connection or the server was lost"
 REMEDY = "r3.capture.request_fields gives the fields that a request needs"
 
 Read = Callable[[], Sample]
 
 
-def http_samples(response: Any, *, routing: bool) -> Iterator[tuple[int, Read]]:
-    """For each choice: the place of its prompt among the response's prompts, and what reads the choice.
+def http_samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
+    """For each choice, in the order of their `index`: the place of its prompt among the response's, and what reads it.
 
     Several prompts in one request of `/v1/completions` are told apart by their token ids: equal ones side by side
     count as one. Without `routing` the choices' routing is not looked at.
 
     Raises:
-        CaptureError: not a response of vLLM, an error that the server answered with, or a stream without its end. What
-            reads a choice raises it for that choice.
+        CaptureError: not a response of vLLM, an error that the server answered with, or a stream without a choice.
+            What reads a choice raises it for what is wrong with that one alone.
     """
-    body = _stream(response) if isinstance(response, list | tuple) else _body(response)
-    choices = _choices(body)
-    if any("delta" in choice for choice in choices):
-        raise CaptureError(STREAMED)
+    streamed = isinstance(response, list | tuple)
+    bodies = _chunks(response) if streamed else [_body(response)]
+    prompt = _prompt(bodies)
+    choices: dict[int, list[Any]] = {}  # of a stream, the parts of each
+    for body in bodies:
+        for place, part in enumerate(_choices(body)):
+            choices.setdefault(_index(part, place), []).append(part)
+    if streamed and not choices:
+        raise CaptureError(f"the stream of {len(response)} chunks has no end: {LOST}")
+    found: list[tuple[int, Read]] = []
     place, before = -1, object()
-    for choice in choices:
-        prompt = choice.get("prompt_token_ids") or body.get("prompt_token_ids")
-        place += prompt != before
-        before = prompt
-        yield place, partial(_sample, choice, prompt, routing)
+    for index, parts in sorted(choices.items()):
+        own = _prompt(parts)
+        own = prompt if own is None else own
+        # Arrays do not compare to one truth.
+        equal = own is before or (isinstance(own, list) and isinstance(before, list) and own == before)
+        place += not equal
+        before = own
+        # Which of several with one index is which nobody knows, but how many samples they are.
+        found += [(place, partial(_sample, index, parts, own, routing, streamed))] * (1 if streamed else len(parts))
+    return found
+
+
+def _prompt(parts: Sequence[Any]) -> Any:
+    """The prompt's ids as the first of `parts` gives them that has any."""
+    given = (part.get("prompt_token_ids") for part in parts if isinstance(part, Mapping))
+    return next((ids for ids in given if not (ids is None or (isinstance(ids, list) and not ids))), None)
 
 
 STREAMED = (
@@ -76,45 +95,56 @@ def _body(response: Any) -> Mapping[str, Any]:
     return response
 
 
-def _choices(body: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+def _choices(body: Mapping[str, Any]) -> Sequence[Any]:
     choices = body.get("choices")
-    if not isinstance(choices, list) or not all(isinstance(choice, Mapping) for choice in choices):
+    if not isinstance(choices, list):
         raise CaptureError(f"expected a response with a list of choices, got one with {sorted(map(str, body))}")
+    if any(isinstance(choice, Mapping) and "delta" in choice for choice in choices):
+        raise CaptureError(STREAMED)
     return choices
 
 
-def _stream(chunks: Sequence[Any]) -> Mapping[str, Any]:
-    """The chunks of `/inference/v1/generate`, dictionaries or `data: ` lines, as the response they amount to."""
-    prompt: Any = None
-    choices: dict[int, dict[str, Any]] = {}
-    for chunk in chunks:
+def _index(part: Any, place: int) -> int:
+    """Of a choice; its place in the list where it has none, or none that is a number."""
+    index = part.get("index") if isinstance(part, Mapping) else None
+    return index if type(index) is int else place
+
+
+def _chunks(lines: Sequence[Any]) -> list[Mapping[str, Any]]:
+    """The chunks of `/inference/v1/generate`, from dictionaries or `data: ` lines."""
+    bodies = []
+    for line in lines:
+        chunk = line
         if isinstance(chunk, str | bytes):
-            line = chunk.decode() if isinstance(chunk, bytes) else chunk
-            chunk = line.removeprefix("data:").strip()
+            chunk = (chunk.decode() if isinstance(chunk, bytes) else chunk).removeprefix("data:").strip()
             if chunk in ("", "[DONE]"):
                 continue
         body = _body(chunk)
         if "object" in body:  # the OpenAI routes' chunks alone have it
             raise CaptureError(STREAMED)
-        prompt = prompt or body.get("prompt_token_ids")
-        for part in _choices(body):
-            whole = choices.setdefault(part.get("index", 0), {"token_ids": [], "logprobs": {"content": []}})
-            whole["token_ids"] += part.get("token_ids") or []
-            whole["logprobs"]["content"] += (part.get("logprobs") or {}).get("content") or []
-            whole |= {name: part[name] for name in CARRIED if part.get(name) is not None}
-    unfinished = [index for index, choice in choices.items() if "finish_reason" not in choice]
-    if unfinished or not choices:
-        raise CaptureError(
-            f"the stream of {len(chunks)} chunks has no end{f' for choices {unfinished}' if unfinished else ''}: "
-            "the connection or the server was lost"
-        )
-    return {
-        "prompt_token_ids": prompt,
-        "choices": [{"routed_experts": None, "streamed": True} | choices[index] for index in sorted(choices)],
-    }
+        bodies.append(body)
+    return bodies
 
 
-def _sample(choice: Mapping[str, Any], prompt: Any, routing: bool) -> Sample:
+def _joined(index: int, parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The choice that the parts of a stream amount to."""
+    whole: dict[str, Any] = {"token_ids": [], "logprobs": {"content": []}, "routed_experts": None, "streamed": True}
+    for part in parts:
+        whole["token_ids"] += part.get("token_ids") or []
+        whole["logprobs"]["content"] += (part.get("logprobs") or {}).get("content") or []
+        whole |= {name: part[name] for name in CARRIED if part.get(name) is not None}
+    if "finish_reason" not in whole:
+        raise CaptureError(f"the stream of {len(parts)} parts has no end for choice {index}: {LOST}")
+    return whole
+
+
+def _sample(index: int, parts: Sequence[Any], prompt: Any, routing: bool, streamed: bool) -> Sample:
+    wrong = [part for part in parts if not isinstance(part, Mapping)]
+    if wrong:
+        raise CaptureError(f"choices: expected objects, got {wrong[0]!r:.80}")
+    if len(parts) > 1 and not streamed:
+        raise CaptureError(f"{len(parts)} choices have the index {index}: which of them is which is not known")
+    choice = _joined(index, parts) if streamed else parts[0]
     token_ids = _ids(choice.get("token_ids"), "token_ids of the choice")
     prompt_ids = _ids(prompt, "prompt_token_ids")
     rows = None
@@ -126,15 +156,8 @@ def _sample(choice: Mapping[str, Any], prompt: Any, routing: bool) -> Sample:
         logprobs=_logprobs(choice.get("logprobs"), token_ids),
         routed_experts=rows,
         finish_reason=choice.get("finish_reason"),
-        versions=_versions(choice.get("weight_versions")),
+        versions=told_versions(choice.get("weight_versions"), operator.getitem),
     )
-
-
-def _versions(spans: Any) -> tuple[tuple[int, int], ...]:
-    try:
-        return told_versions([(span["version"], span["start"]) for span in spans or ()])
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CaptureError(f"weight_versions: expected spans with version and start, got {spans!r:.80}") from error
 
 
 def _ids(found: Any, name: str) -> list[int]:
@@ -144,9 +167,7 @@ def _ids(found: Any, name: str) -> list[int]:
             f"OpenAI client); {REMEDY}. Where /inference/v1/generate does not know it, put the ids that were sent "
             "into the response as prompt_token_ids"
         )
-    if not isinstance(found, list) or not all(type(token) is int for token in found):
-        raise CaptureError(f"{name}: expected a list of integers, got {found!r:.80}")
-    return found
+    return token_list(found, name)
 
 
 def _logprobs(found: Any, token_ids: list[int]) -> list[float]:
@@ -187,6 +208,8 @@ def _placeholder(token: Any) -> int | None:
 
 def _rows(choice: Mapping[str, Any], tokens: int) -> np.ndarray | None:
     text = choice.get("routed_experts")
+    if isinstance(text, list | np.ndarray):
+        return row_array(text)
     if text is not None and not isinstance(text, str):
         raise CaptureError(f"routed_experts: expected base64 text, got {type(text).__name__}")
     if text is not None:

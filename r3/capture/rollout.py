@@ -4,13 +4,15 @@ P tokens of the prompt, G tokens after it: sampled ones, and in a conversation t
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from r3.errors import CaptureError, summary
 from r3.routing import RolloutRouting, RoutingSpec
+from r3.routing.types import replace_trusted
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -28,6 +30,9 @@ class Rollout:
         prompt_index: which of the collected outputs it belongs to; the samples of one prompt share it.
         weight_versions: versions of the weights that took part, ascending; empty where nobody told.
         row_versions: int32 `[P + G]`, the version that produced each row, -1 where unknown; None where nobody told.
+
+    Raises:
+        CaptureError: parts whose lengths do not fit the tokens.
     """
 
     prompt_ids: list[int]
@@ -40,9 +45,77 @@ class Rollout:
     weight_versions: tuple[int, ...] = ()
     row_versions: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        generated, tokens = len(self.token_ids), len(self)
+        parts: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "response_mask": (self.response_mask, (generated,)),
+            "logprobs": (self.logprobs, (generated,)),
+            "row_versions": (self.row_versions, (tokens,)),
+            "routing": (self.routing, (1, tokens)),
+        }
+        problems = [
+            f"{name}: expected {[*shape, *part.shape[2:]]}, got {list(part.shape)}"
+            for name, (part, shape) in parts.items()
+            if part is not None and tuple(part.shape[:2]) != shape
+        ]
+        if problems:
+            raise CaptureError(
+                f"a rollout of {len(self.prompt_ids)} prompt and {generated} generated tokens (prompt "
+                f"{self.prompt_index}):{summary(problems)}\nRollout.truncate cuts all of them alike"
+            )
+
     def __len__(self) -> int:
         """P + G."""
         return len(self.prompt_ids) + len(self.token_ids)
+
+    def truncate(self, max_length: int | None = None, *, max_response_length: int | None = None) -> "Rollout":
+        """The rollout as if sampling had ended at a length: tokens, mask, log-probabilities, rows and versions.
+
+        What is cut has finish reason "length", and its last token no row: nothing was sampled after it any more.
+        Versions of which nothing is left took no part. A rollout that is short enough is returned as it is.
+
+        Args:
+            max_length: most tokens, those of the prompt included.
+            max_response_length: most tokens after the prompt.
+
+        Raises:
+            CaptureError: no limit, a negative one, or no room for a token after the prompt.
+        """
+        limits = {"max_length": max_length, "max_response_length": max_response_length}
+        given = {name: limit for name, limit in limits.items() if limit is not None}
+        if not given or min(given.values()) < 0:
+            raise CaptureError(f"expected max_length or max_response_length from 0 up, got {limits}")
+        prompt = len(self.prompt_ids)
+        length = min(len(self), *(limit + (prompt if name != "max_length" else 0) for name, limit in given.items()))
+        if length == len(self):
+            return self
+        if length <= prompt:
+            raise CaptureError(
+                f"expected room for a token after the prompt of {prompt} tokens (prompt {self.prompt_index}), got "
+                f"{' and '.join(f'{name}={limit}' for name, limit in given.items())}: raise it, or leave the rollout "
+                "out"
+            )
+        routing, rows, versions = self.routing, self.row_versions, self.weight_versions
+        if rows is not None:
+            told, rows = set(rows.tolist()), rows[:length].clone()
+            rows[-1] = -1
+            # Without a prompt, nobody knows of the first token.
+            versions = tuple(version for version in versions if version not in told - set(rows.tolist())) or versions
+        if routing is not None:
+            expert_ids, valid = routing.expert_ids[:, :length].clone(), routing.valid[:, :length].clone()
+            expert_ids[:, -1], valid[:, -1] = 0, False
+            version = versions[0] if len(versions) == 1 else routing.weight_version
+            routing = replace_trusted(routing, expert_ids, valid, weight_version=version)
+        return replace(
+            self,
+            token_ids=self.token_ids[: length - prompt],
+            response_mask=self.response_mask[: length - prompt],
+            logprobs=self.logprobs[: length - prompt],
+            routing=routing,
+            finish_reason="length",
+            weight_versions=versions,
+            row_versions=rows,
+        )
 
     @property
     def spans_versions(self) -> bool:
@@ -119,6 +192,15 @@ class Rollouts:
 
     def __iter__(self) -> Iterator[Rollout]:
         return iter(self.items)
+
+    def truncate(self, max_length: int | None = None, *, max_response_length: int | None = None) -> "Rollouts":
+        """`Rollout.truncate` of each, to one length: `rollouts.truncate(4096).batch(pad_token_id)`.
+
+        Raises:
+            CaptureError: as `Rollout.truncate`, of the first whose prompt leaves no room.
+        """
+        items = [rollout.truncate(max_length, max_response_length=max_response_length) for rollout in self.items]
+        return replace(self, items=items)
 
     def batch(self, pad_token_id: int, *, pin_memory: bool = False) -> RolloutBatch:
         """All rollouts as one right-padded batch; page-locked if `pin_memory`, its routing without a copy more."""

@@ -4,6 +4,7 @@ import binascii
 import io
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +79,24 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
 
 # Later versions are for field names in other alphabets.
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def row_array(found: Any) -> np.ndarray | None:
+    """Any array-like of integers as an array; one of numpy as it is, None for None. See `checked_rows` for its content.
+
+    Raises:
+        CaptureError: what cannot be read as an array.
+    """
+    if found is None or isinstance(found, np.ndarray):
+        return found
+    try:
+        if isinstance(found, torch.Tensor):
+            return found.detach().cpu().numpy()
+        return np.asarray(found)
+    except Exception as error:  # an array-like of another library may raise anything
+        raise CaptureError(
+            f"routing: expected an array of integers [rows, decoder layers, top_k], got {type(found).__name__}: {error}"
+        ) from error
 
 
 def checked_rows(

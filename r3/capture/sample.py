@@ -1,11 +1,14 @@
 """One completion as the engine gave it, before its content is checked: the same for every way to ask vLLM."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from r3.capture.rows import row_array
 from r3.errors import CaptureError
 
 
@@ -30,13 +33,13 @@ class Sample:
     versions: tuple[tuple[int, int], ...] = ()
 
 
-def engine_sample(output: Any, completion: Any) -> Sample:
-    """Of a `RequestOutput` and one of its `CompletionOutput`s.
+def engine_sample(output: Any, completion: Any, routing: bool) -> Sample:
+    """Of a `RequestOutput` and one of its `CompletionOutput`s. Without `routing` that is not looked at.
 
     Raises:
-        CaptureError: no log-probability of a sampled token.
+        CaptureError: what is missing, or of another type than vLLM's.
     """
-    token_ids = list(completion.token_ids)
+    token_ids = token_list(completion.token_ids, "token_ids")
     if completion.logprobs is None:
         raise CaptureError("no log-probabilities: ask for them with SamplingParams(logprobs=0)")
     if len(completion.logprobs) != len(token_ids):
@@ -44,22 +47,61 @@ def engine_sample(output: Any, completion: Any) -> Sample:
             f"expected a log-probability of each of {len(token_ids)} sampled tokens, got {len(completion.logprobs)}"
         )
     return Sample(
-        prompt_ids=list(output.prompt_token_ids),
+        prompt_ids=token_list(output.prompt_token_ids, "prompt_token_ids"),
         token_ids=token_ids,
-        logprobs=[entry[token].logprob for token, entry in zip(token_ids, completion.logprobs, strict=True)],
-        routed_experts=completion.routed_experts,
+        logprobs=[
+            _logprob(i, token, entry)
+            for i, (token, entry) in enumerate(zip(token_ids, completion.logprobs, strict=True))
+        ],
+        routed_experts=row_array(completion.routed_experts) if routing else None,
         finish_reason=completion.finish_reason,
-        versions=told_versions(
-            [(span.version, span.start) for span in getattr(completion, "weight_versions", None) or ()]
-        ),
+        versions=told_versions(getattr(completion, "weight_versions", None), getattr),
     )
 
 
-def told_versions(spans: Sequence[tuple[str, int]]) -> tuple[tuple[int, int], ...]:
-    """(first sampled token, version) of vLLM's (label, first sampled token); nothing if a label is no number.
+def token_list(found: Any, name: str) -> list[int]:
+    """Token ids as a list, from any sequence, array or tensor of integers.
+
+    Raises:
+        CaptureError: none, or anything but integers from 0 up.
+    """
+    values = found.tolist() if isinstance(found, np.ndarray | torch.Tensor) else found
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
+        raise CaptureError(f"{name}: expected a list of integers, got {found!r:.80}")
+    ids = list(values)
+    if any(kind is not int for kind in set(map(type, ids))):
+        ids = [int(token) if isinstance(token, np.integer) else token for token in ids]
+    if set(map(type, ids)) <= {int} and min(ids, default=0) >= 0:
+        return ids
+    place, wrong = next((i, token) for i, token in enumerate(ids) if type(token) is not int or token < 0)
+    raise CaptureError(f"{name}: expected a list of integers from 0 up, got {wrong!r:.80} at {place}")
+
+
+def _logprob(place: int, token: int, entry: Any) -> float:
+    try:
+        return entry[token].logprob
+    except (AttributeError, LookupError, TypeError) as error:
+        raise CaptureError(
+            f"sampled token {place}: expected its log-probability, of token {token}, got {entry!r:.80}"
+        ) from error
+
+
+def told_versions(spans: Any, get: Callable[[Any, str], Any]) -> tuple[tuple[int, int], ...]:
+    """(first sampled token, version) of vLLM's spans, whose `version` is a label; nothing if a label is no number.
 
     The label is what the last sync gave the engine, "default" before one did.
+
+    Args:
+        spans: with version and start, or None where the engine does not tell.
+        get: a span's field by its name.
+
+    Raises:
+        CaptureError: anything else.
     """
-    if not all(label.isdecimal() for label, _ in spans):
-        return ()
-    return tuple((start, int(label)) for label, start in spans)
+    try:
+        found = [(get(span, "start"), get(span, "version")) for span in spans or ()]
+        if not all(label.isdecimal() for _, label in found):
+            return ()
+        return tuple((operator.index(start), int(label)) for start, label in found)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CaptureError(f"weight_versions: expected spans with version and start, got {spans!r:.80}") from error

@@ -149,6 +149,15 @@ def _blamed(file: Path) -> Iterator[None]:
         raise CaptureError(f"{file}: damaged: {type(error).__name__}: {error}") from error
 
 
+@contextlib.contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Parts that do not fit each other name the rollout."""
+    try:
+        yield
+    except CaptureError as error:
+        raise CaptureError(f"{where}: {error}") from error
+
+
 def _tensors(rollouts: Rollouts, reasons: dict[str, int]) -> dict[str, Tensor]:
     items = rollouts.items
     for place, item in enumerate(items):
@@ -244,17 +253,18 @@ def _items(tensors: dict[str, Tensor], content: dict[str, Any], spec: RoutingSpe
             raise CaptureError(f"{where}: finish reason: expected -1 to {len(reasons) - 1}, got {reason}")
         if len(masks[i]) and int(masks[i].max()) > 1:
             raise CaptureError(f"{where}: response_mask: expected 0 and 1, got {int(masks[i].max())}")
-        item = Rollout(
-            prompt_ids=prompts[i].tolist(),
-            token_ids=responses[i].tolist(),
-            response_mask=masks[i].bool(),
-            logprobs=logprobs[i].clone(),
-            routing=_routing(where, wires[i], len(prompts[i]) + len(responses[i]), spec, counts["routing_bytes"][i]),
-            finish_reason=None if reason == -1 else reasons[reason],
-            prompt_index=counts["prompt_index"][i],
-            weight_versions=tuple(versions[i].tolist()),
-            row_versions=None if counts["row_version_lengths"][i] == -1 else rows[i].clone(),
-        )
+        with _told(where):
+            item = Rollout(
+                prompt_ids=prompts[i].tolist(),
+                token_ids=responses[i].tolist(),
+                response_mask=masks[i].bool(),
+                logprobs=logprobs[i].clone(),
+                routing=_routing(wires[i], len(prompts[i]) + len(responses[i]), spec, counts["routing_bytes"][i]),
+                finish_reason=None if reason == -1 else reasons[reason],
+                prompt_index=counts["prompt_index"][i],
+                weight_versions=tuple(versions[i].tolist()),
+                row_versions=None if counts["row_version_lengths"][i] == -1 else rows[i].clone(),
+            )
         _require_consistent(where, item, spec)
         yield item
 
@@ -269,36 +279,27 @@ def _split(name: str, tensors: dict[str, Tensor], lengths: list[int], *, absent:
     return [tensors[name][start:end] for start, end in pairwise(accumulate(sizes, initial=0))]
 
 
-def _routing(where: str, wire: Tensor, tokens: int, spec: RoutingSpec | None, stored: int) -> RolloutRouting | None:
+def _routing(wire: Tensor, tokens: int, spec: RoutingSpec | None, stored: int) -> RolloutRouting | None:
     if stored == -1:
         return None
     if spec is None:
-        raise CaptureError(f"{where}: routing without a spec")
+        raise CaptureError("routing without a spec")
     # What compressed ids or a run of validity may claim is bounded by what the rollout needs.
     limit = (tokens + 1) * (len(spec.layer_ids) * spec.top_k * 4 + 1)
     try:
         return RolloutRouting.from_bytes(wire.clone().numpy().tobytes(), max_bytes=limit)
     except RoutingError as error:
-        raise CaptureError(f"{where}: routing: {error}") from error
+        raise CaptureError(f"routing: {error}") from error
 
 
 def _require_consistent(where: str, item: Rollout, spec: RoutingSpec | None) -> None:
-    tokens, sampled = len(item), len(item.token_ids)
-    problems = [
-        f"{name}: expected {[length]}, got {list(part.shape)}"
-        for name, part, length in (
-            ("response_mask", item.response_mask, sampled),
-            ("logprobs", item.logprobs, sampled),
-            ("row_versions", item.row_versions, tokens),
-        )
-        if part is not None and list(part.shape) != [length]
-    ]
+    problems: list[str] = []
     if item.logprobs.dtype != torch.float32:
         problems.append(f"logprobs: expected torch.float32, got {item.logprobs.dtype}")
     if item.routing is not None and spec is None:
         problems.append("routing: expected none without a spec")
     elif item.routing is not None and spec is not None:
-        expected = (1, tokens, len(spec.layer_ids), spec.top_k), spec.layer_ids, spec.num_experts
+        expected = (1, len(item), len(spec.layer_ids), spec.top_k), spec.layer_ids, spec.num_experts
         got = item.routing.shape, item.routing.layer_ids, item.routing.num_experts
         if got != expected:
             problems.append(f"routing: expected (shape, layers, experts) {expected}, got {got}")

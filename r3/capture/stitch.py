@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from r3.capture.rollout import Rollout
-from r3.capture.turns import drift, ids_of, require_continued, require_joinable, shared_length
+from r3.capture.turns import drift, ids_of, kept_length, require_continued, require_joinable, shared_length
 from r3.errors import CaptureError
 from r3.routing import RolloutRouting
 from r3.routing.types import replace_trusted
@@ -20,7 +20,7 @@ from r3.routing.types import replace_trusted
 Overlap = Literal["earlier", "later"]
 
 
-def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "earlier") -> Rollout:
+def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "earlier", trim: int = 0) -> Rollout:
     """Join the turns of one conversation; each turn's prompt is the whole conversation before it, as token ids.
 
     Args:
@@ -29,33 +29,37 @@ def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "earlier") -> Rollout
         overlap: whose row a token gets that several turns captured. The "earlier" one is that under which the
             log-probability after it was computed; the "later" one that which the last turn attended to. See
             `compare_overlap` for how often they differ.
+        trim: how many tokens that a turn sampled last the next prompt may lack: chat templates drop end tokens, for
+            one. They are not in the joined rollout, and so not trained on.
 
     Returns:
         The first turn's prompt, then all tokens after it: `response_mask` is True on sampled ones. A token that no
         turn captured has no valid row, and version -1. `finish_reason` is the last turn's, `prompt_index` the first's.
+        A turn that an abort ended before it gave a token or a row took no part: its versions are left out.
 
     Raises:
         CaptureError: a prompt that does not begin with the turn before it, and where they part (`stitch_runs` joins
             what holds together); turns with and without routing, or of different layers, slots or experts.
     """
-    _require_overlap(overlap)
+    _require_options(overlap, trim)
     require_joinable(turns)
-    require_continued(turns)
+    require_continued(turns, trim)
     return _joined(turns, [], overlap)
 
 
-def stitch_runs(turns: Sequence[Rollout], *, overlap: Overlap = "earlier") -> list[Rollout]:
+def stitch_runs(turns: Sequence[Rollout], *, overlap: Overlap = "earlier", trim: int = 0) -> list[Rollout]:
     """`stitch` for conversations whose prompts drift: one rollout for each longest run of turns that hold together.
 
-    Each sampled token is in exactly one of them as sampled: a prompt that lost or changed tokens of earlier turns
-    begins a new run, and is its prompt. Rows up to the first changed token also come from turns before the run.
+    Each sampled token is in exactly one of them as sampled, unless it is trimmed: a prompt that lost or changed other
+    tokens of earlier turns begins a new run, and is its prompt. Rows up to the first changed token also come from turns
+    before the run.
 
     Raises:
         CaptureError: as `stitch`, except for drift.
     """
-    _require_overlap(overlap)
+    _require_options(overlap, trim)
     require_joinable(turns)
-    starts = [i for i in range(1, len(turns)) if drift(turns[i - 1], turns[i]) is not None]
+    starts = [i for i in range(1, len(turns)) if drift(turns[i - 1], turns[i], trim) is not None]
     return [_joined(turns[a:b], turns[:a], overlap) for a, b in pairwise([0, *starts, len(turns)])]
 
 
@@ -110,16 +114,17 @@ def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap)
     there are the same."""
     ids, prompt = ids_of(run[-1]), len(run[0].prompt_ids)
     sources = [_Source(turn, shared_length(ids_of(turn), ids)) for turn in before]
-    sources += [_Source(turn, len(turn)) for turn in (run if overlap == "later" else reversed(run))]
-    pieces = _pieces(sources, len(ids))
-    took_part = [*(piece.turn for piece in pieces if piece.turn is not None), *run]
+    kept = [_Source(turn, kept_length(turn, after)) for turn, after in pairwise(run)] + [_Source(run[-1], len(ids))]
+    pieces = _pieces([*sources, *(kept if overlap == "later" else reversed(kept))], len(ids))
+    took_part = [*(piece.turn for piece in pieces if piece.turn is not None), *filter(_gave, run)]
+    told = any(turn.row_versions is not None for turn in (*took_part, *run))
 
     response_mask = torch.zeros(len(ids) - prompt, dtype=torch.bool)
     logprobs = torch.zeros(len(ids) - prompt)
-    for turn in run:
-        sampled = slice(len(turn.prompt_ids) - prompt, len(turn) - prompt)
-        response_mask[sampled] = turn.response_mask
-        logprobs[sampled] = turn.logprobs
+    for turn, end in kept:
+        begin = len(turn.prompt_ids)
+        response_mask[begin - prompt : end - prompt] = turn.response_mask[: end - begin]
+        logprobs[begin - prompt : end - prompt] = turn.logprobs[: end - begin]
     return Rollout(
         prompt_ids=list(run[0].prompt_ids),
         token_ids=ids[prompt:],
@@ -129,7 +134,7 @@ def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap)
         finish_reason=run[-1].finish_reason,
         prompt_index=run[0].prompt_index,
         weight_versions=tuple(sorted({version for turn in took_part for version in turn.weight_versions})),
-        row_versions=None if all(turn.row_versions is None for turn in took_part) else _joined_versions(pieces),
+        row_versions=_joined_versions(pieces) if told else None,
     )
 
 
@@ -140,8 +145,11 @@ def _pieces(sources: Sequence[_Source], length: int) -> list[_Piece]:
         if turn.routing is not None:
             owner[:shared].masked_fill_(turn.routing.valid[0, :shared].cpu(), i)
         else:
-            # No rows, yet versions: those of the tokens that were fed to the model, which the last was not.
-            owner[: min(shared, len(turn) - 1)] = i
+            # No rows, yet versions: those of the tokens that were fed to the model, which the last was not. Nobody
+            # knows how far a turn came that sampled nothing, and nothing hangs on it.
+            fed = min(shared, len(turn) - 1) if _gave(turn) else 0
+            told = slice(fed) if turn.row_versions is None else (turn.row_versions[:fed] >= 0).nonzero()[:, 0]
+            owner[told] = i
     owners, counts = owner.unique_consecutive(return_counts=True)
     bounds = [0, *counts.cumsum(0).tolist()]
     turns = [sources[i].turn if i >= 0 else None for i in owners.tolist()]
@@ -174,6 +182,13 @@ def _joined_versions(pieces: Sequence[_Piece]) -> Tensor:
     return versions
 
 
-def _require_overlap(overlap: str) -> None:
+def _gave(turn: Rollout) -> bool:
+    """Whether it sampled a token or captured a row: an abort may end a turn before either."""
+    return bool(turn.response_mask.any()) or (turn.routing is not None and turn.routing.rows_valid > 0)
+
+
+def _require_options(overlap: str, trim: int) -> None:
+    if trim < 0:
+        raise CaptureError(f"trim: expected a number of tokens from 0 up, got {trim}")
     if overlap not in get_args(Overlap):
         raise CaptureError(f"overlap: expected one of {', '.join(get_args(Overlap))}, got {overlap!r}")

@@ -22,18 +22,30 @@ def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next(i for i in range(length) if a[i] != b[i])
 
 
-def drift(before: Rollout, after: Rollout) -> int | None:
-    """Position at which the prompt of `after` parts from the tokens of `before`; None if it begins with all of them."""
-    shared = shared_length(ids_of(before), list(after.prompt_ids))
-    return None if shared == len(before) else shared
+def kept_length(before: Rollout, after: Rollout) -> int:
+    """How many leading tokens of `before` the prompt of `after` begins with."""
+    return shared_length(ids_of(before), list(after.prompt_ids))
 
 
-def require_continued(turns: Sequence[Rollout]) -> None:
-    """Raise `CaptureError` unless each prompt begins with all tokens of the turn before it."""
+def drift(before: Rollout, after: Rollout, trim: int) -> int | None:
+    """Position at which the prompt of `after` parts from the tokens of `before`; None if it begins with all of them.
+
+    Also None if all that it lacks are at most `trim` tokens at the end of `before`, sampled in its last turn.
+    """
+    kept = kept_length(before, after)
+    dropped = len(before) - kept
+    prompt = len(before.prompt_ids)
+    if not dropped or (dropped <= trim and kept >= prompt and bool(before.response_mask[kept - prompt :].all())):
+        return None
+    return kept
+
+
+def require_continued(turns: Sequence[Rollout], trim: int) -> None:
+    """Raise `CaptureError` unless each prompt begins with the turn before it, but for `trim` tokens at its end."""
     problems = []
     for number in range(1, len(turns)):
         before, after = turns[number - 1], turns[number]
-        at = drift(before, after)
+        at = drift(before, after, trim)
         if at is None:
             continue
         sampled = at - len(before.prompt_ids)
@@ -47,12 +59,13 @@ def require_continued(turns: Sequence[Rollout]) -> None:
             f"each turn's prompt must begin with all tokens of the turn before it:{summary(problems)}\n"
             "The conversation was tokenised again from text, or its template drops or rewrites earlier tokens "
             "(thinking, for one). Send token ids: prompt_ids + token_ids + the new tokens; or use stitch_runs, which "
-            "gives one rollout for each run of turns that hold together"
+            "gives one rollout for each run of turns that hold together. If the template drops the last n sampled "
+            "tokens of a turn, such as its end token: trim=n"
         )
 
 
 def require_joinable(turns: Sequence[Rollout]) -> None:
-    """Raise `CaptureError` for no turns, tensors that do not fit a turn's tokens, and routing of different kinds."""
+    """Raise `CaptureError` for no turns, turns without tokens, and routing of different kinds."""
     if not turns:
         raise CaptureError("turns: expected at least one, got none")
     problems: list[str] = []
@@ -60,18 +73,6 @@ def require_joinable(turns: Sequence[Rollout]) -> None:
     for number, turn in enumerate(turns):
         if not len(turn):
             problems.append(f"turn {number}: expected at least one token, got none")
-        lengths = {"response_mask": len(turn.response_mask), "logprobs": len(turn.logprobs)}
-        problems += [
-            f"turn {number}: expected {name} of its {len(turn.token_ids)} generated tokens, got {length}"
-            for name, length in lengths.items()
-            if length != len(turn.token_ids)
-        ]
-        if turn.row_versions is not None and len(turn.row_versions) != len(turn):
-            problems.append(f"turn {number}: expected row_versions [{len(turn)}], got {tuple(turn.row_versions.shape)}")
-        if turn.routing is not None and turn.routing.shape[:2] != (1, len(turn)):
-            problems.append(
-                f"turn {number}: expected routing [1, {len(turn)}, L, K] of its tokens, got {turn.routing.shape}"
-            )
         kinds.setdefault(_kind(turn), []).append(number)
     if len(kinds) > 1:
         problems.append(

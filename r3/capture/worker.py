@@ -7,7 +7,8 @@ with each router's choice is still there: this worker sets it, and gives each st
 Limits
 1. One data-parallel rank an engine, no context parallelism, no sequence parallelism of the MoE layers, no microbatches.
 2. On the CPU the engine must not compile: compiled code does not call the hook.
-3. A layer whose hook was not called returns zeros, which `collect` refuses.
+3. A layer whose hook was not called returns zeros, which `collect` refuses. One that was called with fewer rows than
+   the step has tokens, as of layers that compute a part of the tokens only, or piece by piece, ends the engine.
 
 Imported in the engine's worker processes alone.
 """
@@ -87,10 +88,17 @@ class RouterHooks:
         for layer, router in found:
             router.set_capture_fn(lambda ids, layer=layer: self._capture(layer, ids))
         self._execute, self._sample = runner.execute_model, runner.sample_tokens
+        self._tokens = 0  # of the step that runs; 0 in vLLM's own dummy runs
         self._step: torch.Tensor | None = None
         runner.execute_model, runner.sample_tokens = self.execute_model, self.sample_tokens
 
     def _capture(self, layer: int, ids: torch.Tensor) -> None:
+        if len(ids) < self._tokens:  # more are padding
+            raise CaptureError(
+                f"decoder layer {layer}: expected the experts of all {self._tokens} tokens of the step, got "
+                f"{len(ids)}: which tokens they are of is not known. Switch off what computes layers for a part of the tokens, or "
+                "piece by piece (kv_sharing_fast_prefill, chunked MoE)"
+            )
         self._ids[: len(ids), layer] = ids
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None, **kwargs: Any) -> Any:
@@ -100,7 +108,11 @@ class RouterHooks:
         self._ids[:tokens].zero_()
         # Dummy runs come without: vLLM makes their tensors up.
         earlier = None if intermediate_tensors is None else intermediate_tensors.tensors.pop(KEY, None)
-        output = self._execute(scheduler_output, intermediate_tensors, **kwargs)
+        self._tokens = tokens
+        try:
+            output = self._execute(scheduler_output, intermediate_tensors, **kwargs)
+        finally:
+            self._tokens = 0
         if not tokens:
             return output
         ids = self._ids[:tokens]

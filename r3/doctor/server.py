@@ -8,6 +8,7 @@ from r3.doctor.check import Check, guarded
 from r3.doctor.engine import capture_check
 from r3.doctor.sync import sync_state
 from r3.doctor.vllm_build import vllm_version
+from r3.proxy import no_proxy_for, proxy_of, proxy_of_others
 from r3.routing import RoutingSpec
 from r3.weight_sync import engine_of
 
@@ -20,6 +21,7 @@ def server_checks(server: Endpoint, spec: RoutingSpec | None, *, sync: bool) -> 
         spec: of the trainer's model; without, capture is not checked.
         sync: whether weights are to be synced into it, so that it is a problem if that cannot be.
     """
+    yield from guarded("server proxy", partial(_proxy, server))
     (health,) = guarded("server", partial(_health, server))
     yield health
     if health.status == "problem":
@@ -38,6 +40,21 @@ def server_checks(server: Endpoint, spec: RoutingSpec | None, *, sync: bool) -> 
         )
         return
     yield from guarded("server capture", partial(capture_check, "server capture", server.base, spec, server))
+
+
+def _proxy(server: Endpoint) -> Check | None:
+    """Whether a proxy of the environment stands between; none is no check."""
+    between, others = proxy_of(server.base), proxy_of_others(server.base)
+    if between is not None:
+        detail = f"requests to {server.base} go through {between}: rollouts, routing and weight syncs alike"
+    elif others is not None:
+        detail = (
+            f"r3 asks {server.base} directly, but other clients that read the environment (OpenAI's, requests, curl) "
+            f"go through {others}"
+        )
+    else:
+        return None
+    return Check(name="server proxy", status="warning", detail=detail, remedy=no_proxy_for(server.base))
 
 
 def _health(server: Endpoint) -> Check:

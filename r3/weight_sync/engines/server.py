@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from r3.errors import SyncError
+from r3.proxy import naming_proxy, open_url
 from r3.weight_sync.engines.base import Engine, OnRunning, Reply, failed, require_replies
 from r3.weight_sync.engines.waiting import Deadline, answer_of, in_thread
 
@@ -126,8 +127,11 @@ class ServerEngine(Engine):
         absent_ok: bool = False,
     ) -> Any:
         """The JSON that `path` answers with, None for an empty answer; a POST where there is a `body`."""
+        with naming_proxy(self.name):
+            return self._answer(path, deadline, body, what or path.partition("?")[0], absent_ok)
+
+    def _answer(self, path: str, deadline: Deadline, body: dict[str, Any] | None, what: str, absent_ok: bool) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        what = what or path.partition("?")[0]
         timeout_s = deadline.left_s + 1.0  # the deadline speaks first
         future = in_thread(lambda: self._send(path, data, timeout_s))
         try:
@@ -150,7 +154,7 @@ class ServerEngine(Engine):
     def _send(self, path: str, data: bytes | None, timeout_s: float) -> bytes:
         request = urllib.request.Request(f"{self.name}{path}", data, self._headers)
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            with open_url(request, timeout_s) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
             raise _StatusError(error.code, _message(error.read())) from error

@@ -1,20 +1,42 @@
 """The ways of a sync's bytes: one interface, one file a medium, one suite of tests that all pass."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from r3.errors import SyncError
 from r3.weight_sync.transports.base import Announced, Chunk, Receiver, Transport, Where
 from r3.weight_sync.transports.broadcast import GlooReceiver, GlooTransport, NcclReceiver, NcclTransport
 from r3.weight_sync.transports.files import FilesReceiver, FilesTransport
 from r3.weight_sync.transports.ipc import IpcReceiver, IpcTransport
 
-TRANSPORTS: dict[str, type[Transport]] = {
-    t.name: t for t in (FilesTransport, GlooTransport, IpcTransport, NcclTransport)
-}
-RECEIVERS: dict[str, type[Receiver]] = {
+TRANSPORTS: Mapping[str, type[Transport]] = MappingProxyType(
+    {t.name: t for t in (FilesTransport, GlooTransport, IpcTransport, NcclTransport)}
+)
+_receivers: dict[str, type[Receiver]] = {
     "files": FilesReceiver,
     "gloo": GlooReceiver,
     "ipc": IpcReceiver,
     "nccl": NcclReceiver,
 }
+RECEIVERS: Mapping[str, type[Receiver]] = MappingProxyType(_receivers)
+"""By the transport's name; a worker looks here for what its trainer offers. `register_receiver` adds to it."""
+
+
+def register_receiver(name: str, receiver: type[Receiver]) -> None:
+    """Make the worker's side of a transport of your own known, in the worker's process: where its extension is defined.
+
+    Args:
+        name: the `Transport.name` of the trainer's side.
+        receiver: the class. The same one may be registered again.
+
+    Raises:
+        SyncError: no receiver, or another one has the name.
+    """
+    if not (isinstance(receiver, type) and issubclass(receiver, Receiver)):
+        raise SyncError(f"receiver of {name!r}: expected a subclass of Receiver, got {receiver!r:.80}")
+    known = _receivers.setdefault(name, receiver)
+    if known is not receiver:
+        raise SyncError(f"receiver of {name!r}: expected a new name, got that of {known.__module__}.{known.__name__}")
 
 
 def transport_of(transport: "str | Transport") -> Transport:
@@ -38,5 +60,6 @@ __all__ = [
     "Receiver",
     "Transport",
     "Where",
+    "register_receiver",
     "transport_of",
 ]
