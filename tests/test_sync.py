@@ -79,7 +79,7 @@ def wrapped(weights):
     ("made", "said"),
     [
         (without_a_part, r"worker rank 0.*layers\.3\.mlp\.experts(\.routed_experts)? \(.*not all of its weights"),
-        (resized, r"embed_tokens\.weight: expected 384 rows.*got \(386, 64\).*resize_token_embeddings"),
+        (resized, r"embed_tokens\.weight: expected 384 rows.*got \(386, 128\).*resize_token_embeddings"),
         (inner, r"with `model\.` before each name they fit.*Send named_weights of the whole model"),
         (wrapped, r"without `module\.` before each name they fit"),
     ],
