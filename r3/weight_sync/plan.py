@@ -95,14 +95,21 @@ class LoadPlan:
     dropped: frozenset[str]
     layers: dict[str, LayerPlan]
     slow: dict[str, str]  # layer -> class and reason
+    kept: frozenset[str] = frozenset()  # layers that got nothing on purpose
 
     def serves(self, manifest: Manifest) -> bool:
         """Whether every tensor of `manifest` is one of the plan's."""
         return all(self.manifest.get(name) == (tuple(shape), dtype) for name, (shape, dtype) in manifest.items())
 
-    def covers(self, manifest: Manifest) -> bool:
-        """Whether these are the plan's tensors, all of them, and vLLM's loaders need to see none."""
-        return not self.slow_sources and self.manifest.keys() == manifest.keys() and self.serves(manifest)
+    def covers(self, manifest: Manifest, kept: frozenset[str] = frozenset()) -> bool:
+        """Whether these are the plan's tensors, all of them, and vLLM's loaders need to see none.
+
+        Args:
+            manifest: what will come.
+            kept: layers that get nothing on purpose.
+        """
+        same = self.manifest.keys() == manifest.keys() and self.kept == kept
+        return not self.slow_sources and same and self.serves(manifest)
 
     @cached_property
     def whole(self) -> dict[str, Copy]:

@@ -15,6 +15,8 @@ class SyncReceipt:
         bytes: of the tensors.
         sent_bytes: handed to the transport: less than `bytes` if only changes were sent.
         complete: whether all tensors were sent whole.
+        frozen: what the caller left out: module paths of the checkpoint.
+        kept: the engine's layers that were left as they are for that, on any worker.
         seconds: from begin to the last acknowledgement, caches reset and engines resumed.
         stages_s: the trainer's time by stage: pause, begin, gather (making the tensors, delta included), publish,
             transfer, digest, wait (for workers that still load the chunk before), seal, commit, resume. What lies on a
@@ -32,6 +34,8 @@ class SyncReceipt:
     bytes: int
     sent_bytes: int
     complete: bool
+    frozen: tuple[str, ...]
+    kept: tuple[str, ...]
     seconds: float
     stages_s: dict[str, float]
     worker_stages_s: dict[str, float]

@@ -17,6 +17,7 @@ bracket is not opened: its layers stay where they are, and what derives from wei
 import logging
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,17 +41,19 @@ class LayerwiseReload:
         vllm_config: the worker's configuration; set as current around every call, as vLLM's loaders expect.
         plan: what an earlier bracket on this model `learned`. Without one, or with one of other tensors, this bracket
             goes through vLLM's loaders and learns.
+        kept: layers that get nothing on purpose, and keep what they have.
 
     Attributes:
         layers: the model's modules, by name.
         learned: the plan of a bracket that went well; before, `plan`.
     """
 
-    def __init__(self, model: Any, vllm_config: Any, plan: LoadPlan | None = None) -> None:
+    def __init__(self, model: Any, vllm_config: Any, plan: LoadPlan | None = None, kept: Iterable[str] = ()) -> None:
         self._model = model
         self.layers: dict[str, nn.Module] = dict(model.named_modules())
         self._config = vllm_config
         self._plan = plan
+        self._kept = frozenset(kept)
         self._planned: Planned | None = None
         self._learner: Learner | None = None
         self._opened = False  # vLLM's bracket
@@ -77,7 +80,7 @@ class LayerwiseReload:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self.abandon()
-        if manifest is not None and self._plan is not None and self._plan.covers(manifest):
+        if manifest is not None and self._plan is not None and self._plan.covers(manifest, self._kept):
             self._planned = Planned(plan=self._plan, targets=self._live_tensors(self._plan.layers))
             if not self._planned.mismatches():
                 return
@@ -130,7 +133,10 @@ class LayerwiseReload:
             with self._context(), self._learner.watching(kept) if self._learner else nullcontext():
                 self._model.load_weights(_noted(kept, at))
         except Exception as error:
-            raise SyncError(f"{at[-1] if at else kept[0][0]}: vLLM did not load it: {str(error)[:400]}") from error
+            which = at[-1] if at else kept[0][0]
+            shape = next(tuple(tensor.shape) for name, tensor in kept if name == which)
+            why = f"{type(error).__name__}: {str(error)[:400]}"
+            raise SyncError(f"{which} {shape}: vLLM did not load it: {why}") from error
 
     def missing(self) -> list[str]:
         """Layers that have not got all their weights, each with what it has and needs (in elements)."""
@@ -146,7 +152,11 @@ class LayerwiseReload:
             layer = self.layers[name]
             info = get_layerwise_info(layer)
             got = info.load_numel if info.can_load() else 0
-            if name in planned:
+            if name in self._kept:
+                if got or received.get(name, 0):
+                    came = got + received.get(name, 0)
+                    found[name] = f"{name} ({type(layer).__name__}): to be kept, and yet {came} elements came"
+            elif name in planned:
                 taken, expected = received.get(name, 0), planned[name].elements
                 if got or taken < expected:
                     mixed = f", and {got} that the plan does not know" if got else ""
@@ -211,10 +221,12 @@ class LayerwiseReload:
             # Before vLLM closes the bracket: it would take them for layers that failed to load, and say so.
             for layer in layers.values():
                 _put_back(layer)
+        for name in self._kept:
+            _put_back(self.layers[name])
         with self._context(), self._learner.watching([], closing=True) if self._learner else nullcontext():
             finalize_layerwise_reload(self._model, self._config.model_config)
         if self._learner is not None:
-            self.learned = self._learner.plan() if learning else self._plan
+            self.learned = replace(self._learner.plan(), kept=self._kept) if learning else self._plan
 
     def _derive(self) -> None:
         """What vLLM makes of weights when it closes a bracket in which it has loaded none."""

@@ -19,7 +19,7 @@ from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import combine
 from r3.weight_sync.engines import Engine, OnRunning, Reply, engine_of
 from r3.weight_sync.engines.base import require_complete
-from r3.weight_sync.outgoing import Outgoing
+from r3.weight_sync.outgoing import Outgoing, module_paths
 from r3.weight_sync.receipt import SyncReceipt
 from r3.weight_sync.sent import Sent
 from r3.weight_sync.source_tensor import Weight
@@ -90,15 +90,22 @@ class WeightSync:
             self.poisoned = f"before this sender: {causes[0]}"
 
     def push(
-        self, named_tensors: Iterable[tuple[str, Weight]], *, version: int, agree: Callable[[], Any] | None = None
+        self,
+        named_tensors: Iterable[tuple[str, Weight]],
+        *,
+        version: int,
+        frozen: Sequence[str] = (),
+        agree: Callable[[], Any] | None = None,
     ) -> SyncReceipt:
-        """Send all weights and commit them as `version`.
+        """Send all weights, but for what is `frozen`, and commit them as `version`.
 
         Args:
             named_tensors: the whole checkpoint, by Hugging Face names (`named_weights`). A sharded tensor (DTensor) is
                 gathered when its chunk is sent: the other ranks of its mesh call `gather_all` meanwhile. The tensors
                 must not change before this returns.
             version: above every version committed before.
+            frozen: module paths of the checkpoint (`["model.visual"]`) below which the engine keeps what it has.
+                `named_tensors` may have what lies there, and need not; it is not sent. All else must be complete.
             agree: called when all workers hold all weights and before any commits: what it raises ends the sync. Ranks
                 that gather together tell each other here that each of them has.
 
@@ -106,9 +113,10 @@ class WeightSync:
             SyncError: the sync did not commit everywhere; says which worker and why. The engines are then poisoned
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
         """
-        outgoing = Outgoing(named_tensors, dtype=self._dtype, chunk_bytes=self._chunk_bytes)
+        frozen = module_paths(frozen)
+        outgoing = Outgoing(named_tensors, dtype=self._dtype, chunk_bytes=self._chunk_bytes, frozen=frozen)
         try:
-            return self._push(outgoing, version, agree or (lambda: None))
+            return self._push(outgoing, version, frozen, agree or (lambda: None))
         except Exception:
             # Whatever went wrong here, the other ranks of sharded tensors gather all of them: they must not be left
             # waiting for this one.
@@ -130,7 +138,7 @@ class WeightSync:
         for engine in self._engines:
             engine.close()
 
-    def _push(self, outgoing: Outgoing, version: int, agree: Callable[[], Any]) -> SyncReceipt:
+    def _push(self, outgoing: Outgoing, version: int, frozen: tuple[str, ...], agree: Callable[[], Any]) -> SyncReceipt:
         clock = Clock()
         manifest = outgoing.manifest()
         self._transport.lasting = outgoing.lasting
@@ -145,7 +153,7 @@ class WeightSync:
                 status = reserving.result()
                 self._pause(sent, lying)
             with clock.stage("begin"):
-                complete, beginning = self._begin(sync_id, status, manifest)
+                complete, beginning = self._begin(sync_id, status, manifest, frozen)
                 sent.add_while(beginning, lying)
             self._send(sync_id, beginning, outgoing.chunks(self._takes_memory), sent, clock)
             with clock.stage("seal"):
@@ -175,12 +183,16 @@ class WeightSync:
             bytes=sent.bytes,
             sent_bytes=sent.sent_bytes,
             complete=complete,
+            frozen=frozen,
+            kept=_kept(beginning[1].result()),
             seconds=clock.total_s(),
             stages_s=clock.stages_s,
             worker_stages_s=sent.worker_stages_s,
         )
 
-    def _begin(self, sync_id: str, status: list[Reply], manifest: dict[str, list]) -> tuple[bool, list[Calls]]:
+    def _begin(
+        self, sync_id: str, status: list[Reply], manifest: dict[str, list], frozen: tuple[str, ...]
+    ) -> tuple[bool, list[Calls]]:
         """Open the sync on all workers. Answers whether it is complete, and what is to be waited for."""
         base_version = None if self._base is None else self._base.version
         # One worker without the base, restarted perhaps, and all get everything.
@@ -195,11 +207,18 @@ class WeightSync:
             "offer": offer,
             "ranks": {reply["worker"]: number for number, reply in enumerate(status)},
             "manifest": manifest,
+            "frozen": frozen,
             "keep_base": self._base is not None,
             "base_version": base_version,
         }
         # The workers run no batch from here to the commit: caches that are emptied now stay empty.
-        call = self._start("r3_begin", sync_id, sync, then=lambda engine: engine.reset_caches(self._timeout_s))
+        call = self._start(
+            "r3_begin",
+            sync_id,
+            sync,
+            then=lambda engine: engine.reset_caches(self._timeout_s),
+            check=partial(_require_found, frozen),
+        )
         join = Calls([lambda: self._transport.join(call.failed)])
         return base_version is None, [join, call]
 
@@ -352,6 +371,7 @@ class WeightSync:
         *args: Any,
         timeout_s: float | None = None,
         then: Callable[[Engine], None] = lambda engine: None,
+        check: Callable[[list[Reply]], None] = lambda replies: None,
     ) -> "Calls":
         limit_s = self._timeout_s if timeout_s is None else timeout_s
 
@@ -361,10 +381,12 @@ class WeightSync:
             return replies
 
         engines = self._engines
-        return Calls(
-            [partial(ask, engine) for engine in engines],
-            lambda replies: require_complete(replies, method, engines[0].remedy),
-        )
+
+        def check_all(replies: list[Reply]) -> None:
+            require_complete(replies, method, engines[0].remedy)
+            check(replies)
+
+        return Calls([partial(ask, engine) for engine in engines], check_all)
 
     def _each(self, action: Callable[[Engine], None]) -> None:
         Calls([partial(action, engine) for engine in self._engines]).result()
@@ -376,6 +398,21 @@ class _Ready(NamedTuple):
     chunk: Chunk
     announced: Announced
     takes_memory: bool
+
+
+def _kept(replies: list[Reply]) -> tuple[str, ...]:
+    """The layers that workers keep, of their answers to `r3_begin`."""
+    return tuple(sorted({layer for reply in replies for layers in reply["kept"].values() for layer in layers}))
+
+
+def _require_found(frozen: tuple[str, ...], replies: list[Reply]) -> None:
+    """Raise `SyncError` for a path of `frozen` below which no worker has a layer."""
+    absent = [path for path in frozen if not any(reply["kept"][path] for reply in replies)]
+    if absent:
+        raise SyncError(
+            f"frozen: the engine has no layers below {absent}; expected module paths of its checkpoint, such as "
+            "'model.visual' (the names of named_weights begin with them)"
+        )
 
 
 def _require_equal(answers: list[Reply], version: int, digest: int) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from r3.errors import SyncError
 from r3.weight_sync.source_adapter import AdapterWeights, adapter_weights
 from r3.weight_sync.source_live import hugging_face_model, live_weights, original_class
-from r3.weight_sync.source_names import checkpoint_weights
+from r3.weight_sync.source_names import checkpoint_weights, published_conversions
 from r3.weight_sync.source_tensor import Weight, WeightSource, gathered
 
 __all__ = ["AdapterWeights", "Weight", "WeightSource", "adapter_weights", "gathered", "named_weights"]
@@ -65,7 +65,5 @@ def _skeleton(inner: Any) -> Any:
         raise SyncError(f"{type(inner).__name__} is quantised: expected full-precision weights to train and send")
     with torch.device("meta"):
         skeleton = original_class(inner)(copy.deepcopy(inner.config))  # type: ignore[call-arg]
-    loaded = getattr(inner, "_weight_conversions", None)  # of the checkpoint that it was loaded from
-    if loaded is not None:
-        skeleton._weight_conversions = loaded
+    skeleton._weight_conversions = published_conversions(skeleton, getattr(inner, "_weight_conversions", None))
     return skeleton

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from r3.errors import summary
 from r3.weight_sync.batch_guard import BatchGuard
 from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import combine
 from r3.weight_sync.fp8 import queue_finite_check
+from r3.weight_sync.frozen import kept_layers
 from r3.weight_sync.reload import LayerwiseReload
 from r3.weight_sync.transports import RECEIVERS, Announced, Chunk, Receiver, Where
 from r3.weight_sync.transports.base import gpu_uuid, wait_until
@@ -81,7 +83,10 @@ class WeightSyncWorker:
 
         Args:
             sync: timeout_s, offer (of the transport), ranks (number of each worker among all, by the name it gives
-                itself), manifest (name -> [shape, dtype]), keep_base, base_version (None: complete).
+                itself), manifest (name -> [shape, dtype]), frozen (module paths that it leaves out), keep_base,
+                base_version (None: complete).
+
+        Answers `kept`: by path of `frozen`, the layers that keep what they have.
         """
         return self._r3_reply(lambda state: self._r3_open(state, self._r3_of(state, sync_id, "reserved"), sync))
 
@@ -182,6 +187,7 @@ class WeightSyncWorker:
         if not complete and (base is None or base.version != given["base_version"] or state.cause):
             raise _RefusedError(f"this worker has no base of version {given['base_version']}: send a complete sync")
         self._r3_check_quantization(given["manifest"])
+        kept = self._r3_kept(state, given)
         if given["keep_base"]:
             base = base or Base()
             base.begin(complete)
@@ -190,11 +196,26 @@ class WeightSyncWorker:
         if not isinstance(self.model_runner.execute_model, BatchGuard):
             BatchGuard(self.model_runner, lambda: state.why_no_batch)
         sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in given["manifest"].items()}
-        sync.reload = LayerwiseReload(self.model_runner.model, self.vllm_config, state.plan)
+        sync.kept = frozenset(layer for layers in kept.values() for layer in layers)
+        sync.reload = LayerwiseReload(self.model_runner.model, self.vllm_config, state.plan, sync.kept)
         sync.stage = "open"
         sync.reload.begin(sync.manifest)
         sync.renew()
-        return {}
+        return {"kept": kept}
+
+    def _r3_kept(self, state: WorkerState, given: dict[str, Any]) -> dict[str, list[str]]:
+        try:
+            kept = kept_layers(self.model_runner.model, given["frozen"], given["manifest"])
+        except ValueError as error:
+            raise _RefusedError(str(error)) from error
+        if state.cause:
+            spoilt = {layer for layers in kept.values() for layer in layers} - state.untouched
+            if spoilt:
+                raise _RefusedError(
+                    f"layers to be kept may be half-loaded since a sync failed ({state.cause}): push once without "
+                    f"frozen={list(given['frozen'])}, or start the engine anew:{summary(sorted(spoilt))}"
+                )
+        return kept
 
     def _r3_join(self, state: WorkerState, sync: dict[str, Any]) -> None:
         offer = sync["offer"]
@@ -265,6 +286,7 @@ class WeightSyncWorker:
         _drop_receiver(state)
         if sync is not None:
             if sync.touched:
+                state.untouched = sync.kept & state.untouched if state.cause else sync.kept
                 state.cause = cause
             if sync.reload is not None and sync.stage != "committed":
                 sync.reload.abandon()
