@@ -47,6 +47,7 @@ def replies_up_to_begin(worker: WeightSyncWorker, weights: dict[str, torch.Tenso
         "offer": {"transport": "direct", "weights": weights},
         "ranks": {worker.r3_status()["worker"]: 0},
         "manifest": manifest_of(weights),
+        "frozen": [],
         "keep_base": False,
         "base_version": None,
         "constants": [],

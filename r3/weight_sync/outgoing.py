@@ -1,7 +1,7 @@
 """What a sync sends: the manifest, whole tensors in the engine's dtype, and chunks of them."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,13 +19,21 @@ class Outgoing:
 
     Args:
         named: the whole checkpoint, by name.
+        frozen: module paths; what lies below them is not sent.
         dtype: what 16-, 32- and 64-bit floating-point tensors are sent in; None for their own. A `WeightSource` may
             keep its own.
         chunk_bytes: largest chunk; one tensor that is larger is a chunk of its own.
     """
 
-    def __init__(self, named: Iterable[tuple[str, Weight]], *, dtype: torch.dtype | None, chunk_bytes: int) -> None:
-        self._named = list(named)
+    def __init__(
+        self,
+        named: Iterable[tuple[str, Weight]],
+        *,
+        dtype: torch.dtype | None,
+        chunk_bytes: int,
+        frozen: Sequence[str] = (),
+    ) -> None:
+        self._named = list(unfrozen(named, frozen))
         self._ungathered = deque(self._named)
         self._dtype = dtype
         self._chunk_bytes = chunk_bytes
@@ -99,14 +107,31 @@ def _whole(name: str, weight: Weight) -> Tensor:
         raise SyncError(f"{name} could not be gathered: {type(error).__name__}: {error}") from error
 
 
-def gather_all(weights: Iterable[tuple[str, Weight]]) -> None:
+def module_paths(frozen: Sequence[str]) -> tuple[str, ...]:
+    """`frozen` without dots at the ends; raises `SyncError` if it is no list of paths."""
+    if isinstance(frozen, str) or not all(isinstance(path, str) and path.strip(".") for path in frozen):
+        raise SyncError(f"frozen: expected module paths, such as ['model.visual'], got {frozen!r}")
+    return tuple(path.strip(".") for path in frozen)
+
+
+def unfrozen(named: Iterable[tuple[str, Weight]], frozen: Sequence[str]) -> Iterator[tuple[str, Weight]]:
+    """Those of `named` that are neither one of the paths in `frozen` nor below one."""
+    below = tuple(f"{path}." for path in module_paths(frozen))
+    return ((name, weight) for name, weight in named if not f"{name}.".startswith(below))
+
+
+def gather_all(weights: Iterable[tuple[str, Weight]], *, frozen: Sequence[str] = ()) -> None:
     """What a rank without an engine does while another pushes: gather every weight in step with it, and keep none.
+
+    Args:
+        weights: what the other rank pushes.
+        frozen: as the other rank has it.
 
     Raises:
         SyncError: names what could not be gathered; after the last weight, so that no rank is left waiting.
     """
     problems = []
-    for name, weight in weights:
+    for name, weight in unfrozen(weights, frozen):
         try:
             gathered(weight)
         except Exception as error:  # noqa: PERF203 (one weight after the other, in step with the other ranks)

@@ -96,14 +96,24 @@ class LoadPlan:
     layers: dict[str, LayerPlan]
     slow: dict[str, str]  # layer -> class and reason
     ties: frozenset[tuple[str, ...]] = frozenset()  # sources that go into the same memory
+    kept: frozenset[str] = frozenset()  # layers that got nothing on purpose
 
     def serves(self, manifest: Manifest) -> bool:
         """Whether every tensor of `manifest` is one of the plan's."""
         return all(self.manifest.get(name) == (tuple(shape), dtype) for name, (shape, dtype) in manifest.items())
 
-    def covers(self, manifest: Manifest) -> bool:
-        """Whether these are the plan's tensors, all of them, and vLLM's loaders need to see none."""
-        return not self.slow_sources and self.manifest.keys() == manifest.keys() and self.serves(manifest)
+    def is_of(self, manifest: Manifest, kept: frozenset[str] = frozenset()) -> bool:
+        """Whether these are the plan's tensors, all of them.
+
+        Args:
+            manifest: what will come.
+            kept: layers that get nothing on purpose.
+        """
+        return self.manifest.keys() == manifest.keys() and self.kept == kept and self.serves(manifest)
+
+    def covers(self, manifest: Manifest, kept: frozenset[str] = frozenset()) -> bool:
+        """Whether it is the plan of these tensors, and vLLM's loaders need to see none."""
+        return not self.slow_sources and self.is_of(manifest, kept)
 
     @cached_property
     def whole(self) -> dict[str, Copy]:

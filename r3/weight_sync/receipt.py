@@ -17,6 +17,8 @@ class SyncReceipt:
         complete: whether all tensors were sent whole.
         draft_model: of speculative decoding: "synced", or why it keeps the weights that it was loaded with; "" if there
             is none.
+        frozen: what the caller left out: module paths of the checkpoint.
+        kept: the engine's layers that were left as they are for that, on any worker.
         seconds: from begin to the last acknowledgement, caches reset and engines resumed.
         stages_s: the trainer's time by stage: pause, begin, gather (making the tensors, delta included), publish,
             transfer, digest, wait (for workers that still load the chunk before), seal, commit, resume. What lies on a
@@ -35,6 +37,8 @@ class SyncReceipt:
     sent_bytes: int
     complete: bool
     draft_model: str
+    frozen: tuple[str, ...]
+    kept: tuple[str, ...]
     seconds: float
     stages_s: dict[str, float]
     worker_stages_s: dict[str, float]

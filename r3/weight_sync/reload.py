@@ -18,6 +18,7 @@ bracket is not opened: its layers stay where they are, and what derives from wei
 import logging
 from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 from r3.errors import SyncError, summary
 from r3.weight_sync.derived import DerivedTensors
 from r3.weight_sync.plan import LoadPlan, Manifest, Planned
-from r3.weight_sync.plan_learn import Learner, is_deferred, uncounted
+from r3.weight_sync.plan_learn import Learner, is_deferred
 from r3.weight_sync.plan_record import own_tensors
 from r3.weight_sync.rehearsal import likely_cause, rehearse
 from r3.weight_sync.reload_bridges import expert_prepack, join_gates
+from r3.weight_sync.reload_layers import address, computing, loadable_numel, put_back
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class LayerwiseReload:
         plan: what an earlier bracket on this model `learned`. Without one, or with one of other tensors, this bracket
             goes through vLLM's loaders and learns.
         derived: the model's, from one bracket to the next; by default made anew.
+        kept: layers that get nothing on purpose, and keep what they have.
 
     Attributes:
         layers: the model's modules, by name.
@@ -52,7 +55,12 @@ class LayerwiseReload:
     """
 
     def __init__(
-        self, model: Any, vllm_config: Any, plan: LoadPlan | None = None, derived: DerivedTensors | None = None
+        self,
+        model: Any,
+        vllm_config: Any,
+        plan: LoadPlan | None = None,
+        kept: Iterable[str] = (),
+        derived: DerivedTensors | None = None,
     ) -> None:
         self._model = model
         self.layers: dict[str, nn.Module] = dict(model.named_modules())
@@ -60,6 +68,7 @@ class LayerwiseReload:
         self._plan = plan
         self._derived = derived or DerivedTensors(model)
         self._aside: list[tuple[nn.Module, str, Tensor]] = []  # buffers kept out of vLLM's bracket
+        self._kept = frozenset(kept)
         self._planned: Planned | None = None
         self._learner: Learner | None = None
         self._opened = False  # vLLM's bracket
@@ -86,7 +95,7 @@ class LayerwiseReload:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self.abandon()
-        if manifest is not None and self._plan is not None and self._plan.covers(manifest):
+        if manifest is not None and self._plan is not None and self._plan.covers(manifest, self._kept):
             self._planned = Planned(plan=self._plan, targets=self._live_tensors(self._plan.layers))
             if not self._planned.mismatches():
                 return
@@ -111,7 +120,7 @@ class LayerwiseReload:
 
     def misfits(self, manifest: Manifest) -> list[str]:
         """What is known of `manifest` to not fit, one line each; the last one may say why. Touches nothing."""
-        if self._plan is not None and self._plan.manifest.keys() == manifest.keys() and self._plan.serves(manifest):
+        if self._plan is not None and self._plan.is_of(manifest, self._kept):
             return []
         problems = self._rehearse(manifest)
         if problems and (cause := likely_cause(manifest, problems, self._rehearse)):
@@ -165,7 +174,10 @@ class LayerwiseReload:
             with self._context(), self._learner.watching(kept) if self._learner else nullcontext():
                 self._model.load_weights(_noted(kept, at))
         except Exception as error:
-            raise SyncError(f"{at[-1] if at else kept[0][0]}: vLLM did not load it: {str(error)[:400]}") from error
+            which = at[-1] if at else kept[0][0]
+            shape = next(tuple(tensor.shape) for name, tensor in kept if name == which)
+            why = f"{type(error).__name__}: {str(error)[:400]}"
+            raise SyncError(f"{which} {shape}: vLLM did not load it: {why}") from error
 
     def missing(self) -> list[str]:
         """Layers that have not got all their weights, each with what it has and needs (in elements)."""
@@ -181,23 +193,27 @@ class LayerwiseReload:
             layer = self.layers[name]
             info = get_layerwise_info(layer)
             got = info.load_numel if info.can_load() else 0
-            if name in planned:
+            if name in self._kept:
+                if got or received.get(name, 0):
+                    came = got + received.get(name, 0)
+                    found[name] = f"{name} ({type(layer).__name__}): to be kept, and yet {came} elements came"
+            elif name in planned:
                 taken, expected = received.get(name, 0), planned[name].elements
                 if got or taken < expected:
                     mixed = f", and {got} that the plan does not know" if got else ""
                     found[name] = f"{name} ({type(layer).__name__}): {taken} of {expected} elements{mixed}"
             elif info.can_load() and not is_deferred(layer):  # whose scales, where it has any, are optional
                 # Of parameters: buffers (rotary tables) are in no checkpoint.
-                expected = sum(_loadable_numel(layer, n, p) for n, p in layer.named_parameters(recurse=False))
+                expected = sum(loadable_numel(layer, n, p) for n, p in layer.named_parameters(recurse=False))
                 if got < expected:
                     found[name] = f"{name} ({type(layer).__name__}): {got} of {expected} elements"
         if not found:
             return []
         complete = {
-            _address(tensor)
+            address(tensor)
             for name in names
             if name not in found
-            for tensor in (targets[name].values() if name in planned else _computing(self.layers[name]))
+            for tensor in (targets[name].values() if name in planned else computing(self.layers[name]))
         }
         return [text for name, text in found.items() if not self._tied(self.layers[name], complete)]
 
@@ -209,7 +225,7 @@ class LayerwiseReload:
         if info.load_numel or not info.kernel_tensors:
             return False
         parameters = [tensor for tensor in info.kernel_tensors[0].values() if tensor.numel()]
-        return bool(parameters) and all(_address(tensor) in complete for tensor in parameters)
+        return bool(parameters) and all(address(tensor) in complete for tensor in parameters)
 
     def finish(self) -> None:
         """Close the bracket: what got no weights gets back what it had, what derives from weights is made anew.
@@ -228,7 +244,7 @@ class LayerwiseReload:
                 self._derive()
             self._derive_besides()
         if self._learner is not None:
-            self.learned = self._learner.plan() if learning else self._plan
+            self.learned = replace(self._learner.plan(), kept=self._kept) if learning else self._plan
             self._require_derived(self._learner)
         self._planned, self._learner, self._opened = None, None, False
 
@@ -247,7 +263,9 @@ class LayerwiseReload:
                 )
             # Before vLLM closes the bracket: it would take them for layers that failed to load, and say so.
             for layer in layers.values():
-                _put_back(layer)
+                put_back(layer)
+        for name in self._kept:
+            put_back(self.layers[name])
         finalize_layerwise_reload(self._model, self._config.model_config)
 
     def _derive(self) -> None:
@@ -270,7 +288,8 @@ class LayerwiseReload:
         """Raise `SyncError` for what still derives from the weights before this bracket."""
         if self._derived.written_by(learner.written_by_loaders):
             self.learned = None  # a planned sync calls no loaders
-        if stale := self._derived.stale(learner.written):
+        kept = tuple(f"{name}." for name in self._kept)
+        if stale := [text for text in self._derived.stale(learner.written) if not text.startswith(kept)]:
             raise SyncError(
                 f"{len(stale)} tensors of the engine may derive from weights, and vLLM did not make them anew: the "
                 "engine would go on with old ones. Start a new engine for each version of such a model; what is known "
@@ -296,7 +315,7 @@ class LayerwiseReload:
 
         for layer in self.layers.values():
             if get_layerwise_info(layer).can_load():
-                _put_back(layer)
+                put_back(layer)
         LOADING_LAYERS.clear()
         self._put_aside_back()
         if hasattr(self._model, "_original_do_torchao_reload"):
@@ -352,39 +371,3 @@ def _noted(weights: Iterable[tuple[str, Tensor]], at: list[str]) -> Iterator[tup
     for name, tensor in weights:
         at[:] = [name]
         yield name, tensor
-
-
-def _address(tensor: Tensor) -> int:
-    return 0 if tensor.is_meta else tensor.data_ptr()
-
-
-def _computing(layer: nn.Module) -> Iterable[Tensor]:
-    """The parameters that the engine computes with, also while vLLM's bracket has others in their place."""
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    info = get_layerwise_info(layer)
-    if info.can_load() and info.kernel_tensors is not None:
-        return info.kernel_tensors[0].values()
-    return layer.parameters(recurse=False)
-
-
-def _put_back(layer: nn.Module) -> None:
-    """Give an open layer the tensors that the engine computes with, and close it."""
-    from vllm.model_executor.model_loader.reload import layerwise
-
-    info = layerwise.get_layerwise_info(layer)
-    if info.can_load() and info.kernel_tensors is not None:
-        layerwise._place_kernel_tensors(layer, info)
-        info.reset()
-
-
-def _loadable_numel(layer: nn.Module, name: str, param: Tensor) -> int:
-    """Elements of `param` that a checkpoint fills, and vLLM counts: the rows that pad a vocabulary are in none."""
-    if name in uncounted():
-        return 0
-    numel = getattr(param, "weight_loader_numel", param.numel())  # 0.31: a parameter may say how much is padding
-    rows = getattr(layer, "num_embeddings_per_partition", None)
-    indices = getattr(layer, "shard_indices", None)
-    if rows is None or indices is None or param.shape[:1] != (rows,):
-        return numel
-    return numel // rows * indices.num_org_elements

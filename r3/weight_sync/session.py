@@ -7,23 +7,24 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from r3.errors import SyncError, summary
+from r3.weight_sync.answers import draft_model, kept_by, require_equal, require_found
 from r3.weight_sync.calls import Calls, add_note, checked, first_failure_of, who
 from r3.weight_sync.clock import Clock
 from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import combine
 from r3.weight_sync.engines import Engine, OnRunning, Reply, engine_of
 from r3.weight_sync.engines.base import require_complete
-from r3.weight_sync.outgoing import Outgoing
+from r3.weight_sync.outgoing import Outgoing, module_paths
 from r3.weight_sync.receipt import SyncReceipt
-from r3.weight_sync.sent import Sent
+from r3.weight_sync.sent import Ready, Sent
 from r3.weight_sync.source_tensor import Weight
-from r3.weight_sync.transports import Announced, Chunk, Transport, transport_of
+from r3.weight_sync.transports import Chunk, Transport, transport_of
 
 _ABORT_S = 15.0
 _IDLE_PAUSES_S = 5e-3  # within this, an engine that generates nothing has paused
@@ -94,15 +95,22 @@ class WeightSync:
             self.poisoned = f"before this sender: {causes[0]}"
 
     def push(
-        self, named_tensors: Iterable[tuple[str, Weight]], *, version: int, agree: Callable[[], Any] | None = None
+        self,
+        named_tensors: Iterable[tuple[str, Weight]],
+        *,
+        version: int,
+        frozen: Sequence[str] = (),
+        agree: Callable[[], Any] | None = None,
     ) -> SyncReceipt:
-        """Send all weights and commit them as `version`.
+        """Send all weights, but for what is `frozen`, and commit them as `version`.
 
         Args:
             named_tensors: the whole checkpoint, by Hugging Face names (`named_weights`). A sharded tensor (DTensor) is
                 gathered when its chunk is sent: the other ranks of its mesh call `gather_all` meanwhile. The tensors
                 must not change before this returns.
             version: above every version committed before.
+            frozen: module paths of the checkpoint (`["model.visual"]`) below which the engine keeps what it has.
+                `named_tensors` may have what lies there, and need not; it is not sent. All else must be complete.
             agree: called when all workers hold all weights and before any commits: what it raises ends the sync. Ranks
                 that gather together tell each other here that each of them has.
 
@@ -110,9 +118,10 @@ class WeightSync:
             SyncError: the sync did not commit everywhere; says which worker and why. The engines are then poisoned
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
         """
-        outgoing = Outgoing(named_tensors, dtype=self._dtype, chunk_bytes=self._chunk_bytes)
+        frozen = module_paths(frozen)
+        outgoing = Outgoing(named_tensors, dtype=self._dtype, chunk_bytes=self._chunk_bytes, frozen=frozen)
         try:
-            return self._push(outgoing, version, agree or (lambda: None))
+            return self._push(outgoing, version, frozen, agree or (lambda: None))
         except Exception:
             # Whatever went wrong here, the other ranks of sharded tensors gather all of them: they must not be left
             # waiting for this one.
@@ -134,7 +143,7 @@ class WeightSync:
         for engine in self._engines:
             engine.close()
 
-    def _push(self, outgoing: Outgoing, version: int, agree: Callable[[], Any]) -> SyncReceipt:
+    def _push(self, outgoing: Outgoing, version: int, frozen: tuple[str, ...], agree: Callable[[], Any]) -> SyncReceipt:
         clock = Clock()
         manifest = outgoing.manifest()
         self._transport.lasting = outgoing.lasting
@@ -149,7 +158,7 @@ class WeightSync:
                 status = reserving.result()
                 self._pause(sent, lying)
             with clock.stage("begin"):
-                complete, beginning = self._begin(sync_id, status, manifest)
+                complete, beginning = self._begin(sync_id, status, manifest, frozen)
                 sent.add_while(beginning, lying)
             self._send(sync_id, beginning, outgoing.chunks(self._takes_memory), sent, clock)
             with clock.stage("seal"):
@@ -158,7 +167,7 @@ class WeightSync:
             with clock.stage("commit"):
                 until = time.monotonic() + self._timeout_s / 2  # well within the lease, which the commit begins anew
                 answers = self._call("r3_commit", sync_id)
-                _require_equal(answers, version, total)
+                require_equal(answers, version, total)
                 if self._base is not None:
                     self._base.version = version
             with clock.stage("resume"):
@@ -179,13 +188,17 @@ class WeightSync:
             bytes=sent.bytes,
             sent_bytes=sent.sent_bytes,
             complete=complete,
-            draft_model=_draft_model(beginning[1].result()),
+            draft_model=draft_model(beginning[1].result()),
+            frozen=frozen,
+            kept=kept_by(beginning[1].result()),
             seconds=clock.total_s(),
             stages_s=clock.stages_s,
             worker_stages_s=sent.worker_stages_s,
         )
 
-    def _begin(self, sync_id: str, status: list[Reply], manifest: dict[str, list]) -> tuple[bool, list[Calls]]:
+    def _begin(
+        self, sync_id: str, status: list[Reply], manifest: dict[str, list], frozen: tuple[str, ...]
+    ) -> tuple[bool, list[Calls]]:
         """Open the sync on all workers. Answers whether it is complete, and what is to be waited for."""
         base_version = None if self._base is None else self._base.version
         # One worker without the base, restarted perhaps, and all get everything.
@@ -200,19 +213,26 @@ class WeightSync:
             "offer": offer,
             "ranks": {reply["worker"]: number for number, reply in enumerate(status)},
             "manifest": manifest,
+            "frozen": frozen,
             "keep_base": self._base is not None,
             "base_version": base_version,
             "constants": self._engine_constants,
         }
         # The workers run no batch from here to the commit: caches that are emptied now stay empty.
-        call = self._start("r3_begin", sync_id, sync, then=lambda engine: engine.reset_caches(self._timeout_s))
+        call = self._start(
+            "r3_begin",
+            sync_id,
+            sync,
+            then=lambda engine: engine.reset_caches(self._timeout_s),
+            check=partial(require_found, frozen),
+        )
         join = Calls([lambda: self._transport.join(call.failed)])
         return base_version is None, [join, call]
 
     def _send(self, sync_id: str, beginning: list[Calls], chunks: Iterator[Chunk], sent: Sent, clock: Clock) -> None:
         """All chunks: while the workers begin, or load some, the next are made ready, and go with one call once they
         are free."""
-        ready: list[_Ready] = []
+        ready: list[Ready] = []
         loading: Calls | None = None
         try:
             more = self._make_ready(chunks, ready, sent, clock)
@@ -234,7 +254,7 @@ class WeightSync:
             sent.named = sent.digests.result()
         self._wait_for(loading, sent, clock)
 
-    def _make_ready(self, chunks: Iterator[Chunk], ready: list["_Ready"], sent: Sent, clock: Clock) -> bool:
+    def _make_ready(self, chunks: Iterator[Chunk], ready: list["Ready"], sent: Sent, clock: Clock) -> bool:
         """Gather and publish the next chunk, if there is one."""
         with clock.stage("gather"):
             chunk = next(chunks, None)
@@ -245,10 +265,10 @@ class WeightSync:
             sent.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
         with clock.stage("publish"):
             where = self._transport.publish(sent.chunks + len(ready), wire)
-            ready.append(_Ready(chunk, ([name for name, _ in chunk], where), self._takes_memory(chunk)))
+            ready.append(Ready(chunk, ([name for name, _ in chunk], where), self._takes_memory(chunk)))
         return True
 
-    def _is_full(self, ready: list["_Ready"]) -> bool:
+    def _is_full(self, ready: list["Ready"]) -> bool:
         """Whether no more chunks may wait for the workers, for the memory that they take."""
         return sum(one.takes_memory for one in ready) >= self._transport.most_ready
 
@@ -263,7 +283,7 @@ class WeightSync:
             # The answers say that no chunk of a call before this one is needed any more.
             self._transport.release(sent.loading)
 
-    def _hand_over(self, sync_id: str, ready: list["_Ready"], sent: Sent, clock: Clock) -> Calls:
+    def _hand_over(self, sync_id: str, ready: list["Ready"], sent: Sent, clock: Clock) -> Calls:
         with clock.stage("transfer"):
             sent.loading = sent.chunks
             sent.chunks += len(ready)
@@ -358,6 +378,7 @@ class WeightSync:
         *args: Any,
         timeout_s: float | None = None,
         then: Callable[[Engine], None] = lambda engine: None,
+        check: Callable[[list[Reply]], None] = lambda replies: None,
     ) -> "Calls":
         limit_s = self._timeout_s if timeout_s is None else timeout_s
 
@@ -367,30 +388,12 @@ class WeightSync:
             return replies
 
         engines = self._engines
-        return Calls(
-            [partial(ask, engine) for engine in engines],
-            lambda replies: require_complete(replies, method, engines[0].remedy),
-        )
+
+        def check_all(replies: list[Reply]) -> None:
+            require_complete(replies, method, engines[0].remedy)
+            check(replies)
+
+        return Calls([partial(ask, engine) for engine in engines], check_all)
 
     def _each(self, action: Callable[[Engine], None]) -> None:
         Calls([partial(action, engine) for engine in self._engines]).result()
-
-
-class _Ready(NamedTuple):
-    """A chunk that is published, and waits for the workers."""
-
-    chunk: Chunk
-    announced: Announced
-    takes_memory: bool
-
-
-def _draft_model(replies: list[Reply]) -> str:
-    """What became of the engines' draft models."""
-    return "; ".join(sorted({reply["draft"] for reply in replies} - {""}))
-
-
-def _require_equal(answers: list[Reply], version: int, digest: int) -> None:
-    wrong = [f"{who(a)}: version {a['version']}, digest {a['digest']}" for a in answers]
-    wrong = [w for w, a in zip(wrong, answers, strict=True) if (a["version"], a["digest"]) != (version, digest)]
-    if wrong:
-        raise SyncError(f"expected version {version} with digest {digest} on every worker, got:{summary(wrong)}")

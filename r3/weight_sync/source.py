@@ -17,7 +17,8 @@ from torch import nn
 from r3.errors import SyncError
 from r3.weight_sync.source_adapter import AdapterWeights, adapter_weights
 from r3.weight_sync.source_live import hugging_face_model, live_weights, original_class
-from r3.weight_sync.source_names import checkpoint_weights
+from r3.weight_sync.source_names import checkpoint_weights, published_conversions
+from r3.weight_sync.source_part import whole_of
 from r3.weight_sync.source_tensor import Weight, WeightSource, gathered
 
 __all__ = ["AdapterWeights", "Weight", "WeightSource", "adapter_weights", "gathered", "named_weights"]
@@ -26,6 +27,9 @@ __all__ = ["AdapterWeights", "Weight", "WeightSource", "adapter_weights", "gathe
 def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tuple[str, WeightSource]]:
     """All weights of `model` under the names, and in the shapes, of its Hugging Face checkpoint.
 
+    - Names and shapes are those of the published checkpoint, also where `save_pretrained` writes others (Qwen3-VL-MoE).
+    - The text part of a model with vision (`model.model.language_model`) has the names that it has in the whole one, if
+      its family has only that. To leave out vision see `WeightSync.push`, `frozen`.
     - Tied weights come once, under the name that the checkpoint has.
     - Persistent buffers come too (correction biases of routers), others do not (rotary tables).
     - PEFT adapters are merged into what is sent, exactly as `merge_and_unload` would; the model itself keeps them
@@ -56,6 +60,10 @@ def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tupl
     skeleton = _skeleton(inner)
     shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     live = live_weights(inner, shard, dict(skeleton.all_tied_weights_keys), shapes)
+    if (found := whole_of(inner)) is not None:
+        skeleton, path = found
+        skeleton._weight_conversions = published_conversions(skeleton, None)
+        live = {path + name: source for name, source in live.items()}
     return checkpoint_weights(skeleton, live, fused_experts)
 
 
@@ -65,7 +73,5 @@ def _skeleton(inner: Any) -> Any:
         raise SyncError(f"{type(inner).__name__} is quantised: expected full-precision weights to train and send")
     with torch.device("meta"):
         skeleton = original_class(inner)(copy.deepcopy(inner.config))  # type: ignore[call-arg]
-    loaded = getattr(inner, "_weight_conversions", None)  # of the checkpoint that it was loaded from
-    if loaded is not None:
-        skeleton._weight_conversions = loaded
+    skeleton._weight_conversions = published_conversions(skeleton, getattr(inner, "_weight_conversions", None))
     return skeleton

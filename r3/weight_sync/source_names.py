@@ -7,6 +7,7 @@ without a copy; for the rest (weights that are joined or reordered) the function
 that group.
 """
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -44,7 +45,7 @@ def checkpoint_weights(skeleton: Any, live: dict[str, WeightSource], fused_exper
     """The weights `live` of a transformers model as its checkpoint has them.
 
     Args:
-        skeleton: the model's plain, unwrapped form; may be without data.
+        skeleton: the model's plain, unwrapped form, with its `published_conversions`; may be without data.
         live: by transformers' names.
         fused_experts: leave fused experts as they are where only their split would change their names.
     """
@@ -60,6 +61,32 @@ def checkpoint_weights(skeleton: Any, live: dict[str, WeightSource], fused_exper
         else:
             named += _converted(skeleton, [live[name] for name in origins], names, made)
     return named
+
+
+def published_conversions(skeleton: Any, loaded: list | None) -> list:
+    """The conversions between `skeleton` and its published checkpoint.
+
+    transformers loads some weights (Qwen3-VL-MoE's experts) in either of two layouts, the published one and its own,
+    and tells them apart by their shape; it always saves its own. Engines read the published one only, which is turned
+    against transformers'. A shape does not say which is which where it is square.
+
+    Args:
+        skeleton: a plain, unwrapped model; may be without data.
+        loaded: what was used to load the model (`_weight_conversions`), or None.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, Transpose
+
+    if loaded is None:
+        # As `save_pretrained` has it: nothing says which prefix a checkpoint had that there was none of.
+        every = get_model_conversion_mapping(skeleton, add_legacy=False)
+        loaded = [conversion for conversion in every if not isinstance(conversion, PrefixChange)]
+    published = copy.deepcopy(loaded)
+    for conversion in published:
+        for step in getattr(conversion, "operations", ()):
+            if isinstance(step, Transpose):
+                step.check_dims = False
+    return published
 
 
 def _checkpoint_form(skeleton: Any, named: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ leads on. A sync whose sender is silent is taken over by the next one once its l
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ from r3.weight_sync.derived import watch_construction
 from r3.weight_sync.digest import combine
 from r3.weight_sync.engine_models import EngineModels, caches_in
 from r3.weight_sync.fp8 import queue_finite_check
-from r3.weight_sync.transports import RECEIVERS, Announced, Chunk, Receiver, Where
+from r3.weight_sync.frozen import kept_layers
+from r3.weight_sync.transports import RECEIVERS, Announced, Receiver, Where
 from r3.weight_sync.transports.base import gpu_uuid, wait_until
+from r3.weight_sync.worker_checks import check_chunk, check_content, check_ties, remedy
 from r3.weight_sync.worker_state import ReceivedSync, WorkerState
 
 Reply = dict[str, Any]
@@ -85,7 +87,10 @@ class WeightSyncWorker:
 
         Args:
             sync: timeout_s, offer (of the transport), ranks (number of each worker among all, by the name it gives
-                itself), manifest (name -> [shape, dtype]), keep_base, base_version (None: complete).
+                itself), manifest (name -> [shape, dtype]), frozen (module paths that it leaves out), keep_base,
+                base_version (None: complete).
+
+        Answers `kept`: by path of `frozen`, the layers that keep what they have.
         """
         return self._r3_reply(lambda state: self._r3_open(state, self._r3_of(state, sync_id, "reserved"), sync))
 
@@ -125,8 +130,8 @@ class WeightSyncWorker:
                 raise RuntimeError(f"{len(unsent)} tensors of the manifest have not come: {unsent[:16]}")
             sealed = combine(digests)
             with sync.clock.stage("settle"):
-                _check_content(sync, digests)
-                _check_ties(sync, digests)
+                check_content(sync, digests)
+                check_ties(sync, digests)
                 if wrong := sync.uninitialised():
                     raise RuntimeError(
                         f"{len(wrong)} tensors of the engine were left uninitialised: {'; '.join(wrong[:16])}"
@@ -187,14 +192,16 @@ class WeightSyncWorker:
         if not complete and (base is None or base.version != given["base_version"] or state.cause):
             raise _RefusedError(f"this worker has no base of version {given['base_version']}: send a complete sync")
         self._r3_check_quantization(given["manifest"])
+        kept = self._r3_kept(state, given)
+        sync.kept = frozenset(layer for layers in kept.values() for layer in layers)
         sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in given["manifest"].items()}
         if state.models is None:
             state.models = EngineModels.of(self.model_runner, self.vllm_config)
-        sync.reload = state.models.bracket(constants=given["constants"])
+        sync.reload = state.models.bracket(kept=sync.kept, constants=given["constants"])
         if misfits := sync.reload.misfits(sync.manifest):
             raise _RefusedError(
                 f"what is sent does not fit the engine, of which no weight was touched:{summary(misfits)}"
-                + _remedy(misfits, sync.manifest)
+                + remedy(misfits, sync.manifest)
             )
         if given["keep_base"]:
             base = base or Base()
@@ -206,7 +213,21 @@ class WeightSyncWorker:
         sync.stage = "open"
         sync.reload.begin(sync.manifest)
         sync.renew()
-        return {"draft": state.models.draft}
+        return {"draft": state.models.draft, "kept": kept}
+
+    def _r3_kept(self, state: WorkerState, given: dict[str, Any]) -> dict[str, list[str]]:
+        try:
+            kept = kept_layers(self.model_runner.model, given["frozen"], given["manifest"])
+        except ValueError as error:
+            raise _RefusedError(str(error)) from error
+        if state.cause:
+            spoilt = {layer for layers in kept.values() for layer in layers} - state.untouched
+            if spoilt:
+                raise _RefusedError(
+                    f"layers to be kept may be half-loaded since a sync failed ({state.cause}): push once without "
+                    f"frozen={list(given['frozen'])}, or start the engine anew:{summary(sorted(spoilt))}"
+                )
+        return kept
 
     def _r3_join(self, state: WorkerState, sync: dict[str, Any]) -> None:
         offer = sync["offer"]
@@ -231,7 +252,7 @@ class WeightSyncWorker:
                 receiver.wait()
         if sync.base is not None:
             chunk = [(name, tensor.to(self.model_runner.device)) for name, tensor in sync.base.decode(names, chunk)]
-        _check(chunk, names, sync)
+        check_chunk(chunk, names, sync)
         sync.touched = True
         with sync.clock.stage("digest"):
             into = sync.reload.whole_targets(chunk)
@@ -251,7 +272,7 @@ class WeightSyncWorker:
             if missing:
                 raise RuntimeError(
                     f"{len(missing)} layers of the engine have not got all their weights: {'; '.join(missing[:16])}"
-                    f"{_remedy(missing, sync.manifest)}"
+                    f"{remedy(missing, sync.manifest)}"
                 )
             sync.reload.finish()
             sync.uninitialised = queue_finite_check(sync.reload.layers)
@@ -277,6 +298,7 @@ class WeightSyncWorker:
         _drop_receiver(state)
         if sync is not None:
             if sync.touched:
+                state.untouched = sync.kept & state.untouched if state.cause else sync.kept
                 state.cause = cause
             if sync.reload is not None and sync.stage != "committed":
                 sync.reload.abandon()
@@ -326,59 +348,6 @@ def _drop_receiver(state: WorkerState) -> None:
     if state.receiver is not None:
         state.receiver.abort()
         state.receiver = None
-
-
-def _check(chunk: Chunk, names: list[str], sync: ReceivedSync) -> None:
-    """A chunk is exactly what was announced with it, and what the manifest says."""
-    problems = []
-    came: set[str] = set()
-    for name, tensor in chunk:
-        expected = sync.manifest.get(name)
-        got = (tuple(tensor.shape), str(tensor.dtype))
-        if expected is None:
-            problems.append(f"{name}: not in the manifest")
-        elif name in sync.received or name in came:
-            problems.append(f"{name}: came twice")
-        elif got != expected:
-            problems.append(f"{name}: expected {expected}, got {got}")
-        came.add(name)
-    problems += [f"{name}: announced with this chunk, did not come" for name in names if name not in came]
-    problems += [f"{name}: came with this chunk, was not announced" for name in came - set(names)]
-    if problems:
-        raise RuntimeError(f"bad chunk: {'; '.join(problems[:16])}")
-
-
-def _check_content(sync: ReceivedSync, digests: dict[str, int]) -> None:
-    """Everything has come with the content that was sent, and finite."""
-    found = sync.digests.result()
-    wrong = [f"{n}: expected digest {digests.get(n)}, got {d}" for n, d in found.items() if digests.get(n) != d]
-    wrong += [f"{name}: holds NaN or infinity" for name in sync.digests.not_finite()]
-    if wrong:
-        raise RuntimeError(f"{len(wrong)} tensors have not come as they were sent: {'; '.join(wrong[:16])}")
-
-
-def _check_ties(sync: ReceivedSync, digests: dict[str, int]) -> None:
-    """What the engine holds as one tensor has come with one content."""
-    assert sync.reload is not None
-    wrong = [" and ".join(tie) for tie in sync.reload.ties if len({digests.get(name) for name in tie}) > 1]
-    if wrong:
-        raise RuntimeError(
-            f"the engine holds as one what was sent as two different tensors: {'; '.join(wrong[:16])}. Train them tied "
-            "(tie_word_embeddings=True), or start the engine from a checkpoint and configuration that part them"
-        )
-
-
-def _remedy(missing: list[str], sent: Iterable[str]) -> str:
-    """vLLM's models pass over tensors whose names they do not know, fused experts among them."""
-    empty = [layer for layer in missing if ": 0 of " in layer]
-    experts = [name for name in sent if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
-    fused = [name for name in experts if any(layer.startswith(name.rpartition(".")[0]) for layer in empty)]
-    if not fused:
-        return ""
-    return (
-        f". Experts came fused ({fused[0]}), which this vLLM's model does not know (Qwen3-MoE's does from 0.25 on): "
-        "send them one by one, as a checkpoint has them (weight_sync.fused_experts=false)"
-    )
 
 
 def _zero(caches: Any) -> None:

@@ -24,6 +24,7 @@ class ReceivedSync:
     stage: str = "reserved"
     manifest: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     reload: EngineReload | None = None
+    kept: frozenset[str] = frozenset()  # layers that get nothing on purpose
     base: Base | None = None
     digests: ContentDigests = field(default_factory=ContentDigests)
     clock: Clock = field(default_factory=Clock)
@@ -44,6 +45,7 @@ class WorkerState:
     worker: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     version: int | None = None  # committed
     cause: str = ""  # of the poisoning; empty if the weights can be trusted
+    untouched: frozenset[str] = frozenset()  # layers that no failed sync since the last commit may have touched
     sync: ReceivedSync | None = None
     given_up: str = ""  # id of the last sync that was aborted
     receiver: Receiver | None = None

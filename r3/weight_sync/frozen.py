@@ -1,0 +1,36 @@
+"""What an engine keeps when a sync leaves out part of the checkpoint on purpose. Runs in the engine's workers.
+
+The sender names module paths of the checkpoint (`model.visual`); vLLM's own map says what its model calls them. What
+lies below must get nothing in this sync, and all other layers everything, as ever.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from r3.errors import summary
+
+
+def kept_layers(model: Any, frozen: Iterable[str], sent: Iterable[str]) -> dict[str, list[str]]:
+    """By path of `frozen`: the layers with weights of their own that lie there in `model`, vLLM's.
+
+    Args:
+        model: a model of vLLM's.
+        frozen: module paths of the checkpoint; a worker may have none of its layers (pipeline parallel).
+        sent: names of the checkpoint's tensors that will come.
+
+    Raises:
+        ValueError: tensors will come for what is to be kept.
+    """
+    paths = {path: _in_engine(model, path) for path in frozen}
+    below = tuple(paths.values())
+    if below and (both := [name for name in sent if _in_engine(model, name).startswith(below)]):
+        raise ValueError(f"frozen={sorted(paths)}, and yet sent:{summary(both)}")
+    layers = [name for name, layer in model.named_modules() if any(True for _ in layer.parameters(recurse=False))]
+    return {path: [n for n in layers if f"{n}.".startswith(there)] for path, there in paths.items()}
+
+
+def _in_engine(model: Any, path: str) -> str:
+    """The engine's name for `path` of the checkpoint, with a dot at its end; empty if vLLM passes over it."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    found = [f"{path}."] if mapper is None else mapper.apply_list([f"{path}."])
+    return found[0] if found else ""
