@@ -3,7 +3,8 @@
 Each is changed to a subclass, as FSDP2 does it. A layer's `forward` takes the keyword `routed_experts` out, which makes
 its call the current one of this thread for as long as the layer runs; the method in which a router chooses looks it up.
 Because this happens inside `forward`, gradient checkpointing, which saves and repeats the call of `forward` with its
-keywords, repeats it with the same ids, whatever ran in between.
+keywords, repeats it with the same ids, whatever ran in between. Where a part of a layer alone is repeated, the graph of
+the layer says which call it was (`r3.replay.graph`).
 """
 
 import threading
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from r3.errors import ReplayError
 from r3.replay.discovery import RouterMap, RouterSite, find_routers
+from r3.replay.graph import UNMARKED, evaluated_node, mark_inputs, mark_outputs, nearest_mark
 from r3.replay.proof import prove_all
 from r3.replay.substitution import Choice, TopKSubstitution
 from r3.routing import RoutingSpec
@@ -80,15 +82,19 @@ class Tape:
         self.margins: dict[int, Tensor] | None = {} if margins else None
 
 
+class _Outside:
+    """Stands in the place of a call where no layer runs."""
+
+
 class _Activity(threading.local):
-    """What a model does in the current thread: the call that its layer replays, the tape that records its routers, the
-    report of its last forward.
+    """What a model does in the current thread: the call of the layer that runs (None if it is live), the tape that records
+    its routers, the report of its last forward.
 
     A copy of it, as `copy.deepcopy` of an instrumented model makes, is idle.
     """
 
     def __init__(self) -> None:  # threading.local runs it in each thread
-        self.call: Call | None = None
+        self.call: Call | type[_Outside] | None = _Outside
         self.tape: Tape | None = None
         self.report: ForwardReport | None = None
 
@@ -96,9 +102,9 @@ class _Activity(threading.local):
         return type(self), ()
 
     @property
-    def current(self) -> Call | None:
+    def current(self) -> Call | type[_Outside] | None:
         """The call whose layer runs."""
-        if self.call is None:
+        if self.call is _Outside:
             for mode in _get_current_function_mode_stack():
                 if isinstance(mode, _Carrier) and mode.activity is self:
                     return mode.call
@@ -112,7 +118,7 @@ class _Carrier(TorchFunctionMode):
     restored. (In eager code a mode would cost a Python call for each operation of the layer.)
     """
 
-    def __init__(self, activity: _Activity, call: Call) -> None:
+    def __init__(self, activity: _Activity, call: Call | None) -> None:
         super().__init__()
         self.activity = activity
         self.call = call
@@ -142,6 +148,7 @@ class Chooser:
         index: its column in the ids of a call; `column` is the same as a tensor `[1]`.
         choice: how it chooses.
         last: the call that it replayed last.
+        replays: whether it has ever replayed one.
     """
 
     def __init__(self, site: RouterSite, index: int, choice: Choice, activity: _Activity) -> None:
@@ -151,13 +158,30 @@ class Chooser:
         self.choice = choice
         self.last = _LastCall()
         self.last_compiled: Token | None = None
+        self.replays = False
         self._activity = activity
 
     def replayed(self, call: Call) -> bool:
         """Whether `call` is the last one that this router replayed, in this thread."""
         return self.last.token is call.token or self.last_compiled is call.token
 
+    @torch.compiler.disable
+    def _repeated(self) -> Call | None:
+        """The call of the forward that the backward pass repeats from inside a layer; None outside of a backward pass."""
+        node = evaluated_node()
+        call = None if node is None else nearest_mark(node, self._activity)
+        if call is not UNMARKED:
+            return call  # pyrefly: ignore [bad-return]
+        if self.replays or self.last_compiled is not None:
+            raise ReplayError(
+                f"router {self.site.name} is repeated in a backward pass, by checkpointing around a part of decoder layer "
+                f"{self.site.layer_id}, and nothing says which forward it is of: wrap the decoder layer in place of a "
+                "part of it (model.gradient_checkpointing_enable() does)"
+            )
+        return None
+
     def _note(self, token: Token) -> None:
+        self.replays = True
         if torch.compiler.is_compiling():
             self.last_compiled = token
         elif token is self.last.token and token.open:
@@ -171,6 +195,8 @@ class Chooser:
     def run(self, original, module: nn.Module, args: tuple, kwargs: dict):
         """Run `original`, the method of `module` that chooses, under the call and the tape of this thread."""
         call, tape = self._activity.current, self._activity.tape
+        if call is _Outside:
+            call = self._repeated()
         if call is None and tape is None:
             return original(module, *args, **kwargs)
         ids = live = None
@@ -299,9 +325,9 @@ def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
     def forward(self, *args, **kwargs):
         call = kwargs.pop(KEYWORD, None)
         instrument: Instrument | None = self.__dict__.get(_INSTRUMENT)
-        if instrument is None or call is None:
+        if instrument is None:
             return cls.forward(self, *args, **kwargs)
-        if not isinstance(call, Call):
+        if call is not None and not isinstance(call, Call):
             raise ReplayError(
                 f"`{KEYWORD}` reached a decoder layer as {type(call).__name__}: it went past the module that replay is "
                 "attached to. Call that module, or attach to the one that is called"
@@ -310,11 +336,17 @@ def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
         if torch.compiler.is_compiling():
             with _Carrier(activity, call):
                 return cls.forward(self, *args, **kwargs)
+        marked = True
+        if torch.is_grad_enabled():
+            args, kwargs, marked = mark_inputs(args, kwargs, activity, call)
         outer, activity.call = activity.call, call
         try:
-            return cls.forward(self, *args, **kwargs)
+            output = cls.forward(self, *args, **kwargs)
         finally:
             activity.call = outer
+        if not marked:
+            mark_outputs(output, activity, call)
+        return output
 
     return _subclass(cls, method, forward)
 
