@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import UnsupportedModelError, summary
-from r3.replay.discovery import ROUTE, RouterSite
+from r3.replay.discovery import ROUTE, RouterSite, unwrapped
 from r3.replay.families import family_of
 from r3.replay.substitution import Choice, TopKRecorder, TopKSubstitution
 
@@ -50,7 +50,7 @@ def _random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
 def _bare_copy(owner: nn.Module, router: nn.Module, replica: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy of a block without the (large) modules in it, `router` apart, whose `replica` takes its place."""
     bare = copy.copy(owner)
-    bare.__dict__["_modules"] = {name: replica for name, child in owner.named_children() if child is router}
+    bare.__dict__["_modules"] = {name: replica for name, child in owner.named_children() if unwrapped(child) is router}
     for kind in ("_parameters", "_buffers"):
         tensors = owner.__dict__[kind]
         bare.__dict__[kind] = {n: None if t is None else _fresh(t, generator) for n, t in tensors.items()}
