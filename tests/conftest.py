@@ -94,7 +94,7 @@ def reference(engine):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="where tests/test_every_model.py runs its models")
+    parser.addoption("--device", default="cpu", help="where tests of model families run their models")
     parser.addoption("--support-table", action="store_true", help="write docs/models.md from tests/test_every_model.py")
 
 

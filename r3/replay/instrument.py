@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from r3.errors import ReplayError
 from r3.replay.discovery import RouterMap, RouterSite, find_routers
-from r3.replay.graph import UNMARKED, evaluated_node, mark_inputs, mark_outputs, nearest_mark
+from r3.replay.graph import UNMARKED, evaluated_node, mark_inputs, mark_outputs, nearest_mark, packs_for_repeat
 from r3.replay.proof import prove_all
 from r3.replay.substitution import Choice, TopKSubstitution
 from r3.routing import RoutingSpec
@@ -87,8 +87,8 @@ class _Outside:
 
 
 class _Activity(threading.local):
-    """What a model does in the current thread: the call of the layer that runs (None if it is live), the tape that records
-    its routers, the report of its last forward.
+    """What a model does in the current thread: the call of the layer that runs (None if it is live), the tape that
+    records its routers, the report of its last forward.
 
     A copy of it, as `copy.deepcopy` of an instrumented model makes, is idle.
     """
@@ -97,6 +97,7 @@ class _Activity(threading.local):
         self.call: Call | type[_Outside] | None = _Outside
         self.tape: Tape | None = None
         self.report: ForwardReport | None = None
+        self.fell_back = False  # whether a router ran in eager code inside a compiled layer
 
     def __reduce__(self):
         return type(self), ()
@@ -107,6 +108,8 @@ class _Activity(threading.local):
         if self.call is _Outside:
             for mode in _get_current_function_mode_stack():
                 if isinstance(mode, _Carrier) and mode.activity is self:
+                    if not torch.compiler.is_compiling():
+                        self.fell_back = True
                     return mode.call
         return self.call
 
@@ -165,20 +168,28 @@ class Chooser:
         """Whether `call` is the last one that this router replayed, in this thread."""
         return self.last.token is call.token or self.last_compiled is call.token
 
+    def _call(self) -> Call | None:
+        call = self._activity.current
+        if call is None or isinstance(call, Call):
+            return call
+        return self._repeated(compiled=torch.compiler.is_compiling())
+
     @torch.compiler.disable
-    def _repeated(self) -> Call | None:
-        """The call of the forward that the backward pass repeats from inside a layer; None outside of a backward pass."""
+    def _repeated(self, *, compiled: bool) -> Call | None:
+        """The call of the forward of which a backward pass repeats a part, if it does."""
         node = evaluated_node()
         call = None if node is None else nearest_mark(node, self._activity)
-        if call is not UNMARKED:
-            return call  # pyrefly: ignore [bad-return]
-        if self.replays or self.last_compiled is not None:
+        lost = call is UNMARKED and (self.replays or self.last_compiled is not None)
+        # The break that looks for the call is a graph other than that of the forward, and saves other tensors.
+        differs = isinstance(call, Call) and compiled and packs_for_repeat()
+        if lost or differs:
+            why = "which torch.compile has compiled" if differs else "and nothing says which forward it is of"
             raise ReplayError(
-                f"router {self.site.name} is repeated in a backward pass, by checkpointing around a part of decoder layer "
-                f"{self.site.layer_id}, and nothing says which forward it is of: wrap the decoder layer in place of a "
-                "part of it (model.gradient_checkpointing_enable() does)"
+                f"router {self.site.name} is repeated in a backward pass, by checkpointing around a part of decoder "
+                f"layer {self.site.layer_id}, {why}. Wrap the decoder layer in place of a part of it "
+                "(model.gradient_checkpointing_enable() does)"
             )
-        return None
+        return call if isinstance(call, Call) else None
 
     def _note(self, token: Token) -> None:
         self.replays = True
@@ -194,9 +205,7 @@ class Chooser:
 
     def run(self, original, module: nn.Module, args: tuple, kwargs: dict):
         """Run `original`, the method of `module` that chooses, under the call and the tape of this thread."""
-        call, tape = self._activity.current, self._activity.tape
-        if call is _Outside:
-            call = self._repeated()
+        call, tape = self._call(), self._activity.tape
         if call is None and tape is None:
             return original(module, *args, **kwargs)
         ids = live = None
