@@ -17,7 +17,7 @@ from zoo import CASES
 import r3
 
 MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
-# Routers that choose in themselves, in their block, in their experts, in the layer; groups, tables, other layers between.
+# Routers that choose in themselves, in their block, in their experts, in the layer; groups, tables, hybrids.
 FAMILIES = [
     "deepseek_v2-group_limited",
     "deepseek_v3",

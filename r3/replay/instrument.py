@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from r3.errors import ReplayError
 from r3.replay.discovery import RouterMap, RouterSite, find_routers
 from r3.replay.graph import UNMARKED, evaluated_node, mark_inputs, mark_outputs, nearest_mark, packs_for_repeat
+from r3.replay.own import Moved, method_of
 from r3.replay.proof import prove_all
 from r3.replay.substitution import Choice, TopKSubstitution
 from r3.routing import RoutingSpec
@@ -260,7 +261,7 @@ class Instrument:
         self.users = 0
         self.replayed = False
         self._layers = routers.layers
-        self._changed: list[tuple[nn.Module, str, type[nn.Module], type[nn.Module]]] = []
+        self._changed: list[tuple[nn.Module, str, type[nn.Module], type[nn.Module], Moved]] = []
 
     @classmethod
     def of(cls, model: nn.Module) -> "Instrument":
@@ -300,9 +301,11 @@ class Instrument:
             before = type(module)
             if (before, method) not in extended:
                 extended[before, method] = extend(before, method)
-            self._changed.append((module, key, before, extended[before, method]))
+            after = extended[before, method]
+            moved = Moved(module, method, before, after)
+            self._changed.append((module, key, before, after, moved))
             module.__dict__[key] = value
-            module.__class__ = extended[before, method]
+            module.__class__ = after
 
         for layer in self._layers:
             change(layer, "forward", _replaying_layer, _INSTRUMENT, self)
@@ -311,8 +314,9 @@ class Instrument:
 
     def _remove(self) -> None:
         while self._changed:
-            module, key, before, extended = self._changed.pop()
+            module, key, before, extended, moved = self._changed.pop()
             module.__dict__.pop(key, None)
+            moved.put_back(module)
             # FSDP2 applied after us has subclassed our class, which then only passes on.
             if type(module) is extended:
                 module.__class__ = before
@@ -334,8 +338,9 @@ def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
     def forward(self, *args, **kwargs):
         call = kwargs.pop(KEYWORD, None)
         instrument: Instrument | None = self.__dict__.get(_INSTRUMENT)
+        original = method_of(cls.forward, method, self)
         if instrument is None:
-            return cls.forward(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
         if call is not None and not isinstance(call, Call):
             raise ReplayError(
                 f"`{KEYWORD}` reached a decoder layer as {type(call).__name__}: it went past the module that replay is "
@@ -344,13 +349,13 @@ def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
         activity = instrument.activity
         if torch.compiler.is_compiling():
             with _Carrier(activity, call):
-                return cls.forward(self, *args, **kwargs)
+                return original(self, *args, **kwargs)
         marked = True
         if torch.is_grad_enabled():
             args, kwargs, marked = mark_inputs(args, kwargs, activity, call)
         outer, activity.call = activity.call, call
         try:
-            output = cls.forward(self, *args, **kwargs)
+            output = original(self, *args, **kwargs)
         finally:
             activity.call = outer
         if not marked:
@@ -362,10 +367,10 @@ def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
 
 def _replaying_chooser(cls: type[nn.Module], method: str) -> type[nn.Module]:
     """Subclass of a chooser's class whose `method` takes the ids of the current call."""
-    original = getattr(cls, method)
 
     def choose(self, *args, **kwargs):
         chooser: Chooser | None = self.__dict__.get(_CHOOSER)
+        original = method_of(getattr(cls, method), method, self)
         if chooser is None:
             return original(self, *args, **kwargs)
         return chooser.run(original, self, args, kwargs)
