@@ -329,7 +329,8 @@ def _subclass(cls: type[nn.Module], method: str, replacement) -> type[nn.Module]
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    return type(cls.__name__, (cls,), names)
+    replacement.extended = extended = type(cls.__name__, (cls,), names)
+    return extended
 
 
 def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
@@ -337,10 +338,15 @@ def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
 
     def forward(self, *args, **kwargs):
         call = kwargs.pop(KEYWORD, None)
-        instrument: Instrument | None = self.__dict__.get(_INSTRUMENT)
-        original = method_of(cls.forward, method, self)
-        if instrument is None:
+        original = method_of(cls.forward, extended, self)
+        # Without replay, or with another attached since: it only passes on.
+        instrument: Instrument | None = self.__dict__.get(_INSTRUMENT) if isinstance(self, extended) else None
+        if instrument is None and call is None:
             return original(self, *args, **kwargs)
+        if instrument is None:
+            raise ReplayError(
+                f"`{KEYWORD}` reached a decoder layer from which replay was detached. Detach it after the backward pass"
+            )
         if call is not None and not isinstance(call, Call):
             raise ReplayError(
                 f"`{KEYWORD}` reached a decoder layer as {type(call).__name__}: it went past the module that replay is "
@@ -362,17 +368,19 @@ def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
             mark_outputs(output, activity, call)
         return output
 
-    return _subclass(cls, method, forward)
+    extended = _subclass(cls, method, forward)
+    return extended
 
 
 def _replaying_chooser(cls: type[nn.Module], method: str) -> type[nn.Module]:
     """Subclass of a chooser's class whose `method` takes the ids of the current call."""
 
     def choose(self, *args, **kwargs):
-        chooser: Chooser | None = self.__dict__.get(_CHOOSER)
-        original = method_of(getattr(cls, method), method, self)
+        original = method_of(getattr(cls, method), extended, self)
+        chooser: Chooser | None = self.__dict__.get(_CHOOSER) if isinstance(self, extended) else None
         if chooser is None:
             return original(self, *args, **kwargs)
         return chooser.run(original, self, args, kwargs)
 
-    return _subclass(cls, method, choose)
+    extended = _subclass(cls, method, choose)
+    return extended

@@ -16,7 +16,7 @@ from torch import nn
 
 _BELOW_HOOK = "_old_forward"
 _OF_FORWARD = ("_hf_hook", _BELOW_HOOK, "forward")
-_ASIDE = "_r3_own_"
+_ASIDE = "_r3_own"
 
 
 def _slot(module: nn.Module, method: str) -> str | None:
@@ -30,6 +30,9 @@ def _slot(module: nn.Module, method: str) -> str | None:
 class Moved:
     """What was moved aside of one module, so that its class, extended since, runs.
 
+    It is kept on the module by the extended class: a method that somebody took from the module while replay was
+    attached still finds what it is to run after replay was detached, or attached anew.
+
     Args:
         module: of class `extended`.
         method: which of its methods was extended.
@@ -39,24 +42,25 @@ class Moved:
     def __init__(self, module: nn.Module, method: str, before: type, extended: type) -> None:
         self._method = method
         self._before = getattr(before, method)
-        self._extended = getattr(extended, method)
+        self._extended = extended
         self._slot = _slot(module, method)
         self._value = module.__dict__.get(self._slot) if self._slot else None
         if self._slot is None:
             return
         if getattr(self._value, "__func__", None) is not self._before:
-            module.__dict__[_ASIDE + method] = self._value
+            module.__dict__.setdefault(_ASIDE, {})[extended] = self._value
         if self._slot == method:
             del module.__dict__[method]
         else:
-            module.__dict__[self._slot] = MethodType(self._extended, module)
+            module.__dict__[self._slot] = MethodType(getattr(extended, method), module)
 
     def put_back(self, module: nn.Module) -> None:
         """Leave `module` with the attributes that it had, under hooks that came or without those that went since."""
         own = module.__dict__
+        extended = getattr(self._extended, self._method)
         restored = self._slot is None
         for name in (_BELOW_HOOK, self._method):
-            if getattr(own.get(name), "__func__", None) is not self._extended:
+            if getattr(own.get(name), "__func__", None) is not extended:
                 continue
             if self._slot is not None:
                 own[name], restored = self._value, True
@@ -66,19 +70,23 @@ class Moved:
                 del own[name]
         if not restored and self._method not in own:
             own[self._method], restored = self._value, True
-        if restored:  # else something new holds on to the extended method, which then only passes on
-            own.pop(_ASIDE + self._method, None)
+        aside = own.get(_ASIDE, {})
+        if restored:  # else something new holds on to the extended method
+            aside.pop(self._extended, None)
+        if not aside:
+            own.pop(_ASIDE, None)
 
 
-def method_of(original: Callable, method: str, module: nn.Module) -> Callable:
-    """`original`, a method of the class of `module`, or a function that runs what was moved aside, in its place."""
-    if _ASIDE + method not in module.__dict__:
+def method_of(original: Callable, extended: type, module: nn.Module) -> Callable:
+    """`original`, or in its place a function that runs what was moved aside of `module` for its class `extended`."""
+    aside = module.__dict__.get(_ASIDE)
+    if aside is None or extended not in aside:
         return original
-    return partial(_run_aside, _ASIDE + method)
+    return partial(_run_aside, extended)
 
 
-def _run_aside(name: str, module: nn.Module, *args, **kwargs):
-    return module.__dict__[name](*args, **kwargs)
+def _run_aside(extended: type, module: nn.Module, *args, **kwargs):
+    return module.__dict__[_ASIDE][extended](*args, **kwargs)
 
 
 def code_of(module: nn.Module, method: str) -> Callable | None:
@@ -96,7 +104,13 @@ def code_of(module: nn.Module, method: str) -> Callable | None:
     while inner:
         value = inner.popleft()
         if isinstance(value, MethodType) and value.__self__ is module:
-            return value.__func__
+            extended = getattr(value.__func__, "extended", None)  # taken from the module under an earlier attach
+            if extended is None:
+                return value.__func__
+            aside = module.__dict__.get(_ASIDE, {}).get(extended)
+            value = aside or MethodType(getattr(extended.__base__, method), module)
+            inner.append(value)
+            continue
         if id(value) not in seen:
             seen.add(id(value))
             inner.extend(_wrapped(value))
@@ -120,12 +134,12 @@ def _wrapped(value: Any) -> list[Any]:
 
 def set_aside(module: nn.Module) -> list[Any]:
     """What `on_copy` drops, and had better not be copied: it may hold on to all weights, or to the whole model."""
-    return [module.__dict__[name] for name in _OF_FORWARD if name in module.__dict__]
+    return [module.__dict__[name] for name in (*_OF_FORWARD, _ASIDE) if name in module.__dict__]
 
 
 def on_copy(copied: nn.Module, method: str, code: Callable) -> None:
     """Have a copy of a module run `code` as its `method`, without hooks and wrappers."""
-    for name in (*_OF_FORWARD, method):
+    for name in (*_OF_FORWARD, _ASIDE, method):
         copied.__dict__.pop(name, None)
     if code is not getattr(type(copied), method):
         copied.__dict__[method] = MethodType(code, copied)
