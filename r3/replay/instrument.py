@@ -71,23 +71,25 @@ class Token:
 
 
 class Tape:
-    """What a recorder keeps of one forward, by the column of a router.
+    """What is recorded of one forward, by the column of a router.
 
     Attributes:
+        readers: the recorders that it is for.
         chosen: int64 `[..., K]`, the ids that each router gave.
         margins: float32 `[T]`, how close each live choice was; None if nobody asked.
     """
 
-    def __init__(self, *, margins: bool) -> None:
+    def __init__(self) -> None:
+        self.readers: set[object] = set()
         self.chosen: dict[int, Tensor] = {}
-        self.margins: dict[int, Tensor] | None = {} if margins else None
+        self.margins: dict[int, Tensor] | None = None
 
 
 class _Outside:
     """Stands in the place of a call where no layer runs."""
 
 
-class _Activity(threading.local):
+class Activity(threading.local):
     """What a model does in the current thread: the call of the layer that runs (None if it is live), the tape that
     records its routers, the report of its last forward.
 
@@ -122,7 +124,7 @@ class _Carrier(TorchFunctionMode):
     restored. (In eager code a mode would cost a Python call for each operation of the layer.)
     """
 
-    def __init__(self, activity: _Activity, call: Call | None) -> None:
+    def __init__(self, activity: Activity, call: Call | None) -> None:
         super().__init__()
         self.activity = activity
         self.call = call
@@ -155,7 +157,7 @@ class Chooser:
         replays: whether it has ever replayed one.
     """
 
-    def __init__(self, site: RouterSite, index: int, choice: Choice, activity: _Activity) -> None:
+    def __init__(self, site: RouterSite, index: int, choice: Choice, activity: Activity) -> None:
         self.site = site
         self.index = index
         self.column = torch.tensor([index], device="cpu")
@@ -246,7 +248,7 @@ class Instrument:
 
     def __init__(self, routers: RouterMap) -> None:
         choices = prove_all(routers.sites)
-        self.activity = _Activity()
+        self.activity = Activity()
         self.choosers = [
             Chooser(site, index, choice, self.activity)
             for index, (site, choice) in enumerate(zip(routers.sites, choices, strict=True))
