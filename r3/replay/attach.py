@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import ReplayError, RoutingError, summary
+from r3.replay.graph import mark_outputs
 from r3.replay.instrument import KEYWORD, Call, ForwardReport, Instrument, tokens_of
 from r3.routing import RolloutRouting, RoutingSpec
 from r3.routing.positions import ModelInputs
@@ -72,7 +73,8 @@ class Replay:
 
     @torch.compiler.disable  # looks at values: would only break the graph
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        self._instrument.activity.report = None
+        activity = self._instrument.activity
+        activity.report, activity.fell_back = None, False
         given = kwargs.get(KEYWORD)
         if given is None:
             if self.required and model.training:
@@ -107,7 +109,9 @@ class Replay:
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        call = kwargs.get(KEYWORD)
+        call, activity = kwargs.get(KEYWORD), self._instrument.activity
+        if activity.fell_back and torch.is_grad_enabled():
+            mark_outputs(output, activity, call)
         if call is None:
             return
         call.token.open = False
@@ -119,7 +123,7 @@ class Replay:
                 f"(use_kernels=True, for one):{summary(bypassed)}"
             )
         rows_live = 0 if call.live is None else len(call.live)
-        self._instrument.activity.report = ForwardReport(
+        activity.report = ForwardReport(
             rows_replayed=len(call.ids) - rows_live,
             rows_live=rows_live,
             routers=len(choosers),

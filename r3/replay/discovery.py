@@ -63,24 +63,33 @@ def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     for path, module in model.named_modules():
         children = dict(module.named_children())
         for name in ("gate", "router"):
-            router = children.get(name)
-            if router is not None and ("experts" in children or has_entry(router)):
+            if name not in children:
+                continue
+            router = unwrapped(children[name])
+            if "experts" in children or has_entry(router):
                 yield f"{path}.{name}" if path else name, router, module
         if has_entry(module) and family_of(module).refused:
             yield path, module, module
 
 
 def _chooser(router: nn.Module, block: nn.Module) -> tuple[nn.Module, str]:
-    for owner in (block, getattr(block, "experts", None)):
+    experts = getattr(block, "experts", None)
+    for owner in (block, unwrapped(experts) if isinstance(experts, nn.Module) else None):
         if owner is not None and hasattr(owner, ROUTE):
             return owner, ROUTE
     return router, "forward"
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside the wrappers of checkpointing, FSDP and torch.compile."""
     while len(children := dict(module.named_children())) == 1 and _WRAPPERS & children.keys():
         (module,) = children.values()
     return module
+
+
+def _own_path(path: str) -> str:
+    """`path` without what wrappers put into it."""
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def _layer_list(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
@@ -125,14 +134,14 @@ def find_routers(model: nn.Module) -> RouterMap:
             refused.append(f"{path} ({type(router).__name__}): {family.refused}")
         elif family.by_token:
             by_token.append(_layer_list(model, path)[1])
-        elif family.is_site(path):
+        elif family.is_site(_own_path(path)):
             layers, index = _layer_list(model, path)
             owner, method = _chooser(router, block)
             lists[layers].append(
                 RouterSite(
                     name=path,
                     layer_id=index,
-                    layer=_unwrapped(layers[index]),
+                    layer=unwrapped(layers[index]),
                     router=router,
                     owner=owner,
                     method=method,
@@ -153,6 +162,6 @@ def find_routers(model: nn.Module) -> RouterMap:
         raise UnsupportedModelError(f"expected one router a decoder layer, found:{summary(twice)}")
     return RouterMap(
         sites=tuple(sites),
-        layers=tuple(_unwrapped(layer) for layer in layers),
+        layers=tuple(unwrapped(layer) for layer in layers),
         table_layers=tuple(sorted(by_token)),
     )

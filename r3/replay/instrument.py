@@ -3,7 +3,8 @@
 Each is changed to a subclass, as FSDP2 does it. A layer's `forward` takes the keyword `routed_experts` out, which makes
 its call the current one of this thread for as long as the layer runs; the method in which a router chooses looks it up.
 Because this happens inside `forward`, gradient checkpointing, which saves and repeats the call of `forward` with its
-keywords, repeats it with the same ids, whatever ran in between.
+keywords, repeats it with the same ids, whatever ran in between. Where a part of a layer alone is repeated, the graph of
+the layer says which call it was (`r3.replay.graph`).
 """
 
 import threading
@@ -15,6 +16,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from r3.errors import ReplayError
 from r3.replay.discovery import RouterMap, RouterSite, find_routers
+from r3.replay.graph import UNMARKED, evaluated_node, mark_inputs, mark_outputs, nearest_mark, packs_for_repeat
+from r3.replay.own import Moved, method_of
 from r3.replay.proof import prove_all
 from r3.replay.substitution import Choice, TopKSubstitution
 from r3.routing import RoutingSpec
@@ -68,39 +71,48 @@ class Token:
 
 
 class Tape:
-    """What a recorder keeps of one forward, by the column of a router.
+    """What is recorded of one forward, by the column of a router.
 
     Attributes:
+        readers: the recorders that it is for.
         chosen: int64 `[..., K]`, the ids that each router gave.
         margins: float32 `[T]`, how close each live choice was; None if nobody asked.
     """
 
-    def __init__(self, *, margins: bool) -> None:
+    def __init__(self) -> None:
+        self.readers: set[object] = set()
         self.chosen: dict[int, Tensor] = {}
-        self.margins: dict[int, Tensor] | None = {} if margins else None
+        self.margins: dict[int, Tensor] | None = None
 
 
-class _Activity(threading.local):
-    """What a model does in the current thread: the call that its layer replays, the tape that records its routers, the
-    report of its last forward.
+class _Outside:
+    """Stands in the place of a call where no layer runs."""
+
+
+class Activity(threading.local):
+    """What a model does in the current thread: the call of the layer that runs (None if it is live), the tape that
+    records its routers, the report of its last forward.
 
     A copy of it, as `copy.deepcopy` of an instrumented model makes, is idle.
     """
 
     def __init__(self) -> None:  # threading.local runs it in each thread
-        self.call: Call | None = None
+        self.call: Call | type[_Outside] | None = _Outside
         self.tape: Tape | None = None
         self.report: ForwardReport | None = None
+        self.fell_back = False  # whether a router ran in eager code inside a compiled layer
 
     def __reduce__(self):
         return type(self), ()
 
     @property
-    def current(self) -> Call | None:
+    def current(self) -> Call | type[_Outside] | None:
         """The call whose layer runs."""
-        if self.call is None:
+        if self.call is _Outside:
             for mode in _get_current_function_mode_stack():
                 if isinstance(mode, _Carrier) and mode.activity is self:
+                    if not torch.compiler.is_compiling():
+                        self.fell_back = True
                     return mode.call
         return self.call
 
@@ -112,7 +124,7 @@ class _Carrier(TorchFunctionMode):
     restored. (In eager code a mode would cost a Python call for each operation of the layer.)
     """
 
-    def __init__(self, activity: _Activity, call: Call) -> None:
+    def __init__(self, activity: Activity, call: Call | None) -> None:
         super().__init__()
         self.activity = activity
         self.call = call
@@ -142,22 +154,48 @@ class Chooser:
         index: its column in the ids of a call; `column` is the same as a tensor `[1]`.
         choice: how it chooses.
         last: the call that it replayed last.
+        replays: whether it has ever replayed one.
     """
 
-    def __init__(self, site: RouterSite, index: int, choice: Choice, activity: _Activity) -> None:
+    def __init__(self, site: RouterSite, index: int, choice: Choice, activity: Activity) -> None:
         self.site = site
         self.index = index
         self.column = torch.tensor([index], device="cpu")
         self.choice = choice
         self.last = _LastCall()
         self.last_compiled: Token | None = None
+        self.replays = False
         self._activity = activity
 
     def replayed(self, call: Call) -> bool:
         """Whether `call` is the last one that this router replayed, in this thread."""
         return self.last.token is call.token or self.last_compiled is call.token
 
+    def _call(self) -> Call | None:
+        call = self._activity.current
+        if call is None or isinstance(call, Call):
+            return call
+        return self._repeated(compiled=torch.compiler.is_compiling())
+
+    @torch.compiler.disable
+    def _repeated(self, *, compiled: bool) -> Call | None:
+        """The call of the forward of which a backward pass repeats a part, if it does."""
+        node = evaluated_node()
+        call = None if node is None else nearest_mark(node, self._activity)
+        lost = call is UNMARKED and (self.replays or self.last_compiled is not None)
+        # The break that looks for the call is a graph other than that of the forward, and saves other tensors.
+        differs = isinstance(call, Call) and compiled and packs_for_repeat()
+        if lost or differs:
+            why = "which torch.compile has compiled" if differs else "and nothing says which forward it is of"
+            raise ReplayError(
+                f"router {self.site.name} is repeated in a backward pass, by checkpointing around a part of decoder "
+                f"layer {self.site.layer_id}, {why}. Wrap the decoder layer in place of a part of it "
+                "(model.gradient_checkpointing_enable() does)"
+            )
+        return call if isinstance(call, Call) else None
+
     def _note(self, token: Token) -> None:
+        self.replays = True
         if torch.compiler.is_compiling():
             self.last_compiled = token
         elif token is self.last.token and token.open:
@@ -170,7 +208,7 @@ class Chooser:
 
     def run(self, original, module: nn.Module, args: tuple, kwargs: dict):
         """Run `original`, the method of `module` that chooses, under the call and the tape of this thread."""
-        call, tape = self._activity.current, self._activity.tape
+        call, tape = self._call(), self._activity.tape
         if call is None and tape is None:
             return original(module, *args, **kwargs)
         ids = live = None
@@ -210,7 +248,7 @@ class Instrument:
 
     def __init__(self, routers: RouterMap) -> None:
         choices = prove_all(routers.sites)
-        self.activity = _Activity()
+        self.activity = Activity()
         self.choosers = [
             Chooser(site, index, choice, self.activity)
             for index, (site, choice) in enumerate(zip(routers.sites, choices, strict=True))
@@ -225,7 +263,7 @@ class Instrument:
         self.users = 0
         self.replayed = False
         self._layers = routers.layers
-        self._changed: list[tuple[nn.Module, str, type[nn.Module], type[nn.Module]]] = []
+        self._changed: list[tuple[nn.Module, str, type[nn.Module], type[nn.Module], Moved]] = []
 
     @classmethod
     def of(cls, model: nn.Module) -> "Instrument":
@@ -265,9 +303,11 @@ class Instrument:
             before = type(module)
             if (before, method) not in extended:
                 extended[before, method] = extend(before, method)
-            self._changed.append((module, key, before, extended[before, method]))
+            after = extended[before, method]
+            moved = Moved(module, method, before, after)
+            self._changed.append((module, key, before, after, moved))
             module.__dict__[key] = value
-            module.__class__ = extended[before, method]
+            module.__class__ = after
 
         for layer in self._layers:
             change(layer, "forward", _replaying_layer, _INSTRUMENT, self)
@@ -276,8 +316,9 @@ class Instrument:
 
     def _remove(self) -> None:
         while self._changed:
-            module, key, before, extended = self._changed.pop()
+            module, key, before, extended, moved = self._changed.pop()
             module.__dict__.pop(key, None)
+            moved.put_back(module)
             # FSDP2 applied after us has subclassed our class, which then only passes on.
             if type(module) is extended:
                 module.__class__ = before
@@ -290,7 +331,8 @@ def _subclass(cls: type[nn.Module], method: str, replacement) -> type[nn.Module]
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    return type(cls.__name__, (cls,), names)
+    replacement.extended = extended = type(cls.__name__, (cls,), names)
+    return extended
 
 
 def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
@@ -298,10 +340,16 @@ def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
 
     def forward(self, *args, **kwargs):
         call = kwargs.pop(KEYWORD, None)
-        instrument: Instrument | None = self.__dict__.get(_INSTRUMENT)
-        if instrument is None or call is None:
-            return cls.forward(self, *args, **kwargs)
-        if not isinstance(call, Call):
+        original = method_of(cls.forward, extended, self)
+        # Without replay, or with another attached since: it only passes on.
+        instrument: Instrument | None = self.__dict__.get(_INSTRUMENT) if isinstance(self, extended) else None
+        if instrument is None and call is None:
+            return original(self, *args, **kwargs)
+        if instrument is None:
+            raise ReplayError(
+                f"`{KEYWORD}` reached a decoder layer from which replay was detached. Detach it after the backward pass"
+            )
+        if call is not None and not isinstance(call, Call):
             raise ReplayError(
                 f"`{KEYWORD}` reached a decoder layer as {type(call).__name__}: it went past the module that replay is "
                 "attached to. Call that module, or attach to the one that is called"
@@ -309,24 +357,32 @@ def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
         activity = instrument.activity
         if torch.compiler.is_compiling():
             with _Carrier(activity, call):
-                return cls.forward(self, *args, **kwargs)
+                return original(self, *args, **kwargs)
+        marked = True
+        if torch.is_grad_enabled():
+            args, kwargs, marked = mark_inputs(args, kwargs, activity, call)
         outer, activity.call = activity.call, call
         try:
-            return cls.forward(self, *args, **kwargs)
+            output = original(self, *args, **kwargs)
         finally:
             activity.call = outer
+        if not marked:
+            mark_outputs(output, activity, call)
+        return output
 
-    return _subclass(cls, method, forward)
+    extended = _subclass(cls, method, forward)
+    return extended
 
 
 def _replaying_chooser(cls: type[nn.Module], method: str) -> type[nn.Module]:
     """Subclass of a chooser's class whose `method` takes the ids of the current call."""
-    original = getattr(cls, method)
 
     def choose(self, *args, **kwargs):
-        chooser: Chooser | None = self.__dict__.get(_CHOOSER)
+        original = method_of(getattr(cls, method), extended, self)
+        chooser: Chooser | None = self.__dict__.get(_CHOOSER) if isinstance(self, extended) else None
         if chooser is None:
             return original(self, *args, **kwargs)
         return chooser.run(original, self, args, kwargs)
 
-    return _subclass(cls, method, choose)
+    extended = _subclass(cls, method, choose)
+    return extended

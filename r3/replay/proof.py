@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import UnsupportedModelError, summary
-from r3.replay.discovery import ROUTE, RouterSite
+from r3.replay.discovery import ROUTE, RouterSite, unwrapped
 from r3.replay.families import family_of
+from r3.replay.own import code_of, on_copy, set_aside
 from r3.replay.substitution import Choice, TopKRecorder, TopKSubstitution
 
 _TOKENS = 64
@@ -36,24 +37,39 @@ def _fresh(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return nn.Parameter(values.to(tensor.dtype)) if isinstance(tensor, nn.Parameter) else values.to(tensor.dtype)
 
 
+def _code(module: nn.Module, method: str) -> Callable:
+    code = code_of(module, method)
+    if code is None:
+        raise _Refusal(
+            f"`{method}` was put on this {type(module).__name__} itself, is not bound to it and wraps nothing that is, "
+            "so that no copy can run it: bind it with types.MethodType"
+        )
+    return code
+
+
 def _random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy of `module` with random weights, without hooks."""
+    """A copy of `module` with random weights, without hooks or wrappers."""
     memo: dict[int, Any] = {id(t): _fresh(t, generator) for t in (*module.parameters(), *module.buffers())}
     # Hooks are shared, not copied: they may hold on to the whole model.
     for inner in module.modules():
         for name, value in vars(inner).items():
             if name.endswith("_hooks") and value is not None:
                 memo[id(value)] = type(value)()
-    return copy.deepcopy(module, memo).eval()
+        memo |= {id(value): False for value in set_aside(inner)}
+    copied = copy.deepcopy(module, memo).eval()
+    for inner, replica in zip(module.modules(), copied.modules(), strict=True):
+        on_copy(replica, "forward", _code(inner, "forward"))
+    return copied
 
 
 def _bare_copy(owner: nn.Module, router: nn.Module, replica: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy of a block without the (large) modules in it, `router` apart, whose `replica` takes its place."""
     bare = copy.copy(owner)
-    bare.__dict__["_modules"] = {name: replica for name, child in owner.named_children() if child is router}
+    bare.__dict__["_modules"] = {name: replica for name, child in owner.named_children() if unwrapped(child) is router}
     for kind in ("_parameters", "_buffers"):
         tensors = owner.__dict__[kind]
         bare.__dict__[kind] = {n: None if t is None else _fresh(t, generator) for n, t in tensors.items()}
+    on_copy(bare, ROUTE, _code(owner, ROUTE))
     return bare
 
 
@@ -201,6 +217,13 @@ def prove(site: RouterSite) -> Choice:
         ) from None
 
 
+def _kind(site: RouterSite) -> tuple:
+    """What routers that are proved by one of them have in common."""
+    shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in site.router.named_parameters())
+    codes = tuple(code_of(module, "forward") for module in site.router.modules())
+    return type(site.router), type(site.owner), site.method, code_of(site.owner, site.method), codes, shapes
+
+
 def prove_all(sites: Iterable[RouterSite]) -> list[Choice]:
     """`prove` each of `sites`, routers of one class and shape once.
 
@@ -210,8 +233,7 @@ def prove_all(sites: Iterable[RouterSite]) -> list[Choice]:
     proved: dict[tuple, Choice] = {}
     choices = []
     for site in sites:
-        shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in site.router.named_parameters())
-        kind = (type(site.router), type(site.owner), site.method, shapes)
+        kind = _kind(site)
         if kind not in proved:
             proved[kind] = prove(site)
         choices.append(proved[kind])

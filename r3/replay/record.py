@@ -1,20 +1,22 @@
 """`record`: the trainer's own routing of a forward, in the type that replays it (R2)."""
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from r3.errors import ReplayError, summary
-from r3.replay.instrument import Instrument, Tape, tokens_of
+from r3.replay.instrument import Activity, Instrument, Tape, tokens_of
 from r3.routing import RolloutRouting, compact_dtype
 from r3.routing.positions import ModelInputs
 
 
 class Recorder:
-    """Records the experts that the routers choose in each forward while the context is open.
+    """Records the experts that the routers choose in each forward of this thread while the context is open.
 
     Of a replayed forward it records what was replayed. A layer that checkpointing repeats is not recorded again.
+    Recorders of one model may be open inside one another, and in several threads: each has what its context saw.
 
     Attributes:
         routing: `[B, S, L, K]` of the last forward, all rows valid, on the CPU.
@@ -41,6 +43,7 @@ class Recorder:
         self._chosen: list[Tensor] = []
         self._margins: list[Tensor] = []
         self._routing: RolloutRouting | None = None
+        self._thread: int | None = None
 
     @property
     def routing(self) -> RolloutRouting:
@@ -68,12 +71,17 @@ class Recorder:
     def _by_token(self, layers: list[Tensor]) -> Tensor:
         """`[T, ...]` of each layer -> `[B, S, L, ...]`."""
         if self._shape is None:
-            raise ReplayError("nothing recorded: run a forward of the model inside the context first")
+            raise ReplayError(
+                "nothing recorded: run a forward of the model inside the context first, in the thread that opened it"
+            )
         return torch.stack(layers, dim=1).unflatten(0, self._shape)
 
     def __enter__(self) -> "Recorder":
+        if self._instrument is not None:
+            raise ReplayError("this recorder is open already: use another r3.record(model) inside it")
         self._instrument = Instrument.of(self._model)
         self._spec = self._instrument.spec
+        self._thread = threading.get_ident()
         self._handles = [
             # First, for the tokens that the caller gave: Ulysses attention may make whole rows of them.
             self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
@@ -85,22 +93,40 @@ class Recorder:
         while self._handles:
             self._handles.pop().remove()
         if self._instrument is not None:
-            self._instrument.activity.tape = None
+            self._leave(self._instrument.activity)
             self._instrument.release()
             self._instrument = None
+
+    def _leave(self, activity: Activity) -> Tape | None:
+        """The tape that this recorder reads, which goes with its last reader."""
+        tape = activity.tape
+        if tape is None or self not in tape.readers:
+            return None
+        tape.readers.remove(self)
+        if not tape.readers:
+            activity.tape = None
+        return tape
 
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         assert self._instrument is not None
+        if threading.get_ident() != self._thread:
+            return
         batch, length = tokens_of(args, kwargs).shape[:2]
         self._given = (batch, length)
-        self._instrument.activity.tape = Tape(margins=self._with_margins)
+        activity = self._instrument.activity
+        # A tape that has this recorder already is left of a forward that was interrupted.
+        if activity.tape is None or self in activity.tape.readers:
+            activity.tape = Tape()
+        activity.tape.readers.add(self)
+        if self._with_margins and activity.tape.margins is None:
+            activity.tape.margins = {}
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         assert self._instrument is not None
-        tape, self._instrument.activity.tape = self._instrument.activity.tape, None
-        if output is None or tape is None:  # the forward raised
+        tape = self._leave(self._instrument.activity)
+        if output is None or tape is None:  # the forward raised, or is another thread's
             return
         self._inputs.require_positions(kwargs)
         missing = [chooser.site.name for chooser in self._instrument.choosers if chooser.index not in tape.chosen]
@@ -108,7 +134,7 @@ class Recorder:
             raise ReplayError(f"expected every router to choose in a forward; these did not run:{summary(missing)}")
         self._shape = self._given
         self._chosen = [tape.chosen[index].flatten(0, -2) for index in sorted(tape.chosen)]
-        margins = tape.margins or {}
+        margins = tape.margins if self._with_margins and tape.margins is not None else {}
         # Of a live forward all layers have one.
         self._margins = [margins[index] for index in sorted(margins)]
         self._routing = None

@@ -133,7 +133,8 @@ class TopKSubstitution(TorchFunctionMode):
             return self._choose(self._answer(scores, self.ids, search))
         if not self.choice.limited or self.count or scores.dim() != dim + 1 or len(scores) != len(self.ids):
             return func(*args, **kwargs)
-        return torch.return_types.topk(search_rows(scores, k, self.live, search))
+        rows = None if self.live is None else self.live.to(scores.device)
+        return torch.return_types.topk(search_rows(scores, k, rows, search))
 
     def _choose(self, result):
         self.count += 1
@@ -146,8 +147,9 @@ class TopKSubstitution(TorchFunctionMode):
                 f"router {self.site.name}: expected to choose for {len(ids)} tokens, got {scores.shape[:-1].numel()}; a"
                 " router that sees some of the tokens only (those of one modality, say) cannot be replayed"
             )
+        ids = ids.to(scores.device)  # a layer on another device (`device_map`)
         if self.live is not None:
-            ids = with_live_rows(ids, scores, self.live, search)
+            ids = with_live_rows(ids, scores, self.live.to(scores.device), search)
         if self._masked is not None and self._masked[0] is scores:
             scores = self._masked[1]
         return torch.return_types.topk(select(scores, ids.view(*scores.shape[:-1], -1)))

@@ -1,0 +1,93 @@
+"""The autograd graph of a decoder layer says which forward it is of, to whatever is repeated from inside the layer.
+
+Checkpointing around a layer repeats its call with its keywords. Checkpointing around a part of it (its MoE block)
+repeats that part alone, in the backward pass, perhaps in another thread and after other forwards. All that is sure then
+is which node of the graph the backward pass evaluates. So a layer marks the nodes through which its inputs come, and
+the repeated code searches from the node at hand towards the inputs: each way out of the layer leads through a mark.
+
+A mark is an entry of the node's metadata: what it holds lives as long as the graph.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+UNMARKED = object()
+
+
+def mark_inputs(args: tuple, kwargs: dict, key: object, value: object) -> tuple[tuple, dict, bool]:
+    """Mark the nodes from which the inputs of a layer come.
+
+    Returns:
+        The inputs, and whether any of them has a gradient. If none has, the layer is the first to be trained, and
+        `mark_outputs` has to follow.
+    """
+    marked = False
+
+    def mark(given: Any) -> Any:
+        nonlocal marked
+        if not (isinstance(given, Tensor) and given.requires_grad):
+            return given
+        marked = True
+        node: Any = given.grad_fn
+        # A leaf, or an input of other forwards as well: it gets a node that is of this forward alone.
+        if node is None or node.metadata.get(key, value) is not value:
+            given = given.view_as(given)
+            node = given.grad_fn
+        node.metadata[key] = value
+        return given
+
+    args = tuple(mark(given) for given in args)
+    kwargs = {name: mark(given) for name, given in kwargs.items()}
+    return args, kwargs, marked
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list, dict)):
+        for inner in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(inner)
+
+
+def mark_outputs(output: Any, key: object, value: object) -> None:
+    """Mark every node that leads to a tensor of `output`, up to those that are marked."""
+    nodes: list[Any] = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+    while nodes:
+        node = nodes.pop()
+        # What a parameter's gradient goes to has nothing below it, and is of all forwards.
+        if node.next_functions and key not in node.metadata:
+            node.metadata[key] = value
+            nodes.extend(below for below, _ in node.next_functions if below is not None)
+
+
+def evaluated_node() -> Node | None:
+    """The node that the backward pass in this thread evaluates, None outside of one."""
+    return torch._C._current_autograd_node()
+
+
+def packs_for_repeat() -> bool:
+    """Whether hooks take what is saved for a backward pass, as in what non-reentrant checkpointing repeats."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def nearest_mark(node: Node, key: object) -> object:
+    """The mark at or below `node`, or `UNMARKED`."""
+    nodes: deque[Any] = deque([node])
+    seen = {node}
+    while nodes:
+        here = nodes.popleft()
+        value = here.metadata.get(key, UNMARKED)
+        if value is not UNMARKED:
+            return value
+        below = [after for after, _ in here.next_functions if after is not None and after not in seen]
+        seen.update(below)
+        nodes.extend(below)
+    return UNMARKED
+
+
+__all__ = ["UNMARKED", "evaluated_node", "mark_inputs", "mark_outputs", "nearest_mark", "packs_for_repeat"]

@@ -1,0 +1,145 @@
+"""Methods that somebody has put on a module itself: they win over its class, which is what replay extends.
+
+accelerate's hooks (`device_map`, offload) do so, and keep the method that was there as `_old_forward`; so do kernel
+patches and timers. Replay goes below accelerate's hooks and above everything else: what was on the module is moved
+aside, and the extended class runs it. So hooks may come and go while replay is attached.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+_BELOW_HOOK = "_old_forward"
+_OF_FORWARD = ("_hf_hook", _BELOW_HOOK, "forward")
+_ASIDE = "_r3_own"
+
+
+def _slot(module: nn.Module, method: str) -> str | None:
+    """The attribute of `module` that its own `method` is in, below accelerate's hooks; None if it has none."""
+    for name in (_BELOW_HOOK, method) if method == "forward" else (method,):
+        if name in module.__dict__:
+            return name
+    return None
+
+
+class Moved:
+    """What was moved aside of one module, so that its class, extended since, runs.
+
+    It is kept on the module by the extended class: a method that somebody took from the module while replay was
+    attached still finds what it is to run after replay was detached, or attached anew.
+
+    Args:
+        module: of class `extended`.
+        method: which of its methods was extended.
+        before: its class before.
+    """
+
+    def __init__(self, module: nn.Module, method: str, before: type, extended: type) -> None:
+        self._method = method
+        self._before = getattr(before, method)
+        self._extended = extended
+        self._slot = _slot(module, method)
+        self._value = module.__dict__.get(self._slot) if self._slot else None
+        if self._slot is None:
+            return
+        if getattr(self._value, "__func__", None) is not self._before:
+            module.__dict__.setdefault(_ASIDE, {})[extended] = self._value
+        if self._slot == method:
+            del module.__dict__[method]
+        else:
+            module.__dict__[self._slot] = MethodType(getattr(extended, method), module)
+
+    def put_back(self, module: nn.Module) -> None:
+        """Leave `module` with the attributes that it had, under hooks that came or without those that went since."""
+        own = module.__dict__
+        extended = getattr(self._extended, self._method)
+        restored = self._slot is None
+        for name in (_BELOW_HOOK, self._method):
+            if getattr(own.get(name), "__func__", None) is not extended:
+                continue
+            if self._slot is not None:
+                own[name], restored = self._value, True
+            elif name == _BELOW_HOOK:
+                own[name] = MethodType(self._before, module)
+            else:
+                del own[name]
+        if not restored and self._method not in own:
+            own[self._method], restored = self._value, True
+        aside = own.get(_ASIDE, {})
+        if restored:  # else something new holds on to the extended method
+            aside.pop(self._extended, None)
+        if not aside:
+            own.pop(_ASIDE, None)
+
+
+def method_of(original: Callable, extended: type, module: nn.Module) -> Callable:
+    """`original`, or in its place a function that runs what was moved aside of `module` for its class `extended`."""
+    aside = module.__dict__.get(_ASIDE)
+    if aside is None or extended not in aside:
+        return original
+    return partial(_run_aside, extended)
+
+
+def _run_aside(extended: type, module: nn.Module, *args, **kwargs):
+    return module.__dict__[_ASIDE][extended](*args, **kwargs)
+
+
+def code_of(module: nn.Module, method: str) -> Callable | None:
+    """The function that does the work of `module`'s `method`, to be run with another `self`.
+
+    That is the class's, or one that is bound to the module in its place; what only wraps either is looked through.
+
+    Returns:
+        None if the module's own method is not bound to it and wraps nothing that is.
+    """
+    slot = _slot(module, method)
+    if slot is None:
+        return getattr(type(module), method)
+    inner, seen = deque([module.__dict__[slot]]), set()
+    while inner:
+        value = inner.popleft()
+        if isinstance(value, MethodType) and value.__self__ is module:
+            extended = getattr(value.__func__, "extended", None)  # taken from the module under an earlier attach
+            if extended is None:
+                return value.__func__
+            aside = module.__dict__.get(_ASIDE, {}).get(extended)
+            value = aside or MethodType(getattr(extended.__base__, method), module)
+            inner.append(value)
+            continue
+        if id(value) not in seen:
+            seen.add(id(value))
+            inner.extend(_wrapped(value))
+    return None
+
+
+def _wrapped(value: Any) -> list[Any]:
+    """What a callable may call."""
+    found = [getattr(value, "__wrapped__", None)]
+    if isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # not filled yet
+                found.append(cell.cell_contents)
+        found += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    elif isinstance(value, partial):
+        found += [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, MethodType):
+        found.append(value.__func__)
+    return [item for item in found if callable(item) and not isinstance(item, nn.Module)]
+
+
+def set_aside(module: nn.Module) -> list[Any]:
+    """What `on_copy` drops, and had better not be copied: it may hold on to all weights, or to the whole model."""
+    return [module.__dict__[name] for name in (*_OF_FORWARD, _ASIDE) if name in module.__dict__]
+
+
+def on_copy(copied: nn.Module, method: str, code: Callable) -> None:
+    """Have a copy of a module run `code` as its `method`, without hooks and wrappers."""
+    for name in (*_OF_FORWARD, _ASIDE, method):
+        copied.__dict__.pop(name, None)
+    if code is not getattr(type(copied), method):
+        copied.__dict__[method] = MethodType(code, copied)
