@@ -233,15 +233,7 @@ def scored(rollout: Rollout) -> Tensor:
 
 def _rows(rollout: Rollout, spec: RoutingSpec) -> RolloutRouting:
     """The rollout's routing on the CPU; without any, rows that are all routed live."""
-    if rollout.routing is not None:
-        return rollout.routing.to("cpu")
-    shape = (1, len(rollout), len(spec.layer_ids), spec.top_k)
-    return RolloutRouting(
-        torch.zeros(shape, dtype=torch.int64),
-        torch.zeros(shape[:2], dtype=torch.bool),
-        spec.layer_ids,
-        spec.num_experts,
-    )
+    return spec.without_rows(len(rollout)) if rollout.routing is None else rollout.routing.to("cpu")
 
 
 def _agreement(live: RolloutRouting, saved: RolloutRouting) -> RoutingSums:

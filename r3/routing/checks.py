@@ -3,8 +3,9 @@
 Nearly all routing is right, so on the CPU a fast verdict comes first, and only where it is bad are the rows looked for.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -138,6 +139,23 @@ def check_rows(
         f"{total} (token, layer) rows of routing are not {expert_ids.shape[-1]} distinct expert ids in "
         f"[0, {num_experts}). Rows that were not captured must be marked invalid, never filled. Found:{summary(lines)}"
     )
+
+
+def require_same_rows(expected: tuple[int, ...], parts: Mapping[str, Any], error: type[Exception]) -> None:
+    """Raise unless each of `parts` that is not None has the rows of the others: nothing of one may come to another.
+
+    Args:
+        expected: [B, S].
+        parts: tensors of that shape, and routing or tensors that have more dimensions after it.
+        error: class to raise.
+    """
+    wrong = [
+        f"{name}: {list(part.shape)}"
+        for name, part in parts.items()
+        if part is not None and (len(expected) != 2 or tuple(part.shape[:2]) != expected)
+    ]
+    if wrong:
+        raise error(f"expected [B, S] = {list(expected)} of all parts, got{summary(wrong)}")
 
 
 def row_blocks(valid: Tensor, row_ids: int) -> Iterator[slice | Tensor]:

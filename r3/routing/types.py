@@ -41,6 +41,12 @@ class RoutingSpec:
     top_k: int
     table_layers: tuple[int, ...] = ()
 
+    def without_rows(self, tokens: int) -> "RolloutRouting":
+        """`[1, tokens, L, K]` in which no row is valid: of a rollout that was not captured and is to be routed live."""
+        shape = (1, tokens, len(self.layer_ids), self.top_k)
+        expert_ids = torch.zeros(shape, dtype=compact_dtype(self.num_experts))
+        return trusted(expert_ids, torch.zeros(shape[:2], dtype=torch.bool), self.layer_ids, self.num_experts, None, 0)
+
 
 class RolloutRouting:
     """Expert ids of a batch, checked when made: every valid row holds K distinct ids in [0, E). Immutable.
@@ -148,8 +154,14 @@ class RolloutRouting:
         return self._with(self.expert_ids.pin_memory(), self.valid.pin_memory(), self.rows_valid)
 
     def select(self, samples: Tensor | Sequence[int] | slice) -> "RolloutRouting":
-        """The samples of the batch that `samples` picks, in that order; a slice shares memory."""
+        """The samples of the batch that `samples` picks, in that order; a slice shares memory.
+
+        Raises:
+            RoutingError: neither a slice nor one dimension of indices.
+        """
         index = samples if isinstance(samples, slice) else torch.as_tensor(samples, device=self.device)
+        if isinstance(index, Tensor) and index.dim() != 1:
+            raise RoutingError(f"samples: expected a slice or indices [n] of samples, got {samples}")
         return self._with(self.expert_ids[index], self.valid[index])
 
     def layers(self, layer_ids: Sequence[int]) -> "RolloutRouting":
