@@ -54,7 +54,8 @@ class Replay:
     def routing(self, expert_ids: Tensor) -> RolloutRouting:
         """`RolloutRouting` of an integer tensor `[B, S, L, K]` in which rows of -1 are not valid.
 
-        L counts the layers that have a router, or all decoder layers, of which those without a router are dropped.
+        L counts the layers that have a router, or all decoder layers, of which those without a router are dropped. An
+        unsigned tensor has no -1: all its rows are valid.
         """
         columns = expert_ids.shape[2] if expert_ids.dim() == 4 else -1
         layer_ids, num_layers = self.spec.layer_ids, self.spec.num_layers
@@ -65,7 +66,9 @@ class Replay:
                 f"{KEYWORD}: expected [B, S, L, K] with L = {len(layer_ids)} layers that have a router (or all "
                 f"{num_layers} decoder layers), got {tuple(expert_ids.shape)}"
             )
-        valid = ~(expert_ids == -1).flatten(2).all(-1)
+        # torch takes 255 of uint8, an expert's id, for -1.
+        missing = expert_ids == -1 if expert_ids.dtype.is_signed else torch.zeros_like(expert_ids, dtype=torch.bool)
+        valid = ~missing.flatten(2).all(-1)
         return RolloutRouting(expert_ids, valid, layer_ids, self.spec.num_experts)
 
     @torch.compiler.disable  # looks at values: would only break the graph

@@ -16,13 +16,16 @@ from r3.errors import SHOWN, RoutingError, summary
 _BLOCK_IDS = 1 << 24  # ids looked at in one go: bounds the extra memory
 _CACHED_BYTES = 1 << 18  # ids whose columns, and results of comparing them, stay in a core's cache
 MANY_IDS = 1 << 18  # from here on a compiled check is worth its start
+_LONG = (torch.int64, torch.uint32, torch.uint64)
 _RUN_ROWS = 64  # mean length of runs of valid rows from which slices are faster than a gather
 
 
 def bad_rows(ids: Tensor, num_experts: int) -> Tensor:
     """`[R, L]` bool: rows of integer `[R, L, K]` with an id outside [0, num_experts) or an id that occurs twice."""
-    wide = ids if ids.dtype == torch.uint8 else ids.to(torch.int64 if ids.dtype == torch.int64 else torch.int32)
-    bad = (wide.amax(-1) >= num_experts) | (wide.amin(-1) < 0)
+    # torch orders no unsigned dtype but uint8. An id above the largest int64 becomes negative, and bad all the same.
+    wide = ids if ids.dtype == torch.uint8 else ids.to(torch.int64 if ids.dtype in _LONG else torch.int32)
+    # torch compares with the bound as the ids' dtype holds it: with 0 for 256 and uint8.
+    bad = (wide.amax(-1).long() >= num_experts) | (wide.amin(-1) < 0)
     if ids.shape[-1] > 1:
         ordered = wide.sort(dim=-1).values
         bad |= (ordered[..., 1:] == ordered[..., :-1]).any(-1)
