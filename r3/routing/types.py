@@ -51,10 +51,15 @@ class RoutingSpec:
 class RolloutRouting:
     """Expert ids of a batch, checked when made: every valid row holds K distinct ids in [0, E). Immutable.
 
+    It has memory of its own: what is written afterwards into the tensors that it was made of does not reach it. Its
+    `expert_ids` and `valid` are that memory, to be read; `clone()` them to write. After torch has written into them, or
+    into a view of them, it can no longer be used and says so. A write that torch does not count (by numpy, `.data`, in
+    inference mode) is not seen.
+
     Not a dataclass: FSDP2 rebuilds those when it casts the inputs of a forward.
 
     Args:
-        expert_ids: integer `[B, S, L, K]`; stored in the compact dtype of `num_experts`.
+        expert_ids: integer `[B, S, L, K]`; copied, in the compact dtype of `num_experts`.
         valid: bool `[B, S]`. A row that is not valid was not captured, or belongs to padding or to the token that
             was sampled last; its ids are ignored (and stored as 0) and the token is routed live.
         layer_ids: decoder layer of each of the L columns, ascending.
@@ -62,7 +67,8 @@ class RolloutRouting:
         weight_version: version of the weights that produced the rows, where known.
 
     Raises:
-        RoutingError: wrong shape or dtype, an id out of range or repeated in a valid row.
+        RoutingError: wrong shape or dtype, an id out of range or repeated in a valid row; also by whatever uses it once
+            its tensors were written to.
 
     Example:
         >>> ids = torch.tensor([[[[0, 2]], [[1, 3]]]])
@@ -70,11 +76,12 @@ class RolloutRouting:
         (1, 2, 1, 2)
     """
 
-    expert_ids: Tensor
-    valid: Tensor
     layer_ids: tuple[int, ...]
     num_experts: int
     weight_version: int | None
+    _expert_ids: Tensor
+    _valid: Tensor
+    _writes: tuple[int | None, int | None]
 
     def __init__(
         self,
@@ -98,10 +105,12 @@ class RolloutRouting:
                 f"layer_ids: expected {expert_ids.shape[2]} ascending decoder layers, one a column, got {layer_ids}"
             )
         check_rows(expert_ids, valid, tuple(layer_ids), num_experts)
-        compact = expert_ids.to(compact_dtype(num_experts))
-        if not valid.all():
-            compact = compact.masked_fill(~valid[..., None, None], 0)
-        self._set(compact, valid, tuple(layer_ids), num_experts, weight_version)
+        compact = expert_ids.to(compact_dtype(num_experts), copy=True)
+        valid = valid.clone()
+        rows_valid = int(valid.sum())
+        if rows_valid < valid.numel():
+            compact.masked_fill_(~valid[..., None, None], 0)
+        self._set(compact, valid, tuple(layer_ids), num_experts, weight_version, rows_valid)
 
     def _set(
         self,
@@ -110,17 +119,26 @@ class RolloutRouting:
         layer_ids: tuple[int, ...],
         num_experts: int,
         weight_version: int | None,
+        rows_valid: int | None,
     ) -> None:
+        """What this memory holds is not written to from here on."""
         vars(self).update(
-            expert_ids=expert_ids,
-            valid=valid,
+            _expert_ids=expert_ids,
+            _valid=valid,
+            _writes=(_writes(expert_ids), _writes(valid)),
             layer_ids=layer_ids,
             num_experts=num_experts,
             weight_version=weight_version,
         )
+        if rows_valid is not None:
+            vars(self)["rows_valid"] = rows_valid
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"RolloutRouting is immutable: {name} cannot be set")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = (self.expert_ids, self.valid, self.layer_ids, self.num_experts, self.weight_version)
+        return trusted, (*parts, vars(self).get("rows_valid"))
 
     def __repr__(self) -> str:
         return (
@@ -129,14 +147,33 @@ class RolloutRouting:
         )
 
     @property
+    def expert_ids(self) -> Tensor:
+        """`[B, S, L, K]` in the compact dtype, 0 in rows that are not valid: the routing's own memory."""
+        self._require_unwritten()
+        return self._expert_ids
+
+    @property
+    def valid(self) -> Tensor:
+        """bool `[B, S]`: the routing's own memory."""
+        self._require_unwritten()
+        return self._valid
+
+    def _require_unwritten(self) -> None:
+        if self._writes != (_writes(self._expert_ids), _writes(self._valid)):
+            raise RoutingError(
+                "routing was written to after it was checked: its expert_ids and valid, and views of them, are only to "
+                "be read. clone() them, write to the copies, and make a RolloutRouting of these"
+            )
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, S, L, K)."""
-        b, s, n, k = self.expert_ids.shape
+        b, s, n, k = self._expert_ids.shape
         return b, s, n, k
 
     @property
     def device(self) -> torch.device:
-        return self.expert_ids.device
+        return self._expert_ids.device
 
     @cached_property
     def rows_valid(self) -> int:
@@ -267,7 +304,8 @@ class RolloutRouting:
     def from_bytes(cls, data: bytes | bytearray | memoryview, *, max_bytes: int = 1 << 32) -> "RolloutRouting":
         """The routing that `to_bytes` wrote, checked like any that comes from outside.
 
-        Ids that are not compressed are not copied: the routing keeps `data` alive, which must not be changed.
+        Of `bytes`, or a view of them, ids that are not compressed are not copied: the routing keeps `data` alive. What
+        can be written to is copied first.
 
         Args:
             data: one whole message.
@@ -283,6 +321,11 @@ class RolloutRouting:
 
     def _with(self, expert_ids: Tensor, valid: Tensor, rows_valid: int | None = None) -> "RolloutRouting":
         return replace_trusted(self, expert_ids, valid, weight_version=self.weight_version, rows_valid=rows_valid)
+
+
+def _writes(tensor: Tensor) -> int | None:
+    """How often torch has written to the memory, by any view of it; None where that is not counted."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _require_one_kind(parts: Sequence[RolloutRouting]) -> None:
@@ -322,12 +365,10 @@ def trusted(
     weight_version: int | None,
     rows_valid: int | None = None,
 ) -> RolloutRouting:
-    """A `RolloutRouting` of what the caller has checked: nothing is looked at or copied.
+    """A `RolloutRouting` of what the caller has checked and nobody else can write to: nothing is looked at or copied.
 
     The ids are in the compact dtype, distinct and in range in valid rows, and 0 in the others.
     """
     new = object.__new__(RolloutRouting)
-    new._set(expert_ids, valid, layer_ids, num_experts, weight_version)
-    if rows_valid is not None:
-        vars(new)["rows_valid"] = rows_valid
+    new._set(expert_ids, valid, layer_ids, num_experts, weight_version, rows_valid)
     return new

@@ -62,8 +62,6 @@ def encode(routing: RolloutRouting, *, compress: bool) -> bytes:
     """What `RolloutRouting.to_bytes` returns."""
     ids = np.ascontiguousarray(routing.expert_ids.cpu().numpy())
     valid = routing.valid.cpu().reshape(-1)
-    if _anywhere_set(ids, ~valid):
-        ids = np.where(valid.numpy().reshape(*ids.shape[:2], 1, 1), ids, 0).astype(ids.dtype, copy=False)
     stored = ids.astype(ids.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data
     if compress:
         stored = memoryview(_compressed(stored))
@@ -96,10 +94,7 @@ def encode(routing: RolloutRouting, *, compress: bool) -> bytes:
 
 def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> RolloutRouting:
     """What `RolloutRouting.from_bytes` returns."""
-    try:
-        message = np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)
-    except (TypeError, ValueError, BufferError) as error:
-        raise RoutingError(f"from_bytes: expected contiguous bytes, got {type(data).__name__}: {error}") from error
+    message = _message(data)
     flags, header, layer_ids, validity_at = _read_header(message, max_bytes)
     ids_at = -(-(validity_at + header.validity_bytes) // _ALIGN) * _ALIGN
     if len(message) != ids_at + header.ids_bytes:
@@ -126,6 +121,19 @@ def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> RolloutRo
     check_rows(expert_ids, kept, layer_ids, header.num_experts)
     version = header.weight_version if flags & _HAS_VERSION else None
     return trusted(expert_ids, kept, layer_ids, header.num_experts, version)
+
+
+def _message(data: bytes | bytearray | memoryview) -> np.ndarray:
+    """uint8 `[n]`, of memory that nobody can write to."""
+    try:
+        view = memoryview(data)
+        if not view.c_contiguous:
+            raise ValueError("it has gaps, or another order")
+        # A view that is read-only may be of memory that its owner can write to.
+        fixed = view if isinstance(view.obj, bytes) else view.tobytes()
+        return np.frombuffer(fixed, np.uint8) if view.nbytes else np.empty(0, np.uint8)
+    except (TypeError, ValueError, BufferError) as error:
+        raise RoutingError(f"from_bytes: expected contiguous bytes, got {type(data).__name__}: {error}") from error
 
 
 def _read_header(message: np.ndarray, max_bytes: int) -> tuple[int, _Header, tuple[int, ...], int]:
