@@ -55,8 +55,9 @@ class Rollout:
         if len(self.weight_versions) != 1 or self.row_versions is None:
             return len(self.weight_versions) > 1
         # Without routing, the tokens that were fed to the model: all but the last.
-        has_row = slice(len(self) - 1) if self.routing is None else self.routing.valid[0].to(self.row_versions.device)
-        return bool((self.row_versions[has_row] < 0).any())
+        told = self.row_versions
+        has_row = slice(len(self) - 1) if self.routing is None else self.routing.captured[0].to(told.device)
+        return bool((told[has_row] < 0).any())
 
     @property
     def weight_version(self) -> int | None:

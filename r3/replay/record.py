@@ -46,7 +46,7 @@ class Recorder:
             ids = self.expert_ids.to("cpu")
             valid = torch.ones(ids.shape[:2], dtype=torch.bool)
             check_rows(ids, valid, self._spec.layer_ids, self._spec.num_experts)
-            self._routing = trusted(ids, valid, self._spec.layer_ids, self._spec.num_experts, None, valid.numel())
+            self._routing = trusted(ids, valid, self._spec.layer_ids, self._spec.num_experts, None)
         return self._routing
 
     @property

@@ -106,7 +106,7 @@ def check_rows(
 
     Args:
         expert_ids: integer `[B, S, L, K]`.
-        valid: bool `[B, S]`; rows that are not valid are not looked at.
+        valid: bool `[B, S]` or `[B, S, L]`; what is not valid is not looked at.
         layer_ids: decoder layer of each of the L columns, for the message.
         num_experts: E.
         error: class to raise.
@@ -116,11 +116,14 @@ def check_rows(
     """
     if not expert_ids.numel():
         return
-    rows = expert_ids.reshape(-1, *expert_ids.shape[2:])
+    # Of one token, or of one pair: what can be valid by itself.
+    length, layers, slots = expert_ids.shape[1:]
+    columns = layers if valid.dim() == 2 else 1
+    rows = expert_ids.reshape(-1, columns, slots)
     many = rows.numel() >= MANY_IDS
     found: list[tuple[int, int]] = []
     total = 0
-    for index in row_blocks(valid.reshape(-1), expert_ids.shape[2] * expert_ids.shape[3]):
+    for index in row_blocks(valid.reshape(-1), columns * slots):
         block = rows[index]
         if block.device.type == "cpu":
             ids = block.reshape(-1, block.shape[-1]).numpy()
@@ -132,14 +135,15 @@ def check_rows(
             found.append((index.start + r if isinstance(index, slice) else int(index[r]), column))
     if not total:
         return
-    length = expert_ids.shape[1]
-    lines = [
-        f"sample {row // length}, position {row % length}, decoder layer {layer_ids[column]}: "
-        f"{rows[row, column].tolist()}"
-        for row, column in found
-    ]
+    lines = []
+    for row, column in found:
+        token, layer = divmod(row * columns + column, layers)
+        lines.append(
+            f"sample {token // length}, position {token % length}, decoder layer {layer_ids[layer]}: "
+            f"{rows[row, column].tolist()}"
+        )
     raise error(
-        f"{total} (token, layer) rows of routing are not {expert_ids.shape[-1]} distinct expert ids in "
+        f"{total} (token, layer) rows of routing are not {slots} distinct expert ids in "
         f"[0, {num_experts}). Rows that were not captured must be marked invalid, never filled. Found:{summary(lines)}"
     )
 
