@@ -1,5 +1,6 @@
 """What vLLM returns is checked row by row; degenerate capture stops the run and says why."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 import torch
 from models import EXPERTS, LAYERS, TOP_K, random_ids
 
-from r3 import CaptureError
-from r3.capture import collect
+from r3 import CaptureError, RoutingError
+from r3.capture import Rollouts, collect
 from r3.routing import RoutingSpec
 
 SPEC = RoutingSpec(layer_ids=(0, 1, 2), num_layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K)
@@ -68,6 +69,41 @@ def test_a_page_locked_batch_goes_to_a_gpu_whole():
         assert torch.equal(there.logprobs, batch.logprobs)
         assert torch.equal(there.routing.expert_ids, batch.routing.expert_ids)
         assert torch.equal(there.routing.valid, batch.routing.valid)
+
+
+def test_routing_that_belongs_to_no_rollout_cannot_be_batched():
+    with_rows = collect([output(rows(0), rows(1))], SPEC).items
+    bare = replace(with_rows[0], routing=None)
+    short = replace(with_rows[1], routing=with_rows[1].routing.shard(0, 2))
+    for items, spec, message in (
+        (
+            [with_rows[0], bare, with_rows[1]],
+            SPEC,
+            r"1 of 3 rollouts(?s:.*)rollout 1: expected \(1, 7, 3, 2\), got none",
+        ),
+        ([bare, bare], SPEC, "2 of 2 rollouts"),
+        ([with_rows[0], short], SPEC, r"rollout 1: expected \(1, 7, 3, 2\), got \(1, 4, 3, 2\)"),
+        (with_rows, None, r"rollout 0: expected none, got \(1, 7, 3, 2\)"),
+    ):
+        with pytest.raises(CaptureError, match=message):
+            Rollouts(items, spec).batch(pad_token_id=0)
+    assert Rollouts([bare, bare], None).batch(pad_token_id=0).routing is None
+
+    live = replace(bare, routing=SPEC.without_rows(len(bare)))
+    batch = Rollouts([with_rows[0], live, with_rows[1]], SPEC).batch(pad_token_id=0)
+    assert batch.routing.valid.sum(1).tolist() == [6, 0, 6]
+    assert np.array_equal(batch.select(slice(2, 3)).routing.expert_ids[0, :6].numpy(), rows(1))
+
+
+def test_the_parts_of_a_batch_have_the_same_rows():
+    batch = collect([output(rows(0), rows(1), rows(2))], SPEC).batch(pad_token_id=0)
+    for name in ("attention_mask", "response_mask", "logprobs"):
+        with pytest.raises(CaptureError, match=rf"(?s)\[B, S\] = \[3, 7\].*{name}: \[2, 7\]"):
+            replace(batch, **{name: getattr(batch, name)[:2]})
+    with pytest.raises(CaptureError, match=r"routing: \[2, 7, 3, 2\]"):
+        replace(batch, routing=batch.routing.select(slice(0, 2)))
+    with pytest.raises(RoutingError, match="a slice or indices"):
+        batch.routing.select(1)
 
 
 def test_dense_layers_lose_their_column():

@@ -36,6 +36,7 @@ def reference(batch, trainer_version, routing=True, told=True):
         "coverage": captured / rows if rows else math.nan,
         "rows_captured": captured,
         "rows_invalid": invalid,
+        "pairs_missing": 0,
         "version_lag_mean": sum(lags) / len(lags) if lags else math.nan,
         "version_lag_max": max(lags) if lags else math.nan,
         "version_unknown": unknown,
@@ -63,8 +64,8 @@ def test_matches_a_count_and_merges(batch, version, routing, told, cut):
 def test_no_rows_is_nan_not_zero(shape):
     nothing = torch.zeros(shape, dtype=torch.bool)
     got = CoverageSums.from_tensors(nothing, nothing, nothing.int(), 3).metrics()
-    counts = ("rows_captured", "rows_invalid", "version_unknown")
-    assert [got.pop(key) for key in counts] == [0, 0, 0]
+    counts = ("rows_captured", "rows_invalid", "pairs_missing", "version_unknown")
+    assert [got.pop(key) for key in counts] == [0, 0, 0, 0]
     assert all(map(math.isnan, got.values()))
 
 
@@ -72,6 +73,20 @@ def test_a_rollout_of_one_token_has_no_row_and_padding_may_be_on_either_side():
     tokens = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 0]]).bool()
     everywhere = torch.ones_like(tokens)
     assert CoverageSums.from_tensors(everywhere, tokens, None, 0).rows_captured == 0 + 1 + 2
+
+
+def test_rows_that_lack_some_layers_are_not_captured_and_their_missing_pairs_are_counted():
+    tokens = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1]]).bool()
+    valid = torch.ones(2, 6, 3, dtype=torch.bool)
+    valid[0, 1] = torch.tensor([True, False, False])
+    valid[0, 3] = False
+    valid[1, 3, 2] = False
+    valid[0, 4:, 1] = valid[1, :3, 0] = False  # the last token, and padding: no rows
+    sums = CoverageSums.from_tensors(valid, tokens, None, 0)
+    assert (sums.rows_captured, sums.rows_invalid, sums.pairs_missing) == (3, 3, 3)
+    whole = CoverageSums.from_tensors(valid.all(-1), tokens, None, 0)
+    assert (whole.rows_captured, whole.rows_invalid, whole.pairs_missing) == (3, 3, 0)
+    assert (sums + whole).metrics()["pairs_missing"] == 3
 
 
 YES = torch.ones(2, 3, dtype=torch.bool)

@@ -1,6 +1,7 @@
 """The arithmetic of the trainer: advantages, the clipped objective, and log-probabilities."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,15 @@ def test_rows_and_their_slices_keep_what_belongs_together(packed, size):
         assert labels[mine].tolist() == batch.input_ids[b][batch.response_mask[b]].tolist()
     assert sum(part.routing.rows_valid for part in slices) == batch.routing.rows_valid
     assert sum(int(part.tokens.sum()) for part in slices) == int(batch.attention_mask.sum())
+
+
+def test_rows_of_other_rollouts_cannot_be_put_together():
+    batch = made_batch(torch.Generator().manual_seed(1))
+    with pytest.raises(r3.CaptureError, match=r"each of 3 rollouts, got \(2,\)"):
+        StepBatch.of(batch, torch.arange(2.0))
+    rows = Rows.of(StepBatch.of(batch, torch.arange(3.0)), packed=False)
+    with pytest.raises(r3.CaptureError, match=r"routing: \[2, 12, 8, 4\]"):
+        replace(rows, routing=batch.routing.select(slice(0, 2)))
 
 
 def test_the_process_group_is_closed_after_an_exception():

@@ -204,6 +204,15 @@ def test_padding_is_filled_with_what_is_asked_for():
     assert pad(tensor, 4, left=True, fill=-1).tolist() == [[-1, 1, 2, 3], [-1, 4, 5, 6]]
 
 
+def test_padding_that_the_dtype_does_not_hold_is_refused():
+    packing = Packing.from_mask(torch.tensor([[1, 1, 0], [0, 1, 0]]), multiple_of=4)
+    for dtype in (torch.uint8, torch.uint16):
+        tensor = torch.ones(2, 3).to(dtype)
+        for way in (lambda t: pad(t, 4, fill=-1), lambda t: packing.pack(t, -1), lambda t: shard(t, 1, 2, fill=-1)):
+            with pytest.raises(RoutingError, match=r"fill: expected a value of torch\.uint"):
+                way(tensor)  # 255 would be an expert
+
+
 def test_left_padding_moves_tokens_to_the_end():
     whole = routing_of(torch.tensor([[True, True, False]]))
     padded = whole.pad(5, side="left")

@@ -35,7 +35,7 @@ def rollouts_of_a_step() -> RolloutBatch:
     batch = made_batch(generator)
     batch = RolloutBatch(
         **{
-            name: torch.cat([part, part[:1]]) if isinstance(part, torch.Tensor) else part
+            name: torch.cat([part, part[:1]]) if isinstance(part, torch.Tensor) else part.select([0, 1, 2, 0])
             for name, part in ((item.name, getattr(batch, item.name)) for item in dataclasses.fields(batch))
         }
     )
@@ -53,8 +53,9 @@ def rollouts_of_a_step() -> RolloutBatch:
     logprobs = torch.zeros(batch.logprobs.shape)
     logprobs[:, 1:] = found + noise
     logprobs.masked_fill_(~batch.response_mask, 0)
-    distinct = ids.sort(-1).values.diff(dim=-1).ne(0).all(-1).all(-1)
-    routing = r3.RolloutRouting(ids, valid & distinct, recorder.routing.layer_ids, 32)
+    by_layer = valid[..., None].repeat(1, 1, 8)
+    by_layer[:, 1::4, 6] = False
+    routing = r3.RolloutRouting(ids, by_layer, recorder.routing.layer_ids, 32)
     return dataclasses.replace(batch, logprobs=logprobs, routing=routing)
 
 
@@ -77,7 +78,7 @@ def expected(batch: RolloutBatch) -> dict[str, float]:
         n = int(batch.attention_mask[b].sum())
         ids, mask = batch.input_ids[b : b + 1, :n], batch.response_mask[b, 1:n]
         routing = batch.routing.select([b])
-        taken = routing.expert_ids.long().masked_fill(~routing.valid[..., None, None], -1)[:, :n]
+        taken = routing.expert_ids.long().masked_fill(~routing.validity[..., None], -1)[:, :n]
         for side, keyword in (("live", {}), ("replayed", {"routed_experts": taken})):
             with torch.no_grad(), r3.record(model) as recorder:
                 logits = model(input_ids=ids, use_cache=False, **keyword).logits
@@ -96,7 +97,7 @@ def expected(batch: RolloutBatch) -> dict[str, float]:
         values[f"logprob_diff/{side}/chi2_seq"] = float((2 * sums).expm1().mean())
         values[f"logprob_diff/{side}/seq_log_ratio_max"] = float(sums.abs().max())
     live = torch.stack(live_ids)
-    routing = compare_routing(live, batch.routing.expert_ids, batch.routing.valid)
+    routing = compare_routing(live, batch.routing.expert_ids, batch.routing.validity)
     return values | {f"routing/{key}": value for key, value in routing.items()}
 
 
@@ -153,11 +154,15 @@ def test_training_forwards_give_the_replayed_side_for_nothing(batch, truth):
         with process_group():
             policy, untouched = Policy(settings), Policy(settings)
             gap = StepGap(samples=4, extreme_ratio=1.1)
-            GRPOTrainer(settings, None, policy, None).update(StepBatch.of(batch, torch.ones(4)), gap)
+            metrics = GRPOTrainer(settings, None, policy, None).update(StepBatch.of(batch, torch.ones(4)), gap)
             found = gap.reduced().metrics()
             # What comes before the first update alone: after it the weights are not those that sampled.
             before = StepBatch.of(batch.select(slice(samples)), torch.ones(samples))
             expected = measure(untouched, before, size=2, extreme_ratio=1.1, details=False).metrics
+        tokens, routing = int(batch.attention_mask.sum()), batch.routing
+        assert metrics["routing/rows_replayed"] == routing.rows_valid
+        assert metrics["routing/rows_live"] == tokens - routing.rows_valid
+        assert metrics["routing/pairs_live"] == 8 * tokens - routing.pairs_valid
         assert found.keys() == {key for key in expected if key.startswith("logprob_diff/replayed")}
         assert found["logprob_diff/replayed/sequences"] == samples
         require_equal(found, {key: expected[key] for key in found})

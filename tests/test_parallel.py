@@ -13,7 +13,7 @@ from ranks import Ranks
 
 from r3 import ParallelError, SyncError
 from r3.diagnostics import LogprobSums
-from r3.parallel import next_tokens
+from r3.parallel import next_tokens, token_logprobs
 
 
 def installed(distribution):
@@ -217,6 +217,13 @@ def test_bfloat16_errs_no_more_on_two_ranks_than_on_one(one, two, family):
 def test_labels_stop_at_the_end_of_their_sequence():
     ids, positions = torch.tensor([[5, 6, 7, 8, 0, 0]]), torch.tensor([[0, 1, 2, 0, 0, 0]])
     assert next_tokens(ids, positions).tolist() == [[6, 7, -100, -100, -100, -100]]
+
+
+def test_token_156_of_a_small_vocabulary_is_no_missing_label():
+    ids, positions = torch.tensor([[5, 156, 7]], dtype=torch.uint8), torch.tensor([[0, 1, 2]])
+    assert next_tokens(ids, positions).tolist() == [[156, 7, -100]]
+    with pytest.raises(ParallelError, match=r"labels: expected torch\.int64, got torch\.uint8"):
+        token_logprobs(torch.zeros(1, 3, 200), ids)
 
 
 # Attention of every kind: grouped heads, latent, sinks, soft caps, sliding windows, chunks, gates, no positions.

@@ -1,11 +1,14 @@
 """`RolloutRouting` holds checked rows only, and keeps them row for row."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from models import EXPERTS, LAYERS, random_ids
 
 from r3 import RolloutRouting, RoutingError
-from r3.routing import check_rows, compact_dtype
+from r3.routing import bad_rows, check_rows, compact_dtype
 
 
 def routing(ids=None, valid=None, **changes) -> RolloutRouting:
@@ -42,6 +45,38 @@ def test_repeated_ids_are_refused_and_all_of_them_counted():
         RoutingError, match=r"11 \(token, layer\) rows(.|\n)*sample 1, position 9, decoder layer 0: \[0"
     ):
         routing(ids)
+
+
+INTEGERS = [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16, torch.int32, torch.int64]
+
+
+@pytest.mark.parametrize("experts", [200, 255, 256, 257, 300, 65536])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_bounds_are_those_of_the_number_of_experts_whatever_the_dtype_holds(dtype, experts):
+    largest = torch.iinfo(dtype).max
+    ids = [
+        [0, 1],
+        [44, 0],
+        [199, 255],
+        [largest, 3],
+        [5, 5],
+        [min(experts, largest), 0],
+        [min(experts - 1, largest), 0],
+    ]
+    expected = [max(row) >= experts or row[0] == row[1] for row in ids]
+    made = torch.tensor([[row] for row in ids], dtype=dtype)
+    assert bad_rows(made, experts)[:, 0].tolist() == expected
+    with pytest.raises(RoutingError, match=rf"^{sum(expected)} \(token, layer\) rows"):
+        RolloutRouting(made[None], torch.ones(1, len(ids), dtype=torch.bool), (0,), experts)
+    right = made[~torch.tensor(expected)][None]
+    kept = RolloutRouting(right, torch.ones(right.shape[:2], dtype=torch.bool), (0,), experts)
+    assert torch.equal(kept.expert_ids.long(), right.long())
+
+
+def test_ids_beyond_64_bits_do_not_come_back_into_range():
+    for big in (1 << 32, (1 << 63) + 1, (1 << 64) - 1):
+        with pytest.raises(RoutingError, match=r"1 \(token, layer\) rows"):
+            RolloutRouting(torch.tensor([[[[big, 3]]]], dtype=torch.uint64), torch.tensor([[True]]), (0,), 8)
 
 
 def test_the_check_sees_every_block(monkeypatch):
@@ -95,6 +130,60 @@ def test_rows_of_ragged_samples_become_a_right_padded_batch():
     assert not made.expert_ids[0, 5:].any()
     with pytest.raises(RoutingError, match="the longest part, 10, got 8"):
         RolloutRouting.cat(samples, length=8)
+
+
+@pytest.mark.parametrize("valid_rows", ["all", "some"])
+@pytest.mark.parametrize("kind", ["torch", "numpy", "shared", "expanded", "view"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_what_is_written_to_the_callers_memory_later_does_not_arrive(dtype, kind, valid_rows):
+    ids, valid = random_ids().to(dtype), torch.ones(2, 10, dtype=torch.bool)
+    valid[0, 3] = valid_rows == "all"
+    if kind == "numpy":
+        ids, valid = torch.from_numpy(ids.numpy()), torch.from_numpy(valid.numpy())
+    elif kind == "shared":
+        ids.share_memory_(), valid.share_memory_()
+    elif kind == "expanded":
+        ids, valid = ids[:1].expand(2, -1, -1, -1), valid[:1].expand(2, -1)
+    elif kind == "view":
+        ids, valid = ids.transpose(0, 1).contiguous().transpose(0, 1), valid.T.contiguous().T
+    expected = ids.long().masked_fill(~valid[..., None, None], 0), valid.clone()
+    made = routing(ids, valid)
+    ids[0].fill_(7)  # repeated in each row
+    valid[0].logical_not_()
+    assert torch.equal(made.expert_ids.long(), expected[0])
+    assert torch.equal(made.valid, expected[1])
+    assert made.rows_valid == int(expected[1].sum())
+
+
+@pytest.mark.parametrize("write", [lambda r: r.expert_ids.fill_(7), lambda r: r.valid[0].zero_()])
+def test_routing_whose_own_memory_was_written_to_is_not_used(write):
+    whole = routing()
+    uses = (
+        lambda r: r.pad(12),
+        lambda r: r.to("meta"),
+        lambda r: r.to_bytes(),
+        lambda r: RolloutRouting.cat([r, routing()]),
+        pickle.dumps,
+        copy.deepcopy,
+    )
+    kept = [use(whole) for use in uses]
+    part = whole.select(slice(0, 1))
+    again = pickle.loads(kept[4]), kept[5], routing(whole.expert_ids, whole.valid)
+    write(whole)
+    for use in uses:
+        for written in (whole, part):
+            with pytest.raises(RoutingError, match="written to after it was checked"):
+                use(written)
+    for unwritten in again:
+        assert torch.equal(unwritten.expert_ids.long(), random_ids())
+        assert unwritten.rows_valid == 20
+
+
+def test_routing_can_be_made_and_read_in_inference_mode():
+    with torch.inference_mode():
+        whole = routing().pad(12)
+        assert torch.equal(RolloutRouting.from_bytes(whole.to_bytes()).expert_ids[:, :10].long(), random_ids())
+    assert whole.valid.sum() == 20
 
 
 def test_select_pad_and_cat_keep_rows_and_versions():

@@ -1,6 +1,7 @@
 """The wire form of routing: it comes back as it went, and bytes that are not it are refused, within bounded memory."""
 
 import contextlib
+import mmap
 import random
 import struct
 import tracemalloc
@@ -134,7 +135,7 @@ def test_runs_of_scrambled_padding_compress_to_little():
 
 def test_ids_are_not_copied_and_no_warning_is_given():
     made = routing((2, 8000, 24, 10), 512, share=1.0)
-    messages = [made.to_bytes(), bytearray(made.to_bytes())]
+    messages = [made.to_bytes(), memoryview(made.to_bytes()).toreadonly()]
     with warnings.catch_warnings(), warning_each_time():
         warnings.simplefilter("error")
         for message in messages:
@@ -151,10 +152,18 @@ def test_ids_are_not_copied_and_no_warning_is_given():
     assert read.expert_ids.sum() > 0  # the memory lives as long as the routing
 
 
-def test_ids_in_rows_that_are_not_valid_are_written_as_zeros():
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("form", ["bytearray", "view", "read-only view", "numpy", "mapped file"])
+def test_memory_that_can_be_written_to_is_not_kept(form, compress, tmp_path):
     made = routing(share=0.5)
-    made.expert_ids[~made.valid] = 3  # as nothing in r3 does
-    assert not RolloutRouting.from_bytes(made.to_bytes()).expert_ids[~made.valid].any()
+    message = bytearray(made.to_bytes(compress=compress))
+    (tmp_path / "message").write_bytes(message)
+    with open(tmp_path / "message", "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        owner = mapped if form == "mapped file" else message
+        given = {"view": memoryview, "read-only view": lambda m: memoryview(m).toreadonly(), "numpy": np.asarray}
+        read = RolloutRouting.from_bytes(given.get(form, lambda m: m)(owner))
+        owner[:] = bytes(len(message))
+    assert same(read, made)
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -191,9 +200,11 @@ def test_ids_are_checked_even_under_right_checksums():
     ("at", "changed", "message"),
     [
         (0, b"\x93NUMPY\x01\x00", "expected a message that starts with"),
-        (8, struct.pack("<H", 2), "format version 1, got 2: written by a newer r3; upgrade"),
-        (8, struct.pack("<H", 0), "format version 1, got 0$"),
-        (10, struct.pack("<H", 8), "flags: expected at most 7, got 8"),
+        (8, struct.pack("<H", 3), r"format version 1 to 2, got 3: written by a newer r3; upgrade"),
+        (8, struct.pack("<H", 0), "format version 1 to 2, got 0$"),
+        (8, struct.pack("<HH", 2, 16), "flags: expected at most 15 in version 2, got 16"),
+        (8, struct.pack("<HH", 2, 7), "flags: expected 8 in version 2, got 7"),
+        (10, struct.pack("<H", 8), "flags: expected at most 7 in version 1, got 8"),
         (12, struct.pack("<I", 1 << 31), "expected a header within"),
         (12, struct.pack("<I", 79), "header: expected one for 2 layers, got 79 bytes"),
         (20, struct.pack("<I", 2), "ids: expected 56 bytes"),

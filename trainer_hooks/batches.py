@@ -12,17 +12,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r3.capture import RolloutBatch
+from r3.errors import CaptureError
 from r3.parallel import IGNORED, Mesh, next_tokens
 from r3.routing import Packing, RolloutRouting, shard
+from r3.routing.checks import require_same_rows
 
 
 @dataclass
 class StepBatch:
-    """The rollouts of a step as tensors, with an advantage and the rollout's number in the step for each."""
+    """The rollouts of a step as tensors, with an advantage and the rollout's number in the step for each.
+
+    Raises:
+        CaptureError: advantages or numbers of more or fewer rollouts.
+    """
 
     batch: RolloutBatch
     advantages: Tensor  # [B]
     sample_ids: Tensor  # [B]
+
+    def __post_init__(self) -> None:
+        rollouts = len(self.batch.input_ids)
+        if self.advantages.shape != (rollouts,) or self.sample_ids.shape != (rollouts,):
+            raise CaptureError(
+                f"expected an advantage and a number of each of {rollouts} rollouts, got "
+                f"{tuple(self.advantages.shape)} and {tuple(self.sample_ids.shape)}"
+            )
 
     @classmethod
     def of(cls, batch: RolloutBatch, advantages: Tensor) -> "StepBatch":
@@ -55,6 +69,9 @@ class Rows:
         advantages: float32; 0 where there is no label.
         sample_ids: int64, which rollout of the step the label is of; 0 where there is no label.
         routing: of the positions' own tokens; None if it was not captured.
+
+    Raises:
+        CaptureError: parts of other [R, N] than `input_ids`.
     """
 
     input_ids: Tensor
@@ -65,6 +82,9 @@ class Rows:
     advantages: Tensor
     sample_ids: Tensor
     routing: RolloutRouting | None = None
+
+    def __post_init__(self) -> None:
+        require_same_rows(tuple(self.input_ids.shape), vars(self), CaptureError)
 
     @classmethod
     def of(cls, part: StepBatch, *, packed: bool) -> "Rows":

@@ -257,7 +257,8 @@ class GRPOTrainer:
         trainer, policy = self.config.trainer, self.policy
         replayed = trainer.policy.fsdp_config.moe_enable_routing_replay
         policy.model.train()
-        totals = dict.fromkeys(("loss", "clipped", "rows_replayed", "rows_live"), 0.0)
+        totals = dict.fromkeys(("loss", "clipped", "rows_replayed", "rows_live", "pairs_live"), 0.0)
+        layers = len(policy.replay.spec.layer_ids) if policy.replay else 0
         norms = []
         for mini in whole.split(-(-len(whole.advantages) // trainer.updates_per_step)):
             # Of all ranks, over which gradients are averaged.
@@ -270,10 +271,11 @@ class GRPOTrainer:
                 (loss / tokens).backward()
                 totals["loss"] += float(loss.detach())
                 totals["clipped"] += float(clipped)
-                # Of tokens, not of padding: `policy.replay.last` counts every row of the padded batch.
-                valid = policy.replay.last.rows_replayed if policy.replay and policy.replay.last else 0
-                totals["rows_replayed"] += valid
-                totals["rows_live"] += int(rows.tokens.sum()) - valid
+                # Live ones of tokens, not of padding: `policy.replay.last` counts every row of the padded batch.
+                last, real = policy.replay.last if policy.replay else None, int(rows.tokens.sum())
+                totals["rows_replayed"] += last.rows_replayed if last else 0
+                totals["rows_live"] += real - (last.rows_replayed if last else 0)
+                totals["pairs_live"] += real * layers - (last.pairs_replayed if last else 0)
             norm = nn.utils.clip_grad_norm_(policy.model.parameters(), trainer.policy.optimizer_config.max_grad_norm)
             norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))  # pyrefly: ignore
             policy.optimizer.step()
@@ -289,6 +291,7 @@ class GRPOTrainer:
             "train/updates": len(norms),
             "routing/rows_replayed": totals["rows_replayed"],
             "routing/rows_live": totals["rows_live"],
+            "routing/pairs_live": totals["pairs_live"],
         }
 
     def _loss(self, found: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

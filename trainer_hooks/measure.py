@@ -27,6 +27,7 @@ from r3.diagnostics import (
     sequence_totals,
 )
 from r3.routing import RolloutRouting
+from r3.routing.validity import by_pair
 from trainer_hooks.batches import Rows, StepBatch
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def coverage(rollouts: Rollouts, batch: RolloutBatch, *, trainer_version: int) -
     """
     told = [rollout.row_versions for rollout in rollouts if rollout.row_versions is not None]
     versions = pad_sequence(told, batch_first=True, padding_value=-1) if len(told) == len(rollouts) else None
-    valid = None if batch.routing is None else batch.routing.valid
+    valid = None if batch.routing is None else batch.routing.validity
     sums = CoverageSums.from_tensors(valid, batch.attention_mask.bool(), versions, trainer_version)
     return {f"routing/{name}": value for name, value in sums.metrics().items()}
 
@@ -129,7 +130,7 @@ class StepGap:
     def add_routing(self, mine: Tensor, margins: Tensor, rollout: RolloutRouting) -> Tensor:
         """Compare two routings where they are. Returns bool `[R, N, L]`, where they chose different experts."""
         layers, experts = rollout.layer_ids, rollout.num_experts
-        theirs, valid = rollout.expert_ids, rollout.valid
+        theirs, valid = rollout.expert_ids, rollout.validity
         sums = (
             RoutingSums.from_tensors(mine, theirs, valid, layer_ids=layers),
             LoadSums.from_tensors(mine, theirs, valid, num_experts=experts, layer_ids=layers),
@@ -137,7 +138,7 @@ class StepGap:
         )
         before, self.layer_ids = self.routing, layers
         self.routing = sums if before is None else (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2])
-        return (mine.sort(-1).values != theirs.sort(-1).values).any(-1) & valid[..., None]
+        return (mine.sort(-1).values != theirs.sort(-1).values).any(-1) & by_pair(valid)
 
     def reduced(self) -> StepGap:
         """Of all ranks, each of which calls this."""

@@ -30,6 +30,8 @@ class OverlapReport:
 def compare_overlap(turns: Sequence[Rollout]) -> OverlapReport:
     """Count the rows of one conversation that a later turn captured differently; the order of slots is ignored.
 
+    Only rows that were captured in every layer are compared.
+
     Raises:
         CaptureError: as `stitch`; also turns without routing.
     """

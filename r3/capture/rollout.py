@@ -12,6 +12,7 @@ from torch import Tensor
 
 from r3.errors import CaptureError, summary
 from r3.routing import RolloutRouting, RoutingSpec
+from r3.routing.checks import require_same_rows
 from r3.routing.types import replace_trusted
 
 
@@ -126,8 +127,9 @@ class Rollout:
         if len(self.weight_versions) != 1 or self.row_versions is None:
             return len(self.weight_versions) > 1
         # Without routing, the tokens that were fed to the model: all but the last.
-        has_row = slice(len(self) - 1) if self.routing is None else self.routing.valid[0].to(self.row_versions.device)
-        return bool((self.row_versions[has_row] < 0).any())
+        told = self.row_versions
+        has_row = slice(len(self) - 1) if self.routing is None else self.routing.captured[0].to(told.device)
+        return bool((told[has_row] < 0).any())
 
     @property
     def weight_version(self) -> int | None:
@@ -145,6 +147,9 @@ class RolloutBatch:
         response_mask: bool, True on sampled tokens.
         logprobs: float32, nats; entry t is of token t. 0 where `response_mask` is False.
         routing: `[B, S, L, K]`; not valid on the last token of each rollout and on padding. None if not captured.
+
+    Raises:
+        CaptureError: parts of other [B, S] than `input_ids`.
     """
 
     input_ids: Tensor
@@ -152,6 +157,9 @@ class RolloutBatch:
     response_mask: Tensor
     logprobs: Tensor
     routing: RolloutRouting | None = None
+
+    def __post_init__(self) -> None:
+        require_same_rows(tuple(self.input_ids.shape), vars(self), CaptureError)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "RolloutBatch":
         """The same batch on `device`."""
@@ -203,7 +211,11 @@ class Rollouts:
         return replace(self, items=items)
 
     def batch(self, pad_token_id: int, *, pin_memory: bool = False) -> RolloutBatch:
-        """All rollouts as one right-padded batch; page-locked if `pin_memory`, its routing without a copy more."""
+        """All rollouts as one right-padded batch; page-locked if `pin_memory`, its routing without a copy more.
+
+        Raises:
+            CaptureError: with a spec, rollouts without routing, or with that of other tokens; without one, any routing.
+        """
         lengths = [len(rollout) for rollout in self.items]
         shape = (len(self.items), max(lengths))
         input_ids = torch.full(shape, pad_token_id)
@@ -216,10 +228,8 @@ class Rollouts:
             attention_mask[b, :length] = 1
             response_mask[b, prompt:length] = rollout.response_mask
             logprobs[b, prompt:length] = rollout.logprobs
-        routing = None
-        if self.spec is not None:
-            parts = [rollout.routing for rollout in self.items if rollout.routing is not None]
-            routing = RolloutRouting.cat(parts, length=shape[1], pin_memory=pin_memory)
+        parts = self._routings()
+        routing = RolloutRouting.cat(parts, length=shape[1], pin_memory=pin_memory) if parts else None
         batch = RolloutBatch(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -228,3 +238,18 @@ class Rollouts:
             routing=routing,
         )
         return batch.pin_memory() if pin_memory else batch
+
+    def _routings(self) -> list[RolloutRouting]:
+        """That of each rollout; none without a spec."""
+        wrong = []
+        for i, rollout in enumerate(self.items):
+            part, expected = rollout.routing, self.spec and (1, len(rollout), len(self.spec.layer_ids), self.spec.top_k)
+            if (part and part.shape) != expected:
+                wrong.append(f"rollout {i}: expected {expected or 'none'}, got {part.shape if part else 'none'}")
+        if wrong:
+            raise CaptureError(
+                f"routing of {len(wrong)} of {len(self.items)} rollouts does not fit the spec. Collect all with that "
+                "spec. To have a rollout routed live, and counted as such, give it spec.without_rows(len(rollout)); "
+                f"where nothing is to be replayed, let the spec be None:{summary(wrong)}"
+            )
+        return [rollout.routing for rollout in self.items if rollout.routing is not None]

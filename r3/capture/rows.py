@@ -13,6 +13,7 @@ from r3.errors import CaptureError
 from r3.routing import RolloutRouting, RoutingSpec, check_rows, compact_dtype
 from r3.routing.checks import MANY_IDS, well_formed
 from r3.routing.types import trusted
+from r3.routing.validity import Counts
 
 _MAX_HEADER_BYTES = 1024  # numpy writes 128 for an integer array of 3 dimensions
 
@@ -110,7 +111,8 @@ def checked_rows(
 ) -> RolloutRouting:
     """`[1, tokens, L, K]` of the layers that have a router, from vLLM's `[rows, decoder layers, K]`.
 
-    Row r of the array belongs to token `start` + r. Tokens without a row, as the last one, are not valid.
+    Row r of the array belongs to token `start` + r. Tokens without a row, as the last one, are not valid, and neither
+    are rows of -1, in the layers that have it.
 
     Args:
         routed_experts: what the engine returned.
@@ -150,11 +152,12 @@ def checked_rows(
         captured.reshape(-1, spec.top_k), spec.num_experts, many=captured.size >= MANY_IDS
     )
     # A layer of zeros repeats id 0, unless there is one slot: then it cannot be told from one that was captured.
-    never = [] if right else [layer for layer in spec.layer_ids if rows and not routed_experts[:, layer].any()]
-    if never and spec.top_k > 1:
+    blank = (0, -1) if spec.top_k > 1 else (-1,)
+    never = [] if right or not rows else [i for i in spec.layer_ids if _all_are(routed_experts[:, i], blank)]
+    if never:
         raise CaptureError(
-            f"decoder layers {never} were never captured (all expert ids are 0). vLLM's CPU build 0.30 does this when "
-            "it compiles: use enforce_eager=True; so do monolithic MoE kernels"
+            f"decoder layers {never} were never captured (all expert ids are 0, or -1). vLLM's CPU build 0.30 does "
+            "this when it compiles: use enforce_eager=True; so do monolithic MoE kernels"
         )
     dense = sorted(set(range(spec.num_layers)) - {*spec.layer_ids, *spec.table_layers})
     routed = [layer for layer in dense if routed_experts[:, layer].any()]
@@ -163,12 +166,20 @@ def checked_rows(
     valid = torch.zeros(1, tokens, dtype=torch.bool)
     valid[:, start : start + rows] = True
     if right:
-        return trusted(expert_ids, valid, spec.layer_ids, spec.num_experts, weight_version, rows)
+        counts = Counts(rows, rows * len(spec.layer_ids))
+        return trusted(expert_ids, valid, spec.layer_ids, spec.num_experts, weight_version, counts)
     # int64 holds what came, whatever its dtype; torch cannot sort all of them.
     wide = torch.zeros(expert_ids.shape, dtype=torch.int64)
     wide[0, start : start + rows] = torch.from_numpy(routed_experts[:, list(spec.layer_ids)].astype(np.int64))
-    check_rows(wide, valid, spec.layer_ids, spec.num_experts, CaptureError)
-    raise CaptureError("rows were found wrong, and then right: a mistake in r3, please report it")
+    signed = routed_experts.dtype.kind == "i"  # the largest id of uint64 is -1 here
+    validity = valid[..., None] & ~((wide == -1).all(-1) & signed)
+    check_rows(wide, validity, spec.layer_ids, spec.num_experts, CaptureError)
+    return RolloutRouting(wide, validity, spec.layer_ids, spec.num_experts, weight_version)
+
+
+def _all_are(ids: np.ndarray, values: tuple[int, ...]) -> bool:
+    """Whether all ids are one of `values`, the same one."""
+    return ids.min() == ids.max() and int(ids.min()) in values
 
 
 def _take_layers(target: np.ndarray, routed_experts: np.ndarray, spec: RoutingSpec) -> bool:

@@ -285,7 +285,7 @@ def _routing(wire: Tensor, tokens: int, spec: RoutingSpec | None, stored: int) -
     if spec is None:
         raise CaptureError("routing without a spec")
     # What compressed ids or a run of validity may claim is bounded by what the rollout needs.
-    limit = (tokens + 1) * (len(spec.layer_ids) * spec.top_k * 4 + 1)
+    limit = (tokens + 1) * (len(spec.layer_ids) * (spec.top_k * 4 + 1) + 1)
     try:
         return RolloutRouting.from_bytes(wire.clone().numpy().tobytes(), max_bytes=limit)
     except RoutingError as error:

@@ -16,6 +16,7 @@ from r3.capture.turns import drift, ids_of, kept_length, require_continued, requ
 from r3.errors import CaptureError
 from r3.routing import RolloutRouting
 from r3.routing.types import replace_trusted
+from r3.routing.validity import in_one_form
 
 Overlap = Literal["earlier", "later"]
 
@@ -28,7 +29,7 @@ def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "earlier", trim: int 
             asked with `routed_experts_prompt_start`, has fewer rows; turns missing at the end are no obstacle.
         overlap: whose row a token gets that several turns captured. The "earlier" one is that under which the
             log-probability after it was computed; the "later" one that which the last turn attended to. See
-            `compare_overlap` for how often they differ.
+            `compare_overlap` for how often they differ. A row that lacks some layers is taken where none is whole.
         trim: how many tokens that a turn sampled last the next prompt may lack: chat templates drop end tokens, for
             one. They are not in the joined rollout, and so not trained on.
 
@@ -139,17 +140,19 @@ def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap)
 
 
 def _pieces(sources: Sequence[_Source], length: int) -> list[_Piece]:
-    """Where the row of each of `length` tokens comes from: the last of the sources that has it."""
+    """Where the row of each of `length` tokens comes from: the last of the sources that has it in every layer, or else
+    the last that has it in some."""
     owner = torch.full((length,), -1)
-    for i, (turn, shared) in enumerate(sources):
-        if turn.routing is not None:
-            owner[:shared].masked_fill_(turn.routing.valid[0, :shared].cpu(), i)
-        else:
-            # No rows, yet versions: those of the tokens that were fed to the model, which the last was not. Nobody
-            # knows how far a turn came that sampled nothing, and nothing hangs on it.
-            fed = min(shared, len(turn) - 1) if _gave(turn) else 0
-            told = slice(fed) if turn.row_versions is None else (turn.row_versions[:fed] >= 0).nonzero()[:, 0]
-            owner[told] = i
+    for has in ("captured", "valid"):
+        for i, (turn, shared) in enumerate(sources):
+            if turn.routing is not None:
+                owner[:shared].masked_fill_(getattr(turn.routing, has)[0, :shared].cpu(), i)
+            else:
+                # No rows, yet versions: those of the tokens that were fed to the model, which the last was not. Nobody
+                # knows how far a turn came that sampled nothing, and nothing hangs on it.
+                fed = min(shared, len(turn) - 1) if _gave(turn) else 0
+                told = slice(fed) if turn.row_versions is None else (turn.row_versions[:fed] >= 0).nonzero()[:, 0]
+                owner[told] = i
     owners, counts = owner.unique_consecutive(return_counts=True)
     bounds = [0, *counts.cumsum(0).tolist()]
     turns = [sources[i].turn if i >= 0 else None for i in owners.tolist()]
@@ -161,16 +164,17 @@ def _joined_rows(pieces: Sequence[_Piece], like: RolloutRouting | None) -> Rollo
     if like is None:
         return None
     length = pieces[-1].end
+    parts = [None if turn is None else turn.routing for turn, _, _ in pieces]
+    forms = iter(in_one_form([rows.validity for rows in parts if rows is not None]))
+    layers = like.shape[2:3] if any(rows is not None and rows.validity.dim() == 3 for rows in parts) else ()
     expert_ids = like.expert_ids.new_empty(1, length, *like.shape[2:])
-    valid = like.valid.new_empty(1, length)
-    versions = set()
-    for turn, begin, end in pieces:
-        rows = None if turn is None else turn.routing
-        expert_ids[0, begin:end] = 0 if rows is None else rows.expert_ids[0, begin:end]
-        valid[0, begin:end] = rows is not None
-        if rows is not None:
-            versions.add(rows.weight_version)
-    return replace_trusted(like, expert_ids, valid, weight_version=versions.pop() if len(versions) == 1 else None)
+    validity = like.validity.new_empty(1, length, *layers)
+    for rows, (_, begin, end) in zip(parts, pieces, strict=True):
+        expert_ids[:, begin:end] = 0 if rows is None else rows.expert_ids[:, begin:end]
+        validity[:, begin:end] = False if rows is None else next(forms)[:, begin:end]
+    versions = {rows.weight_version for rows in parts if rows is not None}
+    version = versions.pop() if len(versions) == 1 else None
+    return replace_trusted(like, expert_ids, validity, weight_version=version)
 
 
 def _joined_versions(pieces: Sequence[_Piece]) -> Tensor:

@@ -52,7 +52,7 @@ def stamp_versions(rollout: Rollout, boundaries: Sequence[tuple[int, int]]) -> R
     routing = rollout.routing
     if routing is not None:
         version = took_part[0] if len(took_part) == 1 else None
-        routing = replace_trusted(routing, routing.expert_ids, routing.valid, weight_version=version)
+        routing = replace_trusted(routing, routing.expert_ids, routing.validity, weight_version=version)
     return replace(rollout, routing=routing, weight_versions=tuple(took_part), row_versions=row_versions)
 
 
@@ -99,9 +99,10 @@ def _of_newest(rollout: Rollout) -> Rollout:
     if routing is None:
         return rollout
     newest = rollout.weight_versions[-1]
-    valid = torch.zeros_like(routing.valid) if told is None else routing.valid & (told == newest).to(routing.device)
-    expert_ids = routing.expert_ids.masked_fill(~valid[..., None, None], 0)
-    return replace(rollout, routing=replace_trusted(routing, expert_ids, valid, weight_version=newest))
+    kept = torch.zeros(1, len(rollout), dtype=torch.bool) if told is None else (told == newest)[None]
+    kept_routing = routing.only(kept.to(routing.device))
+    routing = replace_trusted(routing, kept_routing.expert_ids, kept_routing.validity, weight_version=newest)
+    return replace(rollout, routing=routing)
 
 
 def _told(rollout: Rollout) -> str:

@@ -21,6 +21,7 @@ class CoverageSums(MergeableSums):
 
     rows_captured: int = 0
     rows_invalid: int = 0
+    pairs_missing: int = 0
     version_known: int = 0
     lag_sum: int = 0
     lag_max: float = -math.inf
@@ -38,7 +39,8 @@ class CoverageSums(MergeableSums):
         """Counts of a batch of whole rollouts, one a row, before they are packed or sliced.
 
         Args:
-            valid: bool `[B, S]`, rows whose routing was captured; None if routing was not asked for.
+            valid: bool `[B, S]`, rows whose routing was captured, or `[B, S, L]` where some lack layers; None if
+                routing was not asked for.
             tokens: bool `[B, S]`, False on padding, on either side.
             versions: integer `[B, S]`, the version of the weights that made each row, negative where unknown; None if
                 nobody told.
@@ -50,16 +52,22 @@ class CoverageSums(MergeableSums):
         _check(valid, tokens, versions)
         # The last token of each rollout: no token comes after it.
         has_row = tokens & (tokens.flip(1).cumsum(1).flip(1) > 1)
-        captured = torch.zeros_like(has_row) if valid is None else has_row & valid
+        valid = torch.zeros_like(has_row) if valid is None else valid
+        by_layer = valid if valid.dim() == 3 else valid[..., None]
+        captured = has_row & by_layer.all(-1)
+        missing = ~by_layer & (has_row & by_layer.any(-1))[..., None]
         known = torch.zeros_like(has_row) if versions is None else has_row & (versions >= 0)
         lag = torch.zeros_like(has_row, dtype=torch.int64) if versions is None else trainer_version - versions.long()
         lowest = torch.iinfo(torch.int64).min
         largest = lag.masked_fill(~known, lowest).max() if lag.numel() else torch.tensor(lowest, device=tokens.device)
-        totals = [captured.sum(), has_row.sum(), known.sum(), lag.masked_fill(~known, 0).sum(), largest]
-        rows_captured, rows, version_known, lag_sum, lag_max = torch.stack(totals).tolist()
+        totals = [captured, has_row, missing, known, lag.masked_fill(~known, 0)]
+        rows_captured, rows, pairs_missing, version_known, lag_sum, lag_max = torch.stack(
+            [*(total.sum() for total in totals), largest]
+        ).tolist()
         return cls(
             rows_captured=rows_captured,
             rows_invalid=rows - rows_captured,
+            pairs_missing=pairs_missing,
             version_known=version_known,
             lag_sum=lag_sum,
             lag_max=float(lag_max) if version_known else -math.inf,
@@ -71,15 +79,16 @@ class CoverageSums(MergeableSums):
 
     def as_tensor(self) -> torch.Tensor:
         """The fields in their order, float64; only the last merges by maximum."""
-        totals = [self.rows_captured, self.rows_invalid, self.version_known, self.lag_sum, self.lag_max]
-        return torch.tensor(totals, dtype=torch.float64)
+        totals = [self.rows_captured, self.rows_invalid, self.pairs_missing, self.version_known, self.lag_sum]
+        return torch.tensor([*totals, self.lag_max], dtype=torch.float64)
 
     def with_totals(self, totals: torch.Tensor) -> Self:
         *counts, lag_max = totals.tolist()
-        rows_captured, rows_invalid, version_known, lag_sum = map(int, counts)
+        rows_captured, rows_invalid, pairs_missing, version_known, lag_sum = map(int, counts)
         return type(self)(
             rows_captured=rows_captured,
             rows_invalid=rows_invalid,
+            pairs_missing=pairs_missing,
             version_known=version_known,
             lag_sum=lag_sum,
             lag_max=lag_max,
@@ -93,9 +102,10 @@ class CoverageSums(MergeableSums):
     def metrics(self) -> dict[str, float]:
         """Counts are 0 and the rest is NaN when there are no rows, or none of a known version.
 
-        `coverage`          rows whose routing was captured, over all rows that the rollouts have
+        `coverage`          rows whose routing was captured in every layer, over all rows that the rollouts have
         `rows_captured`, `rows_invalid`
                             those, and the other ones
+        `pairs_missing`     (row, layer) pairs that were not captured, of rows that were captured in other layers
         `version_lag_mean`  mean over rows of known version of trainer_version - version
         `version_lag_max`   the largest
         `version_unknown`   rows of which nobody told the version
@@ -105,6 +115,7 @@ class CoverageSums(MergeableSums):
             "coverage": self.rows_captured / rows if rows else math.nan,
             "rows_captured": float(self.rows_captured),
             "rows_invalid": float(self.rows_invalid),
+            "pairs_missing": float(self.pairs_missing),
             "version_lag_mean": self.lag_sum / known if known else math.nan,
             "version_lag_max": self.lag_max if known else math.nan,
             "version_unknown": float(rows - known),
@@ -121,7 +132,8 @@ def _check(valid: torch.Tensor | None, tokens: torch.Tensor, versions: torch.Ten
             problems.append(
                 f"{name}: expected {'integers' if name == 'versions' else 'torch.bool'}, got {tensor.dtype}"
             )
-        if tensor.dim() != 2 or tensor.shape != tokens.shape:
+        shape = tensor.shape[:2] if name == "valid" and tensor.dim() == 3 else tensor.shape
+        if tokens.dim() != 2 or shape != tokens.shape:
             problems.append(f"{name}: expected [B, S] as `tokens` is, {list(tokens.shape)}, got {list(tensor.shape)}")
         if tensor.device != tokens.device:
             problems.append(f"{name}: expected on {tokens.device}, got {tensor.device}; move it first")

@@ -54,13 +54,14 @@ class LoadSums(MergeableSums):
         layer = torch.arange(n_layers, device=live.device, dtype=torch.int32) * num_experts
         for block in pair.blocks():
             for side, (name, ids) in enumerate((("live", block.live), ("replayed", block.replayed))):
-                lowest, highest = torch.stack(ids.aminmax()).tolist()
+                lowest, highest = torch.stack(block.left_out(ids, 0).aminmax()).tolist()
                 if lowest < 0 or highest >= num_experts:
                     raise DiagnosticsError(
                         f"{name}: expected expert ids from 0 to {num_experts - 1} in every valid row, got {lowest} to "
                         f"{highest}; mark rows that were not captured as invalid"
                     )
-                counts[side] += counts_of(ids + layer, n_layers * num_experts)
+                bins = block.left_out(ids + layer, n_layers * num_experts)
+                counts[side] += counts_of(bins, n_layers * num_experts + 1)[:-1]
         return cls(counts=counts.cpu().view(2, n_layers, num_experts), layer_ids=pair.layers)
 
     @property

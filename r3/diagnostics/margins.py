@@ -55,9 +55,9 @@ class MarginSums(MergeableSums):
         bad = torch.zeros((), dtype=torch.int64, device=live.device)
         for block in pair.blocks():
             values = rows.index_select(0, block.where).double()
-            bad += (~(values >= 0)).sum()
+            bad += block.left_out(~(values >= 0), False).sum()
             differs = common(block) < pair.slots
-            counts += counts_of(bin_of(values) + BINS * differs, 2 * BINS)
+            counts += counts_of(block.left_out(bin_of(values) + BINS * differs, 2 * BINS), 2 * BINS + 1)[:-1]
         n_bad, *found = torch.cat([bad[None], counts]).tolist()
         if n_bad:
             raise DiagnosticsError(

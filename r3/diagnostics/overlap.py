@@ -22,11 +22,19 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 class Block(NamedTuple):
-    """Valid rows `where` (int64 `[m]`, of the flattened [...]), and their ids on both sides, `[K, m, L]`."""
+    """Valid rows `where` (int64 `[m]`, of the flattened [...]), and their ids on both sides, `[K, m, L]`.
+
+    `missing`: bool `[m, L]`, the layers that rows lack, whose ids do not matter; None if all rows are whole.
+    """
 
     where: torch.Tensor
     live: torch.Tensor
     replayed: torch.Tensor
+    missing: torch.Tensor | None
+
+    def left_out(self, values: torch.Tensor, fill: int | bool) -> torch.Tensor:
+        """`[..., m, L]` with `fill` where a layer is missing."""
+        return values if self.missing is None else values.masked_fill(self.missing, fill)
 
 
 class RoutingPair:
@@ -34,12 +42,12 @@ class RoutingPair:
 
     Args:
         live, replayed: expert ids `[..., L, K]`, uint8, int16, int32 or int64, not necessarily the same.
-        valid: bool `[...]`.
+        valid: bool `[...]`, or `[..., L]` where rows are valid in some layers only.
         layer_ids: the L decoder-layer numbers, 0 to L - 1 by default.
 
     Attributes:
         layers, slots: the layer numbers, and K.
-        where: int64, the valid rows of the flattened [...].
+        where: int64, the rows of the flattened [...] that are valid in one layer or more.
 
     Raises:
         DiagnosticsError: unequal shapes, other dtypes or devices, layer numbers that are repeated or negative.
@@ -57,8 +65,10 @@ class RoutingPair:
             )
         self._sides = [side.reshape(-1, n_layers, self.slots) for side in (live, replayed)]
         self._dtype = torch.promote_types(live.dtype, replayed.dtype)
-        self._valid = valid
-        self.where = valid.flatten().nonzero()[:, 0]
+        by_layer = valid.shape == live.shape[:-1]
+        self._valid = valid.any(-1) if by_layer else valid
+        self._missing = ~valid.reshape(-1, n_layers) if by_layer else None
+        self.where = self._valid.flatten().nonzero()[:, 0]
 
     def blocks(self) -> Iterator[Block]:
         """All valid rows, in order."""
@@ -67,7 +77,8 @@ class RoutingPair:
             live, replayed = (
                 side.index_select(0, where).to(self._dtype).movedim(-1, 0).contiguous() for side in self._sides
             )
-            yield Block(where, live, replayed)
+            missing = None if self._missing is None else self._missing.index_select(0, where)
+            yield Block(where, live, replayed, missing)
 
     def require_distinct(self) -> None:
         """Raise `DiagnosticsError` for valid rows with negative or repeated ids, the first of them by place.
@@ -77,7 +88,8 @@ class RoutingPair:
         for name, side in zip(("live", "replayed"), self._sides, strict=True):
             ids = side.index_select(0, self.where)
             ordered = ids.sort(-1).values
-            bad = ((ordered[..., 0] < 0) | (ordered[..., 1:] == ordered[..., :-1]).any(-1)).nonzero()
+            wrong = (ordered[..., 0] < 0) | (ordered[..., 1:] == ordered[..., :-1]).any(-1)
+            bad = (wrong if self._missing is None else wrong & ~self._missing.index_select(0, self.where)).nonzero()
             places = self._valid.nonzero()[bad[:SHOWN, 0]].tolist()
             shown = [
                 f"at {tuple(place)}, layer {self.layers[i]}: {ids[n, i].tolist()}"
@@ -100,19 +112,22 @@ def common(block: Block) -> torch.Tensor:
     return found.clamp_max(len(block.live))
 
 
-def impossible(ids: torch.Tensor) -> torch.Tensor:
-    """How many rows of `[K, m, L]` have negative or repeated ids; a tensor, so that nobody waits for it."""
-    found = ids.amin(0) < 0
-    for slot in range(1, len(ids)):
-        found |= (ids[:slot] == ids[slot]).view(torch.uint8).sum(0, dtype=torch.uint8) > 0
-    return found.sum()
+def impossible(block: Block) -> torch.Tensor:
+    """How many (row, layer) pairs have negative or repeated ids on a side; a tensor, so that nobody waits for it."""
+    total = torch.zeros((), dtype=torch.int64, device=block.where.device)
+    for ids in (block.live, block.replayed):
+        found = ids.amin(0) < 0
+        for slot in range(1, len(ids)):
+            found |= (ids[:slot] == ids[slot]).view(torch.uint8).sum(0, dtype=torch.uint8) > 0
+        total += block.left_out(found, False).sum()
+    return total
 
 
 def _check(live: torch.Tensor, replayed: torch.Tensor, valid: torch.Tensor) -> None:
     problems = []
-    if live.shape != replayed.shape or live.dim() < 2 or live.shape[:-2] != valid.shape:
+    if live.shape != replayed.shape or live.dim() < 2 or valid.shape not in (live.shape[:-2], live.shape[:-1]):
         shapes = f"live {list(live.shape)}, replayed {list(replayed.shape)}, valid {list(valid.shape)}"
-        problems.append(f"shapes: expected [..., L, K] twice and valid [...], got {shapes}")
+        problems.append(f"shapes: expected [..., L, K] twice and valid [...] or [..., L], got {shapes}")
     elif 0 in live.shape[-2:] or live.shape[-1] > 255:
         limits = "at least one layer and one slot, and at most 255 slots"
         problems.append(f"shapes: expected {limits}, got [..., L, K] = {list(live.shape)}")

@@ -26,8 +26,9 @@ def compare_routing(
     """Share of tokens and layers where two routings choose different sets of experts; the order of slots is ignored.
 
     `live` and `replayed` are expert ids `[..., L, K]`, uint8, int16, int32 or int64, not necessarily the same; `valid`
-    is bool `[...]`, and only rows where it is true count. `layer_ids` are the L decoder-layer numbers (default 0 to
-    L - 1). See `RoutingSums.metrics` for the names, and `RoutingSums` to merge micro-batches and ranks.
+    is bool `[...]`, or `[..., L]` where rows lack some layers, and only what is valid counts. `layer_ids` are the L
+    decoder-layer numbers (default 0 to L - 1). See `RoutingSums.metrics` for the names, and `RoutingSums` to merge
+    micro-batches and ranks.
 
     Raises `DiagnosticsError` for unequal shapes, other dtypes, and valid rows with negative or repeated ids.
 
@@ -65,13 +66,14 @@ class RoutingSums(MergeableSums):
         bad, differing, reordered = torch.zeros(3, dtype=torch.int64, device=live.device)
         layer = torch.arange(n_layers, device=live.device, dtype=torch.int32) * (slots + 1)
         for block in pair.blocks():
-            bad += impossible(block.live) + impossible(block.replayed)
+            bad += impossible(block)
             found = common(block)
-            shared += counts_of(found + layer, len(shared))
-            same = found == slots
+            # What is missing goes beyond the last bin, and then counts as the same.
+            shared += counts_of(block.left_out(found + layer, len(shared)), len(shared) + 1)[:-1]
+            same = block.left_out(found == slots, True)
             differing += (~same).any(-1).sum()
             in_order = (block.live == block.replayed).view(torch.uint8).sum(0, dtype=torch.uint8) == slots
-            reordered += (same & ~in_order).sum()
+            reordered += (same & ~block.left_out(in_order, True)).sum()
         n_bad, n_differing, n_reordered, *counts = torch.cat(
             [torch.stack([bad, differing, reordered]), shared]
         ).tolist()
@@ -123,26 +125,31 @@ class RoutingSums(MergeableSums):
     def metrics(self) -> dict[str, float]:
         """Disagreement between the two routings; all but `rows` are NaN when there are no rows.
 
-        `rows`                     valid rows, that is, tokens
+        `rows`                     rows, that is, tokens, that are valid in one layer or more
         `differing_rows`           share of (token, layer) pairs whose sets of experts differ
         `differing_rows/layer_NN`  the same for decoder layer NN (two digits or more)
         `differing_tokens`         share of tokens that differ in at least one layer
         `jaccard`                  mean over (token, layer) pairs of |A and B| / |A or B|
         `order_differs`            share of (token, layer) pairs with equal sets whose slots are in another order
         """
-        n, n_layers, slots = self.rows, len(self.layer_ids), len(self.shared[0]) - 1
-        differing = [n - layer[slots] for layer in self.shared]
+        n, slots = self.rows, len(self.shared[0]) - 1
+        counts = [sum(layer) for layer in self.shared]
+        pairs = sum(counts)
+        differing = [count - layer[slots] for count, layer in zip(counts, self.shared, strict=True)]
         union = [2 * slots - common for common in range(slots + 1)]
         overlap = math.fsum(
             count * common / union[common] for layer in self.shared for common, count in enumerate(layer)
         )
         return {
             "rows": float(n),
-            "differing_rows": _share(sum(differing), n * n_layers),
+            "differing_rows": _share(sum(differing), pairs),
             "differing_tokens": _share(self.differing_tokens, n),
-            "jaccard": _share(overlap, n * n_layers),
-            "order_differs": _share(self.order_differs, n * n_layers),
-        } | {f"differing_rows/layer_{i:02d}": _share(d, n) for i, d in zip(self.layer_ids, differing, strict=True)}
+            "jaccard": _share(overlap, pairs),
+            "order_differs": _share(self.order_differs, pairs),
+        } | {
+            f"differing_rows/layer_{i:02d}": _share(d, count)
+            for i, d, count in zip(self.layer_ids, differing, counts, strict=True)
+        }
 
 
 def _share(part: float, whole: int) -> float:

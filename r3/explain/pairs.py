@@ -9,6 +9,7 @@ import torch
 
 from r3.capture import Rollout, Rollouts, SamplingSettings, load_rollouts, saved_settings
 from r3.diagnostics import LogprobSums, RoutingSums
+from r3.routing.validity import in_one_form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +20,8 @@ class Side:
         rollouts, tokens: numbers of them; tokens are sampled ones.
         length_mean: sampled tokens a rollout.
         logprob_mean: of the sampled tokens, nats.
-        coverage: rows of routing that are valid, over rows that a rollout has (all tokens but the last); NaN without
-            routing.
+        coverage: rows of routing that are valid in every layer, over rows that a rollout has (all tokens but the last);
+            NaN without routing.
         versions: of the weights, ascending.
         failed: responses that could not be used.
         settings: under which it was sampled.
@@ -141,11 +142,9 @@ def _routing(
     if first.spec != second.spec:
         notes.append(f"routing cannot be compared: {first.spec} in one, {second.spec} in the other")
         return {}
-    sums = [
-        RoutingSums.from_tensors(
-            a.routing.expert_ids, b.routing.expert_ids, a.routing.valid & b.routing.valid, layer_ids=a.routing.layer_ids
-        )
-        for a, b in pairs
-        if a.routing is not None and b.routing is not None
-    ]
+    sums = []
+    for one, other in ((a.routing, b.routing) for a, b in pairs):
+        if one is not None and other is not None:
+            valid = torch.stack(in_one_form([one.validity, other.validity])).all(0)
+            sums.append(RoutingSums.from_tensors(one.expert_ids, other.expert_ids, valid, layer_ids=one.layer_ids))
     return sum(sums[1:], sums[0]).metrics() if sums else {}

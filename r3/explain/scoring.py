@@ -18,6 +18,7 @@ from r3.errors import DiagnosticsError
 from r3.explain.distributions import Distribution, score, signed_mass
 from r3.replay import attach, record
 from r3.routing import RolloutRouting, RoutingSpec
+from r3.routing.types import replace_trusted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +198,10 @@ class _Inputs:
         assert self.rows is not None
         if not rows:
             return self.rows
-        ids, valid = self.rows.expert_ids.roll(-rows, 1), self.rows.valid.roll(-rows, 1)
-        valid[:, slice(-rows, None) if rows > 0 else slice(0, -rows)] = False
-        valid &= self.attention_mask.bool().cpu()
-        return RolloutRouting(ids, valid, self.rows.layer_ids, self.rows.num_experts)
+        kept = self.attention_mask.bool().cpu()
+        kept[:, slice(-rows, None) if rows > 0 else slice(0, -rows)] = False
+        ids, validity = self.rows.expert_ids.roll(-rows, 1), self.rows.validity.roll(-rows, 1)
+        return replace_trusted(self.rows, ids, validity, weight_version=None).only(kept)
 
     @torch.no_grad()
     def logits(self, model: Any, view: View) -> Tensor:
@@ -233,17 +234,9 @@ def scored(rollout: Rollout) -> Tensor:
 
 def _rows(rollout: Rollout, spec: RoutingSpec) -> RolloutRouting:
     """The rollout's routing on the CPU; without any, rows that are all routed live."""
-    if rollout.routing is not None:
-        return rollout.routing.to("cpu")
-    shape = (1, len(rollout), len(spec.layer_ids), spec.top_k)
-    return RolloutRouting(
-        torch.zeros(shape, dtype=torch.int64),
-        torch.zeros(shape[:2], dtype=torch.bool),
-        spec.layer_ids,
-        spec.num_experts,
-    )
+    return spec.without_rows(len(rollout)) if rollout.routing is None else rollout.routing.to("cpu")
 
 
 def _agreement(live: RolloutRouting, saved: RolloutRouting) -> RoutingSums:
     saved = saved.layers(live.layer_ids)
-    return RoutingSums.from_tensors(live.expert_ids, saved.expert_ids, saved.valid, layer_ids=live.layer_ids)
+    return RoutingSums.from_tensors(live.expert_ids, saved.expert_ids, saved.validity, layer_ids=live.layer_ids)

@@ -23,7 +23,7 @@ def next_tokens(input_ids: Tensor, position_ids: Tensor) -> Tensor:
             with multimodal rope.
     """
     position_ids = text_positions(position_ids)
-    labels = input_ids.roll(-1, dims=1)
+    labels = input_ids.long().roll(-1, dims=1)
     goes_on = position_ids.roll(-1, dims=1) == position_ids + 1
     goes_on[:, -1] = False
     return labels.masked_fill(~goes_on, IGNORED)
@@ -36,7 +36,12 @@ def token_logprobs(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) 
         logits: `[B, S, V]`, of this rank's slice.
         labels: int64 `[B, S]`, sliced like the input.
         temperature: the logits are divided by it, as at sampling.
+
+    Raises:
+        ParallelError: labels of another dtype; uint8 takes 156 for -100.
     """
+    if labels.dtype != torch.int64:
+        raise ParallelError(f"labels: expected torch.int64, got {labels.dtype}; use labels.long()")
     wanted = labels != IGNORED
     found = -F.cross_entropy(logits[wanted].float() / temperature, labels[wanted], reduction="none")
     return torch.zeros(labels.shape, dtype=found.dtype, device=found.device).masked_scatter(wanted, found)

@@ -55,9 +55,10 @@ class Replay:
         self._instrument.release()
 
     def routing(self, expert_ids: Tensor) -> RolloutRouting:
-        """`RolloutRouting` of an integer tensor `[B, S, L, K]` in which rows of -1 are not valid.
+        """`RolloutRouting` of an integer tensor `[B, S, L, K]` in which rows of -1, also of some layers, are not valid.
 
-        L counts the layers that have a router, or all decoder layers, of which those without a router are dropped.
+        L counts the layers that have a router, or all decoder layers, of which those without a router are dropped. An
+        unsigned tensor has no -1: all its rows are valid.
         """
         columns = expert_ids.shape[2] if expert_ids.dim() == 4 else -1
         layer_ids, num_layers = self.spec.layer_ids, self.spec.num_layers
@@ -68,8 +69,9 @@ class Replay:
                 f"{KEYWORD}: expected [B, S, L, K] with L = {len(layer_ids)} layers that have a router (or all "
                 f"{num_layers} decoder layers), got {tuple(expert_ids.shape)}"
             )
-        valid = ~(expert_ids == -1).flatten(2).all(-1)
-        return RolloutRouting(expert_ids, valid, layer_ids, self.spec.num_experts)
+        # torch takes 255 of uint8, an expert's id, for -1.
+        missing = expert_ids == -1 if expert_ids.dtype.is_signed else torch.zeros_like(expert_ids, dtype=torch.bool)
+        return RolloutRouting(expert_ids, ~missing.all(-1), layer_ids, self.spec.num_experts)
 
     @torch.compiler.disable  # looks at values: would only break the graph
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -102,10 +104,20 @@ class Replay:
             routing = routing.layers(spec.layer_ids)
         routing = routing.to(tokens.device, non_blocking=True)
         self._instrument.to(tokens.device)
-        rows_live = routing.valid.numel() - routing.rows_valid
-        # With the number known, the device finds the rows and the host need not wait.
-        live = torch.nonzero_static(~routing.valid.flatten(), size=rows_live)[:, 0] if rows_live else None
-        return Call(ids=routing.expert_ids.flatten(0, 1), live=live)
+        ids, valid = routing.expert_ids.flatten(0, 1), routing.validity.flatten(0, 1)
+        rows_live = len(ids) - routing.rows_valid
+        live = ~valid if rows_live else None
+        if live is not None and live.dim() == 1:
+            # With the number known, the device finds the rows and the host need not wait.
+            live = torch.nonzero_static(live, size=rows_live)[:, 0]
+        report = ForwardReport(
+            rows_replayed=routing.rows_valid,
+            rows_live=rows_live,
+            pairs_replayed=routing.pairs_valid,
+            pairs_live=len(ids) * len(spec.layer_ids) - routing.pairs_valid,
+            routers=len(spec.layer_ids),
+        )
+        return Call(ids, live, report)
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -122,20 +134,16 @@ class Replay:
                 "expected every router to be replayed in a forward. These did not run; a replaced block bypasses them "
                 f"(use_kernels=True, for one):{summary(bypassed)}"
             )
-        rows_live = 0 if call.live is None else len(call.live)
-        activity.report = ForwardReport(
-            rows_replayed=len(call.ids) - rows_live,
-            rows_live=rows_live,
-            routers=len(choosers),
-        )
+        activity.report = call.report
 
 
 def attach(model: nn.Module, *, required: bool = False) -> Replay:
     """Make `model` replay routing: `model(..., routed_experts=routing)`. Before or after FSDP2 wrapping.
 
     `routing` is a `RolloutRouting` or an integer tensor `[B, S, L, K]` in which rows of -1 are not valid; its `[B, S]`
-    equals that of `input_ids`. Rows that are not valid are routed live. A forward without the keyword is not touched.
-    One whose positions do not fit the images beside them raises: see "Images" in docs/parallel.md.
+    equals that of `input_ids`. Rows that are not valid are routed live, those that lack some layers in these alone. A
+    forward without the keyword is not touched. One whose positions do not fit the images beside them raises: see
+    "Images" in docs/parallel.md.
 
     Args:
         model: a transformers model, or a wrapper around one.

@@ -39,10 +39,19 @@ def tokens_of(args: tuple, kwargs: dict) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardReport:
-    """What one replayed forward did: rows (tokens) replayed, rows routed live, routers that fired."""
+    """What one replayed forward did.
+
+    Attributes:
+        rows_replayed: rows (tokens) replayed in every layer.
+        rows_live: the other rows, padding among them.
+        pairs_replayed, pairs_live: the same by (token, layer): rows that lack some layers are replayed in the others.
+        routers: those that fired.
+    """
 
     rows_replayed: int
     rows_live: int
+    pairs_replayed: int
+    pairs_live: int
     routers: int
 
 
@@ -53,13 +62,15 @@ class Call:
 
     Attributes:
         ids: integer `[T, L, K]`, a column for each router of the model.
-        live: int64 `[R]`, the rows that are routed live, or None if there are none.
+        live: int64 `[R]`, the rows that are routed live, or None if there are none; bool `[T, L]` where layers differ.
+        report: what it will have done when all routers have replayed it.
         token: what routers keep to say that they replayed it; the call itself would keep its ids in memory.
     """
 
-    def __init__(self, ids: Tensor, live: Tensor | None) -> None:
+    def __init__(self, ids: Tensor, live: Tensor | None, report: ForwardReport) -> None:
         self.ids = ids
         self.live = live
+        self.report = report
         self.token = Token()
 
 
@@ -206,6 +217,12 @@ class Chooser:
         else:
             self.last.token = token
 
+    def _mine(self, of_layers: Tensor) -> Tensor:
+        """This router's `[T, ...]` of `[T, L, ...]`."""
+        if torch.compiler.is_compiling():
+            return of_layers.index_select(1, self.column).squeeze(1)
+        return of_layers[:, self.index]
+
     def run(self, original, module: nn.Module, args: tuple, kwargs: dict):
         """Run `original`, the method of `module` that chooses, under the call and the tape of this thread."""
         call, tape = self._call(), self._activity.tape
@@ -213,11 +230,9 @@ class Chooser:
             return original(module, *args, **kwargs)
         ids = live = None
         if call is not None:
-            live = call.live
-            if torch.compiler.is_compiling():
-                ids = call.ids.index_select(1, self.column).squeeze(1)
-            else:
-                ids = call.ids[:, self.index]
+            ids, live = self._mine(call.ids), call.live
+            if live is not None and live.dim() == 2:
+                live = self._mine(live)
         margins = tape.margins if tape is not None else None
         mode = TopKSubstitution(self.choice, ids, live, self.site, margins=margins is not None)
         with mode:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from r3.errors import ReplayError, summary
 from r3.replay.instrument import Activity, Instrument, Tape, tokens_of
-from r3.routing import RolloutRouting, compact_dtype
+from r3.routing import RolloutRouting, check_rows, compact_dtype
 from r3.routing.positions import ModelInputs
+from r3.routing.types import trusted
 
 
 class Recorder:
@@ -50,7 +51,8 @@ class Recorder:
         if self._routing is None:
             ids = self.expert_ids.to("cpu")
             valid = torch.ones(ids.shape[:2], dtype=torch.bool)
-            self._routing = RolloutRouting(ids, valid, self._spec.layer_ids, self._spec.num_experts)
+            check_rows(ids, valid, self._spec.layer_ids, self._spec.num_experts)
+            self._routing = trusted(ids, valid, self._spec.layer_ids, self._spec.num_experts, None)
         return self._routing
 
     @property

@@ -59,12 +59,15 @@ def with_live_rows(ids: Tensor, scores: Tensor, rows: Tensor, search: Search) ->
     Args:
         ids: integer `[T, K]`; what they are in `rows` does not matter.
         scores: floating `[..., E]` of T tokens, those that the router chooses by.
-        rows: int64 `[R]`, distinct.
+        rows: int64 `[R]`, distinct; or bool `[T]`, where their number is not known: then the search is of all rows.
         search: the router's choice.
 
     Returns:
         int64 `[T, K]`.
     """
+    if rows.dtype == torch.bool:
+        _, live = search(scores.detach().flatten(0, -2))
+        return torch.where(rows[:, None], live, ids.long())
     _, live = search(scores.detach().flatten(0, -2).index_select(0, rows))
     return ids.long().index_copy(0, rows, live)
 
@@ -77,13 +80,15 @@ def search_rows(scores: Tensor, k: int, rows: Tensor | None, search: Search) -> 
     Args:
         scores: floating `[T, ..., E]`.
         k: entries that the top-k returns.
-        rows: int64 `[R]`, or None for no row.
+        rows: int64 `[R]`, or None for no row; or bool `[T]`, and the search is of all.
         search: the top-k.
 
     Returns:
         values `[T, ..., k]`, detached, and int64 indices `[T, ..., k]`.
     """
     scores = scores.detach()
+    if rows is not None and rows.dtype == torch.bool:
+        return search(scores)
     values = scores.narrow(-1, 0, k)
     indices = torch.arange(k, device=scores.device).expand(values.shape)
     if rows is None:

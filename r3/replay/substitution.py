@@ -88,7 +88,7 @@ class TopKSubstitution(TorchFunctionMode):
         choice: which `topk` it is.
         ids: integer `[T, K]`, or None to let the live choice stand.
         live: int64 `[R]`, the rows that take the live choice, or None if there are none. The router searches for the
-            best in these alone.
+            best in these alone. Or bool `[T]`; it then searches in all.
         site: the router, for errors.
         margins: whether to note how close a live choice was, for a second `topk` over the same scores.
 

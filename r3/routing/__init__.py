@@ -2,8 +2,9 @@
 
 from r3.routing.checks import bad_rows, check_rows
 from r3.routing.layout import Packing, pad, shard, unshard
+from r3.routing.spec import RoutingSpec, compact_dtype
 from r3.routing.transfer import prefetch
-from r3.routing.types import RolloutRouting, RoutingSpec, compact_dtype
+from r3.routing.types import RolloutRouting
 
 __all__ = [
     "Packing",

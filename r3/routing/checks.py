@@ -3,8 +3,9 @@
 Nearly all routing is right, so on the CPU a fast verdict comes first, and only where it is bad are the rows looked for.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +16,16 @@ from r3.errors import SHOWN, RoutingError, summary
 _BLOCK_IDS = 1 << 24  # ids looked at in one go: bounds the extra memory
 _CACHED_BYTES = 1 << 18  # ids whose columns, and results of comparing them, stay in a core's cache
 MANY_IDS = 1 << 18  # from here on a compiled check is worth its start
+_LONG = (torch.int64, torch.uint32, torch.uint64)
 _RUN_ROWS = 64  # mean length of runs of valid rows from which slices are faster than a gather
 
 
 def bad_rows(ids: Tensor, num_experts: int) -> Tensor:
     """`[R, L]` bool: rows of integer `[R, L, K]` with an id outside [0, num_experts) or an id that occurs twice."""
-    wide = ids if ids.dtype == torch.uint8 else ids.to(torch.int64 if ids.dtype == torch.int64 else torch.int32)
-    bad = (wide.amax(-1) >= num_experts) | (wide.amin(-1) < 0)
+    # torch orders no unsigned dtype but uint8. An id above the largest int64 becomes negative, and bad all the same.
+    wide = ids if ids.dtype == torch.uint8 else ids.to(torch.int64 if ids.dtype in _LONG else torch.int32)
+    # torch compares with the bound as the ids' dtype holds it: with 0 for 256 and uint8.
+    bad = (wide.amax(-1).long() >= num_experts) | (wide.amin(-1) < 0)
     if ids.shape[-1] > 1:
         ordered = wide.sort(dim=-1).values
         bad |= (ordered[..., 1:] == ordered[..., :-1]).any(-1)
@@ -102,7 +106,7 @@ def check_rows(
 
     Args:
         expert_ids: integer `[B, S, L, K]`.
-        valid: bool `[B, S]`; rows that are not valid are not looked at.
+        valid: bool `[B, S]` or `[B, S, L]`; what is not valid is not looked at.
         layer_ids: decoder layer of each of the L columns, for the message.
         num_experts: E.
         error: class to raise.
@@ -112,11 +116,14 @@ def check_rows(
     """
     if not expert_ids.numel():
         return
-    rows = expert_ids.reshape(-1, *expert_ids.shape[2:])
+    # Of one token, or of one pair: what can be valid by itself.
+    length, layers, slots = expert_ids.shape[1:]
+    columns = layers if valid.dim() == 2 else 1
+    rows = expert_ids.reshape(-1, columns, slots)
     many = rows.numel() >= MANY_IDS
     found: list[tuple[int, int]] = []
     total = 0
-    for index in row_blocks(valid.reshape(-1), expert_ids.shape[2] * expert_ids.shape[3]):
+    for index in row_blocks(valid.reshape(-1), columns * slots):
         block = rows[index]
         if block.device.type == "cpu":
             ids = block.reshape(-1, block.shape[-1]).numpy()
@@ -128,16 +135,34 @@ def check_rows(
             found.append((index.start + r if isinstance(index, slice) else int(index[r]), column))
     if not total:
         return
-    length = expert_ids.shape[1]
-    lines = [
-        f"sample {row // length}, position {row % length}, decoder layer {layer_ids[column]}: "
-        f"{rows[row, column].tolist()}"
-        for row, column in found
-    ]
+    lines = []
+    for row, column in found:
+        token, layer = divmod(row * columns + column, layers)
+        lines.append(
+            f"sample {token // length}, position {token % length}, decoder layer {layer_ids[layer]}: "
+            f"{rows[row, column].tolist()}"
+        )
     raise error(
-        f"{total} (token, layer) rows of routing are not {expert_ids.shape[-1]} distinct expert ids in "
+        f"{total} (token, layer) rows of routing are not {slots} distinct expert ids in "
         f"[0, {num_experts}). Rows that were not captured must be marked invalid, never filled. Found:{summary(lines)}"
     )
+
+
+def require_same_rows(expected: tuple[int, ...], parts: Mapping[str, Any], error: type[Exception]) -> None:
+    """Raise unless each of `parts` that is not None has the rows of the others: nothing of one may come to another.
+
+    Args:
+        expected: [B, S].
+        parts: tensors of that shape, and routing or tensors that have more dimensions after it.
+        error: class to raise.
+    """
+    wrong = [
+        f"{name}: {list(part.shape)}"
+        for name, part in parts.items()
+        if part is not None and (len(expected) != 2 or tuple(part.shape[:2]) != expected)
+    ]
+    if wrong:
+        raise error(f"expected [B, S] = {list(expected)} of all parts, got{summary(wrong)}")
 
 
 def row_blocks(valid: Tensor, row_ids: int) -> Iterator[slice | Tensor]:

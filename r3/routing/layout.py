@@ -131,7 +131,7 @@ class Packing:
         """`[B, S, ...]` -> `[R, N, ...]`, with `fill` on padding; shares memory where nothing has to move.
 
         Raises:
-            RoutingError: not of the batch's shape.
+            RoutingError: not of the batch's shape, or a `fill` that the dtype does not hold.
         """
         self._require(tensor, self.batch_shape)
         source = [(p.sample, p.start, p.length) for p in self.places]
@@ -141,7 +141,7 @@ class Packing:
         """`[R, N, ...]` -> `[B, S, ...]`, the inverse of `pack`.
 
         Raises:
-            RoutingError: not of the packed rows' shape.
+            RoutingError: not of the packed rows' shape, or a `fill` that the dtype does not hold.
         """
         self._require(tensor, self.shape)
         source = [(p.row, p.offset, p.length) for p in self.places]
@@ -192,8 +192,9 @@ def pad(tensor: Tensor, length: int, *, left: bool = False, fill: float | bool =
     """`tensor` with `fill` after (or before) it, up to `length` along `dim`; itself if nothing is missing.
 
     Raises:
-        RoutingError: longer than `length`.
+        RoutingError: longer than `length`, or a `fill` that the dtype does not hold.
     """
+    _require_fill(tensor, fill)
     missing = length - tensor.shape[dim]
     if missing < 0:
         raise RoutingError(f"length: expected at least the {tensor.shape[dim]} positions there are, got {length}")
@@ -243,6 +244,7 @@ Runs = list[tuple[int, int, int]]  # (row, begin, length) of each sequence
 
 def _moved(tensor: Tensor, shape: Sequence[int], source: Runs, target: Runs, fill: float | bool) -> Tensor:
     """`tensor` `[X, Y, ...]` with its runs at other places of `shape`, and `fill` elsewhere."""
+    _require_fill(tensor, fill)
     tokens = sum(length for _, _, length in target)
     if tokens == tensor.shape[0] * tensor.shape[1] == shape[0] * shape[1] and (
         _flat(source, tensor.shape[1]) == _flat(target, shape[1])
@@ -275,6 +277,12 @@ class _Move(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         shape, source, target = ctx.back
         return _moved(gradients[0], shape, source, target, 0), None, None, None, None
+
+
+def _require_fill(tensor: Tensor, fill: float | bool) -> None:
+    """torch would write 255 for -1 into uint8: an expert's id in the place of a row that is missing."""
+    if fill < 0 and not tensor.dtype.is_signed:
+        raise RoutingError(f"fill: expected a value of {tensor.dtype}, got {fill}; use a signed dtype")
 
 
 def _flat(runs: Runs, width: int) -> list[int]:

@@ -4,7 +4,6 @@ Shapes: B batch, S sequence, L decoder layers, K slots, E experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,49 +13,32 @@ from torch import Tensor
 from r3.errors import RoutingError, summary
 from r3.routing.checks import check_rows
 from r3.routing.layout import Packing, pad, shard, unshard
-
-
-def compact_dtype(num_experts: int) -> torch.dtype:
-    """Smallest integer dtype for ids of `num_experts` experts: uint8 up to 256, int16 up to 32768, else int32."""
-    if num_experts <= 1 << 8:
-        return torch.uint8
-    return torch.int16 if num_experts <= 1 << 15 else torch.int32
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutingSpec:
-    """What the routing of a model looks like.
-
-    Attributes:
-        layer_ids: decoder layers that have a router, ascending.
-        num_layers: all decoder layers; those in neither `layer_ids` nor `table_layers` are dense.
-        num_experts: E.
-        top_k: K.
-        table_layers: decoder layers that choose by token id (DeepSeek-V4): the engine may report them, nobody needs it.
-    """
-
-    layer_ids: tuple[int, ...]
-    num_layers: int
-    num_experts: int
-    top_k: int
-    table_layers: tuple[int, ...] = ()
+from r3.routing.spec import compact_dtype
+from r3.routing.validity import Counts, by_pair, by_row, counted, in_one_form
 
 
 class RolloutRouting:
     """Expert ids of a batch, checked when made: every valid row holds K distinct ids in [0, E). Immutable.
 
+    It has memory of its own: what is written afterwards into the tensors that it was made of does not reach it. The
+    tensors that it hands out are that memory, to be read; `clone()` them to write. After torch has written into them,
+    or into a view of them, it can no longer be used and says so. A write that torch does not count (by numpy, `.data`,
+    in inference mode) is not seen.
+
     Not a dataclass: FSDP2 rebuilds those when it casts the inputs of a forward.
 
     Args:
-        expert_ids: integer `[B, S, L, K]`; stored in the compact dtype of `num_experts`.
+        expert_ids: integer `[B, S, L, K]`; copied, in the compact dtype of `num_experts`.
         valid: bool `[B, S]`. A row that is not valid was not captured, or belongs to padding or to the token that
-            was sampled last; its ids are ignored (and stored as 0) and the token is routed live.
+            was sampled last; its ids are ignored (and stored as 0) and the token is routed live. Or `[B, S, L]`, where
+            rows are valid in some layers only: a token is then routed live in the others.
         layer_ids: decoder layer of each of the L columns, ascending.
         num_experts: E.
         weight_version: version of the weights that produced the rows, where known.
 
     Raises:
-        RoutingError: wrong shape or dtype, an id out of range or repeated in a valid row.
+        RoutingError: wrong shape or dtype, an id out of range or repeated in a valid row; also by whatever uses it once
+            its tensors were written to.
 
     Example:
         >>> ids = torch.tensor([[[[0, 2]], [[1, 3]]]])
@@ -64,11 +46,12 @@ class RolloutRouting:
         (1, 2, 1, 2)
     """
 
-    expert_ids: Tensor
-    valid: Tensor
     layer_ids: tuple[int, ...]
     num_experts: int
     weight_version: int | None
+    _expert_ids: Tensor
+    _validity: Tensor
+    _writes: tuple[int | None, int | None]
 
     def __init__(
         self,
@@ -83,74 +66,141 @@ class RolloutRouting:
             raise RoutingError(
                 f"expert_ids: expected integer [B, S, L, K], got {expert_ids.dtype} {tuple(expert_ids.shape)}"
             )
-        if valid.dtype != torch.bool or valid.shape != expert_ids.shape[:2]:
+        if valid.dtype != torch.bool or valid.shape not in (expert_ids.shape[:2], expert_ids.shape[:3]):
             raise RoutingError(
-                f"valid: expected bool [B, S] = {tuple(expert_ids.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}"
+                f"valid: expected bool [B, S] = {tuple(expert_ids.shape[:2])} or [B, S, L], got {valid.dtype} "
+                f"{tuple(valid.shape)}"
             )
         if len(layer_ids) != expert_ids.shape[2] or list(layer_ids) != sorted(set(layer_ids)):
             raise RoutingError(
                 f"layer_ids: expected {expert_ids.shape[2]} ascending decoder layers, one a column, got {layer_ids}"
             )
         check_rows(expert_ids, valid, tuple(layer_ids), num_experts)
-        compact = expert_ids.to(compact_dtype(num_experts))
-        if not valid.all():
-            compact = compact.masked_fill(~valid[..., None, None], 0)
-        self._set(compact, valid, tuple(layer_ids), num_experts, weight_version)
+        compact = expert_ids.to(compact_dtype(num_experts), copy=True)
+        validity = by_row(valid.clone())
+        counts = counted(validity, len(layer_ids))
+        if counts.pairs < expert_ids.shape[:3].numel():
+            compact.masked_fill_(~by_pair(validity)[..., None], 0)
+        self._set(compact, validity, tuple(layer_ids), num_experts, weight_version, counts)
 
     def _set(
         self,
         expert_ids: Tensor,
-        valid: Tensor,
+        validity: Tensor,
         layer_ids: tuple[int, ...],
         num_experts: int,
         weight_version: int | None,
+        counts: Counts | None,
     ) -> None:
+        """What this memory holds is not written to from here on."""
         vars(self).update(
-            expert_ids=expert_ids,
-            valid=valid,
+            _expert_ids=expert_ids,
+            _validity=validity,
+            _writes=(_writes(expert_ids), _writes(validity)),
             layer_ids=layer_ids,
             num_experts=num_experts,
             weight_version=weight_version,
         )
+        if counts is not None:
+            vars(self)["_counts"] = counts
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"RolloutRouting is immutable: {name} cannot be set")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = (self.expert_ids, self.validity, self.layer_ids, self.num_experts, self.weight_version)
+        return trusted, (*parts, vars(self).get("_counts"))
+
     def __repr__(self) -> str:
         return (
             f"RolloutRouting({tuple(self.shape)} of {self.num_experts} experts, {self.rows_valid} of "
-            f"{self.valid.numel()} rows valid, {self.expert_ids.dtype} on {self.device}, version {self.weight_version})"
+            f"{self.shape[0] * self.shape[1]} rows valid{self._partial()}, {self.expert_ids.dtype} on {self.device}, "
+            f"version {self.weight_version})"
         )
+
+    def _partial(self) -> str:
+        pairs = self.pairs_valid - self.rows_valid * self.shape[2]
+        return f" and {pairs} (token, layer) pairs of others" if pairs else ""
+
+    @property
+    def expert_ids(self) -> Tensor:
+        """`[B, S, L, K]` in the compact dtype, 0 where they are not valid."""
+        self._require_unwritten()
+        return self._expert_ids
+
+    @property
+    def validity(self) -> Tensor:
+        """What is valid: bool `[B, S]`, or `[B, S, L]` where rows may be valid in some layers only."""
+        self._require_unwritten()
+        return self._validity
+
+    @property
+    def valid(self) -> Tensor:
+        """bool `[B, S]`: rows that are valid in every layer."""
+        return self.validity if self.validity.dim() == 2 else self.validity.all(-1)
+
+    @property
+    def captured(self) -> Tensor:
+        """bool `[B, S]`: rows that are valid in one layer or more."""
+        return self.validity if self.validity.dim() == 2 else self.validity.any(-1)
+
+    def _require_unwritten(self) -> None:
+        if self._writes != (_writes(self._expert_ids), _writes(self._validity)):
+            raise RoutingError(
+                "routing was written to after it was checked: its expert_ids and valid, and views of them, are only to "
+                "be read. clone() them, write to the copies, and make a RolloutRouting of these"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, S, L, K)."""
-        b, s, n, k = self.expert_ids.shape
+        b, s, n, k = self._expert_ids.shape
         return b, s, n, k
 
     @property
     def device(self) -> torch.device:
-        return self.expert_ids.device
+        return self._expert_ids.device
 
     @cached_property
+    def _counts(self) -> Counts:
+        """Counted when first asked for, since the host waits for a GPU's count."""
+        return counted(self.validity, self.shape[2])
+
+    @property
     def rows_valid(self) -> int:
-        """Number of valid rows; counted when first asked for, since the host waits for a GPU's count."""
-        return int(self.valid.sum())
+        """Number of rows that are valid in every layer."""
+        return self._counts.rows
+
+    @property
+    def pairs_valid(self) -> int:
+        """Number of (token, layer) pairs that are valid: L for each valid row, fewer for one that some layers lack."""
+        return self._counts.pairs
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RolloutRouting":
         """The same routing on `device`, moved in the compact dtype."""
-        rows_valid = self.rows_valid  # counted where it is: the host need not wait for the GPU to say it
+        counts = self._counts  # counted where it is: the host need not wait for the GPU to say it
         expert_ids = self.expert_ids.to(device, non_blocking=non_blocking)
-        return self._with(expert_ids, self.valid.to(device, non_blocking=non_blocking), rows_valid)
+        return self._with(expert_ids, self.validity.to(device, non_blocking=non_blocking), counts)
 
     def pin_memory(self) -> "RolloutRouting":
         """The same routing in page-locked host memory, from which `to` a GPU runs beside computation."""
-        return self._with(self.expert_ids.pin_memory(), self.valid.pin_memory(), self.rows_valid)
+        return self._with(self.expert_ids.pin_memory(), self.validity.pin_memory(), self._counts)
 
     def select(self, samples: Tensor | Sequence[int] | slice) -> "RolloutRouting":
-        """The samples of the batch that `samples` picks, in that order; a slice shares memory."""
+        """The samples of the batch that `samples` picks, in that order; a slice shares memory.
+
+        Raises:
+            RoutingError: neither a slice nor one dimension of indices.
+        """
         index = samples if isinstance(samples, slice) else torch.as_tensor(samples, device=self.device)
-        return self._with(self.expert_ids[index], self.valid[index])
+        if isinstance(index, Tensor) and index.dim() != 1:
+            raise RoutingError(f"samples: expected a slice or indices [n] of samples, got {samples}")
+        return self._with(self.expert_ids[index], self.validity[index])
+
+    def only(self, rows: Tensor) -> "RolloutRouting":
+        """The same, but of its rows those that bool `rows` `[B, S]` leaves out are not valid."""
+        validity = self.validity & (rows if self.validity.dim() == 2 else rows[..., None])
+        return self._with(self.expert_ids.masked_fill(~rows[..., None, None], 0), validity)
 
     def layers(self, layer_ids: Sequence[int]) -> "RolloutRouting":
         """The columns of these decoder layers, ascending.
@@ -165,11 +215,16 @@ class RolloutRouting:
         return replace_trusted(
             self,
             self.expert_ids.index_select(2, columns),
-            self.valid,
+            self.validity if self.validity.dim() == 2 else self.validity.index_select(2, columns),
             layer_ids=tuple(layer_ids),
             weight_version=self.weight_version,
-            rows_valid=vars(self).get("rows_valid"),
+            counts=self._counts_of(len(layer_ids)),
         )
+
+    def _counts_of(self, layers: int) -> Counts | None:
+        """With other columns, where these are known."""
+        counts = vars(self).get("_counts")
+        return Counts(counts.rows, counts.rows * layers) if counts and self._validity.dim() == 2 else None
 
     def pad(self, length: int, side: Literal["right", "left"] = "right") -> "RolloutRouting":
         """Padded to `length` positions on one side; the new ones are not valid.
@@ -178,20 +233,20 @@ class RolloutRouting:
             RoutingError: `length` is shorter than S.
         """
         left = side == "left"
-        expert_ids, valid = pad(self.expert_ids, length, left=left), pad(self.valid, length, left=left)
-        return self if expert_ids is self.expert_ids else self._with(expert_ids, valid, vars(self).get("rows_valid"))
+        expert_ids, validity = pad(self.expert_ids, length, left=left), pad(self.validity, length, left=left)
+        return self if expert_ids is self.expert_ids else self._with(expert_ids, validity, vars(self).get("_counts"))
 
     def pack(self, packing: Packing) -> "RolloutRouting":
         """`[B, S]` -> `[R, N]`: the sequences of a padded batch in packed rows; padding is not valid."""
-        return self._with(packing.pack(self.expert_ids), packing.pack(self.valid))
+        return self._with(packing.pack(self.expert_ids), packing.pack(self.validity))
 
     def unpack(self, packing: Packing) -> "RolloutRouting":
         """`[R, N]` -> `[B, S]`: the inverse of `pack`."""
-        return self._with(packing.unpack(self.expert_ids), packing.unpack(self.valid))
+        return self._with(packing.unpack(self.expert_ids), packing.unpack(self.validity))
 
     def shard(self, rank: int, size: int) -> "RolloutRouting":
         """The contiguous slice of the sequence that is `rank`'s of `size`, padded with rows that are not valid."""
-        return self._with(shard(self.expert_ids, rank, size), shard(self.valid, rank, size))
+        return self._with(shard(self.expert_ids, rank, size), shard(self.validity, rank, size))
 
     @classmethod
     def unshard(cls, slices: Sequence["RolloutRouting"], length: int) -> "RolloutRouting":
@@ -202,8 +257,8 @@ class RolloutRouting:
         """
         _require_one_kind(slices)
         expert_ids = unshard([part.expert_ids for part in slices], length)
-        valid = unshard([part.valid for part in slices], length)
-        return replace_trusted(slices[0], expert_ids, valid, weight_version=_version(slices))
+        validity = unshard(in_one_form([part.validity for part in slices]), length)
+        return replace_trusted(slices[0], expert_ids, validity, weight_version=_version(slices))
 
     @classmethod
     def cat(
@@ -227,16 +282,17 @@ class RolloutRouting:
         samples = sum(part.shape[0] for part in parts)
         where: dict[str, Any] = dict(device=first.device, pin_memory=pin_memory)
         expert_ids = torch.empty(samples, length, *first.shape[2:], dtype=first.dtype, **where)
-        valid = torch.empty(samples, length, dtype=torch.bool, **where)
+        validities = in_one_form([part.validity for part in parts])
+        validity = torch.empty(samples, length, *validities[0].shape[2:], dtype=torch.bool, **where)
         at = 0
-        for part in parts:
+        for part, valid in zip(parts, validities, strict=True):
             b, s = part.shape[:2]
             expert_ids[at : at + b, :s] = part.expert_ids
             expert_ids[at : at + b, s:] = 0
-            valid[at : at + b, :s] = part.valid
-            valid[at : at + b, s:] = False
+            validity[at : at + b, :s] = valid
+            validity[at : at + b, s:] = False
             at += b
-        return replace_trusted(parts[0], expert_ids, valid, weight_version=_version(parts))
+        return replace_trusted(parts[0], expert_ids, validity, weight_version=_version(parts))
 
     def to_bytes(self, *, compress: bool = False) -> bytes:
         """The wire form, which `from_bytes` reads: described in docs/wire-format.md.
@@ -255,7 +311,8 @@ class RolloutRouting:
     def from_bytes(cls, data: bytes | bytearray | memoryview, *, max_bytes: int = 1 << 32) -> "RolloutRouting":
         """The routing that `to_bytes` wrote, checked like any that comes from outside.
 
-        Ids that are not compressed are not copied: the routing keeps `data` alive, which must not be changed.
+        Of `bytes`, or a view of them, ids that are not compressed are not copied: the routing keeps `data` alive. What
+        can be written to is copied first.
 
         Args:
             data: one whole message.
@@ -269,8 +326,13 @@ class RolloutRouting:
 
         return decode(data, max_bytes=max_bytes)
 
-    def _with(self, expert_ids: Tensor, valid: Tensor, rows_valid: int | None = None) -> "RolloutRouting":
-        return replace_trusted(self, expert_ids, valid, weight_version=self.weight_version, rows_valid=rows_valid)
+    def _with(self, expert_ids: Tensor, validity: Tensor, counts: Counts | None = None) -> "RolloutRouting":
+        return replace_trusted(self, expert_ids, validity, weight_version=self.weight_version, counts=counts)
+
+
+def _writes(tensor: Tensor) -> int | None:
+    """How often torch has written to the memory, by any view of it; None where that is not counted."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _require_one_kind(parts: Sequence[RolloutRouting]) -> None:
@@ -292,30 +354,28 @@ def _version(parts: Sequence[RolloutRouting]) -> int | None:
 def replace_trusted(
     like: RolloutRouting,
     expert_ids: Tensor,
-    valid: Tensor,
+    validity: Tensor,
     *,
     layer_ids: tuple[int, ...] | None = None,
     weight_version: int | None,
-    rows_valid: int | None = None,
+    counts: Counts | None = None,
 ) -> RolloutRouting:
     """A `RolloutRouting` of rows that another one has checked already: content is not looked at again."""
-    return trusted(expert_ids, valid, layer_ids or like.layer_ids, like.num_experts, weight_version, rows_valid)
+    return trusted(expert_ids, validity, layer_ids or like.layer_ids, like.num_experts, weight_version, counts)
 
 
 def trusted(
     expert_ids: Tensor,
-    valid: Tensor,
+    validity: Tensor,
     layer_ids: tuple[int, ...],
     num_experts: int,
     weight_version: int | None,
-    rows_valid: int | None = None,
+    counts: Counts | None = None,
 ) -> RolloutRouting:
-    """A `RolloutRouting` of what the caller has checked: nothing is looked at or copied.
+    """A `RolloutRouting` of what the caller has checked and nobody else can write to: nothing is looked at or copied.
 
-    The ids are in the compact dtype, distinct and in range in valid rows, and 0 in the others.
+    The ids are in the compact dtype, distinct and in range where they are valid, and 0 where not.
     """
     new = object.__new__(RolloutRouting)
-    new._set(expert_ids, valid, layer_ids, num_experts, weight_version)
-    if rows_valid is not None:
-        vars(new)["rows_valid"] = rows_valid
+    new._set(expert_ids, validity, layer_ids, num_experts, weight_version, counts)
     return new

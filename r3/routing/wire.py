@@ -16,12 +16,14 @@ from torch import Tensor
 
 from r3.errors import RoutingError, summary
 from r3.routing.checks import check_rows, row_blocks
-from r3.routing.types import RolloutRouting, compact_dtype, trusted
+from r3.routing.spec import compact_dtype
+from r3.routing.types import RolloutRouting, trusted
+from r3.routing.validity import by_row
 
-VERSION = 1
+VERSION = 2  # written only where flag _BY_LAYER needs it: all else is version 1, as before
 
 _MAGIC = b"\x93R3ROUTE"
-_RUNS, _COMPRESSED, _HAS_VERSION = 1, 2, 4  # flags
+_RUNS, _COMPRESSED, _HAS_VERSION, _BY_LAYER = 1, 2, 4, 8  # flags
 _PREFIX = struct.Struct("<8sHHII")  # magic, version, flags, bytes of the header, CRC-32 of its other bytes
 _CRC_AT = _PREFIX.size - 4
 _FIELDS = struct.Struct("<IIIIIIqQQI")
@@ -52,6 +54,10 @@ class _Header(NamedTuple):
     def rows(self) -> int:
         return self.samples * self.length
 
+    def validities(self, flags: int) -> int:
+        """How many rows, or (token, layer) pairs, are valid or not."""
+        return self.rows * self.layers if flags & _BY_LAYER else self.rows
+
     @property
     def raw_bytes(self) -> int:
         """Of the ids, not compressed."""
@@ -61,17 +67,18 @@ class _Header(NamedTuple):
 def encode(routing: RolloutRouting, *, compress: bool) -> bytes:
     """What `RolloutRouting.to_bytes` returns."""
     ids = np.ascontiguousarray(routing.expert_ids.cpu().numpy())
-    valid = routing.valid.cpu().reshape(-1)
-    if _anywhere_set(ids, ~valid):
-        ids = np.where(valid.numpy().reshape(*ids.shape[:2], 1, 1), ids, 0).astype(ids.dtype, copy=False)
+    validity = by_row(routing.validity.cpu())
+    valid = validity.reshape(-1)
     stored = ids.astype(ids.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data
     if compress:
         stored = memoryview(_compressed(stored))
-    runs, validity = _pack_validity(valid.numpy())
+    by_layer = validity.dim() == 3
+    runs, packed = _pack_validity(valid.numpy())
     flags = _RUNS * runs | _COMPRESSED * compress | _HAS_VERSION * (routing.weight_version is not None)
+    flags |= _BY_LAYER * by_layer
     head = _PREFIX.size + _FIELDS.size + 4 * len(routing.layer_ids)
-    gap = bytes(-(head + len(validity)) % _ALIGN)
-    body_crc = zlib.crc32(stored, zlib.crc32(gap, zlib.crc32(validity)))
+    gap = bytes(-(head + len(packed)) % _ALIGN)
+    body_crc = zlib.crc32(stored, zlib.crc32(gap, zlib.crc32(packed)))
     try:
         fields = _FIELDS.pack(
             *_Header(
@@ -79,7 +86,7 @@ def encode(routing: RolloutRouting, *, compress: bool) -> bytes:
                 num_experts=routing.num_experts,
                 itemsize=ids.itemsize,
                 weight_version=0 if routing.weight_version is None else routing.weight_version,
-                validity_bytes=len(validity),
+                validity_bytes=len(packed),
                 ids_bytes=stored.nbytes,
                 body_crc=body_crc,
             )
@@ -89,17 +96,14 @@ def encode(routing: RolloutRouting, *, compress: bool) -> bytes:
             f"to_bytes: expected sizes and decoder layers in [0, 2**32) and a weight version in [-2**63, 2**63), got "
             f"{routing!r}, decoder layers {routing.layer_ids}"
         ) from error
-    prefix = _PREFIX.pack(_MAGIC, VERSION, flags, head, 0)
+    prefix = _PREFIX.pack(_MAGIC, VERSION if by_layer else 1, flags, head, 0)
     crc = zlib.crc32(fields, zlib.crc32(prefix[:_CRC_AT]))
-    return b"".join((prefix[:_CRC_AT], struct.pack("<I", crc), fields, validity, gap, stored))
+    return b"".join((prefix[:_CRC_AT], struct.pack("<I", crc), fields, packed, gap, stored))
 
 
 def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> RolloutRouting:
     """What `RolloutRouting.from_bytes` returns."""
-    try:
-        message = np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)
-    except (TypeError, ValueError, BufferError) as error:
-        raise RoutingError(f"from_bytes: expected contiguous bytes, got {type(data).__name__}: {error}") from error
+    message = _message(data)
     flags, header, layer_ids, validity_at = _read_header(message, max_bytes)
     ids_at = -(-(validity_at + header.validity_bytes) // _ALIGN) * _ALIGN
     if len(message) != ids_at + header.ids_bytes:
@@ -113,7 +117,7 @@ def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> RolloutRo
     if message[validity_at + header.validity_bytes : ids_at].any():
         raise RoutingError("from_bytes: expected zeros between validity and ids")
     valid = _unpack_validity(
-        message[validity_at : validity_at + header.validity_bytes], header.rows, bool(flags & _RUNS)
+        message[validity_at : validity_at + header.validity_bytes], header.validities(flags), bool(flags & _RUNS)
     )
     stored = message[ids_at:]
     if flags & _COMPRESSED:
@@ -122,10 +126,23 @@ def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> RolloutRo
     expert_ids, kept = torch.from_numpy(ids), torch.from_numpy(valid)
     if _anywhere_set(ids, ~kept):
         raise RoutingError("from_bytes: expected ids of 0 in rows that are not valid")
-    kept = kept.reshape(header.samples, header.length)
+    kept = by_row(kept.reshape(header.shape[: 3 if flags & _BY_LAYER else 2]))
     check_rows(expert_ids, kept, layer_ids, header.num_experts)
     version = header.weight_version if flags & _HAS_VERSION else None
     return trusted(expert_ids, kept, layer_ids, header.num_experts, version)
+
+
+def _message(data: bytes | bytearray | memoryview) -> np.ndarray:
+    """uint8 `[n]`, of memory that nobody can write to."""
+    try:
+        view = memoryview(data)
+        if not view.c_contiguous:
+            raise ValueError("it has gaps, or another order")
+        # A view that is read-only may be of memory that its owner can write to.
+        fixed = view if isinstance(view.obj, bytes) else view.tobytes()
+        return np.frombuffer(fixed, np.uint8) if view.nbytes else np.empty(0, np.uint8)
+    except (TypeError, ValueError, BufferError) as error:
+        raise RoutingError(f"from_bytes: expected contiguous bytes, got {type(data).__name__}: {error}") from error
 
 
 def _read_header(message: np.ndarray, max_bytes: int) -> tuple[int, _Header, tuple[int, ...], int]:
@@ -138,9 +155,9 @@ def _read_header(message: np.ndarray, max_bytes: int) -> tuple[int, _Header, tup
     magic, version, flags, end, crc = _PREFIX.unpack_from(data)
     if magic != _MAGIC:
         raise RoutingError(f"from_bytes: expected a message that starts with {_MAGIC!r}, got {magic!r}")
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         raise RoutingError(
-            f"from_bytes: expected format version {VERSION}, got {version}"
+            f"from_bytes: expected format version 1 to {VERSION}, got {version}"
             f"{': written by a newer r3; upgrade this one' if version > VERSION else ''}"
         )
     if not _PREFIX.size + _FIELDS.size <= end <= len(data):
@@ -151,7 +168,8 @@ def _read_header(message: np.ndarray, max_bytes: int) -> tuple[int, _Header, tup
     problems = [
         text
         for wrong, text in (
-            (flags & ~(_RUNS | _COMPRESSED | _HAS_VERSION), f"flags: expected at most 7, got {flags}"),
+            (flags >> 2 + version, f"flags: expected at most {(4 << version) - 1} in version {version}, got {flags}"),
+            (version == 2 and not flags & _BY_LAYER, f"flags: expected {_BY_LAYER} in version 2, got {flags}"),
             (header.layers > _MAX_LAYERS, f"layers: expected at most {_MAX_LAYERS}, got {header.layers}"),
             (
                 end != _PREFIX.size + _FIELDS.size + 4 * header.layers,
@@ -181,9 +199,10 @@ def _read_header(message: np.ndarray, max_bytes: int) -> tuple[int, _Header, tup
 def _wrong_sizes(flags: int, header: _Header, max_bytes: int) -> Iterator[str]:
     # An empty tensor has strides too: they must not overflow either.
     extent = math.prod(max(size, 1) for size in (*header.shape, header.itemsize))
-    if max(extent, header.raw_bytes + header.rows) > max_bytes:
+    validities = header.validities(flags)
+    if max(extent, header.raw_bytes + validities) > max_bytes:
         yield (
-            f"size: expected at most max_bytes = {max_bytes}, got {header.raw_bytes + header.rows} for {header.shape} "
+            f"size: expected at most max_bytes = {max_bytes}, got {header.raw_bytes + validities} for {header.shape} "
             "(pass a larger max_bytes if you trust the sender)"
         )
     if flags & _COMPRESSED:
@@ -191,15 +210,15 @@ def _wrong_sizes(flags: int, header: _Header, max_bytes: int) -> Iterator[str]:
             yield f"ids: {header.ids_bytes} compressed bytes cannot hold the {header.raw_bytes} of {header.shape}"
     elif header.ids_bytes != header.raw_bytes:
         yield f"ids: expected {header.raw_bytes} bytes for {header.shape}, got {header.ids_bytes}"
-    bitmap_bytes = -(-header.rows // 8)
+    bitmap_bytes = -(-validities // 8)
     if header.validity_bytes > bitmap_bytes or (not flags & _RUNS and header.validity_bytes != bitmap_bytes):
-        yield f"validity: expected {bitmap_bytes} bytes for {header.rows} rows, got {header.validity_bytes}"
+        yield f"validity: expected {bitmap_bytes} bytes for {validities} rows, got {header.validity_bytes}"
     if flags & _RUNS and header.validity_bytes % 4:
         yield f"validity: expected runs of 4 bytes each, got {header.validity_bytes} bytes"
 
 
 def _pack_validity(valid: np.ndarray) -> tuple[bool, bytes]:
-    """Bool `[R]` as lengths of runs, valid first, or as one bit a row: the shorter; and whether it is runs."""
+    """Bool `[n]` as lengths of runs, valid first, or as one bit a row: the shorter; and whether it is runs."""
     bits = np.packbits(valid, bitorder="little").tobytes()
     ends = np.flatnonzero(valid[1:] != valid[:-1]) + 1
     first = [0] if len(valid) and not valid[0] else []
@@ -257,7 +276,7 @@ def _ids(stored: np.ndarray, header: _Header) -> np.ndarray:
 
 
 def _anywhere_set(ids: np.ndarray, where: Tensor) -> bool:
-    """Whether ids `[B, S, L, K]` are other than 0 in any row of bool `[B * S]`."""
+    """Whether ids `[B, S, L, K]` are other than 0 in any row of bool `[B * S]`, or pair of `[B * S * L]`."""
     if not ids.size:
         return False
     rows = ids.reshape(len(where), -1)

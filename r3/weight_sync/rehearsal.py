@@ -46,7 +46,9 @@ def rehearse(
         finally:
             layerwise._layerwise_process, layerwise.get_numel_loaded = originals
         if not problems and whole:
-            problems = [f"{layer}: not all of its weights are sent" for layer in missing()]
+            problems = [
+                f"{layer}: not all of its weights are sent, or vLLM's reload passes over them" for layer in missing()
+            ]
     return problems
 
 

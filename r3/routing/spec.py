@@ -1,0 +1,45 @@
+"""What the routing of a model looks like."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from r3.routing.validity import Counts
+
+if TYPE_CHECKING:
+    from r3.routing.types import RolloutRouting
+
+
+def compact_dtype(num_experts: int) -> torch.dtype:
+    """Smallest integer dtype for ids of `num_experts` experts: uint8 up to 256, int16 up to 32768, else int32."""
+    if num_experts <= 1 << 8:
+        return torch.uint8
+    return torch.int16 if num_experts <= 1 << 15 else torch.int32
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingSpec:
+    """What the routing of a model looks like.
+
+    Attributes:
+        layer_ids: decoder layers that have a router, ascending.
+        num_layers: all decoder layers; those in neither `layer_ids` nor `table_layers` are dense.
+        num_experts: E.
+        top_k: K.
+        table_layers: decoder layers that choose by token id (DeepSeek-V4): the engine may report them, nobody needs it.
+    """
+
+    layer_ids: tuple[int, ...]
+    num_layers: int
+    num_experts: int
+    top_k: int
+    table_layers: tuple[int, ...] = ()
+
+    def without_rows(self, tokens: int) -> "RolloutRouting":
+        """`[1, tokens, L, K]` in which no row is valid: of a rollout that was not captured and is to be routed live."""
+        from r3.routing.types import trusted
+
+        expert_ids = torch.zeros(1, tokens, len(self.layer_ids), self.top_k, dtype=compact_dtype(self.num_experts))
+        validity = torch.zeros(1, tokens, dtype=torch.bool)
+        return trusted(expert_ids, validity, self.layer_ids, self.num_experts, None, Counts(0, 0))
