@@ -4,15 +4,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 from torch import Tensor
 
 from r3.weight_sync.calls import Calls
 from r3.weight_sync.digest import ContentDigests
 from r3.weight_sync.engines import Engine
-from r3.weight_sync.transports import Chunk
+from r3.weight_sync.transports import Announced, Chunk
 
 _AHEAD = 64  # tensors: of few, each takes the host up to three times as long
+
+
+class Ready(NamedTuple):
+    """A chunk that is published, and waits for the workers."""
+
+    chunk: Chunk
+    announced: Announced
+    takes_memory: bool
 
 
 @dataclass

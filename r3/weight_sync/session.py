@@ -7,13 +7,22 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from r3.errors import SyncError, summary
-from r3.weight_sync.calls import Calls, add_note, checked, first_failure_of, who
+from r3.weight_sync.calls import (
+    Calls,
+    add_note,
+    checked,
+    first_failure_of,
+    kept_of,
+    require_equal,
+    require_found,
+    who,
+)
 from r3.weight_sync.clock import Clock
 from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import combine
@@ -21,9 +30,9 @@ from r3.weight_sync.engines import Engine, OnRunning, Reply, engine_of
 from r3.weight_sync.engines.base import require_complete
 from r3.weight_sync.outgoing import Outgoing, module_paths
 from r3.weight_sync.receipt import SyncReceipt
-from r3.weight_sync.sent import Sent
+from r3.weight_sync.sent import Ready, Sent
 from r3.weight_sync.source_tensor import Weight
-from r3.weight_sync.transports import Announced, Chunk, Transport, transport_of
+from r3.weight_sync.transports import Chunk, Transport, transport_of
 
 _ABORT_S = 15.0
 _IDLE_PAUSES_S = 5e-3  # within this, an engine that generates nothing has paused
@@ -104,8 +113,8 @@ class WeightSync:
                 gathered when its chunk is sent: the other ranks of its mesh call `gather_all` meanwhile. The tensors
                 must not change before this returns.
             version: above every version committed before.
-            frozen: module paths of the checkpoint (`["model.visual"]`) below which the engine keeps what it has.
-                `named_tensors` may have what lies there, and need not; it is not sent. All else must be complete.
+            frozen: module paths of the checkpoint (`["model.visual"]`) below which the engine keeps what it has; what
+                `named_tensors` has there is not sent. All else must be complete.
             agree: called when all workers hold all weights and before any commits: what it raises ends the sync. Ranks
                 that gather together tell each other here that each of them has.
 
@@ -162,7 +171,7 @@ class WeightSync:
             with clock.stage("commit"):
                 until = time.monotonic() + self._timeout_s / 2  # well within the lease, which the commit begins anew
                 answers = self._call("r3_commit", sync_id)
-                _require_equal(answers, version, total)
+                require_equal(answers, version, total)
                 if self._base is not None:
                     self._base.version = version
             with clock.stage("resume"):
@@ -184,7 +193,7 @@ class WeightSync:
             sent_bytes=sent.sent_bytes,
             complete=complete,
             frozen=frozen,
-            kept=_kept(beginning[1].result()),
+            kept=kept_of(beginning[1].result()),
             seconds=clock.total_s(),
             stages_s=clock.stages_s,
             worker_stages_s=sent.worker_stages_s,
@@ -217,7 +226,7 @@ class WeightSync:
             sync_id,
             sync,
             then=lambda engine: engine.reset_caches(self._timeout_s),
-            check=partial(_require_found, frozen),
+            check=partial(require_found, frozen),
         )
         join = Calls([lambda: self._transport.join(call.failed)])
         return base_version is None, [join, call]
@@ -225,7 +234,7 @@ class WeightSync:
     def _send(self, sync_id: str, beginning: list[Calls], chunks: Iterator[Chunk], sent: Sent, clock: Clock) -> None:
         """All chunks: while the workers begin, or load some, the next are made ready, and go with one call once they
         are free."""
-        ready: list[_Ready] = []
+        ready: list[Ready] = []
         loading: Calls | None = None
         try:
             more = self._make_ready(chunks, ready, sent, clock)
@@ -247,7 +256,7 @@ class WeightSync:
             sent.named = sent.digests.result()
         self._wait_for(loading, sent, clock)
 
-    def _make_ready(self, chunks: Iterator[Chunk], ready: list["_Ready"], sent: Sent, clock: Clock) -> bool:
+    def _make_ready(self, chunks: Iterator[Chunk], ready: list[Ready], sent: Sent, clock: Clock) -> bool:
         """Gather and publish the next chunk, if there is one."""
         with clock.stage("gather"):
             chunk = next(chunks, None)
@@ -258,10 +267,10 @@ class WeightSync:
             sent.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
         with clock.stage("publish"):
             where = self._transport.publish(sent.chunks + len(ready), wire)
-            ready.append(_Ready(chunk, ([name for name, _ in chunk], where), self._takes_memory(chunk)))
+            ready.append(Ready(chunk, ([name for name, _ in chunk], where), self._takes_memory(chunk)))
         return True
 
-    def _is_full(self, ready: list["_Ready"]) -> bool:
+    def _is_full(self, ready: list[Ready]) -> bool:
         """Whether no more chunks may wait for the workers, for the memory that they take."""
         return sum(one.takes_memory for one in ready) >= self._transport.most_ready
 
@@ -276,7 +285,7 @@ class WeightSync:
             # The answers say that no chunk of a call before this one is needed any more.
             self._transport.release(sent.loading)
 
-    def _hand_over(self, sync_id: str, ready: list["_Ready"], sent: Sent, clock: Clock) -> Calls:
+    def _hand_over(self, sync_id: str, ready: list[Ready], sent: Sent, clock: Clock) -> Calls:
         with clock.stage("transfer"):
             sent.loading = sent.chunks
             sent.chunks += len(ready)
@@ -390,33 +399,3 @@ class WeightSync:
 
     def _each(self, action: Callable[[Engine], None]) -> None:
         Calls([partial(action, engine) for engine in self._engines]).result()
-
-
-class _Ready(NamedTuple):
-    """A chunk that is published, and waits for the workers."""
-
-    chunk: Chunk
-    announced: Announced
-    takes_memory: bool
-
-
-def _kept(replies: list[Reply]) -> tuple[str, ...]:
-    """The layers that workers keep, of their answers to `r3_begin`."""
-    return tuple(sorted({layer for reply in replies for layers in reply["kept"].values() for layer in layers}))
-
-
-def _require_found(frozen: tuple[str, ...], replies: list[Reply]) -> None:
-    """Raise `SyncError` for a path of `frozen` below which no worker has a layer."""
-    absent = [path for path in frozen if not any(reply["kept"][path] for reply in replies)]
-    if absent:
-        raise SyncError(
-            f"frozen: the engine has no layers below {absent}; expected module paths of its checkpoint, such as "
-            "'model.visual' (the names of named_weights begin with them)"
-        )
-
-
-def _require_equal(answers: list[Reply], version: int, digest: int) -> None:
-    wrong = [f"{who(a)}: version {a['version']}, digest {a['digest']}" for a in answers]
-    wrong = [w for w, a in zip(wrong, answers, strict=True) if (a["version"], a["digest"]) != (version, digest)]
-    if wrong:
-        raise SyncError(f"expected version {version} with digest {digest} on every worker, got:{summary(wrong)}")
