@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 IMAGE = 91  # its placeholder's id
 FROZEN = ["model.visual"]
+NEAR, FAR = 2e-3, 1e-2  # nats
 
 
 def tiny_model() -> torch.nn.Module:
@@ -85,26 +86,25 @@ class Both:
         self.llm = LLM(**engine_kwargs(config) | {"dtype": "bfloat16"} | images)
         random = np.random.default_rng(0)
         self.images = [
-            Image.fromarray(random.integers(0, 255, (32 * (1 + i % 3), 64, 3), dtype=np.uint8)) for i in range(6)
+            Image.fromarray(random.integers(0, 255, (32 * (1 + i % 3), 64, 3), dtype=np.uint8)) for i in range(12)
         ]
-        self.prompts = torch.randint(3, 90, (6, 12), generator=torch.Generator().manual_seed(0)).tolist()
+        self.prompts = torch.randint(3, 90, (12, 12), generator=torch.Generator().manual_seed(0)).tolist()
 
     def rollouts(self) -> Rollouts:
         from vllm import SamplingParams
 
-        sampling = SamplingParams(logprobs=0, max_tokens=20, temperature=1.0, ignore_eos=True, seed=1)
+        sampling = [SamplingParams(logprobs=0, max_tokens=12, ignore_eos=True, seed=i) for i in range(12)]
         asked = [
             {"prompt_token_ids": [*prompt[:5], 90, IMAGE, 93, *prompt[5:]], "multi_modal_data": {"image": [image]}}
             for prompt, image in zip(self.prompts, self.images, strict=True)
         ]
         return collect(self.llm.generate(asked, sampling, use_tqdm=False), self.replay.spec)
 
-    def require_equal(self) -> None:
-        """The trainer, with the rollouts' routing and their images, computes what the engine does."""
+    def gap(self) -> float:
+        """k3 between the engine and the trainer with the rollouts' routing and their images."""
         found = self.rollouts()
         # A policy that knows nothing samples placeholders, for which there is no image.
-        sampled = [row.token_ids[row.token_ids.index(93) + 1 :] for row in found.items]
-        keep = [i for i, tokens in enumerate(sampled) if not {90, IMAGE, 92, 93}.intersection(tokens)]
+        keep = [i for i, row in enumerate(found) if not {90, IMAGE, 92, 93}.intersection(row.token_ids)]
         assert keep
         batch = Rollouts([found.items[i] for i in keep], found.spec).batch(0)
         pixels = self.processor.image_processor(images=[self.images[i] for i in keep], return_tensors="pt")
@@ -122,8 +122,7 @@ class Both:
             ).logits
         said = torch.log_softmax(logits[:, :-1].double(), -1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
         apart = (said - batch.logprobs[:, 1:].double())[batch.response_mask[:, 1:]]
-        k3 = (apart.exp() - 1 - apart).mean().item()
-        assert k3 < 2e-3, k3
+        return (apart.exp() - 1 - apart).mean().item()
 
     def train(self, *where: str) -> None:
         """Other weights below the paths in `where`."""
@@ -156,13 +155,12 @@ def sync(both):
 
 def test_whole_syncs_arrive_images_too(both, sync):
     """The engine has the same images in its caches each time: what it made of them by old weights must be gone."""
-    both.require_equal()
+    assert both.gap() < NEAR
     for where in ("model.language_model", "model.visual", "model"):
         both.train(where)
-        with pytest.raises(AssertionError):  # the trainer has moved, the engine not yet
-            both.require_equal()
+        assert both.gap() > FAR  # the trainer has moved, the engine not yet
         sync.push(named_weights(both.model), version=following(sync))
-        both.require_equal()
+        assert both.gap() < NEAR
 
 
 def test_a_frozen_tower_stays_and_the_text_part_may_come_alone(both, sync):
@@ -170,11 +168,11 @@ def test_a_frozen_tower_stays_and_the_text_part_may_come_alone(both, sync):
     receipt = sync.push(named_weights(both.model), version=following(sync), frozen=FROZEN)
     assert receipt.frozen == ("model.visual",)
     assert {layer.partition(".")[0] for layer in receipt.kept} == {"visual"}
-    both.require_equal()
+    assert both.gap() < NEAR
     both.train("model.language_model")
     text = named_weights(both.model.model.language_model)
     sync.push(text, version=following(sync), frozen=[*FROZEN, "lm_head"])
-    both.require_equal()
+    assert both.gap() < NEAR
 
 
 def test_a_whole_sync_heals_what_a_failed_one_left(both, sync):
@@ -188,4 +186,4 @@ def test_a_whole_sync_heals_what_a_failed_one_left(both, sync):
         sync.push(named_weights(both.model.model.language_model), version=following(sync))
     sync.push(named_weights(both.model), version=following(sync))
     assert both.states() == {"idle"}
-    both.require_equal()
+    assert both.gap() < NEAR

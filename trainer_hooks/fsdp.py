@@ -310,7 +310,7 @@ def push_from_all_ranks(
     agreement: Agreement,
     frozen: Sequence[str] = (),
 ) -> SyncReceipt | None:
-    """A sync of sharded weights: one rank has the `sync`, and all gather. Every rank calls this, with the same `frozen`.
+    """A sync of sharded weights: one rank has the `sync`, and all gather. Every rank calls this, `frozen` alike.
 
     Sharded tensors are gathered one by one: no rank holds more than a chunk, or one tensor, beside its shards.
 

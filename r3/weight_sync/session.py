@@ -28,7 +28,7 @@ from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import combine
 from r3.weight_sync.engines import Engine, OnRunning, Reply, engine_of
 from r3.weight_sync.engines.base import require_complete
-from r3.weight_sync.outgoing import Outgoing, module_paths
+from r3.weight_sync.outgoing import Outgoing
 from r3.weight_sync.receipt import SyncReceipt
 from r3.weight_sync.sent import Ready, Sent
 from r3.weight_sync.source_tensor import Weight
@@ -115,17 +115,16 @@ class WeightSync:
             version: above every version committed before.
             frozen: module paths of the checkpoint (`["model.visual"]`) below which the engine keeps what it has; what
                 `named_tensors` has there is not sent. All else must be complete.
-            agree: called when all workers hold all weights and before any commits: what it raises ends the sync. Ranks
-                that gather together tell each other here that each of them has.
+            agree: called when all workers hold all weights and before any commits; what it raises ends the sync. Here
+                ranks that gather together tell each other that each has.
 
         Raises:
             SyncError: the sync did not commit everywhere; says which worker and why. The engines are then poisoned
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
         """
-        frozen = module_paths(frozen)
         outgoing = Outgoing(named_tensors, dtype=self._dtype, chunk_bytes=self._chunk_bytes, frozen=frozen)
         try:
-            return self._push(outgoing, version, frozen, agree or (lambda: None))
+            return self._push(outgoing, version, agree or (lambda: None))
         except Exception:
             # Whatever went wrong here, the other ranks of sharded tensors gather all of them: they must not be left
             # waiting for this one.
@@ -147,7 +146,7 @@ class WeightSync:
         for engine in self._engines:
             engine.close()
 
-    def _push(self, outgoing: Outgoing, version: int, frozen: tuple[str, ...], agree: Callable[[], Any]) -> SyncReceipt:
+    def _push(self, outgoing: Outgoing, version: int, agree: Callable[[], Any]) -> SyncReceipt:
         clock = Clock()
         manifest = outgoing.manifest()
         self._transport.lasting = outgoing.lasting
@@ -162,7 +161,7 @@ class WeightSync:
                 status = reserving.result()
                 self._pause(sent, lying)
             with clock.stage("begin"):
-                complete, beginning = self._begin(sync_id, status, manifest, frozen)
+                complete, beginning = self._begin(sync_id, status, manifest, outgoing.frozen)
                 sent.add_while(beginning, lying)
             self._send(sync_id, beginning, outgoing.chunks(self._takes_memory), sent, clock)
             with clock.stage("seal"):
@@ -192,7 +191,7 @@ class WeightSync:
             bytes=sent.bytes,
             sent_bytes=sent.sent_bytes,
             complete=complete,
-            frozen=frozen,
+            frozen=outgoing.frozen,
             kept=kept_of(beginning[1].result()),
             seconds=clock.total_s(),
             stages_s=clock.stages_s,
