@@ -42,6 +42,23 @@ def test_other_weights_change_the_output_and_the_old_ones_bring_it_back(engine, 
     assert greedy(engine) == reference
 
 
+def test_what_is_frozen_stays_and_the_receipt_says_so(engine, weights, reference, sync):
+    """As a vision tower that is not trained; also where the trainer has other weights for it, which are not sent."""
+    moved = {name: t * 0.5 if name.startswith("model.layers.7.") else t for name, t in weights.items()}
+    receipt = sync.push(moved.items(), version=following(sync), frozen=["model.layers.7."])
+    assert greedy(engine) == reference
+    assert receipt.frozen == ("model.layers.7",)
+    assert {name.partition(".layers.7.")[0] for name in receipt.kept} == {"model"}
+    assert receipt.tensors == sum(not name.startswith("model.layers.7.") for name in weights)
+    with pytest.raises(r3.SyncError, match=r"frozen: the engine has no layers below \['visual'\]"):
+        sync.push(weights.items(), version=following(sync), frozen=["visual", "lm_head"])
+    with pytest.raises(r3.SyncError, match=r"expected module paths.*got 'lm_head'"):
+        sync.push(weights.items(), version=following(sync), frozen="lm_head")
+    assert sync.poisoned is None
+    assert greedy(engine) == reference
+    sync.push(weights.items(), version=following(sync))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the defect is in vLLM's CPU builds, which CI runs")
 def test_without_the_prepack_closing_the_same_weights_change_the_output(engine, weights, reference, sync):
     import vllm

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers.utils import logging as transformers_logging
+from vision_models import turned
 from vllm_models import FAMILIES, config_of, declared, vllm_model
 from zoo.families import CASES
 
@@ -57,7 +58,8 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_as_save_pretrained_writes_it(case, tmp_path):
     model = case.build(case.dtypes[-1])
-    assert_same(sent(model), saved(model, tmp_path))
+    expected = saved(model, tmp_path)
+    assert_same(sent(model), turned(expected) if case.name == "qwen3_vl_moe" else expected)
 
 
 def test_loaded_model(tmp_path):

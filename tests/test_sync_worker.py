@@ -40,14 +40,16 @@ def worker_with(model: nn.Module, vllm_config) -> WeightSyncWorker:
     return worker
 
 
-def replies_up_to_begin(worker: WeightSyncWorker, weights: dict[str, torch.Tensor], version: int = 1) -> list[dict]:
+def replies_up_to_begin(
+    worker: WeightSyncWorker, weights: dict[str, torch.Tensor], version: int = 1, frozen: list[str] | None = None
+) -> list[dict]:
     sync_id = f"sync {version}"
     sync = {
         "timeout_s": 60.0,
         "offer": {"transport": "direct", "weights": weights},
         "ranks": {worker.r3_status()["worker"]: 0},
         "manifest": manifest_of(weights),
-        "frozen": [],
+        "frozen": frozen or [],
         "keep_base": False,
         "base_version": None,
         "constants": [],
@@ -55,12 +57,14 @@ def replies_up_to_begin(worker: WeightSyncWorker, weights: dict[str, torch.Tenso
     return [worker.r3_reserve(sync_id, version, "a test", 60.0), worker.r3_begin(sync_id, sync)]
 
 
-def replies_of_a_sync(worker: WeightSyncWorker, weights: dict[str, torch.Tensor], version: int = 1) -> list[dict]:
+def replies_of_a_sync(
+    worker: WeightSyncWorker, weights: dict[str, torch.Tensor], version: int = 1, frozen: list[str] | None = None
+) -> list[dict]:
     sync_id = f"sync {version}"
     digests = ContentDigests()
     digests.add(weights.items())
     return [
-        *replies_up_to_begin(worker, weights, version),
+        *replies_up_to_begin(worker, weights, version, frozen),
         worker.r3_load(sync_id, 0, [(list(weights), {})]),
         worker.r3_seal(sync_id, digests.result()),
         worker.r3_commit(sync_id),
@@ -208,3 +212,56 @@ def test_no_batch_runs_on_weights_that_are_half_loaded_or_cannot_be_trusted(vllm
     replies_of_a_sync(worker, weights_of(4), 4)
     assert "NaN" in served[0]
     assert served[1:] == whole[1:]
+
+
+def errors_of(replies: list[dict]) -> list[str]:
+    return [reply["error"] for reply in replies if "error" in reply]
+
+
+@pytest.mark.parametrize("process", [None, derive], ids=["planned", "slow"])
+def test_frozen_layers_keep_what_they_have_and_all_else_must_come(vllm_config, monkeypatch, process):
+    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+    worker = worker_with(initial(Toy(process), weights_of(0)), vllm_config)
+    two = lambda seed: weights_of(seed, layers=("two",))
+    for version in (1, 2):  # by vLLM's loaders, and by what was learned
+        replies = replies_of_a_sync(worker, two(version), version, ["one"])
+        assert not errors_of(replies)
+        assert replies[1]["kept"] == {"one": ["one"]}
+        expected = initial(Toy(process), weights_of(0) | two(version))
+        assert_same(state(worker.model_runner.model), state(expected))
+    # The same tensors, and nobody says that the rest is left out: what was learned of them does not hide it.
+    [said, *_] = errors_of(replies_of_a_sync(worker, two(3), 3))
+    assert "one (Fused): 0 of 72 elements" in said
+    # A complete sync heals, and makes a plan; with that, too, a part can be left out.
+    for version, frozen in ((4, []), (5, []), (6, ["one"])):
+        weights = two(version) if frozen else weights_of(version)
+        assert not errors_of(replies_of_a_sync(worker, weights, version, frozen))
+    assert_same(state(worker.model_runner.model), state(initial(Toy(process), weights_of(5) | two(6))))
+    part = {name: tensor for name, tensor in two(7).items() if name != "two.up"}
+    [said, *_] = errors_of(replies_of_a_sync(worker, part, 7, ["one"]))
+    assert "two (Fused): 40 of 72 elements" in said
+
+
+def test_what_is_frozen_and_sent_is_refused_untouched(vllm_config, monkeypatch):
+    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+    worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
+    reply = replies_up_to_begin(worker, weights_of(1), 1, ["one"])[1]
+    assert "frozen=['one'], and yet sent:\n  one.gate" in reply["error"]
+    assert worker.r3_abort("sync 1", "refused")["state"] == "idle"
+
+
+def test_what_a_failed_sync_may_have_touched_cannot_be_kept(vllm_config, monkeypatch):
+    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+    worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
+    two = weights_of(1, layers=("two",))
+    broken = {name: tensor / 0 for name, tensor in two.items()}
+    assert errors_of(replies_of_a_sync(worker, broken, 1, ["one"]))
+    assert not errors_of(replies_of_a_sync(worker, two, 2, ["one"]))  # that one has not touched it
+    assert errors_of(replies_of_a_sync(worker, broken, 3, ["one"]))
+    assert errors_of(replies_of_a_sync(worker, {n: t / 0 for n, t in weights_of(1).items()}, 4))
+    reply = replies_up_to_begin(worker, two, 5, ["one"])[1]
+    assert "may be half-loaded" in reply["error"]
+    assert "push once without frozen=['one']" in reply["error"]
+    worker.r3_abort("sync 5", "refused")
+    assert not errors_of(replies_of_a_sync(worker, weights_of(6), 6))
+    assert not errors_of(replies_of_a_sync(worker, two, 7, ["one"]))

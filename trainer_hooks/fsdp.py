@@ -309,9 +309,13 @@ class GRPOTrainer:
 
 
 def push_from_all_ranks(
-    sync: WeightSync | None, weights: Sequence[tuple[str, Weight]], version: int, agreement: Agreement
+    sync: WeightSync | None,
+    weights: Sequence[tuple[str, Weight]],
+    version: int,
+    agreement: Agreement,
+    frozen: Sequence[str] = (),
 ) -> SyncReceipt | None:
-    """A sync of sharded weights: one rank has the `sync`, and all gather. Every rank calls this.
+    """A sync of sharded weights: one rank has the `sync`, and all gather. Every rank calls this, `frozen` alike.
 
     Sharded tensors are gathered one by one: no rank holds more than a chunk, or one tensor, beside its shards.
 
@@ -324,11 +328,11 @@ def push_from_all_ranks(
     try:
         if sync is None:
             with agreement.before_going_on():
-                gather_all(weights)
+                gather_all(weights, frozen=frozen)
             agreement.exchange(None)  # whether it was committed
             return None
         try:
-            receipt = sync.push(weights, version=version, agree=lambda: agreement.exchange(None))
+            receipt = sync.push(weights, version=version, frozen=frozen, agree=lambda: agreement.exchange(None))
         except ParallelError:  # of the line above: all ranks know
             raise
         except Exception as error:

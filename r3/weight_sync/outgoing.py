@@ -33,6 +33,7 @@ class Outgoing:
         chunk_bytes: int,
         frozen: Sequence[str] = (),
     ) -> None:
+        self.frozen = module_paths(frozen)
         self._named = list(unfrozen(named, frozen))
         self._ungathered = deque(self._named)
         self._dtype = dtype

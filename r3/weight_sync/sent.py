@@ -16,6 +16,14 @@ from r3.weight_sync.transports import Announced, Chunk
 _AHEAD = 64  # tensors: of few, each takes the host up to three times as long
 
 
+class Ready(NamedTuple):
+    """A chunk that is published, and waits for the workers."""
+
+    chunk: Chunk
+    announced: Announced
+    takes_memory: bool
+
+
 @dataclass
 class Sent:
     """The trainer's account of one sync.

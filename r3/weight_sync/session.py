@@ -13,14 +13,23 @@ import torch
 from torch import Tensor
 
 from r3.errors import SyncError, summary
-from r3.weight_sync.answers import draft_model, kept_by, require_equal, require_found
-from r3.weight_sync.calls import Calls, add_note, checked, first_failure_of, who
+from r3.weight_sync.calls import (
+    Calls,
+    add_note,
+    checked,
+    draft_of,
+    first_failure_of,
+    kept_of,
+    require_equal,
+    require_found,
+    who,
+)
 from r3.weight_sync.clock import Clock
 from r3.weight_sync.delta import Base
 from r3.weight_sync.digest import combine
 from r3.weight_sync.engines import Engine, OnRunning, Reply, engine_of
 from r3.weight_sync.engines.base import require_complete
-from r3.weight_sync.outgoing import Outgoing, module_paths
+from r3.weight_sync.outgoing import Outgoing
 from r3.weight_sync.receipt import SyncReceipt
 from r3.weight_sync.sent import Ready, Sent
 from r3.weight_sync.source_tensor import Weight
@@ -109,19 +118,18 @@ class WeightSync:
                 gathered when its chunk is sent: the other ranks of its mesh call `gather_all` meanwhile. The tensors
                 must not change before this returns.
             version: above every version committed before.
-            frozen: module paths of the checkpoint (`["model.visual"]`) below which the engine keeps what it has.
-                `named_tensors` may have what lies there, and need not; it is not sent. All else must be complete.
-            agree: called when all workers hold all weights and before any commits: what it raises ends the sync. Ranks
-                that gather together tell each other here that each of them has.
+            frozen: module paths of the checkpoint (`["model.visual"]`) below which the engine keeps what it has; what
+                `named_tensors` has there is not sent. All else must be complete.
+            agree: called when all workers hold all weights and before any commits; what it raises ends the sync. Here
+                ranks that gather together tell each other that each has.
 
         Raises:
             SyncError: the sync did not commit everywhere; says which worker and why. The engines are then poisoned
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
         """
-        frozen = module_paths(frozen)
         outgoing = Outgoing(named_tensors, dtype=self._dtype, chunk_bytes=self._chunk_bytes, frozen=frozen)
         try:
-            return self._push(outgoing, version, frozen, agree or (lambda: None))
+            return self._push(outgoing, version, agree or (lambda: None))
         except Exception:
             # Whatever went wrong here, the other ranks of sharded tensors gather all of them: they must not be left
             # waiting for this one.
@@ -143,7 +151,7 @@ class WeightSync:
         for engine in self._engines:
             engine.close()
 
-    def _push(self, outgoing: Outgoing, version: int, frozen: tuple[str, ...], agree: Callable[[], Any]) -> SyncReceipt:
+    def _push(self, outgoing: Outgoing, version: int, agree: Callable[[], Any]) -> SyncReceipt:
         clock = Clock()
         manifest = outgoing.manifest()
         self._transport.lasting = outgoing.lasting
@@ -158,7 +166,7 @@ class WeightSync:
                 status = reserving.result()
                 self._pause(sent, lying)
             with clock.stage("begin"):
-                complete, beginning = self._begin(sync_id, status, manifest, frozen)
+                complete, beginning = self._begin(sync_id, status, manifest, outgoing.frozen)
                 sent.add_while(beginning, lying)
             self._send(sync_id, beginning, outgoing.chunks(self._takes_memory), sent, clock)
             with clock.stage("seal"):
@@ -188,9 +196,9 @@ class WeightSync:
             bytes=sent.bytes,
             sent_bytes=sent.sent_bytes,
             complete=complete,
-            draft_model=draft_model(beginning[1].result()),
-            frozen=frozen,
-            kept=kept_by(beginning[1].result()),
+            draft_model=draft_of(beginning[1].result()),
+            frozen=outgoing.frozen,
+            kept=kept_of(beginning[1].result()),
             seconds=clock.total_s(),
             stages_s=clock.stages_s,
             worker_stages_s=sent.worker_stages_s,
@@ -254,7 +262,7 @@ class WeightSync:
             sent.named = sent.digests.result()
         self._wait_for(loading, sent, clock)
 
-    def _make_ready(self, chunks: Iterator[Chunk], ready: list["Ready"], sent: Sent, clock: Clock) -> bool:
+    def _make_ready(self, chunks: Iterator[Chunk], ready: list[Ready], sent: Sent, clock: Clock) -> bool:
         """Gather and publish the next chunk, if there is one."""
         with clock.stage("gather"):
             chunk = next(chunks, None)
@@ -268,7 +276,7 @@ class WeightSync:
             ready.append(Ready(chunk, ([name for name, _ in chunk], where), self._takes_memory(chunk)))
         return True
 
-    def _is_full(self, ready: list["Ready"]) -> bool:
+    def _is_full(self, ready: list[Ready]) -> bool:
         """Whether no more chunks may wait for the workers, for the memory that they take."""
         return sum(one.takes_memory for one in ready) >= self._transport.most_ready
 
@@ -283,7 +291,7 @@ class WeightSync:
             # The answers say that no chunk of a call before this one is needed any more.
             self._transport.release(sent.loading)
 
-    def _hand_over(self, sync_id: str, ready: list["Ready"], sent: Sent, clock: Clock) -> Calls:
+    def _hand_over(self, sync_id: str, ready: list[Ready], sent: Sent, clock: Clock) -> Calls:
         with clock.stage("transfer"):
             sent.loading = sent.chunks
             sent.chunks += len(ready)
