@@ -41,10 +41,11 @@ def own_attributes(model: nn.Module) -> list[dict]:
 
 
 @pytest.mark.parametrize(("name", "where"), [(name, "cpu") for name in FAMILIES] + [("mixtral", "disk")])
-def test_offloaded_weights(name, where, tmp_path):
-    """They are on meta until the hook of their module fetches them."""
+def test_offloaded_weights(name, where, tmp_path, device):
+    """They are on meta until the hook of their module fetches them, to the device on which it runs."""
     case = CASES[name]
-    model, inputs = case.build(), case.inputs()
+    model, inputs = case.build().to(device), case.inputs()
+    inputs = {n: value.to(device) if isinstance(value, torch.Tensor) else value for n, value in inputs.items()}
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(2, 10, len(case.router_layers), case.num_experts, generator=generator).argsort(-1)
     ids = order[..., : case.top_k]
@@ -52,10 +53,11 @@ def test_offloaded_weights(name, where, tmp_path):
         replay = r3.attach(model)
         live, replayed = model(**inputs).logits, model(**inputs, routed_experts=ids).logits
         replay.detach()
+        model, inputs = model.to("cpu"), case.inputs()
         if where == "cpu":
-            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+            accelerate.cpu_offload(model, execution_device=torch.device(device))
         else:
-            accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+            accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device(device))
         before = own_attributes(model)
         assert any(p.is_meta for p in model.parameters())
         with r3.record(model) as recorder:

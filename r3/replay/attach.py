@@ -132,7 +132,8 @@ class Replay:
         if bypassed:
             raise ReplayError(
                 "expected every router to be replayed in a forward. These did not run; a replaced block bypasses them "
-                f"(use_kernels=True, for one):{summary(bypassed)}"
+                "(use_kernels=True, for one), and so does a `forward` put on a router or layer after attach that does "
+                f"not go through the one that was there:{summary(bypassed)}"
             )
         activity.report = call.report
 
