@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import DEMO_MODEL
 from model_engine import ModelEngine
 from zoo.case import CORRECTIONS
 from zoo.engine_table import MEASURED, WRONG
 from zoo.families import CASES
 
 import r3
-from r3.capture import handshake
+from r3.capture import engine_kwargs, handshake
 from r3.capture.ask import repeat_nats
 from r3.diagnostics import EngineAgreement
 from r3.doctor import engine_agreement
@@ -151,3 +152,27 @@ class Forcing:
                 answer.outputs[0].logprobs = [{wanted.allowed_token_ids[0]: SimpleNamespace(logprob=0.0)}]
             answers.append(answer)
         return answers
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is that of vLLM's CPU build")
+def test_the_engines_rotary_embedding_turns_heads_as_latent_attention_passes_them():
+    """Slices of larger rows `[T, H, D]`: vLLM's CPU kernel turns others, and `engine_kwargs` does without."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    config = r3.R3Config.from_overrides([], {"trainer.policy.model.path": str(DEMO_MODEL)})
+    with set_current_vllm_config(EngineArgs(**engine_kwargs(config)).create_engine_config()):
+        rotary = RotaryEmbedding(64, 64, 32, 10000.0, is_neox_style=False, dtype=torch.float32)
+    tokens, generator = torch.arange(12), torch.Generator().manual_seed(0)
+    query = torch.randn(12, 2, 192, generator=generator)[..., 128:]
+    key = torch.randn(12, 640, generator=generator)[:, None, -64:]
+    angles = tokens[:, None].double() * 10000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+
+    def turned(heads):
+        pairs = torch.view_as_complex(heads.double().unflatten(-1, (32, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2).float()
+
+    expected = turned(query), turned(key)
+    for got, wanted in zip(rotary(tokens, query, key), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
