@@ -66,11 +66,3 @@ class Sent:
     def _unread(self, tensors: Chunk) -> Chunk:
         """Those whose digest is not taken yet."""
         return [(name, tensor) for name, tensor in tensors if name not in self.digests]
-
-
-class Ready(NamedTuple):
-    """A chunk that is published, and waits for the workers."""
-
-    chunk: Chunk
-    announced: Announced
-    takes_memory: bool
