@@ -64,6 +64,7 @@ def doctor(args: argparse.Namespace) -> None:
             engine=args.engine,
             sync=args.sync,
             agreement=args.agreement,
+            arrives=args.arrival,
             timeout_s=args.timeout_s,
             api_key=args.api_key,
         ):
@@ -161,6 +162,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     sub.add_argument(
         "--engine", action="store_true", help="start an engine of the settings, check its capture and what it computes"
+    )
+    sub.add_argument(
+        "--arrival", action="store_true", help="with --engine: sync each kind of weight alone, and see that it arrives"
     )
     sub.add_argument("--json", action="store_true", help="print the results as JSON")
     sub.set_defaults(run_command=doctor)

@@ -10,6 +10,7 @@ from pathlib import Path
 from r3.capture import Endpoint
 from r3.config import R3Config
 from r3.doctor.agreement import engine_agreement
+from r3.doctor.arrival import Arrival, KindArrival, arrival
 from r3.doctor.check import Check, Status, guarded
 from r3.doctor.engine import agreement_check, engine_checks, engine_settings
 from r3.doctor.machine import machine_checks
@@ -21,7 +22,16 @@ from r3.doctor.vllm_build import vllm_build, vllm_builds, vllm_platform
 from r3.doctor.weights import weights
 from r3.routing import RoutingSpec
 
-__all__ = ["ENVIRONMENT", "Check", "Status", "engine_agreement", "examine"]
+__all__ = [
+    "ENVIRONMENT",
+    "Arrival",
+    "Check",
+    "KindArrival",
+    "Status",
+    "arrival",
+    "engine_agreement",
+    "examine",
+]
 
 
 def examine(
@@ -31,6 +41,7 @@ def examine(
     engine: bool = False,
     sync: bool = False,
     agreement: bool = False,
+    arrives: bool = False,
     timeout_s: float = 60.0,
     api_key: str | None = None,
 ) -> Iterator[Check]:
@@ -44,6 +55,8 @@ def examine(
         sync: weights are to be synced into the server: without its control routes that is a problem.
         agreement: score with the model of the settings, on this machine, what the server samples: both must have the
             same weights. An engine that is started here is always compared.
+        arrives: sync each kind of weight alone into the engine that is started here (`engine`), and see that it changes
+            what the engine computes: some twenty to forty syncs.
         timeout_s: of each of the server's answers.
         api_key: of a server that wants one.
     """
@@ -80,4 +93,4 @@ def examine(
             compared = partial(agreement_check, "server agreement", server.base, config, server)
             yield from guarded("server agreement", compared)
     if engine:
-        yield from engine_checks(config, spec, timeout_s)
+        yield from engine_checks(config, spec, timeout_s, arrives=arrives)

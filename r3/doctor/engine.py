@@ -6,15 +6,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from r3.capture import Endpoint, engine_kwargs, handshake, running_engine
 from r3.config import R3Config
 from r3.doctor.agreement import engine_agreement
+from r3.doctor.arrival import arrival
 from r3.doctor.check import Check, guarded
 from r3.doctor.sync import sync_state
 from r3.errors import summary
-from r3.replay import attach
+from r3.replay import Replay, attach
 from r3.routing import RoutingSpec
-from r3.weight_sync import engine_of
+from r3.weight_sync import WeightSync, engine_of
 
 
 def engine_settings(config: R3Config) -> Check:
@@ -48,7 +51,9 @@ def capture_check(name: str, engine: Any, spec: RoutingSpec, server: Endpoint | 
     return Check(name=name, status="ok", detail=detail)
 
 
-def engine_checks(config: R3Config, spec: RoutingSpec | None, timeout_s: float) -> Iterator[Check]:
+def engine_checks(
+    config: R3Config, spec: RoutingSpec | None, timeout_s: float, *, arrives: bool = False
+) -> Iterator[Check]:
     """An engine of the settings is started here, and ended: its sync's state, its capture, and what it computes."""
     if spec is None:
         yield Check(
@@ -73,18 +78,14 @@ def engine_checks(config: R3Config, spec: RoutingSpec | None, timeout_s: float) 
         yield found
         if found.status == "ok":
             yield from guarded("engine agreement", partial(agreement_check, "engine agreement", started[0], config))
+        if found.status == "ok" and arrives:
+            yield from guarded("engine weights", partial(arrival_check, "engine weights", started[0], config))
 
 
 def agreement_check(name: str, engine: Any, config: R3Config, server: Endpoint | None = None) -> Check:
     """Loads the model of the settings, in the engine's dtype, and scores with it what the engine samples."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, config.generator.inference_engine.dtype)
-    model = AutoModelForCausalLM.from_pretrained(config.trainer.policy.model.path, dtype=dtype).to(device).eval()
     reach: dict[str, Any] = {} if server is None else {"timeout_s": server.timeout_s, "api_key": server.api_key}
-    found = engine_agreement(engine, attach(model), **reach)
+    found = engine_agreement(engine, _replayed_model(config), **reach)
     accepted = config.trainer.diagnostics.accepted_engine_faults
     faults = found.faults()
     detail = (
@@ -101,3 +102,30 @@ def agreement_check(name: str, engine: Any, config: R3Config, server: Endpoint |
         remedy="docs/engines.md lists families; a run stops on it unless trainer.diagnostics.accepted_engine_faults="
         f"[{','.join(faults)}]",
     )
+
+
+def arrival_check(name: str, engine: Any, config: R3Config) -> Check:
+    """Whether each kind of weight of the model of the settings arrives."""
+    dtype = getattr(torch, config.generator.inference_engine.dtype)
+    with contextlib.closing(WeightSync(engine, transport="files", dtype=dtype)) as sync:
+        found = arrival(sync, engine, _replayed_model(config))
+    untold = f"; too small a change to tell: {', '.join(found.untold)}" if found.untold else ""
+    if not found.stale:
+        return Check(
+            name=name, status="ok", detail=f"{len(found.kinds)} kinds, none of them stale after its sync{untold}"
+        )
+    return Check(
+        name=name,
+        status="problem",
+        detail=f"the engine goes on with old weights after a sync that commits, of {', '.join(found.stale)}{untold}",
+        remedy="start a new engine for each version of such a model (docs/weight-sync.md)",
+    )
+
+
+def _replayed_model(config: R3Config) -> Replay:
+    """The model of the settings in the engine's dtype, on this machine, with replay."""
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, config.generator.inference_engine.dtype)
+    return attach(AutoModelForCausalLM.from_pretrained(config.trainer.policy.model.path, dtype=dtype).to(device).eval())
