@@ -7,8 +7,8 @@ import torch
 from models import tiny_moe
 from peft import LoraConfig, get_peft_model
 
-from r3.weight_sync.outgoing import Outgoing
-from r3.weight_sync.source import named_weights
+from r3.weight_sync.outgoing import Outgoing, gather_all
+from r3.weight_sync.source import WeightSource, named_weights
 from r3.weight_sync.transports import IpcTransport, ipc
 
 
@@ -68,3 +68,24 @@ def test_what_lies_in_main_memory_is_not_looked_through_for_what_lies_on_a_gpu()
     named = [(str(n), torch.ones(2).as_subclass(Weight)) for n in range(100)]
     assert list(Outgoing(named, dtype=None, chunk_bytes=1).as_they_lie()) == []
     assert len(looked) == 1
+
+
+def test_what_is_frozen_is_neither_sent_nor_gathered_on_any_rank():
+    """Or ranks that gather in step would wait for each other."""
+    gathered: list[str] = []
+
+    def weight(name: str) -> WeightSource:
+        def make() -> torch.Tensor:
+            gathered.append(name)
+            return torch.ones(2)
+
+        return WeightSource(name=name, shape=torch.Size([2]), dtype=torch.float32, make=make)
+
+    named = [(name, weight(name)) for name in ("lm_head", "model.visual.a", "model.visual_too.b", "model.c")]
+    frozen = ["model.visual.", "lm_head"]
+    outgoing = Outgoing(named, dtype=None, chunk_bytes=1, frozen=frozen)
+    sent = [name for chunk in outgoing.chunks(lambda chunk: True) for name, _ in chunk]
+    assert sent == list(outgoing.manifest()) == gathered == ["model.visual_too.b", "model.c"]
+    gathered.clear()
+    gather_all(named, frozen=frozen)
+    assert gathered == sent
