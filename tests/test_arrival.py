@@ -34,6 +34,7 @@ def replay(demo_config):
 
 @pytest.mark.engine
 @pytest.mark.long
+@pytest.mark.timeout(900)  # some fifteen syncs, answers and forwards
 def test_a_stale_weight_is_named_and_no_other(engine, reference, replay):
     before = {name: tensor.clone() for name, tensor in replay.model.state_dict().items()}
     with contextlib.closing(Stale(engine, dtype=torch.bfloat16, timeout_s=120)) as sync:
