@@ -96,8 +96,8 @@ class RouterHooks:
         if len(ids) < self._tokens:  # more are padding
             raise CaptureError(
                 f"decoder layer {layer}: expected the experts of all {self._tokens} tokens of the step, got "
-                f"{len(ids)}: which tokens they are of is not known. Switch off what computes layers for a part of the tokens, or "
-                "piece by piece (kv_sharing_fast_prefill, chunked MoE)"
+                f"{len(ids)}: which tokens they are of is not known. Switch off what computes layers for a part of the "
+                "tokens, or piece by piece (kv_sharing_fast_prefill, chunked MoE)"
             )
         self._ids[: len(ids), layer] = ids
 
