@@ -8,6 +8,7 @@ import torch
 from twins import processed
 
 from r3.capture import SamplingSettings
+from r3.explain.adjustments import Before
 from r3.explain.decision import Given, decide
 from r3.explain.distributions import (
     SORTED,
@@ -16,6 +17,7 @@ from r3.explain.distributions import (
     candidates,
     exclusions,
     interpolate,
+    place_of,
     score,
     signed_mass,
 )
@@ -29,6 +31,14 @@ def random_logits(n=400, v=300, seed=0):
     logits = torch.randn(n, v, generator=generator) * 2.5
     labels = (logits / 0.8).softmax(-1).multinomial(1, generator=generator)[:, 0]
     return logits, labels
+
+
+def alone(labels):
+    """Each label as the first that its request sampled, after a prompt of one token."""
+    n = len(labels)
+    return Before(
+        input_ids=labels[:, None] * 0, row=torch.arange(n), begin=torch.ones(n).long(), end=torch.ones(n).long()
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,9 +79,9 @@ def test_a_nucleus_that_needs_more_than_is_sorted_has_the_mass_that_was_asked():
 def test_chunks_change_nothing(monkeypatch):
     logits, labels = (part[:12] for part in random_logits())
     chosen = candidates(Distribution(), 300)[::17]
-    whole = score(logits, labels, chosen)
+    whole = score(logits, labels, chosen, alone(labels))
     monkeypatch.setattr("r3.explain.distributions._CHUNK_BYTES", 1)
-    assert torch.equal(score(logits, labels, chosen), whole)
+    assert torch.equal(score(logits, labels, chosen, alone(labels)), whole)
     assert score(logits[:0], labels[:0], chosen).shape == (len(chosen), 0)
 
 
@@ -80,7 +90,7 @@ def test_temperatures_between_those_of_the_table_are_interpolated(temperature):
     logits, labels = random_logits()
     table = score(logits.double(), labels, [Distribution(temperature=t) for t in TEMPERATURES]).double()
     exact = processed(logits.double(), temperature=temperature).gather(1, labels[:, None])[:, 0]
-    found = interpolate(table, TEMPERATURES, temperature)
+    found = interpolate(table, place_of(temperature))
     assert float(k3(found - exact)) < 1e-8
 
 
@@ -206,7 +216,7 @@ def test_a_temperature_that_makes_a_large_gap_smaller_is_not_named():
     labels = torch.randint(0, 50, (1000,), generator=generator)
     logits[torch.arange(1000), labels] += 10
     chosen = candidates(Distribution(), 50)
-    table = score(logits, labels, chosen)
+    table = score(logits, labels, chosen, alone(labels))
     given = tokens((-8 + 0.5 * torch.randn(1000, generator=generator)).tolist(), [0] * 1000, list(range(1000)))
     evidence = Evidence(
         tokens=given, distributions=chosen, tables={View(): table}, expected=Distribution(), exclusions=(), masses={}

@@ -109,6 +109,13 @@ def test_settings_come_back_and_are_checked(tmp_path):
         "temperature": 0.7,
         "top_p": 1.0,
         "top_k": -1,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "logit_bias": (),
+        "allowed_token_ids": (),
+        "other": (),
         "logprobs_mode": "processed_logprobs",
         "dtype": "bfloat16",
         "weight_version": 12,
@@ -118,11 +125,16 @@ def test_settings_come_back_and_are_checked(tmp_path):
     save_rollouts(several(), tmp_path / "b", settings={"top_p": 0.9, "temperature": None})
     assert saved_settings(tmp_path / "b") == SamplingSettings(top_p=0.9)
     for wrong, message in (
-        ({"temprature": 1.0}, "'temprature': expected one of dtype, logprobs_mode"),
+        ({"temprature": 1.0}, "'temprature': expected one of allowed_token_ids, dtype"),
         ({"temperature": "1"}, "temperature: expected a number from 0 up, got '1'"),
         ({"temperature": float("nan")}, "temperature: expected a number"),
         ({"top_p": 1.5}, "top_p: expected a number above 0, at most 1"),
         ({"top_k": True}, "top_k: expected an integer"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: expected a number above 0"),
+        ({"logit_bias": [[3]]}, "logit_bias: expected pairs of a token id and a number"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias: expected pairs"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids: expected token ids"),
+        ({"other": "bad_words"}, "other: expected texts"),
         ({"logprobs_mode": "raw"}, "expected processed_logprobs or raw_logprobs"),
     ):
         with pytest.raises(CaptureError, match=message):

@@ -15,6 +15,7 @@ CAUSES = (
     "weights",
     "temperature",
     "renormalised",
+    "adjusted",
     "raw_logprobs",
     "unexplained",
 )

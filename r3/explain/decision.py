@@ -13,6 +13,7 @@ from r3.explain import words
 from r3.explain.distributions import Distribution
 from r3.explain.evidence import Evidence, is_smaller, k3
 from r3.explain.hypotheses import (
+    ADJUSTMENT,
     LOGPROBS,
     ROUTING,
     ROWS,
@@ -38,6 +39,9 @@ FACTOR, FACTOR_UNEXPLAINED = 2.0, 5.0
 OTHER_WEIGHTS_NATS = 0.02
 """k3 from which what no hypothesis explains is put down to the weights. bfloat16 gaps are 1e-6 to 1e-3, of 8-bit
 weights up to 1e-2; two unrelated models are nats apart."""
+SAME_ROUTERS = 0.2
+"""Share of (token, layer) pairs with other experts up to which the routers saw the same weights. Rounding makes a few
+hundredths, the noise of the tests an eighth; weights of which half choose otherwise are only 0.003 nats apart."""
 LIKELIER_NATS, EXCLUDED_NATS = 8.0, 12.0
 """Log-likelihood ratio from which tokens were sampled at another temperature (by chance once in 10^4), and the exponent
 of the chance from which some tokens were excluded (more are tried)."""
@@ -128,15 +132,26 @@ class _Decision:
         if remaining <= self.precise:
             self.causes.append(words.precision(remaining, self.floor, self.replayed))
         elif best >= OTHER_WEIGHTS_NATS and not told:
-            lag = self._lag()
-            self.causes.append(
-                words.weights(min(h.k3 for h in self.found), self._correlation(), len(self.given.names) - 1, lag)
-            )
+            self.causes.append(self._large(min(h.k3 for h in self.found)))
         elif not told:
             self.causes.append(
                 words.unexplained(remaining, self.floor, self._lag(), len(self.given.names) - 1, self.replayed)
             )
         return self._explanation(tokens, words.verdict(self.causes), kept)
+
+    def _large(self, least: float) -> Cause:
+        """Of a large gap that no hypothesis explains: another distribution was sampled from, or other weights."""
+        settings, agreement = self.given.settings, self.given.routing.get(0)
+        differing = agreement.metrics()["differing_rows"] if agreement is not None and agreement.rows else None
+        if settings.other:
+            return words.told_adjustment(settings.other, least, differing)
+        if differing is not None and differing <= SAME_ROUTERS:
+            return words.unknown_adjustment(least, differing)
+        # Settings that say that nothing was changed, or routers that chose otherwise, leave the weights alone.
+        alone = differing is not None or settings.other is not None
+        return words.weights(
+            least, self._correlation(), len(self.given.names) - 1, self._lag(), alone=alone, differing=differing
+        )
 
     def _name(self, kept: Hypothesis, needed: Sequence[Needed]) -> None:
         without = {item.name: item.without.k3 for item in needed if item.significant}
@@ -153,6 +168,9 @@ class _Decision:
                 cause = words.shifted_logprobs(kept.shift, gap, kept.k3)
             elif name == TRUNCATION:
                 cause = words.renormalised(kept.distribution, gap, kept.k3)
+            elif name == ADJUSTMENT:
+                told = kept.distribution.adjustment == self.evidence.expected.adjustment
+                cause = words.adjusted(kept.distribution.adjustment, told, gap, kept.k3)
             else:
                 continue  # a temperature, and rows, which are looked at in another way
             named.append((gap, cause))
@@ -168,6 +186,7 @@ class _Decision:
         declared_raw = settings.logprobs_mode == RAW and (
             (without is not None and abs(math.log(reported.temperature)) < NOTICED)
             or (expected.truncated and not reported.truncated)
+            or (expected.adjustment and not reported.adjustment)
         )
         if sampled is not None or declared_raw:
             return words.raw(reported, sampled, expected, without, kept.k3)
@@ -180,7 +199,7 @@ class _Decision:
 
         A model that does not explain the gap cannot tell.
         """
-        if kept.k3 > self.precise or kept.distribution.truncated:
+        if kept.k3 > self.precise or kept.distribution.truncated or kept.distribution.adjustment:
             return None
         evidence, reported = self.evidence, kept.distribution.temperature
         found: list[words.Sampled] = []

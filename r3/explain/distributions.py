@@ -1,57 +1,77 @@
-"""Ways to make log-probabilities of logits: a temperature, and what vLLM's top-k and top-p leave of the distribution.
+"""Ways to make log-probabilities of logits: a temperature, and what vLLM's top-k, top-p and min-p leave of the
+distribution; before these, an adjustment of the logits.
 
 n tokens, V tokens of vocabulary, D distributions.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from r3.explain.adjustments import FAMILIES, Adjustment, Before
 
 TEMPERATURES = tuple(2 ** (step / 10) for step in range(-20, 21))
 """0.25 to 4, each 7% above the one before: near enough for cubic interpolation of a token's log-probability."""
 TRUNCATED_TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5)
 TOP_P = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95, 0.97, 0.98, 0.99, 0.995)
+MIN_P = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
 TOP_K = (2, 3, 4, 5, 8, 10, 16, 20, 32, 40, 50, 64, 100, 128, 200, 256, 500, 512, 1000, 1024)
 
 SORTED = 2048
 """Most probable tokens that are sorted; where a nucleus needs more, its mass is taken for what was asked."""
 _CHUNK_BYTES = 1 << 26
 
+Key = TypeVar("Key", bound=Hashable)
+
+
+NONE = Adjustment()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """As vLLM makes it: logits over the temperature, then the `top_k` most probable (0: all), then of these the nucleus
-    of mass `top_p`; what remains sums to 1."""
+    """As vLLM makes it: logits adjusted, then over the temperature; then those of at least `min_p` times the largest
+    probability, then the `top_k` most probable (0: all), then of these the nucleus of mass `top_p`; what remains sums
+    to 1."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    adjustment: Adjustment = NONE
 
     @property
     def truncated(self) -> bool:
-        return self.top_p < 1 or self.top_k > 0
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
+    def truncation(self) -> str:
+        """In words; empty if there is none."""
+        words = [f"min-p {self.min_p:g}"] * (self.min_p > 0)
+        words += [f"top-k {self.top_k}"] * (self.top_k > 0)
+        words += [f"top-p {self.top_p:g}"] * (self.top_p < 1)
+        return " and ".join(words)
 
     def __str__(self) -> str:
-        words = [f"temperature {self.temperature:.3g}"]
-        if self.top_k:
-            words.append(f"top-k {self.top_k}")
-        if self.top_p < 1:
-            words.append(f"top-p {self.top_p:g}")
-        return ", ".join(words)
+        parts = (f"temperature {self.temperature:.3g}", self.truncation, str(self.adjustment))
+        return ", ".join(part for part in parts if part)
 
 
 def candidates(expected: Distribution, vocabulary: int) -> tuple[Distribution, ...]:
-    """All that are tried: `expected` first, then temperatures alone, ascending, then truncated ones."""
+    """All that are tried: `expected` first, then temperatures alone, ascending, then truncated and adjusted ones."""
     plain = Distribution(temperature=expected.temperature)
     found = [plain, *(Distribution(temperature=t) for t in TEMPERATURES)]
     for t in sorted({expected.temperature, *TRUNCATED_TEMPERATURES}):
         found += [Distribution(temperature=t, top_p=p) for p in TOP_P]
         found += [Distribution(temperature=t, top_k=k) for k in TOP_K if k < vocabulary]
+        found += [Distribution(temperature=t, min_p=p) for p in MIN_P]
         if expected.truncated:
-            found.append(Distribution(temperature=t, top_p=expected.top_p, top_k=expected.top_k))
+            found.append(replace(expected, temperature=t, adjustment=NONE))
+    found += [replace(plain, adjustment=adjustment) for family in FAMILIES for adjustment in family.grid]
+    found += [replace(plain, adjustment=expected.adjustment), expected]
     return tuple(dict.fromkeys(found[1:])) if plain in found[1:] else (plain, *dict.fromkeys(found[1:]))
 
 
@@ -60,11 +80,17 @@ def exclusions(expected: Distribution, vocabulary: int) -> tuple[Distribution, .
     return tuple(
         d
         for d in candidates(expected, vocabulary)
-        if d.truncated and d.temperature in (1.0, expected.temperature) and bool(d.top_k) != (d.top_p < 1)
+        if not d.adjustment and d.temperature in (1.0, expected.temperature) and _truncations(d) == 1
     )
 
 
-def score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> Tensor:
+def _truncations(d: Distribution) -> int:
+    return (d.top_k > 0) + (d.top_p < 1) + (d.min_p > 0)
+
+
+def score(
+    logits: Tensor, labels: Tensor, distributions: Sequence[Distribution], before: Before | None = None
+) -> Tensor:
     """Float32 `[D, n]`, log-probability in nats of each label under each distribution.
 
     A token that a distribution excludes is scored as if it were among the kept: rounding moves tokens over a boundary,
@@ -73,20 +99,37 @@ def score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution])
     Args:
         logits: float `[n, V]`.
         labels: int64 `[n]`.
+        before: what stands before each label; needed where a distribution has an adjustment.
     """
     step = max(1, _CHUNK_BYTES // (4 * logits.shape[1]))
     parts = [
-        _score(logits[at : at + step].float(), labels[at : at + step], distributions)
+        _adjusted(logits[at : at + step].float(), labels[at : at + step], distributions, before, slice(at, at + step))
         for at in range(0, len(labels), step)
     ]
     return torch.cat(parts, dim=1) if parts else torch.empty(len(distributions), 0, device=logits.device)
+
+
+def _adjusted(
+    logits: Tensor, labels: Tensor, distributions: Sequence[Distribution], before: Before | None, which: slice
+) -> Tensor:
+    """`_score` with the logits of each adjustment."""
+    found = logits.new_empty(len(distributions), len(labels))
+    counts = None
+    for adjustment, places in _by(distributions, lambda d: d.adjustment).items():
+        changed = logits
+        if adjustment:
+            assert before is not None
+            counts = counts or before.part(which).counts(logits.shape[1])
+            changed = adjustment.applied(logits, labels, *counts)
+        found[places] = _score(changed, labels, [distributions[place] for place in places])
+    return found
 
 
 def _score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> Tensor:
     own = logits.gather(1, labels[:, None])
     ordered = _Ordered.of(logits, own) if any(d.truncated for d in distributions) else None
     found = logits.new_empty(len(distributions), len(labels))
-    for temperature, places in _by_temperature(distributions).items():
+    for temperature, places in _by(distributions, lambda d: d.temperature).items():
         total = (logits / temperature).logsumexp(1, keepdim=True)
         plain = (own / temperature - total)[:, 0]
         cumulative = ordered.cumulative(temperature, total) if ordered is not None else None
@@ -108,7 +151,7 @@ def signed_mass(logits: Tensor, labels: Tensor, distributions: Sequence[Distribu
     logits = logits.float()
     ordered = _Ordered.of(logits, logits.gather(1, labels[:, None]))
     found = logits.new_empty(len(distributions), len(labels))
-    for temperature, places in _by_temperature(distributions).items():
+    for temperature, places in _by(distributions, lambda d: d.temperature).items():
         cumulative = ordered.cumulative(temperature, (logits / temperature).logsumexp(1, keepdim=True))
         for place in places:
             kept, inside = cumulative.kept(distributions[place])
@@ -116,10 +159,10 @@ def signed_mass(logits: Tensor, labels: Tensor, distributions: Sequence[Distribu
     return found
 
 
-def _by_temperature(distributions: Sequence[Distribution]) -> dict[float, list[int]]:
-    found: dict[float, list[int]] = {}
+def _by(distributions: Sequence[Distribution], key: Callable[[Distribution], Key]) -> dict[Key, list[int]]:
+    found: dict[Key, list[int]] = {}
     for place, distribution in enumerate(distributions):
-        found.setdefault(distribution.temperature, []).append(place)
+        found.setdefault(key(distribution), []).append(place)
     return found
 
 
@@ -138,39 +181,54 @@ class _Ordered:
         """Args: `total` is the logarithm of the sum of all exponentials, `[n, 1]`."""
         mass = (self.logits / temperature - total).exp().cumsum(1)
         before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], dim=1)
-        return _Cumulative(mass, before, self.rank)
+        return _Cumulative(mass, before, (self.logits[:, :1] - self.logits) / temperature, self.rank)
 
 
 @dataclass(frozen=True)
 class _Cumulative:
-    """Mass of the r + 1 most probable tokens, and of the r before them, `[n, R]`; the labels' ranks `[n]`."""
+    """Mass of the r + 1 most probable tokens, and of the r before them, `[n, R]`; nats by which the last of them is
+    below the first; the labels' ranks `[n]`."""
 
     mass: Tensor
     before: Tensor
+    below: Tensor
     rank: Tensor
 
     def kept(self, distribution: Distribution) -> tuple[Tensor, Tensor]:
         """The mass that is kept `[n]`, and whether the label is among it."""
         k, p, sorted_tokens = distribution.top_k, distribution.top_p, self.mass.shape[1]
-        base = self.mass[:, min(k, sorted_tokens) - 1] if k else torch.ones_like(self.mass[:, 0])
-        kept, inside = base, torch.ones_like(self.rank, dtype=torch.bool)
+        # The most that are kept of each row, and whether the label is among them.
+        most = torch.full_like(self.rank, sorted_tokens)
+        if distribution.min_p:
+            most = (self.below <= -math.log(distribution.min_p)).sum(1)
+        if k:
+            most = most.clamp_max(k)
+        limited = most < sorted_tokens
+        base = torch.where(limited, self.mass.gather(1, most[:, None] - 1)[:, 0], 1.0)
+        kept, inside = base, torch.where(limited, self.rank < most, True)
         if p < 1:
             tokens = torch.searchsorted(self.before, p * base[:, None])[:, 0]
-            tokens = tokens.clamp(1, min(k or sorted_tokens, sorted_tokens))
+            tokens = tokens.clamp_min(1).minimum(most)
             kept = self.mass.gather(1, tokens[:, None] - 1)[:, 0].clamp_max(1.0)
             kept = torch.where(tokens == sorted_tokens, kept.clamp_min(p), kept)
             ahead = self.before.gather(1, self.rank.clamp_max(sorted_tokens - 1)[:, None])[:, 0]
-            inside &= ahead < p * base
-        if k:
-            inside &= self.rank < k
+            inside = inside & (ahead < p * base)
         return kept, inside
 
 
-def interpolate(table: Tensor, temperatures: Sequence[float], temperature: float) -> Tensor:
-    """`[n]` at `temperature`, from `[T, n]` at evenly spaced logarithms of temperature, by the four nearest."""
-    step = math.log(temperatures[1] / temperatures[0])
-    at = math.log(temperature / temperatures[0]) / step
-    first = min(max(math.floor(at) - 1, 0), len(temperatures) - 4)
+def temperature_at(place: float) -> float:
+    """That at a place in `TEMPERATURES`, also between two."""
+    return TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** place
+
+
+def place_of(temperature: float) -> float:
+    """The inverse of `temperature_at`."""
+    return math.log(temperature / TEMPERATURES[0]) / math.log(TEMPERATURES[1] / TEMPERATURES[0])
+
+
+def interpolate(table: Tensor, at: float) -> Tensor:
+    """`[n]` at a place between the rows of `[T, n]`, of evenly spaced parameters, by the four nearest."""
+    first = min(max(math.floor(at) - 1, 0), len(table) - 4)
     x = at - first
     weights = [math.prod((x - other) / (node - other) for other in range(4) if other != node) for node in range(4)]
     return sum((w * table[first + node] for node, w in enumerate(weights)), torch.zeros_like(table[0]))

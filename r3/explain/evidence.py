@@ -4,8 +4,8 @@ N sampled tokens, D distributions. d = scored - reported, nats.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,11 +13,21 @@ from torch import Tensor
 
 from r3.capture import Rollouts
 from r3.errors import DiagnosticsError, summary
-from r3.explain.distributions import TEMPERATURES, Distribution, interpolate
+from r3.explain.adjustments import FAMILIES, Family
+from r3.explain.distributions import (
+    NONE,
+    TEMPERATURES,
+    Distribution,
+    interpolate,
+    place_of,
+    temperature_at,
+)
 from r3.explain.scoring import View, scored
 
 CLAMPED_NATS = -1000.0
 """vLLM reports -9999 for what has no probability: no measurement."""
+EXCLUDED = 0.05
+"""Share of the sampled tokens that a truncated distribution may exclude; more than other weights and flips make."""
 _LARGEST_D = 30.0
 WITHIN_NATS = 3.0
 """Log-likelihood ratio of an estimate's range: it misses the truth once in 70."""
@@ -145,12 +155,21 @@ class Evidence:
     def _grid(self) -> list[int]:
         return [self._places[Distribution(temperature=t)] for t in TEMPERATURES]
 
+    def _family(self, family: Family) -> list[int]:
+        """Places of a penalty's values, at the expected temperature."""
+        plain = Distribution(temperature=self.expected.temperature)
+        return [self._places[replace(plain, adjustment=adjustment)] for adjustment in family.grid]
+
     def scored(self, view: View, distribution: Distribution) -> Tensor:
-        """float64 `[N]`; a temperature between those of the table is interpolated."""
+        """float64 `[N]`; a temperature or a penalty between those of the table is interpolated."""
         place = self._places.get(distribution)
         if place is not None:
             return self.tables[view][place].double()
-        return interpolate(self.tables[view][self._grid].double(), TEMPERATURES, distribution.temperature)
+        for family in FAMILIES:
+            between = family.place(distribution.adjustment) if distribution.adjustment else None
+            if between is not None:
+                return interpolate(self.tables[view][self._family(family)].double(), between)
+        return interpolate(self.tables[view][self._grid].double(), place_of(distribution.temperature))
 
     def d(self, view: View, shift: int, distribution: Distribution) -> Tensor:
         """float64 `[N]`, NaN where nothing was reported."""
@@ -160,25 +179,51 @@ class Evidence:
         """The temperature, alone, that leaves the least k3."""
         reported = self.tokens.shifted(shift)
         table = self.tables[view][self._grid].double()
-        return Distribution(temperature=_minimum(table, lambda scores: float(k3(scores - reported))))
+        return Distribution(temperature=temperature_at(_minimum(table, lambda scores: float(k3(scores - reported)))))
+
+    def best_adjusted(self, view: View, shift: int) -> Distribution:
+        """The adjustment of the logits that leaves the least k3: one penalty alone, or what the settings say."""
+        reported = self.tokens.shifted(shift)
+        plain = Distribution(temperature=self.expected.temperature)
+        found = [replace(plain, adjustment=self.expected.adjustment)] if self.expected.adjustment else []
+        for family in FAMILIES:
+            table = self.tables[view][self._family(family)].double()
+            place = _minimum(table, lambda scores: float(k3(scores - reported)))
+            found.append(replace(plain, adjustment=family.at(place)))
+        return min(found, key=lambda distribution: float(k3(self.scored(view, distribution) - reported)))
+
+    @cached_property
+    def _refuted(self) -> dict[View, set[Distribution]]:
+        """Truncated distributions that exclude tokens which were sampled, more than rounding moves over a boundary."""
+        return {
+            view: {d for d, mass in zip(self.exclusions, masses, strict=True) if (mass < 0).float().mean() > EXCLUDED}
+            for view, masses in self.masses.items()
+        }
 
     def best_truncated(self, view: View, shift: int, *, temperature: float | None = None) -> Distribution | None:
-        """The truncated distribution of the table that leaves the least k3, of all temperatures or of one."""
+        """The truncated distribution of the table that leaves the least k3, of all temperatures or of one.
+
+        Not one that excludes what was sampled, where that is known.
+        """
+        refuted = self._refuted.get(view, set())
         reported = self.tokens.shifted(shift)
         found = [
             (float(k3(self.tables[view][place].double() - reported)), place)
             for place, distribution in enumerate(self.distributions)
-            if distribution.truncated and temperature in (None, distribution.temperature)
+            if distribution.truncated
+            and distribution.adjustment == NONE
+            and distribution not in refuted
+            and temperature in (None, distribution.temperature)
         ]
         return self.distributions[min(found)[1]] if found else None
 
     def likeliest_temperature(self, view: View) -> "Likeliest":
         """The temperature under which the tokens themselves are most probable."""
         likelihood = self.tables[view][self._grid].double().sum(1, keepdim=True)
-        found = _minimum(likelihood, lambda total: -float(total))
-        best = float(interpolate(likelihood, TEMPERATURES, found))
+        place = _minimum(likelihood, lambda total: -float(total))
+        found, best = temperature_at(place), float(interpolate(likelihood, place))
         steps = [TEMPERATURES[0] * (TEMPERATURES[-1] / TEMPERATURES[0]) ** (i / 400) for i in range(401)]
-        near = [t for t in steps if float(interpolate(likelihood, TEMPERATURES, t)) >= best - WITHIN_NATS]
+        near = [t for t in steps if float(interpolate(likelihood, place_of(t))) >= best - WITHIN_NATS]
         return Likeliest(temperature=found, low=min(near, default=found), high=max(near, default=found), nats=best)
 
     def never_sampled(self, view: View, temperature: float) -> tuple[Distribution, float] | None:
@@ -202,16 +247,16 @@ class Evidence:
         return best
 
 
-def _minimum(table: Tensor, loss) -> float:
-    """The temperature at which `loss` of the scores is least: the best of the grid, then golden sections beside it."""
+def _minimum(table: Tensor, loss: Callable[[Tensor], float]) -> float:
+    """The place at which `loss` of the scores is least: the best of the rows, then golden sections beside it."""
     losses = [loss(row) for row in table]
     best = min(range(len(losses)), key=losses.__getitem__)
-    low, high = (math.log(TEMPERATURES[min(max(i, 0), len(losses) - 1)]) for i in (best - 1, best + 1))
+    low, high = max(best - 1, 0), min(best + 1, len(losses) - 1)
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(16):
         a, b = high - ratio * (high - low), low + ratio * (high - low)
-        if loss(interpolate(table, TEMPERATURES, math.exp(a))) < loss(interpolate(table, TEMPERATURES, math.exp(b))):
+        if loss(interpolate(table, a)) < loss(interpolate(table, b)):
             high = b
         else:
             low = a
-    return math.exp((low + high) / 2)
+    return (low + high) / 2

@@ -9,6 +9,7 @@ import torch
 
 from r3.capture import Rollouts, SamplingSettings, load_rollouts, saved_settings
 from r3.errors import DiagnosticsError
+from r3.explain.adjustments import Adjustment
 from r3.explain.decision import Given, decide
 from r3.explain.distributions import Distribution, candidates, exclusions
 from r3.explain.evidence import Evidence, Tokens
@@ -74,8 +75,7 @@ def explain(
     tokens = Tokens.of(rollouts)
     if not tokens.usable.any():
         raise DiagnosticsError("rollouts: expected sampled tokens with log-probabilities, got none")
-    temperature = settings.temperature or 1.0  # greedy: vLLM leaves the logits as they are
-    expected = Distribution(temperature=temperature, top_p=settings.top_p or 1.0, top_k=max(settings.top_k or 0, 0))
+    expected = expected_of(settings)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES.get(settings.dtype or "bfloat16", torch.bfloat16)
     views = LIVE if rollouts.spec is None else REPLAYED
@@ -114,6 +114,23 @@ def explain(
             names=names,
             rollouts=len(rollouts),
         )
+    )
+
+
+def expected_of(settings: SamplingSettings) -> Distribution:
+    """The distribution that the settings tell, as far as it can be computed again."""
+    return Distribution(
+        temperature=settings.temperature or 1.0,  # greedy: vLLM leaves the logits as they are
+        top_p=settings.top_p or 1.0,
+        top_k=max(settings.top_k or 0, 0),
+        min_p=settings.min_p or 0.0,
+        adjustment=Adjustment(
+            presence_penalty=settings.presence_penalty or 0.0,
+            frequency_penalty=settings.frequency_penalty or 0.0,
+            repetition_penalty=settings.repetition_penalty or 1.0,
+            logit_bias=settings.logit_bias or (),
+            allowed_token_ids=settings.allowed_token_ids or (),
+        ),
     )
 
 

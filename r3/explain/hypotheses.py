@@ -16,13 +16,14 @@ from r3.explain.distributions import Distribution
 from r3.explain.evidence import SHIFTS, Evidence, is_smaller, k3
 from r3.explain.scoring import View
 
-ROUTING, ROWS, LOGPROBS, WEIGHTS, TEMPERATURE, TRUNCATION = (
+ROUTING, ROWS, LOGPROBS, WEIGHTS, TEMPERATURE, TRUNCATION, ADJUSTMENT = (
     "routing",
     "shifted_rows",
     "shifted_logprobs",
     "stale_sync",
     "temperature",
     "renormalised",
+    "adjusted",
 )
 
 
@@ -63,7 +64,10 @@ def hypotheses(evidence: Evidence) -> Iterator[Hypothesis]:
             (evidence.best_temperature(view, shift), {TEMPERATURE}),
             (evidence.best_truncated(view, shift, temperature=expected.temperature), {TRUNCATION}),
             (evidence.best_truncated(view, shift), {TRUNCATION, TEMPERATURE}),
+            (evidence.best_adjusted(view, shift), {ADJUSTMENT}),
         ]
+        if expected.adjustment and expected.truncated:
+            given.append((expected, {ADJUSTMENT, TRUNCATION}))
         causes = {
             name
             for name, supposed in (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from r3.capture import Rollout, Rollouts
 from r3.diagnostics import RoutingSums
 from r3.errors import DiagnosticsError
+from r3.explain.adjustments import Before
 from r3.explain.distributions import Distribution, score, signed_mass
 from r3.replay import attach, record
 from r3.routing import RolloutRouting, RoutingSpec
@@ -122,7 +123,7 @@ def score_rollouts(
             recorded = record(model) if agreement and not view.replayed else contextlib.nullcontext()
             with recorded as recorder:
                 logits = inputs.logits(model, view)
-            parts[view].append(score(logits, inputs.labels, chosen).cpu())
+            parts[view].append(score(logits, inputs.labels, chosen, inputs.before).cpu())
             if excluded:
                 masses[view].append(signed_mass(logits, inputs.labels, excluded).cpu())
             if recorder is not None:
@@ -171,6 +172,7 @@ class _Inputs:
     attention_mask: Tensor
     places: Tensor  # of `input_ids` flattened: what predicts each sampled token
     labels: Tensor
+    before: Before
     rows: RolloutRouting | None
 
     @classmethod
@@ -178,16 +180,24 @@ class _Inputs:
         length = max(map(len, batch))
         input_ids = torch.zeros(len(batch), length, dtype=torch.int64)
         mask, sampled = torch.zeros_like(input_ids), torch.zeros(len(batch), length, dtype=torch.bool)
+        begins = torch.zeros_like(input_ids)
         for b, rollout in enumerate(batch):
             input_ids[b, : len(rollout)] = torch.tensor(rollout.prompt_ids + rollout.token_ids, dtype=torch.int64)
             mask[b, : len(rollout)] = 1
             sampled[b, len(rollout.prompt_ids) : len(rollout)] = scored(rollout)
+            begins[b, len(rollout.prompt_ids) : len(rollout)] = len(rollout.prompt_ids) + _begins(rollout.response_mask)
         places = sampled.flatten().nonzero()[:, 0]
         return cls(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
             places=(places - 1).to(device),
             labels=input_ids.flatten()[places].to(device),
+            before=Before(
+                input_ids=input_ids.to(device),
+                row=(places // length).to(device),
+                begin=begins.flatten()[places].to(device),
+                end=(places % length).to(device),
+            ),
             rows=None
             if spec is None
             else RolloutRouting.cat([_rows(rollout, spec) for rollout in batch], length=length),
@@ -222,6 +232,12 @@ class _Inputs:
             )
         finally:
             handle.remove()
+
+
+def _begins(sampled: Tensor) -> Tensor:
+    """int64 `[G]`: of each sampled token, where its run of sampled ones began: its request's own tokens."""
+    places = torch.arange(len(sampled))
+    return torch.where(sampled, 0, places + 1).cummax(0).values if len(sampled) else places
 
 
 def scored(rollout: Rollout) -> Tensor:

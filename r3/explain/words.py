@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from r3.diagnostics import RoutingSums
+from r3.explain.adjustments import Adjustment
 from r3.explain.distributions import Distribution
 from r3.explain.hypotheses import Hypothesis
 from r3.explain.outcome import Cause
@@ -100,7 +101,8 @@ def lagging(lag: int, remaining: float) -> Cause:
     )
 
 
-def weights(least: float, correlation: float, earlier: int, lag: int) -> Cause:
+def weights(least: float, correlation: float, earlier: int, lag: int, *, alone: bool, differing: float | None) -> Cause:
+    """Args: `alone` whether a change of the distribution at sampling is excluded."""
     if lag:
         which = f"their own versions say that they are {lag} behind the trainer's: a stale sync is likely. "
     elif earlier:
@@ -110,12 +112,56 @@ def weights(least: float, correlation: float, earlier: int, lag: int) -> Cause:
     near = "near relatives, such as weights of another step" if correlation >= RELATED else "little in common"
     return Cause(
         name="weights",
-        text=f"the rollouts were sampled with other weights: every hypothesis leaves k3 {least:.2e} or more, and the "
-        f"probabilities correlate by {correlation:.3f} ({near}). {which.strip()}",
+        text=f"the rollouts were sampled with other weights{'' if alone else UNTOLD}: every hypothesis leaves k3 "
+        f"{least:.2e} or more, and the probabilities correlate by {correlation:.3f} ({near})"
+        f"{'' if differing is None else f'; {100 * differing:.0f}% of the live choices of experts differ'}. "
+        f"{which.strip()}",
         remedy="give earlier checkpoints with --earlier; compare the digest and version that the engine's workers "
         "answer (`r3 doctor --url`) with the last sync's receipt; check that --model is the checkpoint that was served",
         figures={"k3": least, "correlation": correlation},
     )
+
+
+CHANGES = "logit bias, allowed or bad words, structured output, a logits processor, several penalties at once"
+UNTOLD = f", or from a distribution that was changed at sampling ({CHANGES}), which cannot be told without routing"
+
+
+def adjusted(found: Adjustment, told: bool, without: float, with_it: float) -> Cause:
+    source = "which the file's settings say" if told else "which fits best"
+    return Cause(
+        name="adjusted",
+        text=f"the logits were changed at sampling by {found}, {source}, while the trainer scores the model's own; "
+        f"{_times(without, with_it)}",
+        remedy=SAMPLE_PLAINLY,
+        figures={"adjustment": str(found), "k3_without": without, "k3_with": with_it},
+    )
+
+
+def told_adjustment(other: Sequence[str], least: float, differing: float | None) -> Cause:
+    experts = "" if differing is None else f"; {100 * differing:.1f}% of the live choices of experts differ"
+    return Cause(
+        name="adjusted",
+        text=f"the file's settings say that sampling was also changed by {', '.join(other)}, which cannot be computed "
+        f"again here: k3 {least:.2e} or more remains{experts}. Whether the weights are the same cannot be told "
+        "beside it",
+        remedy=SAMPLE_PLAINLY,
+        figures={"k3": least, "adjustment": ", ".join(other)},
+    )
+
+
+def unknown_adjustment(least: float, differing: float) -> Cause:
+    return Cause(
+        name="adjusted",
+        text=f"the distribution was changed at sampling: every hypothesis leaves k3 {least:.2e} or more, yet "
+        f"{100 * (1 - differing):.1f}% of the live choices of experts are the rollouts', which other weights would not "
+        f"make. It is none of the changes that were tried (one penalty, min-p, top-k, top-p, temperature): {CHANGES}; "
+        "or weights behind the last router alone differ (the head, for one)",
+        remedy=f"{SAMPLE_PLAINLY}; save the rollouts with SamplingSettings.of_params(sampling_params), which says it",
+        figures={"k3": least, "differing_rows": differing},
+    )
+
+
+SAMPLE_PLAINLY = "sample without it (r3.capture.sampling_kwargs does), or change the trainer's logits alike"
 
 
 def unexplained(remaining: float, floor: float, lag: int, earlier: int, replayed: bool) -> Cause:
@@ -126,8 +172,8 @@ def unexplained(remaining: float, floor: float, lag: int, earlier: int, replayed
         name="unexplained",
         text=f"k3 {remaining:.2e} remains, {remaining / floor:.0f} times what the model's own precision makes, and no "
         f"hypothesis explains it.{routing}{behind}{checkpoints}",
-        remedy="not tested here: quantised weights or KV cache, other kernels or position encoding, logit processors "
-        "(penalties, bias, min-p), an adapter on one side",
+        remedy="not tested here: quantised weights or KV cache, other kernels or position encoding, an adapter on one "
+        f"side, changes of the distribution at sampling other than one penalty, min-p, top-k and top-p ({CHANGES})",
         figures={"k3": remaining, "own_k3": floor},
     )
 
@@ -167,15 +213,20 @@ def rows(shift: int | None, as_saved: float, live: float, moved: float, differin
 
 
 def renormalised(found: Distribution, without: float, with_it: float) -> Cause:
-    what = f"top-k {found.top_k}" if found.top_k else ""
-    what += " and " if found.top_k and found.top_p < 1 else ""
-    what += f"top-p {found.top_p:g}" if found.top_p < 1 else ""
+    what = found.truncation
     return Cause(
         name="renormalised",
         text=f"processed log-probabilities: they are renormalised over what {what} (about) leaves, while the trainer "
         f"scores the whole distribution; {_times(without, with_it)}",
-        remedy="sample with top_p=1 and top_k=-1 (r3.capture.sampling_kwargs does), or renormalise in the trainer too",
-        figures={"top_p": found.top_p, "top_k": found.top_k, "k3_without": without, "k3_with": with_it},
+        remedy="sample with top_p=1, top_k=-1 and min_p=0 (r3.capture.sampling_kwargs does), or renormalise in the "
+        "trainer too",
+        figures={
+            "top_p": found.top_p,
+            "top_k": found.top_k,
+            "min_p": found.min_p,
+            "k3_without": without,
+            "k3_with": with_it,
+        },
     )
 
 
@@ -233,6 +284,6 @@ def hypothesis(found: Hypothesis, names: Sequence[str]) -> str:
         parts.append(f"rows moved by {-found.view.rows:+d}")
     if found.shift:
         parts.append(f"log-probabilities moved by {-found.shift:+d}")
-    if found.causes & {"temperature", "renormalised"}:
+    if found.causes & {"temperature", "renormalised", "adjusted"}:
         parts.append(str(found.distribution))
     return ", ".join(parts)

@@ -1,0 +1,137 @@
+"""Changes of the logits before the temperature, as vLLM makes them: penalties, a bias, a list of allowed tokens.
+
+n tokens, V tokens of vocabulary, B rollouts, S their longest.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Before:
+    """The tokens before each scored one.
+
+    Attributes:
+        input_ids: int64 `[B, S]`.
+        row: int64 `[n]`, of which rollout.
+        begin: int64 `[n]`, position of the first token that the same request sampled.
+        end: int64 `[n]`, position of the token itself.
+    """
+
+    input_ids: Tensor
+    row: Tensor
+    begin: Tensor
+    end: Tensor
+
+    def part(self, which: slice) -> "Before":
+        """That of some of the tokens."""
+        return Before(input_ids=self.input_ids, row=self.row[which], begin=self.begin[which], end=self.end[which])
+
+    def counts(self, vocabulary: int) -> tuple[Tensor, Tensor]:
+        """Float `[n, V]`: how often each token was sampled by the request, and how often it stands before at all."""
+        ids = self.input_ids[self.row]
+        position = torch.arange(ids.shape[1], device=ids.device)
+        before = position < self.end[:, None]
+        nothing = torch.zeros(len(ids), vocabulary, device=ids.device)
+        sampled = nothing.scatter_add(1, ids, (before & (position >= self.begin[:, None])).float())
+        return sampled, nothing.scatter_add(1, ids, before.float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adjustment:
+    """What `SamplingParams` of the same names do to the logits."""
+
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        words = [f"{name.replace('_', ' ')} {value:.2f}" for name, value, none in self._penalties() if value != none]
+        if self.logit_bias:
+            words.append(f"a logit bias on {len(self.logit_bias)} tokens")
+        if self.allowed_token_ids:
+            words.append(f"{len(self.allowed_token_ids)} allowed tokens")
+        return ", ".join(words)
+
+    def __bool__(self) -> bool:
+        return bool(str(self))
+
+    def _penalties(self) -> Sequence[tuple[str, float, float]]:
+        return (
+            ("presence_penalty", self.presence_penalty, 0.0),
+            ("frequency_penalty", self.frequency_penalty, 0.0),
+            ("repetition_penalty", self.repetition_penalty, 1.0),
+        )
+
+    def applied(self, logits: Tensor, labels: Tensor, sampled: Tensor, seen: Tensor) -> Tensor:
+        """The changed logits, `[n, V]`. A label that was not allowed is left as it is: it was sampled, after all.
+
+        Args:
+            logits: float32 `[n, V]`.
+            labels: int64 `[n]`.
+            sampled, seen: as `Before.counts` gives them.
+        """
+        vocabulary = logits.shape[1]
+        if self.allowed_token_ids:
+            allowed = torch.zeros(vocabulary, dtype=torch.bool, device=logits.device)
+            allowed[[token for token in self.allowed_token_ids if token < vocabulary]] = True
+            own = torch.zeros_like(logits, dtype=torch.bool).scatter(1, labels[:, None], True)
+            logits = logits.masked_fill(~(allowed | own), -math.inf)
+        if self.logit_bias:
+            bias = torch.zeros(vocabulary, device=logits.device)
+            for token, value in self.logit_bias:
+                if token < vocabulary:
+                    bias[token] += value
+            logits = logits + bias
+        if self.repetition_penalty != 1.0:
+            scaled = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(seen > 0, scaled, logits)
+        return logits - self.frequency_penalty * sampled - self.presence_penalty * (sampled > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One penalty alone, at evenly spaced values, of which others are interpolated.
+
+    Attributes:
+        name: of the penalty.
+        least, step: the first value, and the distance of the next; of the logarithms if `logarithmic`.
+        count: of values.
+    """
+
+    name: str
+    least: float
+    step: float
+    count: int
+    logarithmic: bool = False
+
+    def at(self, place: float) -> Adjustment:
+        """That at a place between 0 and `count` - 1."""
+        value = self.least + self.step * place
+        given: dict[str, Any] = {self.name: math.exp(value) if self.logarithmic else value}
+        return Adjustment(**given)
+
+    @property
+    def grid(self) -> list[Adjustment]:
+        return [self.at(place) for place in range(self.count)]
+
+    def place(self, adjustment: Adjustment) -> float | None:
+        """Where it lies; None if it is of another kind."""
+        value = getattr(adjustment, self.name)
+        if adjustment != replace(Adjustment(), **{self.name: value}):
+            return None
+        return ((math.log(value) if self.logarithmic else value) - self.least) / self.step
+
+
+FAMILIES = (
+    Family(name="presence_penalty", least=-2.0, step=0.5, count=9),
+    Family(name="frequency_penalty", least=-1.0, step=0.25, count=13),
+    Family(name="repetition_penalty", least=math.log(0.75), step=0.1, count=11, logarithmic=True),
+)
