@@ -45,13 +45,14 @@ def test_offloaded_weights(name, where, tmp_path, device):
     """They are on meta until the hook of their module fetches them, to the device on which it runs."""
     case = CASES[name]
     model, inputs = case.build().to(device), case.inputs()
+    logits = lambda **routing: model(**inputs, **routing).logits.to("cpu")
     inputs = {n: value.to(device) if isinstance(value, torch.Tensor) else value for n, value in inputs.items()}
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(2, 10, len(case.router_layers), case.num_experts, generator=generator).argsort(-1)
     ids = order[..., : case.top_k]
     with torch.no_grad():
         replay = r3.attach(model)
-        live, replayed = model(**inputs).logits, model(**inputs, routed_experts=ids).logits
+        live, replayed = logits(), logits(routed_experts=ids)
         replay.detach()
         model, inputs = model.to("cpu"), case.inputs()
         if where == "cpu":
@@ -61,14 +62,14 @@ def test_offloaded_weights(name, where, tmp_path, device):
         before = own_attributes(model)
         assert any(p.is_meta for p in model.parameters())
         with r3.record(model) as recorder:
-            assert torch.equal(model(**inputs).logits, live)
+            assert torch.equal(logits(), live)
         replay = r3.attach(model)
-        assert torch.equal(model(**inputs, routed_experts=ids).logits, replayed)
+        assert torch.equal(logits(routed_experts=ids), replayed)
         assert replay.last.routers == len(case.router_layers)
-        assert torch.equal(model(**inputs, routed_experts=recorder.routing).logits, live)
+        assert torch.equal(logits(routed_experts=recorder.routing), live)
         replay.detach()
         assert own_attributes(model) == before
-        assert torch.equal(model(**inputs).logits, live)
+        assert torch.equal(logits(), live)
 
 
 class Nothing(ModelHook):
