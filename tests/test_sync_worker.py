@@ -220,7 +220,7 @@ def errors_of(replies: list[dict]) -> list[str]:
 
 @pytest.mark.parametrize("process", [None, derive], ids=["planned", "slow"])
 def test_frozen_layers_keep_what_they_have_and_all_else_must_come(vllm_config, monkeypatch, process):
-    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": Direct})
     worker = worker_with(initial(Toy(process), weights_of(0)), vllm_config)
     two = lambda seed: weights_of(seed, layers=("two",))
     for version in (1, 2):  # by vLLM's loaders, and by what was learned
@@ -243,7 +243,7 @@ def test_frozen_layers_keep_what_they_have_and_all_else_must_come(vllm_config, m
 
 
 def test_what_is_frozen_and_sent_is_refused_untouched(vllm_config, monkeypatch):
-    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": Direct})
     worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
     reply = replies_up_to_begin(worker, weights_of(1), 1, ["one"])[1]
     assert "frozen=['one'], and yet sent:\n  one.gate" in reply["error"]
@@ -251,7 +251,7 @@ def test_what_is_frozen_and_sent_is_refused_untouched(vllm_config, monkeypatch):
 
 
 def test_what_a_failed_sync_may_have_touched_cannot_be_kept(vllm_config, monkeypatch):
-    monkeypatch.setitem(RECEIVERS, "direct", Direct)
+    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": Direct})
     worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
     two = weights_of(1, layers=("two",))
     broken = {name: tensor / 0 for name, tensor in two.items()}

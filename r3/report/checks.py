@@ -54,7 +54,9 @@ def checks(records: Records, settings: Mapping[str, Any]) -> list[Check]:
 
 
 def _engine(records: Records) -> str | None:
-    found = [record for record in records if record.get("engine/k3_live") is not None]
+    names = [f"engine/{name}" for name in ("k3_live", "k3_replayed", "differing_rows", "repeat_nats")]
+    measured = [{n: number(record, n) for n in names if not math.isnan(number(record, n))} for record in records]
+    found = [figures for figures in measured if names[0] in figures]
     if not found:
         return None
     faults = EngineAgreement.from_record("the model", found[0]).faults()
