@@ -78,7 +78,7 @@ class Toy:
     def __init__(self, folder) -> None:
         self.folder = folder
         torch.manual_seed(0)
-        self.model = tiny_moe(torch.bfloat16, vocab_size=VOCABULARY, initializer_range=0.2).eval()
+        self.model = tiny_moe(torch.float32, vocab_size=VOCABULARY, initializer_range=0.2).eval()
         self.path = str(folder / "model")
         self.model.save_pretrained(self.path)
         self.spec = r3.attach(self.model).spec
@@ -86,12 +86,12 @@ class Toy:
     def other_weights(self, scale: float) -> str:
         torch.manual_seed(1)
         other = tiny_moe(torch.float32, vocab_size=VOCABULARY, initializer_range=0.2)
-        other.load_state_dict({name: value.float() for name, value in self.model.state_dict().items()})
+        other.load_state_dict(self.model.state_dict())
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.add_(scale * parameter.std() * torch.randn_like(parameter))
         path = str(self.folder / f"other {scale}")
-        other.bfloat16().save_pretrained(path)
+        other.save_pretrained(path)
         return path
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ def toy(tmp_path_factory):
     return Toy(tmp_path_factory.mktemp("toy"))
 
 
-PLAIN = SamplingSettings(temperature=1.0, top_p=1.0, top_k=-1, logprobs_mode="processed_logprobs", dtype="bfloat16")
+PLAIN = SamplingSettings(temperature=1.0, top_p=1.0, top_k=-1, logprobs_mode="processed_logprobs", dtype="float32")
 
 
 def told(path: str, rollouts: Rollouts, settings: SamplingSettings = PLAIN) -> Explanation:

@@ -93,8 +93,9 @@ class SamplingSettings:
             logprobs_mode, dtype: of the engine.
             weight_version: that the trainer has.
         """
-        opaque = [(name, getattr(params, name, None)) for name in OPAQUE]
-        other = [f"{name}={value!r:.80}" for name, value in opaque if value]
+        default = type(params)()
+        changed = [name for name in OPAQUE if getattr(params, name, None) != getattr(default, name, None)]
+        other = [f"{name}={getattr(params, name)!r:.80}" for name in changed]
         return cls.from_mapping(
             {
                 "temperature": params.temperature,

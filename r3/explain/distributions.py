@@ -101,19 +101,30 @@ def score(
         labels: int64 `[n]`.
         before: what stands before each label; needed where a distribution has an adjustment.
     """
+    return score_and_admit(logits, labels, distributions, before)[0]
+
+
+def score_and_admit(
+    logits: Tensor, labels: Tensor, distributions: Sequence[Distribution], before: Before | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `score` gives, and bool `[D, n]`, whether a distribution keeps the label."""
     step = max(1, _CHUNK_BYTES // (4 * logits.shape[1]))
     parts = [
         _adjusted(logits[at : at + step].float(), labels[at : at + step], distributions, before, slice(at, at + step))
         for at in range(0, len(labels), step)
     ]
-    return torch.cat(parts, dim=1) if parts else torch.empty(len(distributions), 0, device=logits.device)
+    if not parts:
+        nothing = torch.empty(len(distributions), 0, device=logits.device)
+        return nothing, nothing.bool()
+    return torch.cat([scores for scores, _ in parts], dim=1), torch.cat([inside for _, inside in parts], dim=1)
 
 
 def _adjusted(
     logits: Tensor, labels: Tensor, distributions: Sequence[Distribution], before: Before | None, which: slice
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """`_score` with the logits of each adjustment."""
     found = logits.new_empty(len(distributions), len(labels))
+    inside = torch.ones_like(found, dtype=torch.bool)
     counts = None
     for adjustment, places in _by(distributions, lambda d: d.adjustment).items():
         changed = logits
@@ -121,14 +132,15 @@ def _adjusted(
             assert before is not None
             counts = counts or before.part(which).counts(logits.shape[1])
             changed = adjustment.applied(logits, labels, *counts)
-        found[places] = _score(changed, labels, [distributions[place] for place in places])
-    return found
+        found[places], inside[places] = _score(changed, labels, [distributions[place] for place in places])
+    return found, inside
 
 
-def _score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> Tensor:
+def _score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> tuple[Tensor, Tensor]:
     own = logits.gather(1, labels[:, None])
     ordered = _Ordered.of(logits, own) if any(d.truncated for d in distributions) else None
     found = logits.new_empty(len(distributions), len(labels))
+    inside = torch.ones_like(found, dtype=torch.bool)
     for temperature, places in _by(distributions, lambda d: d.temperature).items():
         total = (logits / temperature).logsumexp(1, keepdim=True)
         plain = (own / temperature - total)[:, 0]
@@ -138,8 +150,9 @@ def _score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]
             found[place] = plain
             if distribution.truncated:
                 assert cumulative is not None
-                found[place] = plain - cumulative.kept(distribution)[0].log()
-    return found
+                kept, inside[place] = cumulative.kept(distribution)
+                found[place] = plain - kept.log()
+    return found, inside
 
 
 def signed_mass(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> Tensor:

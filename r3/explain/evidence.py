@@ -5,7 +5,7 @@ N sampled tokens, D distributions. d = scored - reported, nats.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -138,6 +138,7 @@ class Evidence:
         expected: what the trainer scores with.
         exclusions: truncated distributions, those of `masses`.
         masses: for each view, float32 `[D', N]`, as `signed_mass` gives them.
+        excluded: for each view, `[D]`, the share of the tokens that a distribution does not keep, where it is known.
     """
 
     tokens: Tokens
@@ -146,6 +147,7 @@ class Evidence:
     expected: Distribution
     exclusions: Sequence[Distribution]
     masses: Mapping[View, Tensor]
+    excluded: Mapping[View, Tensor] = field(default_factory=dict)
 
     @cached_property
     def _places(self) -> dict[Distribution, int]:
@@ -192,27 +194,19 @@ class Evidence:
             found.append(replace(plain, adjustment=family.at(place)))
         return min(found, key=lambda distribution: float(k3(self.scored(view, distribution) - reported)))
 
-    @cached_property
-    def _refuted(self) -> dict[View, set[Distribution]]:
-        """Truncated distributions that exclude tokens which were sampled, more than rounding moves over a boundary."""
-        return {
-            view: {d for d, mass in zip(self.exclusions, masses, strict=True) if (mass < 0).float().mean() > EXCLUDED}
-            for view, masses in self.masses.items()
-        }
-
     def best_truncated(self, view: View, shift: int, *, temperature: float | None = None) -> Distribution | None:
         """The truncated distribution of the table that leaves the least k3, of all temperatures or of one.
 
-        Not one that excludes what was sampled, where that is known.
+        Not one that excludes what was sampled, more than rounding moves over its boundary.
         """
-        refuted = self._refuted.get(view, set())
+        excluded = self.excluded.get(view, torch.zeros(len(self.distributions))).tolist()
         reported = self.tokens.shifted(shift)
         found = [
             (float(k3(self.tables[view][place].double() - reported)), place)
             for place, distribution in enumerate(self.distributions)
             if distribution.truncated
             and distribution.adjustment == NONE
-            and distribution not in refuted
+            and excluded[place] <= EXCLUDED
             and temperature in (None, distribution.temperature)
         ]
         return self.distributions[min(found)[1]] if found else None

@@ -83,7 +83,7 @@ def explain(
     grid = partial(candidates, expected)
     excluding = partial(exclusions, expected)
     own = scores(model, distributions=grid, views=views, dtype=dtype, excluding=excluding)
-    tables, masses, names = dict(own.table), dict(own.masses), [model, *earlier]
+    tables, masses, excluded, names = dict(own.table), dict(own.masses), dict(own.excluded), [model, *earlier]
     for place, checkpoint in enumerate(earlier, start=1):
         found: Scores = scores(checkpoint, distributions=grid, views=views, dtype=dtype, excluding=excluding)
         if found.vocabulary != own.vocabulary:
@@ -93,6 +93,7 @@ def explain(
             )
         tables |= {replace(view, weights=place): table for view, table in found.table.items()}
         masses |= {replace(view, weights=place): table for view, table in found.masses.items()}
+        excluded |= {replace(view, weights=place): share for view, share in found.excluded.items()}
     # The other of the two precisions: what precision alone does.
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     bare = scores(model, distributions=grid, views=views[:2], dtype=other)
@@ -104,6 +105,7 @@ def explain(
         expected=expected,
         exclusions=excluding(own.vocabulary),
         masses=masses,
+        excluded=excluded,
     )
     return decide(
         Given(

@@ -16,7 +16,7 @@ from r3.capture import Rollout, Rollouts
 from r3.diagnostics import RoutingSums
 from r3.errors import DiagnosticsError
 from r3.explain.adjustments import Before
-from r3.explain.distributions import Distribution, score, signed_mass
+from r3.explain.distributions import Distribution, score_and_admit, signed_mass
 from r3.replay import attach, record
 from r3.routing import RolloutRouting, RoutingSpec
 from r3.routing.types import replace_trusted
@@ -43,6 +43,7 @@ class Scores:
 
     Attributes:
         table: for each view, float32 `[D, N]`, nats, on the CPU.
+        excluded: for each view, float32 `[D]`, the share of the tokens that a distribution does not keep.
         routing: live routing against the saved rows, by how far these were moved.
         masses: for each view that was asked for, float32 `[D', N]`: mass kept, negative where the token is excluded.
         vocabulary: V.
@@ -50,6 +51,7 @@ class Scores:
 
     table: dict[View, Tensor]
     masses: dict[View, Tensor]
+    excluded: dict[View, Tensor]
     routing: dict[int, RoutingSums]
     vocabulary: int
 
@@ -116,6 +118,7 @@ def score_rollouts(
     chosen, excluded = distributions(vocabulary), excluding(vocabulary)
     parts: dict[View, list[Tensor]] = {view: [] for view in views}
     masses: dict[View, list[Tensor]] = {view: [] for view in views if excluded}
+    outside = {view: torch.zeros(len(chosen)) for view in views}
     agreement: dict[int, list[RoutingSums]] = {view.rows: [] for view in views if view.replayed}
     for batch in _batches(rollouts, tokens_at_once):
         inputs = _Inputs.of(batch, rollouts.spec, device)
@@ -123,7 +126,9 @@ def score_rollouts(
             recorded = record(model) if agreement and not view.replayed else contextlib.nullcontext()
             with recorded as recorder:
                 logits = inputs.logits(model, view)
-            parts[view].append(score(logits, inputs.labels, chosen, inputs.before).cpu())
+            table, kept = score_and_admit(logits, inputs.labels, chosen, inputs.before)
+            parts[view].append(table.cpu())
+            outside[view] += (~kept).sum(1).cpu()
             if excluded:
                 masses[view].append(signed_mass(logits, inputs.labels, excluded).cpu())
             if recorder is not None:
@@ -134,8 +139,10 @@ def score_rollouts(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     empty = torch.empty(len(chosen), 0)
+    tables = {view: torch.cat(found, dim=1) if found else empty for view, found in parts.items()}
     return Scores(
-        table={view: torch.cat(found, dim=1) if found else empty for view, found in parts.items()},
+        table=tables,
+        excluded={view: count / max(1, tables[view].shape[1]) for view, count in outside.items()},
         masses={view: torch.cat(found, dim=1) for view, found in masses.items() if found},
         routing={rows: sum(sums[1:], sums[0]) for rows, sums in agreement.items() if sums},
         vocabulary=vocabulary,
