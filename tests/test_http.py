@@ -175,12 +175,17 @@ def test_a_prompt_that_the_server_does_not_return_may_be_put_into_the_response()
     assert collect([response | {"prompt_token_ids": [1, 2, 3, 4]}], SPEC).items[0].prompt_ids == [1, 2, 3, 4]
 
 
+def one(rollout):
+    """Its first token, and as if that had been token 1."""
+    return dataclasses.replace(rollout.truncate(max_response_length=1), token_ids=[1])
+
+
 def test_a_handshake_refuses_log_probabilities_of_another_distribution():
     """Seen with a server of logprobs_mode=raw_logprobs: -11.7 where one token alone was allowed."""
     greedy, forced = collect([output(rows()), output(rows(), logprobs=CERTAIN)], SPEC)
-    _require(greedy, dataclasses.replace(forced, token_ids=[1]), [1, 2, 3, 4], 3, SPEC)
+    _require(greedy, one(forced), [1, 2, 3, 4], 3, SPEC)
     with pytest.raises(r3.CaptureError, match=r"expected 0, got -0.5000. .*logprobs_mode=processed_logprobs"):
-        _require(greedy, dataclasses.replace(greedy, token_ids=[1]), [1, 2, 3, 4], 3, SPEC)
+        _require(greedy, one(greedy), [1, 2, 3, 4], 3, SPEC)
     with pytest.raises(r3.CaptureError, match=r"expected those that were sent, \[9\], got \[1, 2, 3, 4\]"):
         _require(greedy, forced, [9], 3, SPEC)
 
@@ -189,7 +194,7 @@ def test_a_handshake_refuses_rows_of_one_slot_that_are_all_zero():
     spec = dataclasses.replace(SPEC, top_k=1)
     (greedy,) = collect([output(rows()[..., :1] * 0, logprobs=CERTAIN)], spec)
     with pytest.raises(r3.CaptureError, match=r"expert 0 in all 3 layers for all 6 tokens: nothing was captured"):
-        _require(greedy, dataclasses.replace(greedy, token_ids=[1]), [1, 2, 3, 4], 3, spec)
+        _require(greedy, one(greedy), [1, 2, 3, 4], 3, spec)
 
 
 def test_an_aborted_choice_keeps_the_rows_that_came():
