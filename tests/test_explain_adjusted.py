@@ -143,7 +143,12 @@ def cause(found: Explanation, name: str):
     return next(item for item in found.causes if item.name == name)
 
 
-@pytest.mark.parametrize("kind", CHANGES)
+LONG = ("allowed tokens", "two penalties")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.long if kind in LONG else ()) for kind in CHANGES]
+)
 def test_a_changed_distribution_is_named_and_the_weights_are_not(toy, tmp_path, kind):
     change, recorded, words = CHANGES[kind]
     rollouts = toy.rollouts(change)
@@ -238,13 +243,15 @@ def test_penalties_are_those_of_vllm(adjustment):
     begin = torch.tensor([5, 5, 3, 6, 6])
     logits, labels = 3 * torch.randn(5, 12, generator=generator), ids[row, end]
     before = Before(input_ids=ids, row=row, begin=begin, end=end)
-    found = score(logits, labels, [Distribution(adjustment=adjustment), Distribution()], before)
+    # The second keeps all as well, by the way over the whole vocabulary.
+    chosen = [Distribution(adjustment=adjustment), Distribution(adjustment=adjustment, min_p=1e-30), Distribution()]
+    found = score(logits, labels, chosen, before)
     change = by_vllm(adjustment.presence_penalty, adjustment.frequency_penalty, adjustment.repetition_penalty)
     for i in range(5):
         prompt, sampled = ids[row[i], : begin[i]][None], ids[row[i], begin[i] : end[i]][None]
         expected = change(logits[i : i + 1], prompt, sampled).log_softmax(-1)[0, labels[i]]
-        torch.testing.assert_close(found[0, i], expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(found[1], logits.log_softmax(-1).gather(1, labels[:, None])[:, 0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[:2, i], expected.expand(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[2], logits.log_softmax(-1).gather(1, labels[:, None])[:, 0], atol=1e-5, rtol=0)
 
 
 def test_tokens_between_turns_are_the_prompt_of_the_next_request():

@@ -309,7 +309,7 @@ def test_one_choice_of_a_stream_without_its_end_costs_no_other():
     chunks = [part(i, logprobs=content, **({"finish_reason": None} if i == 1 else {})) for i in range(3)]
     kept = collect([chunks], SPEC, on_error="skip")
     assert len(kept) == 2
-    assert "has no end for choice 1: the connection or the server was lost" in kept.failed[1]
+    assert "has no end for choices [1]: the connection or the server was lost" in kept.failed[1]
 
 
 def test_routing_may_come_as_lists_and_a_prompt_as_an_array():

@@ -134,7 +134,7 @@ def _joined(index: int, parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]
         whole["logprobs"]["content"] += (part.get("logprobs") or {}).get("content") or []
         whole |= {name: part[name] for name in CARRIED if part.get(name) is not None}
     if "finish_reason" not in whole:
-        raise CaptureError(f"the stream of {len(parts)} parts has no end for choice {index}: {LOST}")
+        raise CaptureError(f"the stream of {len(parts)} parts has no end for choices [{index}]: {LOST}")
     return whole
 
 

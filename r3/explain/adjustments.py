@@ -41,6 +41,28 @@ class Before:
         sampled = nothing.scatter_add(1, ids, (before & (position >= self.begin[:, None])).float())
         return sampled, nothing.scatter_add(1, ids, before.float())
 
+    def compact(self, logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits, sampled, seen) as `counts` has them, in few columns: penalties change only tokens that were seen.
+
+        Column 0 is the label's, column 1 stands for the mass at `temperature` of all that were not seen, and the others
+        are of the seen ones, each once.
+        """
+        sampled, seen = self.counts(logits.shape[1])
+        own, ids = labels[:, None], self.input_ids[self.row]
+        # In a stable order, the first of equal ones is the first that stands there.
+        ordered, order = self.input_ids.sort(dim=1, stable=True)
+        again = torch.zeros_like(ordered, dtype=torch.bool)
+        again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+        first = ~torch.zeros_like(again).scatter(1, order, again)[self.row]
+        kept = first & (torch.arange(ids.shape[1], device=ids.device) < self.end[:, None]) & (ids != own)
+        unseen = logits.masked_fill((seen > 0).scatter(1, own, True), -math.inf)
+        mass = temperature * (unseen / temperature).logsumexp(1, keepdim=True)
+        columns = torch.cat([own, own, ids], dim=1)
+        found = [part.gather(1, columns) for part in (logits, sampled, seen)]
+        found[0][:, 1:2], found[1][:, 1], found[2][:, 1] = mass, 0, 0
+        found[0][:, 2:].masked_fill_(~kept, -math.inf)
+        return found[0], found[1], found[2]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Adjustment:
@@ -62,6 +84,11 @@ class Adjustment:
 
     def __bool__(self) -> bool:
         return bool(str(self))
+
+    @property
+    def of_seen(self) -> bool:
+        """Whether it changes no token but those that were seen."""
+        return not self.logit_bias and not self.allowed_token_ids
 
     def _penalties(self) -> Sequence[tuple[str, float, float]]:
         return (

@@ -125,14 +125,22 @@ def _adjusted(
     """`_score` with the logits of each adjustment."""
     found = logits.new_empty(len(distributions), len(labels))
     inside = torch.ones_like(found, dtype=torch.bool)
-    counts = None
+    compact: dict[float, tuple[Tensor, Tensor, Tensor]] = {}
     for adjustment, places in _by(distributions, lambda d: d.adjustment).items():
-        changed = logits
-        if adjustment:
-            assert before is not None
-            counts = counts or before.part(which).counts(logits.shape[1])
-            changed = adjustment.applied(logits, labels, *counts)
-        found[places], inside[places] = _score(changed, labels, [distributions[place] for place in places])
+        chosen = [distributions[place] for place in places]
+        if not adjustment:
+            found[places], inside[places] = _score(logits, labels, chosen)
+            continue
+        assert before is not None
+        here, temperature = before.part(which), chosen[0].temperature
+        if adjustment.of_seen and not any(d.truncated or d.temperature != temperature for d in chosen):
+            if temperature not in compact:
+                compact[temperature] = here.compact(logits, labels, temperature)
+            columns, *counts = compact[temperature]
+            found[places] = _score(adjustment.applied(columns, labels * 0, *counts), labels * 0, chosen)[0]
+        else:
+            changed = adjustment.applied(logits, labels, *here.counts(logits.shape[1]))
+            found[places], inside[places] = _score(changed, labels, chosen)
     return found, inside
 
 
