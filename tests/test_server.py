@@ -338,7 +338,7 @@ def test_a_stream_that_breaks_off_is_refused(server, config, spec):
     with httpx.stream("POST", url, json={"token_ids": [5], "stream": True} | fields, timeout=120) as answer:
         lines = list(answer.iter_lines())
     assert len(collect([lines], spec)) == 1
-    with pytest.raises(r3.CaptureError, match=r"has no end for choice 0.*the server was lost"):
+    with pytest.raises(r3.CaptureError, match=r"has no end for choices .*the server was lost"):
         collect([lines[: len(lines) // 2]], spec)
 
 
