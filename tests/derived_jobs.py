@@ -4,59 +4,17 @@ import os
 from pathlib import Path
 
 import torch
+from engine_families import SIZES, TEXT
 from plan_toys import synced
+from zoo.families import CASES
 
 from r3.weight_sync import gathered, named_weights
 from r3.weight_sync.derived import beside, watch_construction
 
-SIZES = dict(
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    tie_word_embeddings=False,
-)
-
 
 def trainer(family: str):
-    """A tiny random model of transformers."""
-    import transformers as hf
-
-    torch.manual_seed(0)
-    experts = dict(moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1)
-    if family == "granitemoehybrid":
-        mamba = dict(mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_n_groups=1)
-        sizes = SIZES | dict(intermediate_size=32, shared_intermediate_size=32, layer_types=["mamba", "attention"])
-        model = hf.GraniteMoeHybridForCausalLM(
-            hf.GraniteMoeHybridConfig(**sizes, **mamba, num_local_experts=4, num_experts_per_tok=2)
-        )
-    elif family == "deepseek_v3":
-        latent = dict(q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32)
-        groups = dict(n_group=1, topk_group=1, first_k_dense_replace=1, topk_method="noaux_tc")
-        model = hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**SIZES, **experts, **latent, **groups))
-    elif family == "lfm2_moe":
-        layers = dict(layer_types=["conv", "full_attention"], num_dense_layers=1, conv_L_cache=4)
-        model = hf.Lfm2MoeForCausalLM(
-            hf.Lfm2MoeConfig(**SIZES, **layers, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
-        )
-    else:
-        model = hf.Qwen2MoeForCausalLM(
-            hf.Qwen2MoeConfig(
-                **SIZES,
-                moe_intermediate_size=32,
-                shared_expert_intermediate_size=32,
-                num_experts=4,
-                num_experts_per_tok=2,
-            )
-        )
-    model = model.to(torch.bfloat16)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name.endswith("e_score_correction_bias"):
-            tensor.data = tensor.data.float()
-    return model
+    """The tiny model of tests/zoo, in sizes that vLLM's CPU kernels take."""
+    return CASES[family].build(torch.bfloat16, sizes=SIZES, text=TEXT.get(family))
 
 
 def save(model, folder: Path, seed: int) -> dict[str, torch.Tensor]:

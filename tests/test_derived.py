@@ -1,11 +1,15 @@
 """What vLLM's layers hold besides weights is brought up to date by a sync, or the sync is refused by name."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from derived_jobs import after_a_sync, ties
 from plan_toys import Toy, initial, synced, weights_of
 from ranks import Ranks
 from torch import nn
+from zoo.families import CASES
 
 import r3
 from r3.weight_sync.derived import DerivedTensors, note_origins
@@ -21,7 +25,23 @@ def rank():
 
 # Mamba's `conv_weights` is a view of a weight that CPU builds pack elsewhere, and vLLM's own `reload_weights` leaves it
 # as it was (0.30); MLA derives W_UK_T and W_UV.
-@pytest.mark.parametrize("family", ["granitemoehybrid", "deepseek_v3", "qwen2_moe"])
+QUICK = ["granitemoehybrid", "deepseek_v3"]
+STARTED = sorted(
+    name
+    for release in json.loads((Path(__file__).parent / "zoo" / "engines.json").read_text()).values()
+    for name, found in release.items()
+    if found.get("starts")
+    and found.get("implementation") == "vLLM"
+    and name in CASES
+    and "-" not in name
+    # Its sync is refused: vLLM writes its experts and sinks past its own reload.
+    and name != "gpt_oss"
+)
+
+
+@pytest.mark.parametrize(
+    "family", [*QUICK, *(pytest.param(name, marks=pytest.mark.long) for name in STARTED if name not in QUICK)]
+)
 def test_a_model_that_was_synced_holds_what_one_that_loaded_the_weights_holds(rank, tmp_path, family):
     assert rank.all(after_a_sync, family, tmp_path, timeout_s=250) == [[]]
 

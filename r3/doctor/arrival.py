@@ -5,7 +5,6 @@ layer keeps aside stays as it was, and nothing says so. So one kind of weight at
 what the engine then samples is scored by the trainer's model with the change and without.
 """
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +20,6 @@ from r3.doctor.agreement import SAMPLED_TOKENS, probe_prompts, score
 from r3.errors import SyncError, summary
 from r3.replay import Replay
 from r3.weight_sync import WeightSync, named_weights
-
-logger = logging.getLogger(__name__)
 
 CHANGE = 0.5
 """How much a weight is changed, as a share of its own spread."""

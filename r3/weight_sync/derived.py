@@ -79,8 +79,8 @@ def note_origins(model: nn.Module) -> None:
 def watch_construction() -> None:
     """Have `note_origins` called on every model that vLLM builds in this process from here on.
 
-    vLLM looks at each model at that point itself, for its reload: `record_metadata_for_reloading`, called by
-    `initialize_model` in all releases from 0.22 to 0.32.
+    vLLM looks at each model at that point itself, for its reload: `record_metadata_for_reloading`, which
+    `initialize_model` calls (read in 0.26, 0.30 and 0.32). Where it does not, nothing is known, and a warning says so.
     """
     from vllm.model_executor.model_loader import utils
 
@@ -132,14 +132,16 @@ class DerivedTensors:
     def kept_buffers(self) -> list[tuple[str, str]]:
         """(layer, name) of buffers that vLLM's bracket loses, or copies uninitialised memory into: no checkpoint has
         them, and they were views of parameters when the model had been built, or have been the same ever since."""
+        if self._origins is None:
+            return []
         found = []
-        views, constants = ({}, {}) if self._origins is None else (self._origins.views, self._origins.constants)
-        for path in (*views, *constants):
+        for path in (*self._origins.views, *self._origins.constants):
             layer, _, name = path.rpartition(".")
             module = self._modules.get(layer)
             if module is None or name not in module._non_persistent_buffers_set:
                 continue
-            if path in views or module._parameters:
+            constant = self._origins.constants.get(path)
+            if constant is None or (module._parameters and _is_content(module._buffers[name], *constant)):
                 found.append((layer, name))
         return found
 

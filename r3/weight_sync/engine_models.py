@@ -153,7 +153,7 @@ def _draft_of(runner: Any) -> Any:
 
 def _why_kept(target: nn.Module, draft: nn.Module, vllm_config: Any) -> str:
     """Why a draft model cannot get the weights of the engine's; empty if it can."""
-    path = vllm_config.speculative_config.draft_model_config.model
+    path = getattr(getattr(vllm_config.speculative_config, "draft_model_config", None), "model", None)
     if type(draft) is not type(target) or path != vllm_config.model_config.model:
         why = f"keeps the weights that it was loaded with: {type(draft).__name__} of {path} is another model"
     elif {*draft.parameters()} & {*target.parameters()}:
