@@ -4,7 +4,7 @@
     python -m benchmarks.capture --shape qwen3-30b-a3b --ways off,r3
 
 One line of JSON. Random weights. The engines of all ways stand side by side on one GPU and take turns, so that each
-ratio is of the same run: `off` without capture, `vllm` with vLLM's own scheduler, `r3` with `r3.capture.scheduler`.
+ratio is of the same run: `off` without capture, `vllm` with vLLM's own scheduler, `r3` with r3's.
 `agreement` is the share of choices (token and layer) that a prefill of the same tokens, alone, makes again: the rest is
 what rounding flips, and rows that are a token off would agree in nothing.
 """
@@ -67,7 +67,7 @@ def engine(folder: Path, way: str, args: argparse.Namespace) -> Any:
         enable_prefix_caching=not args.no_prefix_caching,
     )
     if way == "r3":
-        settings["scheduler_cls"] = "r3.capture.scheduler.capture_scheduler"
+        settings["scheduler_cls"] = "r3.capture.in_engine.routing_scheduler.capture_scheduler"
     return LLM(**settings)
 
 

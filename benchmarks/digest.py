@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.machine import machine, spread
-from r3.weight_sync import digest_cpu
-from r3.weight_sync.digest import ContentDigests
+from r3.weight_sync.integrity import digest_cpu
+from r3.weight_sync.integrity.digest import ContentDigests
 
 Chunk = list[tuple[str, torch.Tensor]]
 
@@ -102,8 +102,8 @@ def copied(chunks: list[Chunk], targets: list[list[torch.Tensor]]) -> None:
 
 
 def on_cuda(chunks: list[Chunk], device: torch.device, size: int, rounds: int) -> dict[str, object]:
-    from r3.weight_sync import digest_cuda
-    from r3.weight_sync.digest import _lanes
+    from r3.weight_sync.integrity import digest_cuda
+    from r3.weight_sync.integrity.digest import _lanes
 
     mask, ulp, _ = _lanes(torch.bfloat16)
     targets = [[torch.empty_like(tensor) for _, tensor in chunk] for chunk in chunks]

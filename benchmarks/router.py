@@ -26,7 +26,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from benchmarks.machine import machine, spread
 from r3.replay.discovery import RouterSite
 from r3.replay.proof import prove
-from r3.replay.substitution import Choice, TopKSubstitution
+from r3.replay.topk import Choice, TopKSubstitution
 
 LAYERS = 4  # of the routing: one layer's ids are a strided column of it
 

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from benchmarks.machine import machine, spread
 from r3.weight_sync import WeightSync
-from r3.weight_sync.digest import ContentDigests, combine
-from r3.weight_sync.reload import LayerwiseReload
+from r3.weight_sync.integrity.digest import ContentDigests, combine
 from r3.weight_sync.transports import Transport, transport_of
 from r3.weight_sync.worker import WeightSyncWorker
+from r3.weight_sync.worker.reload import LayerwiseReload
 
 Weights = dict[str, Tensor]
 

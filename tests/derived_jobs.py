@@ -9,7 +9,7 @@ from plan_toys import synced
 from zoo.families import CASES
 
 from r3.weight_sync import gathered, named_weights
-from r3.weight_sync.derived import beside, watch_construction
+from r3.weight_sync.worker.derived_tensors import beside, watch_construction
 
 
 def trainer(family: str):

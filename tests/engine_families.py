@@ -27,7 +27,7 @@ import r3
 from r3.capture import collect, engine_kwargs
 from r3.capture.ask import ask
 from r3.doctor import engine_agreement
-from r3.doctor.agreement import probe_prompts, score
+from r3.doctor.engine_agreement import probe_prompts, score
 from r3.weight_sync import WeightSync, named_weights
 
 ROOT = Path(__file__).resolve().parent.parent

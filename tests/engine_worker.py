@@ -2,9 +2,8 @@
 
 import contextlib
 
-from r3.weight_sync import reload
-from r3.weight_sync.batch_guard import BatchGuard
-from r3.weight_sync.worker import WeightSyncWorker
+from r3.weight_sync.worker import WeightSyncWorker, reload
+from r3.weight_sync.worker.batch_guard import BatchGuard
 
 CLOSINGS = {
     "expert_prepack": [(reload, "expert_prepack", contextlib.nullcontext)],

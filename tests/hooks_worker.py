@@ -1,6 +1,6 @@
 """The worker extension of the tests of hooks: one with which a test can take a hook out."""
 
-from r3.capture.bridges import routers
+from r3.vllm_compat.capture import routers
 
 
 class UnhookingWorker:

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from r3.weight_sync.digest import ContentDigests
-from r3.weight_sync.plan_record import held_tensors, own_tensors
-from r3.weight_sync.reload import LayerwiseReload
+from r3.weight_sync.integrity.digest import ContentDigests
+from r3.weight_sync.worker.load_plan.layer_record import held_tensors, own_tensors
+from r3.weight_sync.worker.reload import LayerwiseReload
 
 
 def halves(param: nn.Parameter, loaded: torch.Tensor, half: int) -> None:

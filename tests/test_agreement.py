@@ -18,7 +18,7 @@ from r3.capture import engine_kwargs, handshake
 from r3.capture.ask import repeat_nats
 from r3.diagnostics import EngineAgreement
 from r3.doctor import engine_agreement
-from r3.doctor.agreement import probe_prompts
+from r3.doctor.engine_agreement import probe_prompts
 
 HEALTHY = EngineAgreement(
     family="qwen3_moe", tokens=192, k3_live=4e-4, k3_replayed=8e-5, differing_rows=0.01, repeat_nats=0.0

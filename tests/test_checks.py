@@ -5,8 +5,8 @@ import random
 import pytest
 from run_folders import step_metrics
 
-from r3.report.checks import checks
-from r3.report.words import in_words, times
+from r3.report.narrative import in_words, times
+from r3.report.run_checks import checks
 
 STEPS = 12
 

@@ -12,8 +12,8 @@ from torch import nn
 from zoo.families import CASES
 
 import r3
-from r3.weight_sync.derived import DerivedTensors, note_origins
-from r3.weight_sync.reload import LayerwiseReload
+from r3.weight_sync.worker.derived_tensors import DerivedTensors, note_origins
+from r3.weight_sync.worker.reload import LayerwiseReload
 
 
 @pytest.fixture(scope="module")

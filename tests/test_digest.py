@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from r3.errors import SyncError
-from r3.weight_sync import digest_cpu
-from r3.weight_sync.digest import ContentDigests, combine, digest
+from r3.weight_sync.integrity import digest_cpu
+from r3.weight_sync.integrity.digest import ContentDigests, combine, digest
 
 FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
 CODES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -9,15 +9,15 @@ import pytest
 import torch
 from digest_cases import cases, places_for, require_written
 
-from r3.weight_sync.digest import ContentDigests, digest
+from r3.weight_sync.integrity.digest import ContentDigests, digest
 
 HERE = Path(__file__).parent
 
 
 def compare_interpreted() -> None:
     """The kernel, run by Triton's interpreter on the CPU, against the pass for the CPU."""
-    from r3.weight_sync import digest_cuda
-    from r3.weight_sync.digest import _lanes
+    from r3.weight_sync.integrity import digest_cuda
+    from r3.weight_sync.integrity.digest import _lanes
 
     every = cases("cpu", (0, 3, 8, 16))
     # A third of them, as the interpreter is slow; of the last ones, in several pieces or strided, all.

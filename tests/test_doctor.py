@@ -20,7 +20,7 @@ from r3 import doctor
 from r3.capture import handshake
 from r3.cli import main
 from r3.doctor import Check, examine
-from r3.doctor.engine import agreement_check
+from r3.doctor.engine_checks import agreement_check
 from r3.doctor.vllm_build import vllm_version
 from r3.routing import RoutingSpec
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_doctor import config, found
 
 from r3.doctor import examine, machine
-from r3.doctor.sync import sync_state
+from r3.doctor.sync_checks import sync_state
 from r3.doctor.weights import INDEX
 from r3.weight_sync import engine_of
 

@@ -9,9 +9,9 @@ import pytest
 
 from r3 import SyncError
 from r3.weight_sync.engines import engine_of
-from r3.weight_sync.engines.base import require_complete
-from r3.weight_sync.engines.guard import Guard
-from r3.weight_sync.engines.waiting import Deadline, answer_of
+from r3.weight_sync.engines.deadline import Deadline, answer_of
+from r3.weight_sync.engines.engine import require_complete
+from r3.weight_sync.engines.request_guard import Guard
 
 
 def reply(dp_rank: int, rank: int, dp_size: int = 2, world_size: int = 2) -> dict:
@@ -54,7 +54,7 @@ class TwoCores:
 
 @pytest.fixture
 def two_cores():
-    from r3.weight_sync.engines.asynchronous import AsyncEngine
+    from r3.weight_sync.engines.async_llm import AsyncEngine
 
     async def nothing():
         return None
@@ -94,7 +94,7 @@ def test_every_data_parallel_rank_is_asked_and_heard(two_cores):
 
 
 def test_a_loop_that_does_not_run_is_told(two_cores):
-    from r3.weight_sync.engines.asynchronous import AsyncEngine
+    from r3.weight_sync.engines.async_llm import AsyncEngine
 
     engine, _ = two_cores
     with pytest.raises(SyncError, match="runs on no event loop yet"):

@@ -18,8 +18,8 @@ from flips import FIRST_ULPS, explained_flips, router_logits
 import r3
 from r3 import CaptureError, RolloutRouting
 from r3.capture import Rollout, collect, engine_kwargs
-from r3.capture.bridges import capture_way
 from r3.capture.engine import SCHEDULER, WORKER
+from r3.vllm_compat.capture import capture_backend
 
 pytestmark = pytest.mark.engine
 
@@ -222,7 +222,7 @@ def test_a_layer_whose_hook_is_not_called_is_refused_by_its_number(hooked):
 
 
 def test_vllm_itself_captures_the_same_rows_or_refuses(hooked, demo_config, trainer):
-    if capture_way(pipeline_parallel_size=1) == "hooks":
+    if capture_backend(pipeline_parallel_size=1) == "hooks":
         with pytest.raises(ValueError, match="AuxOutput Connector requires Model Runner V2"):
             settings(**NATIVE)
         return
@@ -260,7 +260,7 @@ def vllm_config():
 
 
 def test_settings_that_hooks_can_work_with_are_admitted(vllm_config):
-    from r3.capture.worker import check_settings
+    from r3.capture.in_engine.routing_worker import check_settings
 
     check_settings(vllm_config)
 
@@ -277,7 +277,7 @@ def test_settings_that_hooks_can_work_with_are_admitted(vllm_config):
     ],
 )
 def test_settings_that_hooks_cannot_work_with_are_refused(vllm_config, monkeypatch, part, name, value, named):
-    from r3.capture.worker import check_settings
+    from r3.capture.in_engine.routing_worker import check_settings
 
     parts = [getattr(vllm_config, each, None) for each in part.split(" or ")]
     (holder,) = [each for each in parts if hasattr(each, name)]

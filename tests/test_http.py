@@ -19,8 +19,8 @@ from test_collect import FIELDS, SPEC, WRONG, is_good, output, rows
 
 import r3
 from r3.capture import collect, engine_kwargs, request_fields, sampling_kwargs, server_args, server_command
-from r3.capture.bridges import routing_survives_merging
 from r3.capture.handshake import _require
+from r3.vllm_compat.capture import routing_survives_merging
 
 CERTAIN = [{token: SimpleNamespace(logprob=0.0)} for token in (5, 6, 7)]
 

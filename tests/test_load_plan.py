@@ -20,7 +20,7 @@ from torch import nn
 
 import r3
 from r3.weight_sync import reload as reload_module
-from r3.weight_sync.reload import LayerwiseReload, join_gates
+from r3.weight_sync.worker.reload import LayerwiseReload, join_gates
 
 
 def test_other_tensors_are_learned_anew(vllm_config):

@@ -7,9 +7,9 @@ import torch
 from models import tiny_moe
 from peft import LoraConfig, get_peft_model
 
-from r3.weight_sync.outgoing import Outgoing, gather_all
-from r3.weight_sync.source import WeightSource, named_weights
+from r3.weight_sync.sender.chunking import Outgoing, gather_all
 from r3.weight_sync.transports import IpcTransport, ipc
+from r3.weight_sync.weights.named import WeightSource, named_weights
 
 
 @pytest.mark.parametrize("fused_experts", [False, True])

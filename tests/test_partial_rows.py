@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from r3 import CaptureError, RolloutRouting, RoutingError
 from r3.capture import Rollout, Rollouts, collect, load_rollouts, next_prompt_start, save_rollouts, stitch
-from r3.capture.versions import resolve_mixed_versions
+from r3.capture.weight_versions import resolve_mixed_versions
 from r3.diagnostics import LoadSums, MarginSums, compare_routing
 from r3.routing import Packing, RoutingSpec, pad, shard
 

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from r3.weight_sync.plan import Copy, Region, coalesced, coverage_problem
+from r3.weight_sync.worker.load_plan.plan import Copy, Region, coalesced, coverage_problem
 
 
 def copies_of(loads: list[tuple[torch.Tensor, torch.Tensor]], target: torch.Tensor) -> list[Copy]:

@@ -12,7 +12,7 @@ from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from r3.weight_sync.plan_record import own_tensors
+from r3.weight_sync.worker.load_plan.layer_record import own_tensors
 
 LAYERS, EXPERTS = 8, 32
 

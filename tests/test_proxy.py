@@ -8,7 +8,7 @@ import pytest
 
 from r3 import CaptureError, SyncError
 from r3.capture import Endpoint
-from r3.doctor.server import server_checks
+from r3.doctor.server_checks import server_checks
 from r3.proxy import is_this_machine, proxy_of, proxy_of_others
 from r3.weight_sync import engine_of
 

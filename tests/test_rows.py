@@ -244,7 +244,7 @@ def test_one_slot_of_zeros_cannot_be_told_from_expert_0():
 @pytest.fixture
 def hooks(monkeypatch):
     """`RouterHooks` of a runner with two routers, and what calls their hooks as a step of vLLM does."""
-    from r3.capture import worker
+    from r3.capture.in_engine import routing_worker as worker
 
     routers = [SimpleNamespace(top_k=2, global_num_experts=8, set_capture_fn=None) for _ in range(2)]
     for router in routers:

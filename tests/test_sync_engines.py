@@ -21,11 +21,11 @@ from syncs import following
 
 from r3 import SyncError
 from r3.capture import Endpoint, engine_kwargs
-from r3.doctor.server import server_checks
+from r3.doctor.server_checks import server_checks
 from r3.weight_sync import WeightSync
 from r3.weight_sync.engines import engine_of
-from r3.weight_sync.engines.base import Engine
-from r3.weight_sync.engines.waiting import in_thread
+from r3.weight_sync.engines.deadline import in_thread
+from r3.weight_sync.engines.engine import Engine
 from r3.weight_sync.worker import WeightSyncWorker
 
 HERE = Path(__file__).parent

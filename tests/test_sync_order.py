@@ -12,8 +12,8 @@ from syncs import following, greedy
 
 import r3
 from r3.weight_sync.engines import engine_of
-from r3.weight_sync.engines.waiting import in_thread
-from r3.weight_sync.outgoing import Outgoing
+from r3.weight_sync.engines.deadline import in_thread
+from r3.weight_sync.sender.chunking import Outgoing
 
 pytestmark = pytest.mark.engine
 

@@ -19,8 +19,8 @@ from vllm_models import FAMILIES, config_of, declared, vllm_model
 from zoo.families import CASES
 
 from r3.errors import SyncError
-from r3.weight_sync.source import adapter_weights, gathered, named_weights
-from r3.weight_sync.source_tensor import is_sharded
+from r3.weight_sync.weights.lazy import is_sharded
+from r3.weight_sync.weights.named import adapter_weights, gathered, named_weights
 
 transformers_logging.disable_progress_bar()
 

@@ -13,8 +13,8 @@ from vision_models import FAMILIES, build, importable, turned
 from vllm_models import config_of, declared, vllm_model
 from zoo.families import CASES
 
-from r3.weight_sync.frozen import kept_layers
-from r3.weight_sync.reload import LayerwiseReload
+from r3.weight_sync.worker.kept_layers import kept_layers
+from r3.weight_sync.worker.reload import LayerwiseReload
 
 # Whose text part is in one model alone.
 TEXT_PARTS = ["qwen3_vl_moe", "glm4v_moe", "glm5_next", "step3p7", "deepseek_ocr2"]

@@ -8,10 +8,10 @@ from plan_toys import Fused, Toy, assert_same, derive, initial, manifest_of, sta
 from torch import nn
 
 import r3
-from r3.weight_sync.digest import ContentDigests
-from r3.weight_sync.reload import LayerwiseReload
+from r3.weight_sync.integrity.digest import ContentDigests
 from r3.weight_sync.transports import RECEIVERS, Receiver
 from r3.weight_sync.worker import WeightSyncWorker
+from r3.weight_sync.worker.reload import LayerwiseReload
 
 
 class Direct(Receiver):

@@ -13,8 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from r3 import SyncError
 from r3.weight_sync import transports
 from r3.weight_sync.transports import RECEIVERS, TRANSPORTS, IpcTransport, Receiver, transport_of
-from r3.weight_sync.transports.base import wait_until
-from r3.weight_sync.transports.packing import pack, unpack
+from r3.weight_sync.transports.framing import pack, unpack
+from r3.weight_sync.transports.transport import wait_until
 
 LIMIT_S = 3.0
 NEVER = lambda: False

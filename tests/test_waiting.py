@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from r3.weight_sync.engines import waiting
-from r3.weight_sync.engines.waiting import in_thread
+from r3.weight_sync.engines import deadline as waiting
+from r3.weight_sync.engines.deadline import in_thread
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_calls_that_wait_for_each_other_run_side_by_side():
 
 def test_a_call_that_never_returns_holds_neither_the_next_one_nor_the_process():
     program = (
-        "import threading; from r3.weight_sync.engines.waiting import in_thread\n"
+        "import threading; from r3.weight_sync.engines.deadline import in_thread\n"
         "in_thread(threading.Event().wait); print(in_thread(lambda: 'next').result())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
@@ -61,7 +61,7 @@ def test_a_call_that_never_returns_holds_neither_the_next_one_nor_the_process():
 
 def test_a_forked_process_starts_threads_of_its_own():
     program = (
-        "import os, threading; from r3.weight_sync.engines.waiting import in_thread\n"
+        "import os, threading; from r3.weight_sync.engines.deadline import in_thread\n"
         "in_thread(int).result()\n"  # leaves a thread that the fork does not have
         "if not (child := os.fork()):\n"
         "    threading.Timer(30, lambda: os._exit(1)).start()\n"

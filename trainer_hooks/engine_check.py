@@ -10,7 +10,7 @@ import torch
 from r3.capture import handshake
 from r3.config import MOST_REPEAT_NATS, R3Config
 from r3.diagnostics import EngineAgreement
-from r3.doctor.agreement import PROMPT_TOKENS, PROMPTS, SAMPLED_TOKENS, ask_twice, family_of, probe_prompts
+from r3.doctor.engine_agreement import PROMPT_TOKENS, PROMPTS, SAMPLED_TOKENS, ask_twice, family_of, probe_prompts
 from trainer_hooks.batches import StepBatch, broadcast
 from trainer_hooks.measure import measure
 

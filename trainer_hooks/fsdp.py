@@ -28,7 +28,7 @@ from r3.parallel import Agreement, make_mesh, shard_parameters, token_logprobs, 
 from r3.report import write_report
 from r3.routing import prefetch
 from r3.weight_sync import SyncReceipt, Weight, WeightSource, WeightSync, gather_all, named_weights
-from r3.weight_sync.clock import Clock
+from r3.weight_sync.timing import Clock
 from trainer_hooks.batches import Rows, StepBatch, broadcast
 from trainer_hooks.engine_check import check_engine
 from trainer_hooks.measure import Measured, StepGap, coverage, measure

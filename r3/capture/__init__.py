@@ -7,14 +7,14 @@ from r3.capture.collect import collect
 from r3.capture.endpoint import Endpoint
 from r3.capture.engine import engine_kwargs, running_engine, sampling_kwargs
 from r3.capture.handshake import Handshake, handshake
-from r3.capture.overlap import OverlapReport, compare_overlap
+from r3.capture.recapture import OverlapReport, compare_overlap
 from r3.capture.rollout import Rollout, RolloutBatch, Rollouts
 from r3.capture.saved import is_saved, load_rollouts, save_rollouts, saved_settings
 from r3.capture.serve import request_fields, server_args, server_command
 from r3.capture.settings import SamplingSettings
 from r3.capture.stitch import next_prompt_start, stitch, stitch_runs
 from r3.capture.stream import rollout
-from r3.capture.versions import resolve_mixed_versions, stamp_versions
+from r3.capture.weight_versions import resolve_mixed_versions, stamp_versions
 
 __all__ = [
     "Endpoint",

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from r3.capture.http import Read, http_samples
+from r3.capture.response_parsing import Read, http_samples
 from r3.capture.rollout import Rollout, Rollouts
 from r3.capture.rows import checked_rows
 from r3.capture.sample import Sample, engine_sample
-from r3.capture.versions import stamp_versions
+from r3.capture.weight_versions import stamp_versions
 from r3.errors import CaptureError, R3Error, summary
 from r3.routing import RoutingSpec
 

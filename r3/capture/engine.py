@@ -6,14 +6,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from r3.capture.bridges import capture_way, rotary_kernel_fails
 from r3.config import InferenceEngineConfig, R3Config
 from r3.errors import ConfigError
+from r3.vllm_compat.capture import capture_backend, rotary_kernel_fails
 
 # By name: it is imported in vLLM's workers, and capture does not know the weight sync.
 WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
-WORKER = "r3.capture.worker.CapturingWorker"
-SCHEDULER = "r3.capture.scheduler.capture_scheduler"
+WORKER = "r3.capture.in_engine.routing_worker.CapturingWorker"
+SCHEDULER = "r3.capture.in_engine.routing_scheduler.capture_scheduler"
 
 
 def engine_kwargs(config: R3Config) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
 def _capture_kwargs(engine: InferenceEngineConfig) -> dict[str, Any]:
     if not engine.enable_return_routed_experts:
         return {"enable_return_routed_experts": False}
-    way = capture_way(pipeline_parallel_size=engine.pipeline_parallel_size)
+    way = capture_backend(pipeline_parallel_size=engine.pipeline_parallel_size)
     kwargs: dict[str, Any] = {"enable_return_routed_experts": way != "hooks"}
     if way == "hooks":
         kwargs["worker_cls"] = WORKER

@@ -10,6 +10,7 @@ import torch
 
 from r3.capture.rows import row_array
 from r3.errors import CaptureError
+from r3.vllm_compat.capture import weight_versions
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,7 +56,7 @@ def engine_sample(output: Any, completion: Any, routing: bool) -> Sample:
         ],
         routed_experts=row_array(completion.routed_experts) if routing else None,
         finish_reason=completion.finish_reason,
-        versions=told_versions(getattr(completion, "weight_versions", None), getattr),
+        versions=told_versions(weight_versions(completion), getattr),
     )
 
 

@@ -8,10 +8,10 @@ import json
 import sys
 from typing import Any, Literal
 
-from r3.capture.bridges import StreamsKeepRouting, server_settings
 from r3.capture.engine import engine_kwargs, sampling_kwargs
 from r3.config import R3Config
 from r3.errors import ConfigError
+from r3.vllm_compat.capture import StreamsKeepRouting, server_settings
 
 Route = Literal["completions", "chat", "generate"]
 ROUTES: tuple[Route, ...] = ("completions", "chat", "generate")

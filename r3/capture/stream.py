@@ -6,7 +6,7 @@ from typing import Any
 
 from r3.capture.collect import collect
 from r3.capture.rollout import Rollouts
-from r3.capture.versions import stamp_versions
+from r3.capture.weight_versions import stamp_versions
 from r3.errors import CaptureError
 from r3.routing import RoutingSpec
 

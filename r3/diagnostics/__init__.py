@@ -1,6 +1,5 @@
 """How far rollout and trainer are apart: mergeable metrics, corrections, alarms, sinks, and the run folder."""
 
-from r3.diagnostics.agreement import EngineAgreement
 from r3.diagnostics.alarms import Alarm, Alarms, find_alarms
 from r3.diagnostics.correction_sums import CorrectionSums
 from r3.diagnostics.corrections import (
@@ -14,11 +13,12 @@ from r3.diagnostics.corrections import (
 )
 from r3.diagnostics.coverage import CoverageSums
 from r3.diagnostics.details import TokenDetails
-from r3.diagnostics.load import LoadSums
+from r3.diagnostics.expert_load import LoadSums
+from r3.diagnostics.logprob_agreement import EngineAgreement
 from r3.diagnostics.logprobs import LogprobSums, compare_logprobs
 from r3.diagnostics.margins import MarginSums
 from r3.diagnostics.merging import MergeableSums
-from r3.diagnostics.routing import RoutingSums, compare_routing
+from r3.diagnostics.routing_agreement import RoutingSums, compare_routing
 from r3.diagnostics.run_folder import RunFolder, read_details, read_metrics, read_settings
 from r3.diagnostics.run_reader import Run, read_run
 from r3.diagnostics.sequences import SequenceSums, sequence_totals

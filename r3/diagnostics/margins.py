@@ -12,7 +12,7 @@ import torch
 
 from r3.diagnostics.histogram import BINS, bin_of, counts_of, quantile
 from r3.diagnostics.merging import MergeableSums
-from r3.diagnostics.overlap import RoutingPair, common
+from r3.diagnostics.routing_pair import RoutingPair, common
 from r3.errors import DiagnosticsError
 
 if TYPE_CHECKING:

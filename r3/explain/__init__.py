@@ -3,7 +3,7 @@
 from r3.explain.explain import Limits, explain, explain_file
 from r3.explain.outcome import Cause, Explanation, Tried
 from r3.explain.pairs import PairComparison, Side, compare_files
-from r3.explain.text import explanation_lines, pair_lines
+from r3.explain.rendering import explanation_lines, pair_lines
 
 CAUSES = (
     "routing",

@@ -9,7 +9,7 @@ from torch import Tensor
 from r3.capture import SamplingSettings
 from r3.capture.settings import RAW
 from r3.diagnostics import RoutingSums
-from r3.explain import words
+from r3.explain import messages as words
 from r3.explain.distributions import Distribution
 from r3.explain.evidence import Evidence, is_smaller, k3
 from r3.explain.hypotheses import (

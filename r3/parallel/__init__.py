@@ -1,9 +1,9 @@
 """Ulysses sequence parallelism and packed rows for stock Hugging Face models, FSDP2 beside it, and the losses."""
 
-from r3.parallel.agreement import Agreement
 from r3.parallel.collectives import gather_sequence
-from r3.parallel.losses import IGNORED, mean_over_ranks, next_tokens, token_logprobs
 from r3.parallel.mesh import Mesh, make_mesh, shard_parameters
+from r3.parallel.rank_barrier import Agreement
+from r3.parallel.token_logprobs import IGNORED, mean_over_ranks, next_tokens, token_logprobs
 from r3.parallel.ulysses import Ulysses, ulysses
 
 __all__ = [

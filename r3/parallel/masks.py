@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from r3.errors import ParallelError
-from r3.parallel.sequences import Sequences
+from r3.parallel.sequence_slices import Sequences
 
 _BLOCKS, _CHUNKS = "blockwise_overlay", "chunked_overlay"  # of transformers.masking_utils
 

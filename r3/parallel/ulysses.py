@@ -20,13 +20,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from r3.errors import ParallelError
-from r3.parallel.agreement import Agreement
 from r3.parallel.attention import attend, attend_to_self, require_splittable
 from r3.parallel.collectives import gather_sequence
 from r3.parallel.decoder import gather_positions, narrow, widen
 from r3.parallel.masks import whole_mask
-from r3.parallel.proof import prove_local
-from r3.parallel.sequences import Sequences
+from r3.parallel.rank_barrier import Agreement
+from r3.parallel.sequence_slices import Sequences
+from r3.parallel.slicing_proof import prove_local
 from r3.routing import RolloutRouting
 from r3.routing.positions import ModelInputs, text_positions
 

@@ -9,7 +9,7 @@ Limits:
 
 from r3.replay.attach import Replay, attach
 from r3.replay.discovery import RouterMap, RouterSite, find_routers
-from r3.replay.instrument import ForwardReport
+from r3.replay.patching import ForwardReport
 from r3.replay.record import Recorder, record
 
 __all__ = ["ForwardReport", "Recorder", "Replay", "RouterMap", "RouterSite", "attach", "find_routers", "record"]

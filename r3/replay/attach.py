@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from r3.errors import ReplayError, RoutingError, summary
 from r3.replay.graph import mark_outputs
-from r3.replay.instrument import KEYWORD, Call, ForwardReport, Instrument, tokens_of
+from r3.replay.patching import KEYWORD, Call, ForwardReport, Instrument, tokens_of
 from r3.routing import RolloutRouting, RoutingSpec
 from r3.routing.positions import ModelInputs
 

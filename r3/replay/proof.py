@@ -18,7 +18,7 @@ from r3.errors import UnsupportedModelError, summary
 from r3.replay.discovery import ROUTE, RouterSite, unwrapped
 from r3.replay.families import family_of
 from r3.replay.own import code_of, on_copy, set_aside
-from r3.replay.substitution import Choice, TopKRecorder, TopKSubstitution
+from r3.replay.topk import Choice, TopKRecorder, TopKSubstitution
 
 _TOKENS = 64
 

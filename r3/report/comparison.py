@@ -13,10 +13,11 @@ from r3.report import charts, page, panels
 from r3.report.body import Body
 from r3.report.cells import scientific
 from r3.report.charts import FOURTH, THIRD, Line
-from r3.report.checks import checks
 from r3.report.heat_maps import layer_lines, layer_map
+from r3.report.narrative import diff_key, extreme_ratio, layer_means, percent_down, share_text, times
 from r3.report.panels import CurvePanel, drawn_panel, line_panel
 from r3.report.routing_panels import load_pair
+from r3.report.run_checks import checks
 from r3.report.run_report import read_folder, settings_rows
 from r3.report.series import Records, known, recorded, steps_of, weighted_mean
 from r3.report.token_panels import (
@@ -29,7 +30,6 @@ from r3.report.token_panels import (
     worst_table,
 )
 from r3.report.token_views import SIDES
-from r3.report.words import diff_key, extreme_ratio, layer_means, percent_down, share_text, times
 
 COMPARISON_FILE = "comparison.html"
 NOT_SET = "(not set)"

@@ -14,12 +14,12 @@ from r3.errors import DiagnosticsError
 from r3.report import charts, page, panels
 from r3.report.body import Body
 from r3.report.cells import COLUMNS, LAYER_PREFIX, layer_shares, scientific
-from r3.report.checks import checks
+from r3.report.narrative import in_words, paired, percent_down
 from r3.report.panels import CurvePanel
 from r3.report.routing_panels import load_panels, routing_panels
+from r3.report.run_checks import checks
 from r3.report.series import Records, known, mean, recorded, steps_of, weighted_mean
 from r3.report.token_panels import token_panels, worst_table
-from r3.report.words import in_words, paired, percent_down
 
 REPORT_FILE = "report.html"
 MOST_ROWS = 200

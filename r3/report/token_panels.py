@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from r3.diagnostics.run_reader import Run
+from r3.report.narrative import extreme_ratio
 from r3.report.page import raw_table, sampled_text, text
 from r3.report.panels import drawn_panel
 from r3.report.token_charts import COLOUR, DASH, Outlined, diff_histogram, lowest_of, scatter
 from r3.report.token_views import SIDES, WorstToken, histogram, last_with, pairs, tokens_seen, worst_tokens
-from r3.report.words import extreme_ratio
 
 MOST_LAYERS = 12
 

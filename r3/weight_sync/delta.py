@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.base import Chunk
+from r3.weight_sync.transports.transport import Chunk
 
 _GAPS, _VALUES = "\0gaps", "\0values"
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

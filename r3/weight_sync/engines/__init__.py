@@ -5,10 +5,10 @@ import sys
 from typing import Any
 
 from r3.errors import SyncError
-from r3.weight_sync.engines.asynchronous import AsyncEngine
-from r3.weight_sync.engines.base import Engine, OnRunning, Reply, checked_mode
-from r3.weight_sync.engines.offline import OfflineEngine
-from r3.weight_sync.engines.server import ServerEngine
+from r3.weight_sync.engines.async_llm import AsyncEngine
+from r3.weight_sync.engines.engine import Engine, OnRunning, Reply, checked_mode
+from r3.weight_sync.engines.llm import OfflineEngine
+from r3.weight_sync.engines.vllm_serve import ServerEngine
 
 __all__ = ["Engine", "OnRunning", "Reply", "engine_of"]
 

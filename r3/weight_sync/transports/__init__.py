@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.base import Announced, Chunk, Receiver, Transport, Where
 from r3.weight_sync.transports.broadcast import GlooReceiver, GlooTransport, NcclReceiver, NcclTransport
 from r3.weight_sync.transports.files import FilesReceiver, FilesTransport
 from r3.weight_sync.transports.ipc import IpcReceiver, IpcTransport
+from r3.weight_sync.transports.transport import Announced, Chunk, Receiver, Transport, Where
 
 TRANSPORTS: Mapping[str, type[Transport]] = MappingProxyType(
     {t.name: t for t in (FilesTransport, GlooTransport, IpcTransport, NcclTransport)}

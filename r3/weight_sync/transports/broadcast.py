@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.base import Chunk, Receiver, Stop, Transport, Where
+from r3.weight_sync.transports.framing import Block, pack, unpack
 from r3.weight_sync.transports.group import GlooGroup, Group
 from r3.weight_sync.transports.nccl import NcclGroup
-from r3.weight_sync.transports.packing import Block, pack, unpack
+from r3.weight_sync.transports.transport import Chunk, Receiver, Stop, Transport, Where
 
 _MOST_RECEIVED = 2
 """Chunks whose memory a worker may hold at a time."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.base import Chunk, Receiver, Transport, Where
+from r3.weight_sync.transports.transport import Chunk, Receiver, Transport, Where
 
 _PREFIX = "r3-sync-"
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.base import Stop, Where, wait_until
+from r3.weight_sync.transports.transport import Stop, Where, wait_until
 
 
 class Group(ABC):

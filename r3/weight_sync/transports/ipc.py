@@ -11,8 +11,8 @@ import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.base import Chunk, Receiver, Transport, Where, gpu_uuid
-from r3.weight_sync.transports.packing import dtype_of
+from r3.weight_sync.transports.framing import dtype_of
+from r3.weight_sync.transports.transport import Chunk, Receiver, Transport, Where, gpu_uuid
 
 
 class IpcTransport(Transport):

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.base import Where, wait_until
 from r3.weight_sync.transports.group import Group
+from r3.weight_sync.transports.transport import Where, wait_until
 
 _ABORT_S = 10.0
 _SUCCESS, _IN_PROGRESS = 0, 7  # ncclResult_t

@@ -1,0 +1,1 @@
+"""Capture of routing. Runs in vLLM's scheduler and workers."""

@@ -1,0 +1,403 @@
+"""Replay and recording share one way into a model: the classes of its decoder layers and choosers are extended.
+
+Each is changed to a subclass, as FSDP2 does it. A layer's `forward` takes the keyword `routed_experts` out, which makes
+its call the current one of this thread for as long as the layer runs; the method in which a router chooses looks it up.
+Because this happens inside `forward`, gradient checkpointing, which saves and repeats the call of `forward` with its
+keywords, repeats it with the same ids, whatever ran in between. Where a part of a layer alone is repeated, the graph of
+the layer says which call it was (`r3.replay.graph`).
+"""
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from r3.errors import ReplayError
+from r3.replay.discovery import RouterMap, RouterSite, find_routers
+from r3.replay.graph import UNMARKED, evaluated_node, mark_inputs, mark_outputs, nearest_mark, packs_for_repeat
+from r3.replay.own import Moved, method_of
+from r3.replay.proof import prove_all
+from r3.replay.topk import Choice, TopKSubstitution
+from r3.routing import RoutingSpec
+
+KEYWORD = "routed_experts"
+_INSTRUMENT = "_r3_instrument"
+_CHOOSER = "_r3_chooser"
+
+
+def tokens_of(args: tuple, kwargs: dict) -> Tensor:
+    """`input_ids` `[B, S]` or `inputs_embeds` `[B, S, H]` of a model's forward."""
+    tokens = next((kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
+    if tokens is None:
+        tokens = args[0] if args else None
+    if tokens is None:
+        raise ReplayError("expected input_ids or inputs_embeds in a forward that is replayed or recorded, got neither")
+    return tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardReport:
+    """What one replayed forward did.
+
+    Attributes:
+        rows_replayed: rows (tokens) replayed in every layer.
+        rows_live: the other rows, padding among them.
+        pairs_replayed, pairs_live: the same by (token, layer): rows that lack some layers are replayed in the others.
+        routers: those that fired.
+    """
+
+    rows_replayed: int
+    rows_live: int
+    pairs_replayed: int
+    pairs_live: int
+    routers: int
+
+
+class Call:
+    """The routing of one forward, on its way to the layers.
+
+    Not a dataclass: FSDP2 copies those when it casts a forward's inputs, and the layers would count on copies.
+
+    Attributes:
+        ids: integer `[T, L, K]`, a column for each router of the model.
+        live: int64 `[R]`, the rows that are routed live, or None if there are none; bool `[T, L]` where layers differ.
+        report: what it will have done when all routers have replayed it.
+        token: what routers keep to say that they replayed it; the call itself would keep its ids in memory.
+    """
+
+    def __init__(self, ids: Tensor, live: Tensor | None, report: ForwardReport) -> None:
+        self.ids = ids
+        self.live = live
+        self.report = report
+        self.token = Token()
+
+
+class Token:
+    """Stands for a call; `open` until its forward has ended (checkpointing repeats layers afterwards)."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+
+class Tape:
+    """What is recorded of one forward, by the column of a router.
+
+    Attributes:
+        readers: the recorders that it is for.
+        chosen: int64 `[..., K]`, the ids that each router gave.
+        margins: float32 `[T]`, how close each live choice was; None if nobody asked.
+    """
+
+    def __init__(self) -> None:
+        self.readers: set[object] = set()
+        self.chosen: dict[int, Tensor] = {}
+        self.margins: dict[int, Tensor] | None = None
+
+
+class _Outside:
+    """Stands in the place of a call where no layer runs."""
+
+
+class Activity(threading.local):
+    """What a model does in the current thread: the call of the layer that runs (None if it is live), the tape that
+    records its routers, the report of its last forward.
+
+    A copy of it, as `copy.deepcopy` of an instrumented model makes, is idle.
+    """
+
+    def __init__(self) -> None:  # threading.local runs it in each thread
+        self.call: Call | type[_Outside] | None = _Outside
+        self.tape: Tape | None = None
+        self.report: ForwardReport | None = None
+        self.fell_back = False  # whether a router ran in eager code inside a compiled layer
+
+    def __reduce__(self):
+        return type(self), ()
+
+    @property
+    def current(self) -> Call | type[_Outside] | None:
+        """The call whose layer runs."""
+        if self.call is _Outside:
+            for mode in _get_current_function_mode_stack():
+                if isinstance(mode, _Carrier) and mode.activity is self:
+                    if not torch.compiler.is_compiling():
+                        self.fell_back = True
+                    return mode.call
+        return self.call
+
+
+class _Carrier(TorchFunctionMode):
+    """Carries the current call in code that torch.compile traces.
+
+    What such code writes into a `threading.local` is lost at a graph break; the stack of modes, per thread as well, is
+    restored. (In eager code a mode would cost a Python call for each operation of the layer.)
+    """
+
+    def __init__(self, activity: Activity, call: Call | None) -> None:
+        super().__init__()
+        self.activity = activity
+        self.call = call
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class _LastCall(threading.local):
+    """The call that a router replayed last in the current thread."""
+
+    def __init__(self) -> None:
+        self.token: Token | None = None
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+class Chooser:
+    """What the method in which a router chooses finds on its module.
+
+    torch.compile traces `run` once for all layers: what differs from one to the next is a tensor or passed on unread,
+    and that the router was replayed is noted without reading what was noted before.
+
+    Attributes:
+        site: the router.
+        index: its column in the ids of a call; `column` is the same as a tensor `[1]`.
+        choice: how it chooses.
+        last: the call that it replayed last.
+        replays: whether it has ever replayed one.
+    """
+
+    def __init__(self, site: RouterSite, index: int, choice: Choice, activity: Activity) -> None:
+        self.site = site
+        self.index = index
+        self.column = torch.tensor([index], device="cpu")
+        self.choice = choice
+        self.last = _LastCall()
+        self.last_compiled: Token | None = None
+        self.replays = False
+        self._activity = activity
+
+    def replayed(self, call: Call) -> bool:
+        """Whether `call` is the last one that this router replayed, in this thread."""
+        return self.last.token is call.token or self.last_compiled is call.token
+
+    def _call(self) -> Call | None:
+        call = self._activity.current
+        if call is None or isinstance(call, Call):
+            return call
+        return self._repeated(compiled=torch.compiler.is_compiling())
+
+    @torch.compiler.disable
+    def _repeated(self, *, compiled: bool) -> Call | None:
+        """The call of the forward of which a backward pass repeats a part, if it does."""
+        node = evaluated_node()
+        call = None if node is None else nearest_mark(node, self._activity)
+        lost = call is UNMARKED and (self.replays or self.last_compiled is not None)
+        # The break that looks for the call is a graph other than that of the forward, and saves other tensors.
+        differs = isinstance(call, Call) and compiled and packs_for_repeat()
+        if lost or differs:
+            why = "which torch.compile has compiled" if differs else "and nothing says which forward it is of"
+            raise ReplayError(
+                f"router {self.site.name} is repeated in a backward pass, by checkpointing around a part of decoder "
+                f"layer {self.site.layer_id}, {why}. Wrap the decoder layer in place of a part of it "
+                "(model.gradient_checkpointing_enable() does)"
+            )
+        return call if isinstance(call, Call) else None
+
+    def _note(self, token: Token) -> None:
+        self.replays = True
+        if torch.compiler.is_compiling():
+            self.last_compiled = token
+        elif token is self.last.token and token.open:
+            raise ReplayError(
+                f"router {self.site.name} was replayed twice in one forward: expected a decoder layer to run once, as "
+                "routing has one column for it"
+            )
+        else:
+            self.last.token = token
+
+    def _mine(self, of_layers: Tensor) -> Tensor:
+        """This router's `[T, ...]` of `[T, L, ...]`."""
+        if torch.compiler.is_compiling():
+            return of_layers.index_select(1, self.column).squeeze(1)
+        return of_layers[:, self.index]
+
+    def run(self, original, module: nn.Module, args: tuple, kwargs: dict):
+        """Run `original`, the method of `module` that chooses, under the call and the tape of this thread."""
+        call, tape = self._call(), self._activity.tape
+        if call is None and tape is None:
+            return original(module, *args, **kwargs)
+        ids = live = None
+        if call is not None:
+            ids, live = self._mine(call.ids), call.live
+            if live is not None and live.dim() == 2:
+                live = self._mine(live)
+        margins = tape.margins if tape is not None else None
+        mode = TopKSubstitution(self.choice, ids, live, self.site, margins=margins is not None)
+        with mode:
+            output = original(module, *args, **kwargs)
+        if mode.count != 1 or mode.chosen is None:
+            raise ReplayError(
+                f"router {self.site.name}: expected one top-k over {self.choice.num_experts} experts where it chooses, "
+                f"saw {mode.count}; its code has been replaced or takes another path than the one proved at attach"
+            )
+        if call is not None:
+            self._note(call.token)
+        if tape is not None:
+            tape.chosen[self.index] = mode.chosen.detach()
+        if margins is not None and mode.margin is not None:
+            margins[self.index] = mode.margin
+        return output
+
+
+class Instrument:
+    """The extended classes of one model; `users` are the replay and the recorders that need them.
+
+    Attributes:
+        spec: layers, experts and slots of the routing that describes the model.
+        choosers: its routers, by ascending decoder layer.
+        activity: what it does in the current thread.
+        replayed: whether replay is one of the users.
+    """
+
+    def __init__(self, routers: RouterMap) -> None:
+        choices = prove_all(routers.sites)
+        self.activity = Activity()
+        self.choosers = [
+            Chooser(site, index, choice, self.activity)
+            for index, (site, choice) in enumerate(zip(routers.sites, choices, strict=True))
+        ]
+        self.spec = RoutingSpec(
+            layer_ids=tuple(site.layer_id for site in routers.sites),
+            num_layers=len(routers.layers),
+            num_experts=choices[0].num_experts,
+            top_k=choices[0].top_k,
+            table_layers=routers.table_layers,
+        )
+        self.users = 0
+        self.replayed = False
+        self._layers = routers.layers
+        self._changed: list[tuple[nn.Module, str, type[nn.Module], type[nn.Module], Moved]] = []
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Instrument":
+        """The instrument of `model`, with one user more.
+
+        Raises:
+            UnsupportedModelError: no routers, or routers that cannot be replayed exactly, by name.
+        """
+        routers = find_routers(model)
+        instrument = routers.layers[0].__dict__.get(_INSTRUMENT)
+        if instrument is None:
+            instrument = cls(routers)
+            try:
+                instrument._install()
+            except BaseException:
+                instrument._remove()
+                raise
+        instrument.users += 1
+        return instrument
+
+    def to(self, device: torch.device) -> None:
+        """Have what compiled code reads on `device`."""
+        for chooser in self.choosers:
+            if chooser.column.device != device:
+                chooser.column = chooser.column.to(device)
+
+    def release(self) -> None:
+        """One user less; the last one leaves the model as it was."""
+        self.users -= 1
+        if not self.users:
+            self._remove()
+
+    def _install(self) -> None:
+        extended: dict[tuple[type, str], type[nn.Module]] = {}
+
+        def change(module: nn.Module, method: str, extend, key: str, value: object) -> None:
+            before = type(module)
+            if (before, method) not in extended:
+                extended[before, method] = extend(before, method)
+            after = extended[before, method]
+            moved = Moved(module, method, before, after)
+            self._changed.append((module, key, before, after, moved))
+            module.__dict__[key] = value
+            module.__class__ = after
+
+        for layer in self._layers:
+            change(layer, "forward", _replaying_layer, _INSTRUMENT, self)
+        for chooser in self.choosers:
+            change(chooser.site.owner, chooser.site.method, _replaying_chooser, _CHOOSER, chooser)
+
+    def _remove(self) -> None:
+        while self._changed:
+            module, key, before, extended, moved = self._changed.pop()
+            module.__dict__.pop(key, None)
+            moved.put_back(module)
+            # FSDP2 applied after us has subclassed our class, which then only passes on.
+            if type(module) is extended:
+                module.__class__ = before
+
+
+def _subclass(cls: type[nn.Module], method: str, replacement) -> type[nn.Module]:
+    names = {
+        method: replacement,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    replacement.extended = extended = type(cls.__name__, (cls,), names)
+    return extended
+
+
+def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
+    """Subclass of a decoder layer's class whose forward takes the keyword out and makes its call the current one."""
+
+    def forward(self, *args, **kwargs):
+        call = kwargs.pop(KEYWORD, None)
+        original = method_of(cls.forward, extended, self)
+        # Without replay, or with another attached since: it only passes on.
+        instrument: Instrument | None = self.__dict__.get(_INSTRUMENT) if isinstance(self, extended) else None
+        if instrument is None and call is None:
+            return original(self, *args, **kwargs)
+        if instrument is None:
+            raise ReplayError(
+                f"`{KEYWORD}` reached a decoder layer from which replay was detached. Detach it after the backward pass"
+            )
+        if call is not None and not isinstance(call, Call):
+            raise ReplayError(
+                f"`{KEYWORD}` reached a decoder layer as {type(call).__name__}: it went past the module that replay is "
+                "attached to. Call that module, or attach to the one that is called"
+            )
+        activity = instrument.activity
+        if torch.compiler.is_compiling():
+            with _Carrier(activity, call):
+                return original(self, *args, **kwargs)
+        marked = True
+        if torch.is_grad_enabled():
+            args, kwargs, marked = mark_inputs(args, kwargs, activity, call)
+        outer, activity.call = activity.call, call
+        try:
+            output = original(self, *args, **kwargs)
+        finally:
+            activity.call = outer
+        if not marked:
+            mark_outputs(output, activity, call)
+        return output
+
+    extended = _subclass(cls, method, forward)
+    return extended
+
+
+def _replaying_chooser(cls: type[nn.Module], method: str) -> type[nn.Module]:
+    """Subclass of a chooser's class whose `method` takes the ids of the current call."""
+
+    def choose(self, *args, **kwargs):
+        original = method_of(getattr(cls, method), extended, self)
+        chooser: Chooser | None = self.__dict__.get(_CHOOSER) if isinstance(self, extended) else None
+        if chooser is None:
+            return original(self, *args, **kwargs)
+        return chooser.run(original, self, args, kwargs)
+
+    extended = _subclass(cls, method, choose)
+    return extended

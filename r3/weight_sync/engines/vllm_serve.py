@@ -1,0 +1,211 @@
+"""A `vllm serve` process behind a URL, by the control routes of its development mode."""
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from r3.errors import SyncError
+from r3.proxy import naming_proxy, open_url
+from r3.weight_sync.engines.deadline import Deadline, answer_of, in_thread
+from r3.weight_sync.engines.engine import Engine, OnRunning, Reply, failed, require_replies
+
+HEALTH_EVERY_S = 1.0
+HEALTH_TIMEOUT_S = 5.0
+
+
+class _StatusError(Exception):
+    """An answer with an error status; its text is what the server said."""
+
+    def __init__(self, status: int, said: str) -> None:
+        super().__init__(said)
+        self.status = status
+
+
+class ServerEngine(Engine):
+    """A server with `VLLM_SERVER_DEV_MODE=1`, whose routes are the same from 0.22 to 0.32.
+
+    A paused server queues requests; it stays paused when this process ends, until a sync commits.
+
+    Args:
+        url: `http://host:port`.
+        on_running: what a pause does with running requests: "wait" for their end, "abort" them, or "keep" them frozen.
+        api_key: what the server was started with as `--api-key`.
+
+    Raises:
+        SyncError: no such URL.
+    """
+
+    remedy = (
+        "vllm serve answers for the first of its data-parallel ranks alone. Give each rank a port of its own "
+        "(--data-parallel-multi-port-external-lb, or one server a rank with --data-parallel-rank), and the list of all "
+        "URLs"
+    )
+
+    def __init__(self, url: str, on_running: OnRunning, api_key: str | None = None) -> None:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise SyncError(f"engine: expected http://host:port, got {url!r}")
+        self.name = url.rstrip("/").removesuffix("/v1")
+        self._on_running = on_running
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._sizes: tuple[int, int] | None = None
+
+    def replies(self, method: str, args: Sequence[Any], timeout_s: float) -> list[Reply]:
+        deadline = Deadline(timeout_s)
+        dp_size, world_size = self._shape(deadline)
+        try:
+            # Left out, timeout is None: what a worker answers after vLLM's is taken for the answer to its next call.
+            body = {"method": method, "args": list(args)}
+            answer = self._ask("/collective_rpc", deadline, body, what=method)
+        except TypeError as error:
+            raise SyncError(f"{self.name}: {method}: expected arguments that JSON carries: {error}") from error
+        where = f"{self.name}: {method}"
+        found = require_replies(answer.get("results") if isinstance(answer, dict) else answer, where)
+        # The server's size of the group: engine cores of a dense model do not know that they are ranks.
+        return [{"world_size": world_size, "dp_rank": 0} | reply | {"dp_size": dp_size} for reply in found]
+
+    def pause(self, timeout_s: float) -> bool:
+        deadline = Deadline(timeout_s)
+        served = not self._ask("/is_paused", deadline)["is_paused"]
+        # Requests that an earlier pause has frozen must not be drained now, maybe with half-loaded weights.
+        mode = "keep" if not served and self._on_running == "wait" else self._on_running
+        try:
+            self._ask(f"/pause?mode={mode}&clear_cache=false", deadline, {})
+        except BaseException:
+            if served:
+                # Queued behind the pause; waiting for it would take time that is not there.
+                in_thread(lambda: self._send("/resume", b"{}", HEALTH_TIMEOUT_S))
+            raise
+        return served
+
+    def resume(self, timeout_s: float) -> None:
+        self._ask("/resume", Deadline(timeout_s), {})
+
+    def refuse(self, cause: str) -> None:
+        """Nothing: a server's requests wait."""
+
+    def reset_caches(self, timeout_s: float) -> None:
+        deadline = Deadline(timeout_s)
+        # With reset_running_requests a reset that fails is an error also of 0.22, which does not answer whether it was.
+        answer = self._ask("/reset_prefix_cache?reset_running_requests=true&reset_external=true", deadline, {})
+        if answer is not None and not answer["success"]:
+            raise SyncError(
+                f"{self.name}: vLLM did not reset its prefix cache, which holds keys of the old weights: requests or "
+                "transfers hold blocks of it"
+            )
+        self._ask("/reset_mm_cache", deadline, {})
+        self._ask("/reset_encoder_cache", deadline, {})
+
+    def label(self, version: int, timeout_s: float) -> None:
+        self._ask("/update_weight_version", Deadline(timeout_s), {"new_version": str(version)}, absent_ok=True)
+
+    def _shape(self, deadline: Deadline) -> tuple[int, int]:
+        """(data-parallel ranks, workers of one), asked once."""
+        if self._sizes is None:
+            every, one = (
+                self._ask(f"/get_world_size?include_dp={include}", deadline)["world_size"]
+                for include in ("true", "false")
+            )
+            self._sizes = every // one, one
+        return self._sizes
+
+    def _ask(
+        self,
+        path: str,
+        deadline: Deadline,
+        body: dict[str, Any] | None = None,
+        *,
+        what: str | None = None,
+        absent_ok: bool = False,
+    ) -> Any:
+        """The JSON that `path` answers with, None for an empty answer; a POST where there is a `body`."""
+        with naming_proxy(self.name):
+            return self._answer(path, deadline, body, what or path.partition("?")[0], absent_ok)
+
+    def _answer(self, path: str, deadline: Deadline, body: dict[str, Any] | None, what: str, absent_ok: bool) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        timeout_s = deadline.left_s + 1.0  # the deadline speaks first
+        future = in_thread(lambda: self._send(path, data, timeout_s))
+        try:
+            content: bytes = answer_of(future, deadline, where=self.name, what=what, dead=_Health(self).cause)
+        except _StatusError as error:
+            if error.status == 404 and absent_ok:
+                return None
+            raise self._explained(error, what) from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise SyncError(
+                f"{self.name}: the connection failed in {what}: {reason or type(error).__name__}. Is the server up, "
+                "and is this its address? If it has died, start it anew, then sync"
+            ) from error
+        try:
+            return json.loads(content) if content else None
+        except ValueError as error:
+            raise SyncError(f"{self.name}: {what}: expected JSON, got {content[:80]!r}: is this vLLM?") from error
+
+    def _send(self, path: str, data: bytes | None, timeout_s: float) -> bytes:
+        request = urllib.request.Request(f"{self.name}{path}", data, self._headers)
+        try:
+            with open_url(request, timeout_s) as answer:
+                return answer.read()
+        except urllib.error.HTTPError as error:
+            raise _StatusError(error.code, _message(error.read())) from error
+
+    def _explained(self, error: _StatusError, what: str) -> SyncError:
+        if error.status == 404:
+            return SyncError(
+                f"{self.name}: no control routes ({what}: status 404): start vllm serve with VLLM_SERVER_DEV_MODE=1 in "
+                "its environment (the command is r3.capture.server_command's), at an address that only the trainer "
+                "reaches"
+            )
+        if error.status in (401, 403):
+            return SyncError(f"{self.name}: {what}: status {error.status}: expected the server's api_key")
+        if error.status == 503 or "EngineDead" in str(error) or "EngineCore encountered" in str(error):
+            return SyncError(f"{self.name}: the engine has died in {what} ({error}). Start it anew, then sync")
+        return failed(f"{self.name} (status {error.status})", what, error)
+
+
+class _Health:
+    """Asks the server now and then, while an answer is waited for, whether its engine lives.
+
+    vLLM's requests to an engine core that has died are never answered, and some versions do not end the server.
+    """
+
+    def __init__(self, server: ServerEngine) -> None:
+        self._server = server
+        self._asked = time.monotonic()
+        self._answer: Future | None = None
+
+    def cause(self) -> str | None:
+        if self._answer is None:
+            if time.monotonic() - self._asked >= HEALTH_EVERY_S:
+                self._asked = time.monotonic()
+                self._answer = in_thread(lambda: self._server._send("/health", None, HEALTH_TIMEOUT_S))
+            return None
+        if not self._answer.done():
+            return None
+        error, self._answer = self._answer.exception(), None
+        if isinstance(error, _StatusError) and error.status == 503:
+            return "the engine has died (status 503 of /health)"
+        if isinstance(getattr(error, "reason", error), ConnectionRefusedError):
+            return "the server has gone (connection refused)"
+        return None
+
+
+def _message(content: bytes) -> str:
+    """What an error response says, in the several forms that vLLM has given it."""
+    text = content.decode(errors="replace")
+    try:
+        found = json.loads(text)
+        error = found.get("error", found.get("detail", found.get("message", text)))
+        return str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, AttributeError, KeyError):
+        return text[:500]

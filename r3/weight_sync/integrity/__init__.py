@@ -1,0 +1,1 @@
+"""Digests of weights, taken on both sides of a sync and compared."""

@@ -1,0 +1,1 @@
+"""Weights in the form of an FP8 engine. Runs in the trainer."""

@@ -1,0 +1,1 @@
+"""The sender of a weight sync. Runs in the trainer."""

@@ -1,0 +1,68 @@
+"""What a sync has sent so far."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from torch import Tensor
+
+from r3.weight_sync.engines import Engine
+from r3.weight_sync.integrity.digest import ContentDigests
+from r3.weight_sync.sender.calls import Calls
+from r3.weight_sync.transports import Announced, Chunk
+
+_AHEAD = 64  # tensors: of few, each takes the host up to three times as long
+
+
+class Ready(NamedTuple):
+    """A chunk that is published, and waits for the workers."""
+
+    chunk: Chunk
+    announced: Announced
+    takes_memory: bool
+
+
+@dataclass
+class Sent:
+    """The trainer's account of one sync.
+
+    Attributes:
+        digests: of what is sent, on a GPU beside all else that is queued there.
+        named: the digests of all tensors, once all are taken.
+        chunks: handed over.
+        loading: number of the first chunk of the last call.
+        bytes, sent_bytes: of the tensors, and of what the transport was given.
+        served: the engines that were serving before they were paused.
+        worker_stages_s: the slowest worker's seconds by stage.
+    """
+
+    digests: ContentDigests = field(default_factory=lambda: ContentDigests(beside=True))
+    named: dict[str, int] = field(default_factory=dict)
+    chunks: int = 0
+    loading: int = 0
+    bytes: int = 0
+    sent_bytes: int = 0
+    served: list[Engine] = field(default_factory=list)
+    worker_stages_s: dict[str, float] = field(default_factory=dict)
+
+    def add(self, tensors: Chunk) -> None:
+        """Take digests of what none is taken of yet."""
+        new = self._unread(tensors)
+        self.digests.add(new)
+        self.bytes += sum(tensor.nbytes for _, tensor in new)
+
+    def add_while(self, calls: list[Calls], lying: Iterator[tuple[str, Tensor]]) -> None:
+        """Take digests of what lies on a GPU, which reads it while the host waits for `calls`."""
+        while not all(call.done() for call in calls) and (some := list(islice(lying, _AHEAD))):
+            self.add(some)
+            time.sleep(0)  # the calls' threads have a turn
+
+    def require_readable(self, tensors: Chunk) -> None:
+        """Raise `SyncError` where `add` would."""
+        self.digests.require_readable(self._unread(tensors))
+
+    def _unread(self, tensors: Chunk) -> Chunk:
+        """Those whose digest is not taken yet."""
+        return [(name, tensor) for name, tensor in tensors if name not in self.digests]

@@ -1,0 +1,180 @@
+"""From the names and shapes of a transformers model to those of its checkpoint, as vLLM knows them.
+
+transformers 5 fuses some weights when it loads a checkpoint (most of all: a layer's experts, into two 3-D tensors)
+and parts them again when it saves. Its own function that parts them is run here once, on tensors without data that
+remember what they were made of. What comes out as a cut of one weight is cut out of that weight when it is sent,
+without a copy; for the rest (weights that are joined or reordered) the function runs again on the real tensors of
+that group.
+"""
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from r3.errors import SyncError, summary
+from r3.weight_sync.weights.lazy import Together, WeightSource
+
+_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+_OF_ONE_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)\.weight")
+
+Named = list[tuple[str, WeightSource]]
+
+
+class _Traced(Tensor):
+    """A tensor without data; `made_of` holds the names of the weights that it was made of."""
+
+    made_of: frozenset[str] = frozenset()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is Tensor.contiguous:
+            return args[0]  # only a copy could tell
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        origins = frozenset().union(*(tensor.made_of for tensor in _traced([args, *(kwargs or {}).values()])))
+        for tensor in _traced(result):
+            tensor.made_of = origins
+        return result
+
+
+def checkpoint_weights(skeleton: Any, live: dict[str, WeightSource], fused_experts: bool) -> Named:
+    """The weights `live` of a transformers model as its checkpoint has them.
+
+    Args:
+        skeleton: the model's plain, unwrapped form, with its `published_conversions`; may be without data.
+        live: by transformers' names.
+        fused_experts: leave fused experts as they are where only their split would change their names.
+    """
+    blank = {name: _blank(name, source) for name, source in live.items()}
+    made = _checkpoint_form(skeleton, blank)
+    named: Named = []
+    for origins, names in _groups(made):
+        if fused_experts and _is_split_of_experts(origins, names) and _all_views(made, names, blank[origins[0]]):
+            lie = sorted(names, key=lambda name: made[name].storage_offset())
+            named.append((origins[0], replace(live[origins[0]], parts=tuple(lie))))
+        elif len(origins) == 1 and _all_views(made, names, blank[origins[0]]):
+            named += _views(live[origins[0]], names, made)
+        else:
+            named += _converted(skeleton, [live[name] for name in origins], names, made)
+    return named
+
+
+def published_conversions(skeleton: Any, loaded: list | None) -> list:
+    """The conversions between `skeleton` and its published checkpoint.
+
+    transformers loads some weights (Qwen3-VL-MoE's experts) in either of two layouts, the published one and its own,
+    and tells them apart by their shape; it always saves its own. Engines read the published one only, which is turned
+    against transformers'. A shape does not say which is which where it is square.
+
+    Args:
+        skeleton: a plain, unwrapped model; may be without data.
+        loaded: what was used to load the model (`_weight_conversions`), or None.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, Transpose
+
+    if loaded is None:
+        # As `save_pretrained` has it: nothing says which prefix a checkpoint had that there was none of.
+        every = get_model_conversion_mapping(skeleton, add_legacy=False)
+        loaded = [conversion for conversion in every if not isinstance(conversion, PrefixChange)]
+    published = copy.deepcopy(loaded)
+    for conversion in published:
+        for step in getattr(conversion, "operations", ()):
+            if isinstance(step, Transpose):
+                step.check_dims = False
+    return published
+
+
+def _checkpoint_form(skeleton: Any, named: dict[str, Any]) -> dict[str, Any]:
+    # What `save_pretrained` does with a state dict just before it writes it.
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(skeleton, dict(named))
+
+
+def _blank(name: str, source: WeightSource) -> _Traced:
+    tensor = torch.empty(source.shape, dtype=source.dtype, device="meta").as_subclass(_Traced)
+    tensor.made_of = frozenset([name])
+    return tensor
+
+
+def _traced(value: Any) -> Iterator[_Traced]:
+    if isinstance(value, _Traced):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _traced(item)
+
+
+def _groups(made: dict[str, _Traced]) -> list[tuple[list[str], list[str]]]:
+    """(weights, tensors of the checkpoint made of them): the smallest groups that can be made each by itself."""
+    groups: list[tuple[list[str], list[str]]] = []
+    home: dict[str, int] = {}
+    for name, tensor in made.items():
+        origins = sorted(tensor.made_of)
+        near = sorted({home[origin] for origin in origins if origin in home})
+        index = near[0] if near else len(groups)
+        if not near:
+            groups.append(([], []))
+        for other in near[1:]:
+            groups[index][0].extend(groups[other][0])
+            groups[index][1].extend(groups[other][1])
+            groups[other] = ([], [])
+        groups[index][0].extend(origin for origin in origins if home.get(origin) is None)
+        groups[index][1].append(name)
+        home |= dict.fromkeys(groups[index][0], index)
+    return [group for group in groups if group[1]]
+
+
+def _all_views(made: dict[str, _Traced], names: list[str], of: Tensor) -> bool:
+    return all(made[name].untyped_storage()._cdata == of.untyped_storage()._cdata for name in names)
+
+
+def _is_split_of_experts(origins: list[str], names: list[str]) -> bool:
+    whole = _FUSED.fullmatch(origins[0])
+    parts = [_OF_ONE_EXPERT.fullmatch(name) for name in names]
+    return whole is not None and len(origins) == 1 and all(p is not None and p[1] == whole[1] for p in parts)
+
+
+def _views(source: WeightSource, names: list[str], made: dict[str, _Traced]) -> Named:
+    cuts = [(made[name].shape, made[name].stride(), made[name].storage_offset()) for name in names]
+
+    def make() -> list[Tensor]:
+        whole = source.make().contiguous()
+        return [whole.as_strided(shape, stride, whole.storage_offset() + offset) for shape, stride, offset in cuts]
+
+    return _taken(Together(make), names, made, source.keep_dtype, live=source.live)
+
+
+def _converted(skeleton: Any, sources: list[WeightSource], names: list[str], made: dict[str, _Traced]) -> Named:
+    def make() -> list[Tensor]:
+        whole = _checkpoint_form(skeleton, {source.name: source.make() for source in sources})
+        problems = [f"{name}: not made" for name in names if name not in whole]
+        problems += [f"{name}: made, but not from all weights together" for name in whole if name not in names]
+        if problems:
+            raise SyncError(f"transformers' conversion of {len(sources)} weights depends on others:{summary(problems)}")
+        return [whole[name] for name in names]
+
+    return _taken(Together(make), names, made, all(source.keep_dtype for source in sources), live=False)
+
+
+def _taken(together: Together, names: list[str], made: dict[str, _Traced], keep_dtype: bool, *, live: bool) -> Named:
+    return [
+        (
+            name,
+            WeightSource(
+                name=name,
+                shape=torch.Size(made[name].shape),
+                dtype=made[name].dtype,
+                # Without a copy where the cut lies in one piece, as experts do.
+                make=lambda index=index: together.take(index).contiguous(),
+                keep_dtype=keep_dtype,
+                live=live and made[name].is_contiguous(),
+            ),
+        )
+        for index, name in enumerate(names)
+    ]

@@ -1,0 +1,188 @@
+"""The weights of a live Hugging Face model under transformers' own names, whatever wraps the model or parts of it."""
+
+import re
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r3.errors import SyncError, summary
+from r3.weight_sync.weights.lazy import Together, WeightSource, gathered, is_sharded
+from r3.weight_sync.weights.peft_merge import is_tuner, live_choice, merged, tuned_module
+
+# Modules that hold one other module and stand in its place: torch.compile, activation checkpointing.
+_TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module")
+# What a whole model may be wrapped in, from the outside in: these, DistributedDataParallel, and PEFT's two levels.
+_AROUND = (*_TRANSPARENT, "module", "base_model", "model")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A weight in the module tree; `key` is the same for weights that are one tensor."""
+
+    name: str
+    key: Hashable
+    source: WeightSource
+
+
+def hugging_face_model(model: nn.Module) -> tuple[Any, Any]:
+    """The transformers model inside `model`, and the innermost FSDP module around it, or None.
+
+    Raises:
+        SyncError: there is none, or its weights are not where they can be read (FSDP1, DeepSpeed ZeRO-3, soft
+        prompts).
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from transformers import PreTrainedModel
+
+    inner: nn.Module | None = model
+    shard = None
+    while inner is not None and not isinstance(inner, PreTrainedModel):
+        config = getattr(inner, "active_peft_config", None)
+        if config is not None and config.is_prompt_learning:
+            raise SyncError(f"{config.peft_type} trains a prompt, not weights: there is nothing that a sync could send")
+        shard = inner if isinstance(inner, FSDPModule) else shard
+        inner = next((inner._modules[name] for name in _AROUND if inner._modules.get(name) is not None), None)
+    if inner is None:
+        raise SyncError(f"model: expected a transformers model, plain or wrapped, got {type(model).__name__}")
+    for name, parameter in inner.named_parameters():
+        if "_fsdp_wrapped_module" in name or "_flat_param" in name:
+            raise SyncError(f"{name}: weights in flat shards of FSDP1 cannot be sent; use fully_shard (FSDP2)")
+        if hasattr(parameter, "ds_id"):
+            raise SyncError(
+                f"{name}: weights that DeepSpeed ZeRO-3 has partitioned cannot be sent; use FSDP2, or ZeRO-1 or 2"
+            )
+    return inner, shard
+
+
+def original_class(module: nn.Module) -> type:
+    """The class of `module` before `fully_shard` put one of its own in front."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def live_weights(
+    inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str, torch.Size]
+) -> dict[str, WeightSource]:
+    """What a checkpoint of `inner` would hold: parameters and persistent buffers, by name, tied ones once.
+
+    Args:
+        inner: a transformers model.
+        shard: the innermost FSDP module around it, or None.
+        tied: name -> name of the weight that it is tied to, as the configuration says.
+        shapes: by name, as the configuration says.
+
+    Raises:
+        SyncError: weights that should be tied are two, or others are one; a weight is not whole.
+    """
+    _reshard(shard)
+    kept_in_float32 = sorted(getattr(inner, "_keep_in_fp32_modules_strict", None) or ())
+    keep = re.compile("|".join(kept_in_float32).replace("*", ".*") or "(?!)")
+    ignored = set(getattr(inner, "_keys_to_ignore_on_save", None) or ())
+    found = [weight for weight in _walk(inner, "", shard, keep) if weight.name not in ignored]
+    parts = [weight for weight in found if weight.source.shape != shapes.get(weight.name, weight.source.shape)]
+    if parts:
+        raise SyncError(
+            "weights have other shapes than the configuration says: are they local shards?"
+            + summary(f"{w.name}: expected {tuple(shapes[w.name])}, got {tuple(w.source.shape)}" for w in parts)
+        )
+    keys = {weight.name: weight.key for weight in found}
+    parted = [f"{n} and {of}" for n, of in tied.items() if n in keys and of in keys and keys[n] != keys[of]]
+    if parted:
+        raise SyncError(
+            "weights that are one in the engine (tie_word_embeddings) are two in this model, perhaps because an "
+            f"adapter or a wrapper parted them:{summary(parted)}\nKeep them tied, or train and serve them untied"
+        )
+    kept: dict[Hashable, _Found] = {}
+    for weight in found:
+        before = kept.setdefault(weight.key, weight)
+        if before is not weight and before.name in tied and weight.name not in tied:
+            kept[weight.key] = weight
+    lost = [f"{w.name} and {kept[w.key].name}" for w in found if kept[w.key] is not w and w.name not in tied]
+    if lost:
+        raise SyncError(
+            f"weights share a tensor, and the configuration does not say that they are tied:{summary(lost)}"
+        )
+    return {weight.name: weight.source for weight in found if kept[weight.key] is weight}
+
+
+def _walk(module: nn.Module, name: str, shard: Any, keep: re.Pattern) -> Iterator[_Found]:
+    """The weights under `module`, which is called `name`; `shard` is the innermost FSDP module around it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(module, FSDPModule):
+        shard = module
+        _reshard(shard)
+    inside = next((child for part in _TRANSPARENT if (child := module._modules.get(part)) is not None), None)
+    inside = inside if inside is not None else live_choice(module)
+    if inside is not None:
+        yield from _walk(inside, name, shard, keep)
+    elif is_tuner(module):
+        yield from _merged(module, name, shard, keep)
+    else:
+        prefix = f"{name}." if name else ""
+        for own, tensor in module._parameters.items():
+            if tensor is not None:
+                source = _source(prefix + own, tensor, _reader(module, own, shard), bool(keep.search(prefix + own)))
+                yield _Found(prefix + own, id(tensor), source)
+        for own, tensor in module._buffers.items():
+            if tensor is not None and own not in module._non_persistent_buffers_set:
+                # Buffers that a checkpoint holds (the correction biases of routers) are never cast by FSDP's mixed
+                # precision: the trainer computes with what is here, and vLLM declares them float32.
+                yield _Found(prefix + own, id(tensor), _source(prefix + own, tensor, _reader(module, own, shard), True))
+        for own, child in module._modules.items():
+            if child is not None:
+                yield from _walk(child, prefix + own, shard, keep)
+
+
+def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_Found]:
+    """The weights of a layer with adapters, as they are once the active ones are merged."""
+    bare = sorted(_walk(tuned_module(module), name, shard, keep), key=lambda weight: weight.name)
+    own = [weight.name.removeprefix(f"{name}.") for weight in bare]
+
+    def make() -> list[Tensor]:
+        _reshard(shard)
+        whole = merged(module, gathered)
+        return [attrgetter(path)(whole).detach() for path in own]
+
+    together = Together(make)
+    for index, weight in enumerate(bare):
+        take = lambda index=index: together.take(index)
+        source = weight.source
+        # Two layers that share a weight part when one of them is merged.
+        yield _Found(
+            weight.name,
+            (id(module), index),
+            WeightSource(
+                name=weight.name, shape=source.shape, dtype=source.dtype, make=take, keep_dtype=source.keep_dtype
+            ),
+        )
+
+
+def _source(name: str, tensor: Tensor, make: Callable[[], Tensor], keep_dtype: bool) -> WeightSource:
+    return WeightSource(
+        name=name,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        make=make,
+        keep_dtype=keep_dtype,
+        live=tensor.is_contiguous() and not is_sharded(tensor),
+    )
+
+
+def _reader(module: nn.Module, own: str, shard: Any) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        _reshard(shard)
+        return gathered(getattr(module, own))
+
+    return make
+
+
+def _reshard(shard: Any) -> None:
+    """After a forward FSDP2 may leave weights gathered, in the dtype of the computation: go back to the true ones."""
+    if shard is not None:
+        shard.reshard()
