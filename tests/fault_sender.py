@@ -18,7 +18,7 @@ from receivers import for_nccl
 from safetensors.torch import load_file
 
 from r3.errors import SyncError
-from r3.weight_sync import WeightSource, WeightSync
+from r3.weight_sync import LazyWeight, WeightSync
 from r3.weight_sync.engines import Engine, engine_of
 from r3.weight_sync.transports import TRANSPORTS
 
@@ -149,8 +149,8 @@ class FaultyEngine(Engine):
     def reset_caches(self, timeout_s: float) -> None:
         self._around("caches", self.inner.reset_caches, timeout_s)
 
-    def label(self, version: int, timeout_s: float) -> None:
-        self._around("label", self.inner.label, version, timeout_s)
+    def set_weight_version(self, version: int, timeout_s: float) -> None:
+        self._around("set_weight_version", self.inner.set_weight_version, version, timeout_s)
 
     def refuse(self, cause: str) -> None:
         self._held = None
@@ -233,8 +233,8 @@ def content(named: Named, how: str, pick: float) -> tuple[Named, str]:
     def fail() -> torch.Tensor:
         raise RuntimeError("injected while gathering")
 
-    def source(make: Any) -> WeightSource:
-        return WeightSource(name=name, shape=tensor.shape, dtype=tensor.dtype, make=make)
+    def source(make: Any) -> LazyWeight:
+        return LazyWeight(name=name, shape=tensor.shape, dtype=tensor.dtype, make=make)
 
     bad: Any = tensor.clone()
     match how:

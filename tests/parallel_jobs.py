@@ -128,7 +128,7 @@ def step(
     if attention is not None:
         model.config._attn_implementation = attention
     mesh = make_mesh(device, sequence)
-    attached = ulysses(model, mesh.sequence_group, agreement=r3.parallel.Agreement(timeout_s=30))
+    attached = ulysses(model, mesh.sequence_group, barrier=r3.parallel.RankBarrier(timeout_s=30))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
     if compiled == "layers":
@@ -263,14 +263,14 @@ def with_labels(local: dict, rank: int, positions: torch.Tensor, routing: Rollou
 
 
 def fails_on_one_rank() -> None:
-    with r3.parallel.Agreement().before_going_on():
+    with r3.parallel.RankBarrier().guard():
         if dist.get_rank() == 1:
             raise KeyError("no such sample")
 
 
 def stays_away() -> str:
     if dist.get_rank() == 0:
-        r3.parallel.Agreement(timeout_s=2).exchange(None)
+        r3.parallel.RankBarrier(timeout_s=2).exchange(None)
     return "elsewhere"
 
 
@@ -295,7 +295,7 @@ class BrokenEngine(Engine):
                 "state": "idle",
                 "cause": "",
                 "version": None,
-                "generation": None,
+                "connection_id": None,
                 "base_version": None,
                 "constants": [],
                 "gpu": None,
@@ -309,7 +309,7 @@ class BrokenEngine(Engine):
     def nothing(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    resume = reset_caches = label = refuse = nothing
+    resume = reset_caches = set_weight_version = refuse = nothing
 
 
 def push_fails_midway() -> None:
@@ -317,7 +317,7 @@ def push_fails_midway() -> None:
     model, _ = build("softmax")
     shard_parameters(model, make_mesh("cpu"), param_dtype=torch.float32)
     sync = WeightSync(BrokenEngine(), chunk_bytes=1 << 14) if dist.get_rank() == 0 else None
-    push_from_all_ranks(sync, named_weights(model), 1, r3.parallel.Agreement(timeout_s=30))
+    push_from_all_ranks(sync, named_weights(model), 1, r3.parallel.RankBarrier(timeout_s=30))
 
 
 def gather_fails_on_one_rank() -> None:
@@ -334,7 +334,7 @@ def gather_fails_on_one_rank() -> None:
 
         weights[3] = (name, dataclasses.replace(source, make=fails))
     sync = WeightSync(BrokenEngine(), chunk_bytes=1 << 40) if dist.get_rank() == 0 else None
-    push_from_all_ranks(sync, weights, 1, r3.parallel.Agreement(timeout_s=10))
+    push_from_all_ranks(sync, weights, 1, r3.parallel.RankBarrier(timeout_s=10))
 
 
 def alone_and_sliced(name: str) -> dict[str, float] | str:

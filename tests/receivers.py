@@ -99,7 +99,11 @@ def _serve(end: Connection, rank: int, device: str) -> None:
             answer: Any = None
             if name == "join":
                 offer, timeout_s = args
-                if receiver is None or receiver.generation is None or receiver.generation != offer.get("generation"):
+                if (
+                    receiver is None
+                    or receiver.connection_id is None
+                    or receiver.connection_id != offer.get("connection_id")
+                ):
                     receiver = RECEIVERS[offer["transport"]](offer, rank, where, timeout_s)
                     answer = "joined"
                 kept, received = [], 0
@@ -123,8 +127,8 @@ def _serve(end: Connection, rank: int, device: str) -> None:
                     )
                     for key, t in kept
                 ]
-            elif name == "generation":
-                answer = None if receiver is None else receiver.generation
+            elif name == "connection_id":
+                answer = None if receiver is None else receiver.connection_id
             elif name == "abort":
                 if receiver is not None:
                     receiver.abort()

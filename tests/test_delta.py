@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r3 import SyncError
-from r3.weight_sync.delta import Base, apply_changes, changes
+from r3.weight_sync.delta import DeltaBase, apply_changes, changes
 
 
 @given(
@@ -50,7 +50,7 @@ def test_a_change_costs_about_one_byte_more_than_its_value():
 
 
 def test_a_tensor_that_changed_much_is_sent_whole_and_one_that_did_not_not_at_all():
-    here, there = Base(), Base()
+    here, there = DeltaBase(), DeltaBase()
     first = [("a", torch.randn(40, 50)), ("b", torch.randn(7)), ("c", torch.randn(64, 64))]
     assert [n for n, _ in there.decode(["a", "b", "c"], here.encode(first))] == ["a", "b", "c"]
     few = first[2][1].clone()
@@ -64,7 +64,7 @@ def test_a_tensor_that_changed_much_is_sent_whole_and_one_that_did_not_not_at_al
 
 
 def test_what_the_sender_does_with_its_tensors_later_does_not_reach_its_base():
-    here = Base()
+    here = DeltaBase()
     weight = torch.randn(8)
     here.encode([("a", weight)])
     weight += 1
@@ -95,6 +95,6 @@ def test_what_the_sender_does_with_its_tensors_later_does_not_reach_its_base():
     ],
 )
 def test_what_does_not_fit_the_base_is_refused(names, sent, message):
-    base = Base(version=1, tensors={"a": torch.zeros(4)})
+    base = DeltaBase(version=1, tensors={"a": torch.zeros(4)})
     with pytest.raises(SyncError, match=message):
         base.decode(names, sent)

@@ -67,7 +67,7 @@ def misplace(folder):
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def spoil(folder):
+def mark_unplannable(folder):
     file = folder / "model-00002-of-00002.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"][3] = float("nan")
@@ -85,7 +85,7 @@ def remove_all(folder):
         (lose, "model-00002-of-00002.safetensors: the index names it, and it is not there"),
         (cut, "model-00001-of-00002.safetensors: cannot be read (truncated?)"),
         (misplace, "lm_head.weight: the index says model-00002-of-00002.safetensors, which does not hold it"),
-        (spoil, "not finite: model.norm.weight"),
+        (mark_unplannable, "not finite: model.norm.weight"),
         (remove_all, "has no safetensors files"),
         (lambda folder: (folder / INDEX).write_text("[1"), "expected an object with weight_map: JSONDecodeError"),
         (lambda folder: (folder / INDEX).write_text("[1]"), "expected an object with weight_map: TypeError"),

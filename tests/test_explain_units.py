@@ -21,9 +21,9 @@ from r3.explain.distributions import (
     score,
     signed_mass,
 )
-from r3.explain.evidence import Evidence, Tokens, is_smaller, k3
+from r3.explain.evidence import Evidence, ScoredTokens, is_smaller, k3
 from r3.explain.hypotheses import Hypothesis, needed_causes
-from r3.explain.scoring import View
+from r3.explain.scoring import ShiftedView
 
 
 def random_logits(n=400, v=300, seed=0):
@@ -104,9 +104,9 @@ def test_candidates_begin_with_what_is_expected_and_repeat_nothing():
         assert {d.temperature for d in exclusions(expected, 50)} == {1.0, expected.temperature}
 
 
-def tokens(reported, rollout, position, version=None) -> Tokens:
+def tokens(reported, rollout, position, version=None) -> ScoredTokens:
     reported = torch.tensor(reported, dtype=torch.float64)
-    return Tokens(
+    return ScoredTokens(
         reported=reported,
         usable=reported > -1000,
         rollout=torch.tensor(rollout),
@@ -157,7 +157,7 @@ def test_smaller_is_told_only_where_chance_does_not_explain_it():
 
 def hypothesis(scale: float, *causes: str) -> Hypothesis:
     d = scale * torch.randn(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return Hypothesis(view=View(), shift=0, distribution=Distribution(), causes=frozenset(causes), d=d)
+    return Hypothesis(view=ShiftedView(), shift=0, distribution=Distribution(), causes=frozenset(causes), d=d)
 
 
 def named(found, floor=1e-9, factor=2.0) -> set[str]:
@@ -199,9 +199,9 @@ def test_what_never_occurs_speaks_for_a_truncation():
             tables={},
             expected=Distribution(),
             exclusions=chosen,
-            masses={View(): mass[None]},
+            masses={ShiftedView(): mass[None]},
         )
-        found = evidence.never_sampled(View(), 1.0)
+        found = evidence.never_sampled(ShiftedView(), 1.0)
         return 0.0 if found is None else found[1]
 
     assert nats(nothing_excluded) == pytest.approx(20, rel=1e-4)  # E = 20, O = 0
@@ -219,14 +219,19 @@ def test_a_temperature_that_makes_a_large_gap_smaller_is_not_named():
     table = score(logits, labels, chosen, alone(labels))
     given = tokens((-8 + 0.5 * torch.randn(1000, generator=generator)).tolist(), [0] * 1000, list(range(1000)))
     evidence = Evidence(
-        tokens=given, distributions=chosen, tables={View(): table}, expected=Distribution(), exclusions=(), masses={}
+        tokens=given,
+        distributions=chosen,
+        tables={ShiftedView(): table},
+        expected=Distribution(),
+        exclusions=(),
+        masses={},
     )
-    hot = float(k3(evidence.d(View(), 0, Distribution(temperature=4.0))))
-    assert hot < float(k3(evidence.d(View(), 0, Distribution()))) / 5
+    hot = float(k3(evidence.d(ShiftedView(), 0, Distribution(temperature=4.0))))
+    assert hot < float(k3(evidence.d(ShiftedView(), 0, Distribution()))) / 5
     found = decide(
         Given(
             evidence=evidence,
-            precision={View(): 1e-3 * torch.randn(table.shape, generator=generator)},
+            precision={ShiftedView(): 1e-3 * torch.randn(table.shape, generator=generator)},
             routing={},
             settings=SamplingSettings(),
             names=["model"],

@@ -18,8 +18,9 @@ from vllm_models import config_of, declared, vllm_model
 from zoo.families import CASES
 
 from r3.errors import SyncError
-from r3.weight_sync.quantization.fp8 import block_quantise, check_finite_engine, fp8_scheme, quantised
+from r3.weight_sync.quantization.fp8 import block_quantise, fp8_scheme, quantised
 from r3.weight_sync.weights.named import gathered, named_weights
+from r3.weight_sync.worker.finite import check_finite_engine
 
 BLOCK = (128, 128)
 QUANTIZATION = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128])

@@ -16,12 +16,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # What each part of r3 may import of r3, besides itself. A new part needs a line here.
-BOTTOM = {"config", "errors", "proxy"}
+BOTTOM = {"config", "errors", "proxy", "vllm_compat"}
 MIDDLE = {"capture", "diagnostics", "parallel", "replay", "weight_sync"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "proxy": {"config", "errors"},
+    "vllm_compat": {"config", "errors"},
     "routing": BOTTOM,
     **{part: BOTTOM | {"routing"} for part in MIDDLE},
     "report": BOTTOM | {"diagnostics"},
@@ -29,6 +30,27 @@ MAY_IMPORT = {
     "explain": BOTTOM | MIDDLE | {"routing"},
     "cli": BOTTOM | MIDDLE | {"routing", "doctor", "explain", "report"},
     "__main__": {"cli"},
+}
+# Within a part: what runs in one process, and must not import what runs in the other.
+APART = {
+    # The sender runs in the trainer, the worker inside vLLM. Both import what they share: the protocol, transports...
+    "r3.weight_sync.worker": (
+        "r3.weight_sync.sender",
+        "r3.weight_sync.engines",
+        "r3.weight_sync.weights",
+        "r3.weight_sync.quantization",
+    ),
+    "r3.weight_sync.sender": ("r3.weight_sync.worker",),
+    "r3.weight_sync.engines": ("r3.weight_sync.worker", "r3.weight_sync.sender"),
+    "r3.weight_sync.weights": ("r3.weight_sync.worker", "r3.weight_sync.sender", "r3.weight_sync.engines"),
+    "r3.weight_sync.quantization": ("r3.weight_sync.worker", "r3.weight_sync.sender", "r3.weight_sync.engines"),
+    "r3.weight_sync.transports": (
+        "r3.weight_sync.worker",
+        "r3.weight_sync.sender",
+        "r3.weight_sync.engines",
+        "r3.weight_sync.weights",
+    ),
+    "r3.weight_sync.integrity": ("r3.weight_sync.worker", "r3.weight_sync.sender", "r3.weight_sync.engines"),
 }
 ABOVE = {"trainer_hooks", "examples", "tests", "benchmarks"}
 
@@ -39,6 +61,10 @@ def part_of(module: str) -> str:
     """`r3.replay.hooks` -> `replay`; the package itself, or a name that it defines -> `` (empty)."""
     part = module.partition(".")[2].partition(".")[0]
     return part if part in MAY_IMPORT else ""
+
+
+def is_in(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
 
 
 def public_names(init_source: str) -> dict[str, str]:
@@ -88,6 +114,9 @@ def import_violations(tree: ast.AST, module: str, package: str, exports: dict[st
         elif top == "r3" and part_of(target) and part_of(target) not in allowed:
             permitted = ", ".join(sorted(allowed - {part_of(module)})) or "nothing of r3"
             yield line, f"{module} imports {target}: {part_of(module)} may import {permitted}"
+        for side, others in APART.items():
+            if is_in(module, side) and any(is_in(target, other) for other in others):
+                yield line, f"{module} imports {target}: {side} runs without it"
 
 
 def environment_uses(tree: ast.AST) -> Iterator[tuple[int, str]]:

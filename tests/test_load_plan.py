@@ -19,7 +19,7 @@ from plan_toys import (
 from torch import nn
 
 import r3
-from r3.weight_sync import reload as reload_module
+from r3.weight_sync.worker import reload as reload_module
 from r3.weight_sync.worker.reload import LayerwiseReload, join_gates
 
 

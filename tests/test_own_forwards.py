@@ -36,7 +36,7 @@ def own_attributes(model: nn.Module) -> list[dict]:
     def name(value):
         return (value.__func__, id(value.__self__)) if isinstance(value, types.MethodType) else value
 
-    known = ("forward", "_old_forward", "_hf_hook", "_r3_own", "_r3_instrument", "_r3_chooser")
+    known = ("forward", "_old_forward", "_hf_hook", "_r3_own", "_r3_patch", "_r3_router")
     return [{key: name(vars(m)[key]) for key in known if key in vars(m)} | {"class": type(m)} for m in model.modules()]
 
 

@@ -117,7 +117,7 @@ def test_forward_without_routing_is_untouched_and_detach_leaves_no_trace():
     replay.detach()
     assert [type(module) for module in model.modules()] == classes
     assert not any(
-        m._forward_hooks or m._forward_pre_hooks or vars(m).keys() & {"_r3_instrument", "_r3_chooser"}
+        m._forward_hooks or m._forward_pre_hooks or vars(m).keys() & {"_r3_patch", "_r3_router"}
         for m in model.modules()
     )
     r3.attach(model).detach()

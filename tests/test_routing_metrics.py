@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r3.diagnostics import RoutingSums, compare_routing
-from r3.diagnostics import overlap as module
+from r3.diagnostics import routing_pair as module
 from r3.errors import DiagnosticsError
 
 DTYPES = [torch.uint8, torch.int16, torch.int32, torch.int64]

@@ -242,7 +242,7 @@ def test_chunks_that_are_ready_go_with_one_call_and_no_more_take_memory_than_tha
     kept, calls, released = [0], [], []
 
     class Ahead(transport):
-        most_ready = most
+        max_staged_chunks = most
         takes_memory = lambda self, chunk: not shares
         needed = 0  # chunks before this one are not
 
@@ -259,7 +259,7 @@ def test_chunks_that_are_ready_go_with_one_call_and_no_more_take_memory_than_tha
 
     moved = {name: t + 0.01 * t.std() for name, t in weights.items()}
     with contextlib.closing(WeightSync(engine, transport=Ahead(), chunk_bytes=1 << 14, timeout_s=60)) as sync:
-        ask = sync._engines[0].replies
+        ask = sync.engines[0].replies
 
         def noted(method, args, timeout_s):
             calls.append((method, args))
@@ -267,7 +267,7 @@ def test_chunks_that_are_ready_go_with_one_call_and_no_more_take_memory_than_tha
                 time.sleep(0.5)  # what can be made ready is, meanwhile
             return ask(method, args, timeout_s)
 
-        monkeypatch.setattr(sync._engines[0], "replies", noted)
+        monkeypatch.setattr(sync.engines[0], "replies", noted)
         sync.push(moved.items(), version=following(sync))
         assert greedy(engine) != reference
         receipt = sync.push(weights.items(), version=following(sync))
@@ -334,7 +334,7 @@ def test_a_sync_that_is_refused_touches_nothing_and_poisons_nothing(engine, weig
     sync.push(weights.items(), version=version)
 
     class Unknown(FilesTransport):
-        def offer(self, workers, generations):
+        def offer(self, workers, connection_ids):
             return {"transport": "pigeon"}
 
     with contextlib.closing(WeightSync(engine, transport=Unknown(), timeout_s=60)) as unknown:

@@ -208,7 +208,7 @@ class TestEveryKind:
         else:
             assert not served.done(), "a paused engine generated"
         engine.reset_caches(30)
-        engine.label(7, 30)
+        engine.set_weight_version(7, 30)
         engine.resume(30)
         if running.engine.name != "vllm.LLM":
             assert served.result(60) == 4

@@ -13,7 +13,7 @@ from syncs import following, greedy
 import r3
 from r3.weight_sync.engines import engine_of
 from r3.weight_sync.engines.deadline import in_thread
-from r3.weight_sync.sender.chunking import Outgoing
+from r3.weight_sync.sender.chunking import OutgoingWeights
 
 pytestmark = pytest.mark.engine
 
@@ -28,7 +28,7 @@ def test_calls_to_an_engine_may_overlap(engine):
 
 def test_caches_are_emptied_once_no_batch_can_run(engine, weights, reference, sync, monkeypatch):
     """One that ran after that and before the weights change would fill them anew."""
-    adapter, said = sync._engines[0], []
+    adapter, said = sync.engines[0], []
 
     def watched(name):
         call = getattr(adapter, name)
@@ -39,13 +39,13 @@ def test_caches_are_emptied_once_no_batch_can_run(engine, weights, reference, sy
 
         monkeypatch.setattr(adapter, name, noted)
 
-    for name in ("replies", "pause", "resume", "reset_caches", "label"):
+    for name in ("replies", "pause", "resume", "reset_caches", "set_weight_version"):
         watched(name)
     sync.push(weights.items(), version=following(sync))
     order = list(dict.fromkeys(said))
     assert order == [
         *("r3_reserve", "pause", "r3_begin", "reset_caches", "r3_load"),
-        *("r3_seal", "r3_commit", "label", "resume", "r3_release"),
+        *("r3_seal", "r3_commit", "set_weight_version", "resume", "r3_release"),
     ]
     assert greedy(engine) == reference
 
@@ -56,7 +56,7 @@ def test_digests_that_are_taken_while_an_engine_is_waited_for_are_those_of_the_c
     """As they are of what lies on a GPU: all while requests run to their end, none twice."""
     expected = sync.push(weights.items(), version=following(sync))
     taken, by_then = [], []
-    pause = sync._engines[0].pause
+    pause = sync.engines[0].pause
 
     def slow_to_pause(timeout_s):
         time.sleep(1.0)
@@ -68,13 +68,13 @@ def test_digests_that_are_taken_while_an_engine_is_waited_for_are_those_of_the_c
             taken.append(name)
             yield name, tensor
 
-    monkeypatch.setattr(Outgoing, "as_they_lie", lying)
-    monkeypatch.setattr(sync._engines[0], "pause", slow_to_pause)
+    monkeypatch.setattr(OutgoingWeights, "gpu_resident", lying)
+    monkeypatch.setattr(sync.engines[0], "pause", slow_to_pause)
     receipt = sync.push(weights.items(), version=following(sync))
     assert by_then == [len(weights)] == [len(taken)]
     assert (receipt.digest, receipt.bytes) == (expected.digest, expected.bytes)
     wrong = {name: t * torch.nan if name == taken[0] else t for name, t in weights.items()}
-    monkeypatch.setattr(Outgoing, "as_they_lie", lambda outgoing: iter(wrong.items()))
+    monkeypatch.setattr(OutgoingWeights, "gpu_resident", lambda outgoing: iter(wrong.items()))
     with pytest.raises(r3.SyncError, match=rf"1 tensors hold NaN or infinity:\s+{taken[0]}"):
         sync.push(wrong.items(), version=following(sync))
     monkeypatch.undo()
@@ -88,7 +88,7 @@ def test_a_cache_that_cannot_be_emptied_leaves_the_engine_as_it_was(engine, weig
 
     moved = {name: t + 0.01 * t.std() for name, t in weights.items()}
     with monkeypatch.context() as patch:
-        patch.setattr(sync._engines[0], "reset_caches", refuse)
+        patch.setattr(sync.engines[0], "reset_caches", refuse)
         with pytest.raises(r3.SyncError, match="requests hold blocks of it"):
             sync.push(moved.items(), version=following(sync))
     sync.require_committed()

@@ -84,7 +84,7 @@ def calls_of_a_sync(worker: WeightSyncWorker, version: int) -> list[str]:
 )
 def test_what_is_queued_on_a_device_is_waited_for_before_anything_but_copies(vllm_config, monkeypatch, process, second):
     """Nothing comes of a broadcast whose sender has died: what waits for the device itself would wait for ever."""
-    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": Direct})
+    monkeypatch.setattr("r3.weight_sync.worker.extension.RECEIVERS", RECEIVERS | {"direct": Direct})
     worker = worker_with(initial(Toy(process), weights_of(0)), vllm_config)
     finish = LayerwiseReload.finish
 
@@ -108,7 +108,7 @@ def test_a_call_waits_for_the_copies_of_the_call_before(vllm_config, monkeypatch
             self.calls.append(where["name"])
             return [(where["name"], self.offer["weights"][where["name"]])]
 
-    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": OneByOne})
+    monkeypatch.setattr("r3.weight_sync.worker.extension.RECEIVERS", RECEIVERS | {"direct": OneByOne})
     monkeypatch.setattr(OneByOne, "takes_memory", takes_memory)
     weights = weights_of(1)
     worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
@@ -149,7 +149,7 @@ def test_a_call_waits_for_the_copies_of_the_call_before(vllm_config, monkeypatch
 )
 def test_a_model_that_passes_over_fused_experts_is_told_how_to_send_them(vllm_config, monkeypatch, name, remedy):
     """As vLLM's Qwen3-MoE does before 0.25, without a word."""
-    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": Direct})
+    monkeypatch.setattr("r3.weight_sync.worker.extension.RECEIVERS", RECEIVERS | {"direct": Direct})
 
     class Old(nn.Module):
         def __init__(self) -> None:
@@ -178,7 +178,7 @@ def test_a_reserve_that_comes_after_its_abort_does_not_keep_the_worker(vllm_conf
 
 def test_no_batch_runs_on_weights_that_are_half_loaded_or_cannot_be_trusted(vllm_config, monkeypatch):
     """Below every pause of the engine: whoever resumes it meanwhile gets no token of these weights."""
-    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": Direct})
+    monkeypatch.setattr("r3.weight_sync.worker.extension.RECEIVERS", RECEIVERS | {"direct": Direct})
     worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
     served = []
 
@@ -220,7 +220,7 @@ def errors_of(replies: list[dict]) -> list[str]:
 
 @pytest.mark.parametrize("process", [None, derive], ids=["planned", "slow"])
 def test_frozen_layers_keep_what_they_have_and_all_else_must_come(vllm_config, monkeypatch, process):
-    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": Direct})
+    monkeypatch.setattr("r3.weight_sync.worker.extension.RECEIVERS", RECEIVERS | {"direct": Direct})
     worker = worker_with(initial(Toy(process), weights_of(0)), vllm_config)
     two = lambda seed: weights_of(seed, layers=("two",))
     for version in (1, 2):  # by vLLM's loaders, and by what was learned
@@ -244,7 +244,7 @@ def test_frozen_layers_keep_what_they_have_and_all_else_must_come(vllm_config, m
 
 
 def test_what_is_frozen_and_sent_is_refused_untouched(vllm_config, monkeypatch):
-    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": Direct})
+    monkeypatch.setattr("r3.weight_sync.worker.extension.RECEIVERS", RECEIVERS | {"direct": Direct})
     worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
     reply = replies_up_to_begin(worker, weights_of(1), 1, ["one"])[1]
     assert "frozen=['one'], and yet sent:\n  one.gate" in reply["error"]
@@ -252,7 +252,7 @@ def test_what_is_frozen_and_sent_is_refused_untouched(vllm_config, monkeypatch):
 
 
 def test_what_a_failed_sync_may_have_touched_cannot_be_kept(vllm_config, monkeypatch):
-    monkeypatch.setattr("r3.weight_sync.worker.RECEIVERS", RECEIVERS | {"direct": Direct})
+    monkeypatch.setattr("r3.weight_sync.worker.extension.RECEIVERS", RECEIVERS | {"direct": Direct})
     worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
     two = weights_of(1, layers=("two",))
     broken = {name: tensor / 0 for name, tensor in two.items()}

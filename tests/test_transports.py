@@ -103,7 +103,7 @@ def as_bytes(chunks):
 def joined(transport, workers, timeout_s=30.0):
     """Offer and join. Answers of the workers: "joined", or None where they still had the connection."""
     transport.timeout_s = timeout_s
-    offer = transport.offer(len(workers.processes), set(workers.run("generation")))
+    offer = transport.offer(len(workers.processes), set(workers.run("connection_id")))
     answers = workers.call("join", offer, timeout_s)
     transport.join(NEVER)
     found = answers.all()
@@ -144,7 +144,7 @@ def test_every_worker_gets_every_byte_in_two_syncs(transport, workers, device):
 def test_ipc_shares_memory_that_lasts_once_and_lets_go_of_all_other(pools, keep_open):
     """torch wraps a storage each time that it shares it: a weight would gather wraps as long as training runs."""
     workers, transport = pools("cuda"), IpcTransport(keep_open=keep_open)
-    transport.lasting = {"weight", "part of it"}
+    transport.zero_copy_names = {"weight", "part of it"}
     memory: list[StorageWeakRef] = []
 
     def made(value: int) -> torch.Tensor:
@@ -182,7 +182,7 @@ def test_ipc_shares_memory_that_lasts_once_and_lets_go_of_all_other(pools, keep_
     weight = made(7)  # another one by the same name
     again = push(weight=weight)["weight"]
     assert (again["number"] != handles[2]["weight"]["number"]) == keep_open
-    transport.offer(3, set(workers.run("generation")))  # of the next sync
+    transport.offer(3, set(workers.run("connection_id")))  # of the next sync
     assert [ref.expired() for ref in memory] == [True] * (len(memory) - 1) + [False]
 
 

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3MoeForCausalLM
 
 import r3
-from r3.replay import patching as instrument
 
 
 def forward(model, **kwargs):
@@ -187,7 +186,7 @@ def test_threads_do_not_see_each_others_routing(expected):
 def test_an_attach_that_fails_halfway_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_moe()
     classes = [type(module) for module in model.modules()]
-    monkeypatch.setattr(instrument, "_replaying_chooser", lambda *_: 1 / 0)
+    monkeypatch.setattr(instrument, "_patched_router", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         r3.attach(model)
     assert [type(module) for module in model.modules()] == classes

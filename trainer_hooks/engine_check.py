@@ -37,7 +37,7 @@ def check_engine(config: R3Config, policy: Policy, engine: Any) -> dict[str, flo
     diagnostics, limits = config.trainer.diagnostics, config.generator.inference_engine
     accepted = diagnostics.accepted_engine_faults
     whole, apart = None, None
-    with policy.agreement.before_going_on():
+    with policy.barrier.guard():
         if engine is not None:
             spec = policy.replay.spec if policy.replay else None
             if spec is not None:
@@ -56,7 +56,7 @@ def check_engine(config: R3Config, policy: Policy, engine: Any) -> dict[str, flo
     size = config.trainer.micro_train_batch_size
     measured = measure(policy, broadcast(whole), size=size, extreme_ratio=diagnostics.extreme_ratio, details=False)
     found = EngineAgreement.from_metrics(family_of(policy.model), measured.metrics, repeat_nats=apart)
-    with policy.agreement.before_going_on():
+    with policy.barrier.guard():
         found.require(accepted)
         for name, text in found.faults().items():
             logger.warning("accepted: %s: %s", name, text)

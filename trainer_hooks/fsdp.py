@@ -24,11 +24,11 @@ from r3.capture import Rollouts, collect, resolve_mixed_versions, running_engine
 from r3.config import R3Config, local_rank, process_rank
 from r3.diagnostics import RunFolder, require_sinks
 from r3.errors import ParallelError, SyncError
-from r3.parallel import Agreement, make_mesh, shard_parameters, token_logprobs, ulysses
+from r3.parallel import RankBarrier, make_mesh, shard_parameters, token_logprobs, ulysses
 from r3.report import write_report
 from r3.routing import prefetch
-from r3.weight_sync import SyncReceipt, Weight, WeightSource, WeightSync, gather_all, named_weights
-from r3.weight_sync.timing import Clock
+from r3.weight_sync import LazyWeight, SyncReceipt, Weight, WeightSync, gather_all, named_weights
+from r3.weight_sync.timing import StageTimer
 from trainer_hooks.batches import Rows, StepBatch, broadcast
 from trainer_hooks.engine_check import check_engine
 from trainer_hooks.measure import Measured, StepGap, coverage, measure
@@ -87,7 +87,7 @@ class Policy:
         self.fused_experts = config.generator.inference_engine.weight_sync.fused_experts
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
         self.mesh = make_mesh(self.device.type, policy.sequence_parallel_size)
-        self.agreement = Agreement(timeout_s=config.trainer.timeout_s)
+        self.barrier = RankBarrier(timeout_s=config.trainer.timeout_s)
         self.packed = config.trainer.use_sample_packing
         self.tokenizer = AutoTokenizer.from_pretrained(policy.model.path)
         model = AutoModelForCausalLM.from_pretrained(policy.model.path, dtype=torch.float32).to(self.device)
@@ -95,7 +95,7 @@ class Policy:
         self.replay = r3.attach(model, required=fsdp.moe_enable_routing_replay) if capture else None
         self.sliced = self.packed or self.mesh.sequence_size > 1
         if self.sliced:
-            ulysses(model, self.mesh.sequence_group, agreement=self.agreement if dist.get_world_size() > 1 else None)
+            ulysses(model, self.mesh.sequence_group, barrier=self.barrier if dist.get_world_size() > 1 else None)
         if fsdp.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = shard_parameters(model, self.mesh, param_dtype=getattr(torch, fsdp.param_dtype))
@@ -122,7 +122,7 @@ class Policy:
         """This rank's part of `whole` on its device, `size` rollouts at a time."""
         return prefetch(whole.rows(self.mesh, size=size, packed=self.packed), self.device)
 
-    def named_weights(self) -> list[tuple[str, WeightSource]]:
+    def named_weights(self) -> list[tuple[str, LazyWeight]]:
         """All weights by the names of a checkpoint; sharded ones are gathered when their turn comes."""
         return named_weights(self.model, fused_experts=self.fused_experts)
 
@@ -166,15 +166,15 @@ class GRPOTrainer:
         with contextlib.closing(self.sync) if self.sync is not None else contextlib.nullcontext():
             for step in range(1, self.config.trainer.max_steps + 1):
                 metrics, details = self.step(step)
-                with self.policy.agreement.before_going_on():
+                with self.policy.barrier.guard():
                     if self.log is not None:
                         self.log.add(step, {**(checked if step == 1 else {}), **metrics}, details)
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, Any] | None]:
         """Rollouts, rewards, training, sync. Returns the step's metrics, and its details where they are due."""
         diagnostics = self.config.trainer.diagnostics
-        clock = Clock()
-        with clock.stage("rollout"), self.policy.agreement.before_going_on():
+        clock = StageTimer()
+        with clock.stage("rollout"), self.policy.barrier.guard():
             # The first rank has the engine, and the others wait for what it makes.
             whole, metrics = self.experience(step) if self.engine is not None else (None, {})
         with clock.stage("rollout"):
@@ -305,14 +305,14 @@ class GRPOTrainer:
 
     def push(self, version: int) -> SyncReceipt | None:
         """A sync of the policy's weights into the engine; the receipt where the engine is."""
-        return push_from_all_ranks(self.sync, self.policy.named_weights(), version, self.policy.agreement)
+        return push_from_all_ranks(self.sync, self.policy.named_weights(), version, self.policy.barrier)
 
 
 def push_from_all_ranks(
     sync: WeightSync | None,
     weights: Sequence[tuple[str, Weight]],
     version: int,
-    agreement: Agreement,
+    barrier: RankBarrier,
     frozen: Sequence[str] = (),
 ) -> SyncReceipt | None:
     """A sync of sharded weights: one rank has the `sync`, and all gather. Every rank calls this, `frozen` alike.
@@ -327,19 +327,19 @@ def push_from_all_ranks(
     """
     try:
         if sync is None:
-            with agreement.before_going_on():
+            with barrier.guard():
                 gather_all(weights, frozen=frozen)
-            agreement.exchange(None)  # whether it was committed
+            barrier.exchange(None)  # whether it was committed
             return None
         try:
-            receipt = sync.push(weights, version=version, frozen=frozen, agree=lambda: agreement.exchange(None))
+            receipt = sync.push(weights, version=version, frozen=frozen, agree=lambda: barrier.exchange(None))
         except ParallelError:  # of the line above: all ranks know
             raise
         except Exception as error:
             with contextlib.suppress(ParallelError):
-                agreement.exchange(f"{type(error).__name__}: {error}")
+                barrier.exchange(f"{type(error).__name__}: {error}")
             raise
-        agreement.exchange(None)
+        barrier.exchange(None)
     except ParallelError as error:  # what another rank raised
         raise SyncError(str(error)) from error
     return receipt
@@ -366,7 +366,7 @@ def train(config: R3Config, task: Task) -> Path:
     with process_group(), log as log:
         policy = Policy(config)
         with contextlib.ExitStack() as stack:
-            with policy.agreement.before_going_on():
+            with policy.barrier.guard():
                 engine = stack.enter_context(running_engine(config)) if rank == 0 else None
             checked = check_engine(config, policy, engine)
             GRPOTrainer(config, task, policy, engine, log).train(checked)

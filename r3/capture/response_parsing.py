@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from r3.capture.rows import decode_npy, row_array
-from r3.capture.sample import Sample, token_list, told_versions
+from r3.capture.sample import Sample, parse_version_spans, token_list
 from r3.errors import CaptureError
 
 # More than any model returns for a token: 512 layers of 32 slots of 4 bytes. And the array's header.
@@ -156,7 +156,7 @@ def _sample(index: int, parts: Sequence[Any], prompt: Any, routing: bool, stream
         logprobs=_logprobs(choice.get("logprobs"), token_ids),
         routed_experts=rows,
         finish_reason=choice.get("finish_reason"),
-        versions=told_versions(choice.get("weight_versions"), operator.getitem),
+        versions=parse_version_spans(choice.get("weight_versions"), operator.getitem),
     )
 
 

@@ -56,7 +56,7 @@ def engine_sample(output: Any, completion: Any, routing: bool) -> Sample:
         ],
         routed_experts=row_array(completion.routed_experts) if routing else None,
         finish_reason=completion.finish_reason,
-        versions=told_versions(weight_versions(completion), getattr),
+        versions=parse_version_spans(weight_versions(completion), getattr),
     )
 
 
@@ -87,7 +87,7 @@ def _logprob(place: int, token: int, entry: Any) -> float:
         ) from error
 
 
-def told_versions(spans: Any, get: Callable[[Any, str], Any]) -> tuple[tuple[int, int], ...]:
+def parse_version_spans(spans: Any, get: Callable[[Any, str], Any]) -> tuple[tuple[int, int], ...]:
     """(first sampled token, version) of vLLM's spans, whose `version` is a label; nothing if a label is no number.
 
     The label is what the last sync gave the engine, "default" before one did.

@@ -124,7 +124,7 @@ class Adjustment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Family:
+class AdjustmentFamily:
     """One penalty alone, at evenly spaced values, of which others are interpolated.
 
     Attributes:
@@ -158,7 +158,7 @@ class Family:
 
 
 FAMILIES = (
-    Family(name="presence_penalty", least=-2.0, step=0.5, count=9),
-    Family(name="frequency_penalty", least=-1.0, step=0.25, count=13),
-    Family(name="repetition_penalty", least=math.log(0.75), step=0.1, count=11, logarithmic=True),
+    AdjustmentFamily(name="presence_penalty", least=-2.0, step=0.5, count=9),
+    AdjustmentFamily(name="frequency_penalty", least=-1.0, step=0.25, count=13),
+    AdjustmentFamily(name="repetition_penalty", least=math.log(0.75), step=0.1, count=11, logarithmic=True),
 )

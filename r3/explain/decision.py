@@ -27,7 +27,7 @@ from r3.explain.hypotheses import (
     needed_causes,
 )
 from r3.explain.outcome import Cause, Explanation, Tried
-from r3.explain.scoring import View
+from r3.explain.scoring import ShiftedView
 
 MIN_TOKENS = 200
 """Fewer name no cause: their k3 is chance."""
@@ -65,7 +65,7 @@ class Given:
     """
 
     evidence: Evidence
-    precision: Mapping[View, Tensor]
+    precision: Mapping[ShiftedView, Tensor]
     routing: Mapping[int, RoutingSums]
     settings: SamplingSettings
     names: Sequence[str]
@@ -83,7 +83,7 @@ class _Decision:
         plain = Distribution(temperature=given.evidence.expected.temperature)
         fits = min(self.found, key=lambda h: h.k3).distribution
         self.floor = max(FLOOR_NATS, self._floor(plain), self._floor(fits))
-        self.live = self._as_trainer(View())
+        self.live = self._as_trainer(ShiftedView())
         self.causes: list[Cause] = []
         self.notes: list[str] = []
 
@@ -100,7 +100,7 @@ class _Decision:
         # Of live and replayed the smaller: flips are in the one, and rows that are wrong would be in the other.
         return min(float(k3(d[place].double())) for d in self.given.precision.values())
 
-    def _as_trainer(self, view: View) -> Hypothesis:
+    def _as_trainer(self, view: ShiftedView) -> Hypothesis:
         return next(h for h in self.found if h.view == view and not h.shift and not h.causes - {ROUTING, ROWS})
 
     @property
@@ -121,7 +121,7 @@ class _Decision:
         factor = FACTOR if best <= self.precise else FACTOR_UNEXPLAINED
         kept, needed = needed_causes(self.found, floor=self.floor, factor=factor)
         if best >= OTHER_WEIGHTS_NATS:
-            kept, needed = self._as_trainer(View(replayed=self.replayed)), []
+            kept, needed = self._as_trainer(ShiftedView(replayed=self.replayed)), []
         self._name(kept, needed)
         if best < OTHER_WEIGHTS_NATS:
             self._rows(kept, factor)
@@ -222,7 +222,7 @@ class _Decision:
             return
 
         def gap(replayed: bool, rows: int = 0) -> Tensor:
-            view = View(weights=kept.view.weights, replayed=replayed, rows=rows)
+            view = ShiftedView(weights=kept.view.weights, replayed=replayed, rows=rows)
             return self.evidence.d(view, kept.shift, kept.distribution)
 
         as_saved, live = gap(True), gap(False)
@@ -263,14 +263,14 @@ class _Decision:
         return 0 if current is None or newest < 0 else max(0, current - newest)
 
     def _correlation(self) -> float:
-        view = View(replayed=self.replayed)
+        view = ShiftedView(replayed=self.replayed)
         plain = Distribution(temperature=self.evidence.expected.temperature)
         return correlation(self.evidence.scored(view, plain), self.evidence.tokens.shifted(0))
 
     def _explanation(self, tokens: int, verdict: str, kept: Hypothesis | None) -> Explanation:
         figures = {"live": self.live.k3 if tokens else math.nan}
         if self.replayed:
-            figures["replayed"] = self._as_trainer(View(replayed=True)).k3
+            figures["replayed"] = self._as_trainer(ShiftedView(replayed=True)).k3
         if kept is not None:
             figures["remaining"] = kept.k3
         figures["precision"] = self.floor

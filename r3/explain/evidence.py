@@ -13,7 +13,7 @@ from torch import Tensor
 
 from r3.capture import Rollouts
 from r3.errors import DiagnosticsError, summary
-from r3.explain.adjustments import FAMILIES, Family
+from r3.explain.adjustments import FAMILIES, AdjustmentFamily
 from r3.explain.distributions import (
     NONE,
     TEMPERATURES,
@@ -22,7 +22,7 @@ from r3.explain.distributions import (
     place_of,
     temperature_at,
 )
-from r3.explain.scoring import View, scored
+from r3.explain.scoring import ShiftedView, scored
 
 CLAMPED_NATS = -1000.0
 """vLLM reports -9999 for what has no probability: no measurement."""
@@ -35,7 +35,7 @@ SHIFTS = (0, 1, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens:
+class ScoredTokens:
     """The sampled tokens of all rollouts, in order.
 
     Attributes:
@@ -53,7 +53,7 @@ class Tokens:
     version: Tensor
 
     @classmethod
-    def of(cls, rollouts: Rollouts) -> "Tokens":
+    def of(cls, rollouts: Rollouts) -> "ScoredTokens":
         """Of `rollouts`.
 
         Raises:
@@ -141,13 +141,13 @@ class Evidence:
         excluded: for each view, `[D]`, the share of the tokens that a distribution does not keep, where it is known.
     """
 
-    tokens: Tokens
+    tokens: ScoredTokens
     distributions: Sequence[Distribution]
-    tables: Mapping[View, Tensor]
+    tables: Mapping[ShiftedView, Tensor]
     expected: Distribution
     exclusions: Sequence[Distribution]
-    masses: Mapping[View, Tensor]
-    excluded: Mapping[View, Tensor] = field(default_factory=dict)
+    masses: Mapping[ShiftedView, Tensor]
+    excluded: Mapping[ShiftedView, Tensor] = field(default_factory=dict)
 
     @cached_property
     def _places(self) -> dict[Distribution, int]:
@@ -157,12 +157,12 @@ class Evidence:
     def _grid(self) -> list[int]:
         return [self._places[Distribution(temperature=t)] for t in TEMPERATURES]
 
-    def _family(self, family: Family) -> list[int]:
+    def _family(self, family: AdjustmentFamily) -> list[int]:
         """Places of a penalty's values, at the expected temperature."""
         plain = Distribution(temperature=self.expected.temperature)
         return [self._places[replace(plain, adjustment=adjustment)] for adjustment in family.grid]
 
-    def scored(self, view: View, distribution: Distribution) -> Tensor:
+    def scored(self, view: ShiftedView, distribution: Distribution) -> Tensor:
         """float64 `[N]`; a temperature or a penalty between those of the table is interpolated."""
         place = self._places.get(distribution)
         if place is not None:
@@ -173,17 +173,17 @@ class Evidence:
                 return interpolate(self.tables[view][self._family(family)].double(), between)
         return interpolate(self.tables[view][self._grid].double(), place_of(distribution.temperature))
 
-    def d(self, view: View, shift: int, distribution: Distribution) -> Tensor:
+    def d(self, view: ShiftedView, shift: int, distribution: Distribution) -> Tensor:
         """float64 `[N]`, NaN where nothing was reported."""
         return self.scored(view, distribution) - self.tokens.shifted(shift)
 
-    def best_temperature(self, view: View, shift: int) -> Distribution:
+    def best_temperature(self, view: ShiftedView, shift: int) -> Distribution:
         """The temperature, alone, that leaves the least k3."""
         reported = self.tokens.shifted(shift)
         table = self.tables[view][self._grid].double()
         return Distribution(temperature=temperature_at(_minimum(table, lambda scores: float(k3(scores - reported)))))
 
-    def best_adjusted(self, view: View, shift: int) -> Distribution:
+    def best_adjusted(self, view: ShiftedView, shift: int) -> Distribution:
         """The adjustment of the logits that leaves the least k3: one penalty alone, or what the settings say."""
         reported = self.tokens.shifted(shift)
         plain = Distribution(temperature=self.expected.temperature)
@@ -194,7 +194,7 @@ class Evidence:
             found.append(replace(plain, adjustment=family.at(place)))
         return min(found, key=lambda distribution: float(k3(self.scored(view, distribution) - reported)))
 
-    def best_truncated(self, view: View, shift: int, *, temperature: float | None = None) -> Distribution | None:
+    def best_truncated(self, view: ShiftedView, shift: int, *, temperature: float | None = None) -> Distribution | None:
         """The truncated distribution of the table that leaves the least k3, of all temperatures or of one.
 
         Not one that excludes what was sampled, more than rounding moves over its boundary.
@@ -211,7 +211,7 @@ class Evidence:
         ]
         return self.distributions[min(found)[1]] if found else None
 
-    def likeliest_temperature(self, view: View) -> "Likeliest":
+    def likeliest_temperature(self, view: ShiftedView) -> "Likeliest":
         """The temperature under which the tokens themselves are most probable."""
         likelihood = self.tables[view][self._grid].double().sum(1, keepdim=True)
         place = _minimum(likelihood, lambda total: -float(total))
@@ -220,7 +220,7 @@ class Evidence:
         near = [t for t in steps if float(interpolate(likelihood, place_of(t))) >= best - WITHIN_NATS]
         return Likeliest(temperature=found, low=min(near, default=found), high=max(near, default=found), nats=best)
 
-    def never_sampled(self, view: View, temperature: float) -> tuple[Distribution, float] | None:
+    def never_sampled(self, view: ShiftedView, temperature: float) -> tuple[Distribution, float] | None:
         """The truncation that the tokens speak for most, and how strongly.
 
         Sampled from the whole distribution, the number of tokens that a truncated one excludes has the expectation E

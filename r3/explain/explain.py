@@ -12,12 +12,20 @@ from r3.errors import DiagnosticsError
 from r3.explain.adjustments import Adjustment
 from r3.explain.decision import Given, decide
 from r3.explain.distributions import Distribution, candidates, exclusions
-from r3.explain.evidence import Evidence, Tokens
+from r3.explain.evidence import Evidence, ScoredTokens
 from r3.explain.outcome import Explanation
-from r3.explain.scoring import Scores, View, score_rollouts, scored
+from r3.explain.scoring import Scores, ShiftedView, score_rollouts, scored
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-LIVE, REPLAYED = (View(),), (View(), View(replayed=True), View(replayed=True, rows=1), View(replayed=True, rows=-1))
+LIVE, REPLAYED = (
+    (ShiftedView(),),
+    (
+        ShiftedView(),
+        ShiftedView(replayed=True),
+        ShiftedView(replayed=True, rows=1),
+        ShiftedView(replayed=True, rows=-1),
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +80,7 @@ def explain(
         UnsupportedModelError: the model cannot replay routing.
     """
     rollouts = _first(rollouts, limits.max_tokens)
-    tokens = Tokens.of(rollouts)
+    tokens = ScoredTokens.of(rollouts)
     if not tokens.usable.any():
         raise DiagnosticsError("rollouts: expected sampled tokens with log-probabilities, got none")
     expected = expected_of(settings)

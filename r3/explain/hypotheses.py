@@ -14,7 +14,7 @@ from torch import Tensor
 
 from r3.explain.distributions import Distribution
 from r3.explain.evidence import SHIFTS, Evidence, is_smaller, k3
-from r3.explain.scoring import View
+from r3.explain.scoring import ShiftedView
 
 ROUTING, ROWS, LOGPROBS, WEIGHTS, TEMPERATURE, TRUNCATION, ADJUSTMENT = (
     "routing",
@@ -39,7 +39,7 @@ class Hypothesis:
         d: float64 `[N]`, scored less reported, nats; NaN where nothing stands beside a token.
     """
 
-    view: View
+    view: ShiftedView
     shift: int
     distribution: Distribution
     causes: frozenset[str]

@@ -23,7 +23,7 @@ from r3.routing.types import replace_trusted
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class ShiftedView:
     """One way to run a forward.
 
     Attributes:
@@ -49,9 +49,9 @@ class Scores:
         vocabulary: V.
     """
 
-    table: dict[View, Tensor]
-    masses: dict[View, Tensor]
-    excluded: dict[View, Tensor]
+    table: dict[ShiftedView, Tensor]
+    masses: dict[ShiftedView, Tensor]
+    excluded: dict[ShiftedView, Tensor]
     routing: dict[int, RoutingSums]
     vocabulary: int
 
@@ -83,7 +83,7 @@ def score_rollouts(
     path: str,
     rollouts: Rollouts,
     distributions: Callable[[int], Sequence[Distribution]],
-    views: Sequence[View],
+    views: Sequence[ShiftedView],
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -116,8 +116,8 @@ def score_rollouts(
     if rollouts.spec is not None:
         _require_same_routing(path, attach(model).spec, rollouts.spec)
     chosen, excluded = distributions(vocabulary), excluding(vocabulary)
-    parts: dict[View, list[Tensor]] = {view: [] for view in views}
-    masses: dict[View, list[Tensor]] = {view: [] for view in views if excluded}
+    parts: dict[ShiftedView, list[Tensor]] = {view: [] for view in views}
+    masses: dict[ShiftedView, list[Tensor]] = {view: [] for view in views if excluded}
     outside = {view: torch.zeros(len(chosen)) for view in views}
     agreement: dict[int, list[RoutingSums]] = {view.rows: [] for view in views if view.replayed}
     for batch in _batches(rollouts, tokens_at_once):
@@ -221,7 +221,7 @@ class _Inputs:
         return replace_trusted(self.rows, ids, validity, weight_version=None).only(kept)
 
     @torch.no_grad()
-    def logits(self, model: Any, view: View) -> Tensor:
+    def logits(self, model: Any, view: ShiftedView) -> Tensor:
         """Float32 `[n, V]`, before each sampled token: the head runs for no others."""
         head = model.get_output_embeddings()
 

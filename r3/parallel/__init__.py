@@ -2,14 +2,14 @@
 
 from r3.parallel.collectives import gather_sequence
 from r3.parallel.mesh import Mesh, make_mesh, shard_parameters
-from r3.parallel.rank_barrier import Agreement
+from r3.parallel.rank_barrier import RankBarrier
 from r3.parallel.token_logprobs import IGNORED, mean_over_ranks, next_tokens, token_logprobs
 from r3.parallel.ulysses import Ulysses, ulysses
 
 __all__ = [
     "IGNORED",
-    "Agreement",
     "Mesh",
+    "RankBarrier",
     "Ulysses",
     "gather_sequence",
     "make_mesh",

@@ -11,7 +11,7 @@ from torch import Tensor
 from r3.errors import ParallelError, summary
 
 
-class Agreement:
+class RankBarrier:
     """All ranks of `group` go on together, or each of them raises and names the rank that failed and why.
 
     Without it a rank that raises alone leaves the others waiting in their next collective. All ranks must come here
@@ -60,11 +60,11 @@ class Agreement:
         return found[:, 1:]
 
     @contextmanager
-    def before_going_on(self) -> Iterator[None]:
+    def guard(self) -> Iterator[None]:
         """An exception that one rank raises inside is a `ParallelError` on all the others.
 
         Example:
-            >>> with agreement.before_going_on():                                           # doctest: +SKIP
+            >>> with barrier.guard():                                           # doctest: +SKIP
             ...     batch = collate(rollouts)
         """
         try:

@@ -24,7 +24,7 @@ from r3.parallel.attention import attend, attend_to_self, require_splittable
 from r3.parallel.collectives import gather_sequence
 from r3.parallel.decoder import gather_positions, narrow, widen
 from r3.parallel.masks import whole_mask
-from r3.parallel.rank_barrier import Agreement
+from r3.parallel.rank_barrier import RankBarrier
 from r3.parallel.sequence_slices import Sequences
 from r3.parallel.slicing_proof import prove_local
 from r3.routing import RolloutRouting
@@ -50,12 +50,12 @@ class Ulysses:
         rank, size: this rank's place in the group, and how many there are.
     """
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None, agreement: Agreement | None) -> None:
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None, barrier: RankBarrier | None) -> None:
         self.rank, self.size = (group.rank(), group.size()) if group is not None else (0, 1)
-        if self.size > 1 and agreement is None:
-            agreement = Agreement(group)
+        if self.size > 1 and barrier is None:
+            barrier = RankBarrier(group)
         self._group = group
-        self._agreement = agreement
+        self._barrier = barrier
         self._activity = _Activity()
         decoder = _decoder(model)
         self._config: Any = decoder.config
@@ -212,12 +212,12 @@ class Ulysses:
 
     def _agree(self, problem: str | None, tokens: Tensor, kwargs: dict) -> None:
         """Raise on every rank if one has a problem, or if their arguments cannot go together."""
-        if self._agreement is None:
+        if self._barrier is None:
             if problem is not None:
                 raise ParallelError(problem)
             return
         facts = self._facts(tokens, kwargs) if problem is None else (0,) * 5
-        found = self._agreement.exchange(problem, facts).tolist()
+        found = self._barrier.exchange(problem, facts).tolist()
         # All ranks look at the facts of all groups: what one of them refuses, none goes on with.
         shapes = {first: {(b, s) for other, b, s, *_ in found if other == first} for first, *_ in found}
         torn = {first: sorted(seen) for first, seen in shapes.items() if len(seen) > 1}
@@ -236,8 +236,8 @@ class Ulysses:
 
     def _require_in_order(self, whole: Sequences) -> None:
         problem = _misplaced(whole)
-        if self._agreement is not None:
-            self._agreement.exchange(problem)
+        if self._barrier is not None:
+            self._barrier.exchange(problem)
         elif problem is not None:
             raise ParallelError(problem)
 
@@ -259,7 +259,7 @@ class Ulysses:
             self._activity.proof = False
 
 
-def ulysses(model: nn.Module, group: dist.ProcessGroup | None = None, *, agreement: Agreement | None = None) -> Ulysses:
+def ulysses(model: nn.Module, group: dist.ProcessGroup | None = None, *, barrier: RankBarrier | None = None) -> Ulysses:
     """Run `model` on packed rows, and on one rank's slice of them: `model(input_ids=..., position_ids=...)`.
 
     Every argument is of this rank's slice `[B, S]`: the rows, padded to a multiple of the group's size, in contiguous
@@ -272,7 +272,7 @@ def ulysses(model: nn.Module, group: dist.ProcessGroup | None = None, *, agreeme
     Args:
         model: a transformers model, or a wrapper around one, with the attention implementation that is to do the work.
         group: ranks that share each row, in the order of its slices. None: rows are packed and not split.
-        agreement: ranks that must go on together, at least those of the group: all ranks of an FSDP mesh. By default
+        barrier: ranks that must go on together, at least those of the group: all ranks of an FSDP mesh. By default
             the group.
 
     Returns:
@@ -282,7 +282,7 @@ def ulysses(model: nn.Module, group: dist.ProcessGroup | None = None, *, agreeme
         ParallelError: the model mixes positions outside its attention interface, its heads cannot be split, or its
             attention cannot mask packed rows.
     """
-    return Ulysses(model, group, agreement)
+    return Ulysses(model, group, barrier)
 
 
 def _decoder(model: nn.Module) -> Any:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from r3.errors import ReplayError, RoutingError, summary
 from r3.replay.graph import mark_outputs
-from r3.replay.patching import KEYWORD, Call, ForwardReport, Instrument, tokens_of
+from r3.replay.patching import KEYWORD, ForwardReport, ModelPatch, ReplayContext, tokens_of
 from r3.routing import RolloutRouting, RoutingSpec
 from r3.routing.positions import ModelInputs
 
@@ -26,7 +26,7 @@ class Replay:
         self.required = required
         self._handles: list[Any] = []
         self._inputs = ModelInputs(model)
-        self._instrument = Instrument.of(model)
+        self._instrument = ModelPatch.of(model)
         try:
             if self._instrument.replayed:
                 raise ReplayError(f"replay is attached to this {type(model).__name__} already; detach it first")
@@ -89,7 +89,7 @@ class Replay:
         routing = given if isinstance(given, RolloutRouting) else self.routing(given)
         return args, {**kwargs, KEYWORD: self._call(routing, tokens_of(args, kwargs))}
 
-    def _call(self, routing: RolloutRouting, tokens: Tensor) -> Call:
+    def _call(self, routing: RolloutRouting, tokens: Tensor) -> ReplayContext:
         spec = self.spec
         expected = (*tokens.shape[:2], len(spec.layer_ids), spec.top_k)
         missing = sorted(set(spec.layer_ids) - set(routing.layer_ids))
@@ -117,7 +117,7 @@ class Replay:
             pairs_live=len(ids) * len(spec.layer_ids) - routing.pairs_valid,
             routers=len(spec.layer_ids),
         )
-        return Call(ids, live, report)
+        return ReplayContext(ids, live, report)
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -127,8 +127,8 @@ class Replay:
         if call is None:
             return
         call.token.open = False
-        choosers = self._instrument.choosers
-        bypassed = [chooser.site.name for chooser in choosers if not chooser.replayed(call)]
+        routers = self._instrument.routers
+        bypassed = [router.site.name for router in routers if not router.replayed(call)]
         if bypassed:
             raise ReplayError(
                 "expected every router to be replayed in a forward. These did not run; a replaced block bypasses them "

@@ -68,7 +68,7 @@ def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
             router = unwrapped(children[name])
             if "experts" in children or has_entry(router):
                 yield f"{path}.{name}" if path else name, router, module
-        if has_entry(module) and family_of(module).refused:
+        if has_entry(module) and family_of(module).unsupported_reason:
             yield path, module, module
 
 
@@ -127,14 +127,14 @@ def find_routers(model: nn.Module) -> RouterMap:
     """
     lists: dict[nn.ModuleList, list[RouterSite]] = defaultdict(list)
     refused = []
-    by_token = []
+    hash_routed = []
     for path, router, block in _routers(model):
         family = family_of(router)
-        if family.refused:
-            refused.append(f"{path} ({type(router).__name__}): {family.refused}")
-        elif family.by_token:
-            by_token.append(_layer_list(model, path)[1])
-        elif family.is_site(_own_path(path)):
+        if family.unsupported_reason:
+            refused.append(f"{path} ({type(router).__name__}): {family.unsupported_reason}")
+        elif family.hash_routed:
+            hash_routed.append(_layer_list(model, path)[1])
+        elif family.is_replayed(_own_path(path)):
             layers, index = _layer_list(model, path)
             owner, method = _chooser(router, block)
             lists[layers].append(
@@ -163,5 +163,5 @@ def find_routers(model: nn.Module) -> RouterMap:
     return RouterMap(
         sites=tuple(sites),
         layers=tuple(unwrapped(layer) for layer in layers),
-        table_layers=tuple(sorted(by_token)),
+        table_layers=tuple(sorted(hash_routed)),
     )

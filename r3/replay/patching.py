@@ -1,4 +1,4 @@
-"""Replay and recording share one way into a model: the classes of its decoder layers and choosers are extended.
+"""Replay and recording share one way into a model: the classes of its decoder layers and routers are extended.
 
 Each is changed to a subclass, as FSDP2 does it. A layer's `forward` takes the keyword `routed_experts` out, which makes
 its call the current one of this thread for as long as the layer runs; the method in which a router chooses looks it up.
@@ -23,8 +23,8 @@ from r3.replay.topk import Choice, TopKSubstitution
 from r3.routing import RoutingSpec
 
 KEYWORD = "routed_experts"
-_INSTRUMENT = "_r3_instrument"
-_CHOOSER = "_r3_chooser"
+_MODEL = "_r3_patch"
+_ROUTER = "_r3_router"
 
 
 def tokens_of(args: tuple, kwargs: dict) -> Tensor:
@@ -55,7 +55,7 @@ class ForwardReport:
     routers: int
 
 
-class Call:
+class ReplayContext:
     """The routing of one forward, on its way to the layers.
 
     Not a dataclass: FSDP2 copies those when it casts a forward's inputs, and the layers would count on copies.
@@ -64,24 +64,24 @@ class Call:
         ids: integer `[T, L, K]`, a column for each router of the model.
         live: int64 `[R]`, the rows that are routed live, or None if there are none; bool `[T, L]` where layers differ.
         report: what it will have done when all routers have replayed it.
-        token: what routers keep to say that they replayed it; the call itself would keep its ids in memory.
+        forward_id: what routers keep to say that they replayed it; the context itself would keep its ids in memory.
     """
 
     def __init__(self, ids: Tensor, live: Tensor | None, report: ForwardReport) -> None:
         self.ids = ids
         self.live = live
         self.report = report
-        self.token = Token()
+        self.forward_id = ForwardId()
 
 
-class Token:
+class ForwardId:
     """Stands for a call; `open` until its forward has ended (checkpointing repeats layers afterwards)."""
 
     def __init__(self) -> None:
         self.open = True
 
 
-class Tape:
+class RecordedForward:
     """What is recorded of one forward, by the column of a router.
 
     Attributes:
@@ -101,15 +101,15 @@ class _Outside:
 
 
 class Activity(threading.local):
-    """What a model does in the current thread: the call of the layer that runs (None if it is live), the tape that
+    """What a model does in the current thread: the call of the layer that runs (None if it is live), the recording that
     records its routers, the report of its last forward.
 
-    A copy of it, as `copy.deepcopy` of an instrumented model makes, is idle.
+    A copy of it, as `copy.deepcopy` of a patched model makes, is idle.
     """
 
     def __init__(self) -> None:  # threading.local runs it in each thread
-        self.call: Call | type[_Outside] | None = _Outside
-        self.tape: Tape | None = None
+        self.call: ReplayContext | type[_Outside] | None = _Outside
+        self.recording: RecordedForward | None = None
         self.report: ForwardReport | None = None
         self.fell_back = False  # whether a router ran in eager code inside a compiled layer
 
@@ -117,7 +117,7 @@ class Activity(threading.local):
         return type(self), ()
 
     @property
-    def current(self) -> Call | type[_Outside] | None:
+    def current(self) -> ReplayContext | type[_Outside] | None:
         """The call whose layer runs."""
         if self.call is _Outside:
             for mode in _get_current_function_mode_stack():
@@ -135,7 +135,7 @@ class _Carrier(TorchFunctionMode):
     restored. (In eager code a mode would cost a Python call for each operation of the layer.)
     """
 
-    def __init__(self, activity: Activity, call: Call | None) -> None:
+    def __init__(self, activity: Activity, call: ReplayContext | None) -> None:
         super().__init__()
         self.activity = activity
         self.call = call
@@ -148,13 +148,13 @@ class _LastCall(threading.local):
     """The call that a router replayed last in the current thread."""
 
     def __init__(self) -> None:
-        self.token: Token | None = None
+        self.forward_id: ForwardId | None = None
 
     def __reduce__(self):
         return type(self), ()
 
 
-class Chooser:
+class RouterPatch:
     """What the method in which a router chooses finds on its module.
 
     torch.compile traces `run` once for all layers: what differs from one to the next is a tensor or passed on unread,
@@ -174,28 +174,28 @@ class Chooser:
         self.column = torch.tensor([index], device="cpu")
         self.choice = choice
         self.last = _LastCall()
-        self.last_compiled: Token | None = None
+        self.last_compiled: ForwardId | None = None
         self.replays = False
         self._activity = activity
 
-    def replayed(self, call: Call) -> bool:
+    def replayed(self, call: ReplayContext) -> bool:
         """Whether `call` is the last one that this router replayed, in this thread."""
-        return self.last.token is call.token or self.last_compiled is call.token
+        return self.last.forward_id is call.forward_id or self.last_compiled is call.forward_id
 
-    def _call(self) -> Call | None:
+    def _call(self) -> ReplayContext | None:
         call = self._activity.current
-        if call is None or isinstance(call, Call):
+        if call is None or isinstance(call, ReplayContext):
             return call
         return self._repeated(compiled=torch.compiler.is_compiling())
 
     @torch.compiler.disable
-    def _repeated(self, *, compiled: bool) -> Call | None:
+    def _repeated(self, *, compiled: bool) -> ReplayContext | None:
         """The call of the forward of which a backward pass repeats a part, if it does."""
         node = evaluated_node()
         call = None if node is None else nearest_mark(node, self._activity)
         lost = call is UNMARKED and (self.replays or self.last_compiled is not None)
         # The break that looks for the call is a graph other than that of the forward, and saves other tensors.
-        differs = isinstance(call, Call) and compiled and packs_for_repeat()
+        differs = isinstance(call, ReplayContext) and compiled and packs_for_repeat()
         if lost or differs:
             why = "which torch.compile has compiled" if differs else "and nothing says which forward it is of"
             raise ReplayError(
@@ -203,19 +203,19 @@ class Chooser:
                 f"layer {self.site.layer_id}, {why}. Wrap the decoder layer in place of a part of it "
                 "(model.gradient_checkpointing_enable() does)"
             )
-        return call if isinstance(call, Call) else None
+        return call if isinstance(call, ReplayContext) else None
 
-    def _note(self, token: Token) -> None:
+    def _note(self, forward: ForwardId) -> None:
         self.replays = True
         if torch.compiler.is_compiling():
-            self.last_compiled = token
-        elif token is self.last.token and token.open:
+            self.last_compiled = forward
+        elif forward is self.last.forward_id and forward.open:
             raise ReplayError(
                 f"router {self.site.name} was replayed twice in one forward: expected a decoder layer to run once, as "
                 "routing has one column for it"
             )
         else:
-            self.last.token = token
+            self.last.forward_id = forward
 
     def _mine(self, of_layers: Tensor) -> Tensor:
         """This router's `[T, ...]` of `[T, L, ...]`."""
@@ -224,16 +224,16 @@ class Chooser:
         return of_layers[:, self.index]
 
     def run(self, original, module: nn.Module, args: tuple, kwargs: dict):
-        """Run `original`, the method of `module` that chooses, under the call and the tape of this thread."""
-        call, tape = self._call(), self._activity.tape
-        if call is None and tape is None:
+        """Run `original`, the method of `module` that chooses, under the call and the recording of this thread."""
+        call, recording = self._call(), self._activity.recording
+        if call is None and recording is None:
             return original(module, *args, **kwargs)
         ids = live = None
         if call is not None:
             ids, live = self._mine(call.ids), call.live
             if live is not None and live.dim() == 2:
                 live = self._mine(live)
-        margins = tape.margins if tape is not None else None
+        margins = recording.margins if recording is not None else None
         mode = TopKSubstitution(self.choice, ids, live, self.site, margins=margins is not None)
         with mode:
             output = original(module, *args, **kwargs)
@@ -243,20 +243,20 @@ class Chooser:
                 f"saw {mode.count}; its code has been replaced or takes another path than the one proved at attach"
             )
         if call is not None:
-            self._note(call.token)
-        if tape is not None:
-            tape.chosen[self.index] = mode.chosen.detach()
+            self._note(call.forward_id)
+        if recording is not None:
+            recording.chosen[self.index] = mode.chosen.detach()
         if margins is not None and mode.margin is not None:
             margins[self.index] = mode.margin
         return output
 
 
-class Instrument:
+class ModelPatch:
     """The extended classes of one model; `users` are the replay and the recorders that need them.
 
     Attributes:
         spec: layers, experts and slots of the routing that describes the model.
-        choosers: its routers, by ascending decoder layer.
+        routers: its routers, by ascending decoder layer.
         activity: what it does in the current thread.
         replayed: whether replay is one of the users.
     """
@@ -264,8 +264,8 @@ class Instrument:
     def __init__(self, routers: RouterMap) -> None:
         choices = prove_all(routers.sites)
         self.activity = Activity()
-        self.choosers = [
-            Chooser(site, index, choice, self.activity)
+        self.routers = [
+            RouterPatch(site, index, choice, self.activity)
             for index, (site, choice) in enumerate(zip(routers.sites, choices, strict=True))
         ]
         self.spec = RoutingSpec(
@@ -281,29 +281,29 @@ class Instrument:
         self._changed: list[tuple[nn.Module, str, type[nn.Module], type[nn.Module], Moved]] = []
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Instrument":
-        """The instrument of `model`, with one user more.
+    def of(cls, model: nn.Module) -> "ModelPatch":
+        """The patch of `model`, with one user more.
 
         Raises:
             UnsupportedModelError: no routers, or routers that cannot be replayed exactly, by name.
         """
         routers = find_routers(model)
-        instrument = routers.layers[0].__dict__.get(_INSTRUMENT)
-        if instrument is None:
-            instrument = cls(routers)
+        patch = routers.layers[0].__dict__.get(_MODEL)
+        if patch is None:
+            patch = cls(routers)
             try:
-                instrument._install()
+                patch._install()
             except BaseException:
-                instrument._remove()
+                patch._remove()
                 raise
-        instrument.users += 1
-        return instrument
+        patch.users += 1
+        return patch
 
     def to(self, device: torch.device) -> None:
         """Have what compiled code reads on `device`."""
-        for chooser in self.choosers:
-            if chooser.column.device != device:
-                chooser.column = chooser.column.to(device)
+        for router in self.routers:
+            if router.column.device != device:
+                router.column = router.column.to(device)
 
     def release(self) -> None:
         """One user less; the last one leaves the model as it was."""
@@ -325,9 +325,9 @@ class Instrument:
             module.__class__ = after
 
         for layer in self._layers:
-            change(layer, "forward", _replaying_layer, _INSTRUMENT, self)
-        for chooser in self.choosers:
-            change(chooser.site.owner, chooser.site.method, _replaying_chooser, _CHOOSER, chooser)
+            change(layer, "forward", _patched_layer, _MODEL, self)
+        for router in self.routers:
+            change(router.site.owner, router.site.method, _patched_router, _ROUTER, router)
 
     def _remove(self) -> None:
         while self._changed:
@@ -350,26 +350,26 @@ def _subclass(cls: type[nn.Module], method: str, replacement) -> type[nn.Module]
     return extended
 
 
-def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
+def _patched_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
     """Subclass of a decoder layer's class whose forward takes the keyword out and makes its call the current one."""
 
     def forward(self, *args, **kwargs):
         call = kwargs.pop(KEYWORD, None)
         original = method_of(cls.forward, extended, self)
         # Without replay, or with another attached since: it only passes on.
-        instrument: Instrument | None = self.__dict__.get(_INSTRUMENT) if isinstance(self, extended) else None
-        if instrument is None and call is None:
+        patch: ModelPatch | None = self.__dict__.get(_MODEL) if isinstance(self, extended) else None
+        if patch is None and call is None:
             return original(self, *args, **kwargs)
-        if instrument is None:
+        if patch is None:
             raise ReplayError(
                 f"`{KEYWORD}` reached a decoder layer from which replay was detached. Detach it after the backward pass"
             )
-        if call is not None and not isinstance(call, Call):
+        if call is not None and not isinstance(call, ReplayContext):
             raise ReplayError(
                 f"`{KEYWORD}` reached a decoder layer as {type(call).__name__}: it went past the module that replay is "
                 "attached to. Call that module, or attach to the one that is called"
             )
-        activity = instrument.activity
+        activity = patch.activity
         if torch.compiler.is_compiling():
             with _Carrier(activity, call):
                 return original(self, *args, **kwargs)
@@ -389,15 +389,15 @@ def _replaying_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
     return extended
 
 
-def _replaying_chooser(cls: type[nn.Module], method: str) -> type[nn.Module]:
-    """Subclass of a chooser's class whose `method` takes the ids of the current call."""
+def _patched_router(cls: type[nn.Module], method: str) -> type[nn.Module]:
+    """Subclass of a router's class whose `method` takes the ids of the current call."""
 
     def choose(self, *args, **kwargs):
         original = method_of(getattr(cls, method), extended, self)
-        chooser: Chooser | None = self.__dict__.get(_CHOOSER) if isinstance(self, extended) else None
-        if chooser is None:
+        router: RouterPatch | None = self.__dict__.get(_ROUTER) if isinstance(self, extended) else None
+        if router is None:
             return original(self, *args, **kwargs)
-        return chooser.run(original, self, args, kwargs)
+        return router.run(original, self, args, kwargs)
 
     extended = _subclass(cls, method, choose)
     return extended

@@ -23,7 +23,7 @@ from r3.replay.topk import Choice, TopKRecorder, TopKSubstitution
 _TOKENS = 64
 
 
-class _Refusal(Exception):
+class _NotReplayable(Exception):
     """Why a router does not pass."""
 
 
@@ -40,7 +40,7 @@ def _fresh(tensor: Tensor, generator: torch.Generator) -> Tensor:
 def _code(module: nn.Module, method: str) -> Callable:
     code = code_of(module, method)
     if code is None:
-        raise _Refusal(
+        raise _NotReplayable(
             f"`{method}` was put on this {type(module).__name__} itself, is not bound to it and wraps nothing that is, "
             "so that no copy can run it: bind it with types.MethodType"
         )
@@ -78,7 +78,7 @@ def _trial(site: RouterSite, generator: torch.Generator) -> tuple[nn.Module, Cal
     router = _random_copy(site.router, generator)
     gate = next((p for p in router.parameters() if p.dim() == 2), None)
     if gate is None:
-        raise _Refusal("it has no 2-D weight [E, H]")
+        raise _NotReplayable("it has no 2-D weight [E, H]")
     block = _bare_copy(site.owner, site.router, router, generator) if site.method == ROUTE else None
 
     def run(hidden: Tensor, *bias: Tensor) -> Any:
@@ -99,7 +99,7 @@ def _trial(site: RouterSite, generator: torch.Generator) -> tuple[nn.Module, Cal
         if not failure:
             return router, partial(run, *arguments)
         failures.append(failure)
-    raise _Refusal(f"it could not be run on its own, given tensors of shapes{summary(failures)}")
+    raise _NotReplayable(f"it could not be run on its own, given tensors of shapes{summary(failures)}")
 
 
 def _failure(run: Callable[..., Any], arguments: tuple[Tensor, ...]) -> str:
@@ -146,10 +146,10 @@ def _prove(site: RouterSite, generator: torch.Generator) -> Choice:
         for choice, indices in recorder.calls
         # `[T, 1, E]` is a top-k over the one group of a group limit.
         if tuple(indices.shape[:-1]) in ((_TOKENS,), (1, _TOKENS))
-        and family.obeys(output, own := indices.reshape(_TOKENS, -1), choice.num_experts)
+        and family.reports_ids(output, own := indices.reshape(_TOKENS, -1), choice.num_experts)
     ]
     if len(choices) != 1:
-        raise _Refusal(
+        raise _NotReplayable(
             f"expected one top-k over the experts of each token whose indices it returns, saw {len(choices)} "
             f"(and {len(recorder.calls) - len(choices)} others)"
         )
@@ -158,28 +158,28 @@ def _prove(site: RouterSite, generator: torch.Generator) -> Choice:
     with TopKSubstitution(choice, own, None, site) as mode:
         replayed = _leaves(run())
     if mode.count != 1:
-        raise _Refusal(f"expected one top-k of {choice.top_k} among {choice.num_experts}, saw {mode.count}")
+        raise _NotReplayable(f"expected one top-k of {choice.top_k} among {choice.num_experts}, saw {mode.count}")
     if not all(torch.equal(a, b) for a, b in zip(live, replayed, strict=True)):
-        raise _Refusal("under its own ids its outputs differ from live")
+        raise _NotReplayable("under its own ids its outputs differ from live")
 
     foreign = torch.rand(_TOKENS, choice.num_experts, generator=generator).argsort(-1)[:, : choice.top_k]
     with TopKSubstitution(choice, foreign, None, site):
         output = run()
-    if not family.obeys(output, foreign, choice.num_experts):
-        raise _Refusal("it does not return the ids that it was given")
+    if not family.reports_ids(output, foreign, choice.num_experts):
+        raise _NotReplayable("it does not return the ids that it was given")
     pairs = [(new, old) for new, old in zip(_leaves(output), live, strict=True) if new.is_floating_point()]
     pairs = [(new, old) for new, old in pairs if not (new.shape == old.shape and torch.equal(new, old))]
     if not pairs:
-        raise _Refusal("under foreign ids its weights do not follow the ids")
-    weighted = foreign < choice.num_experts - family.weightless
+        raise _NotReplayable("under foreign ids its weights do not follow the ids")
+    weighted = foreign < choice.num_experts - family.num_null_experts
     if any(bool((new.reshape(foreign.shape)[weighted] == 0).any()) for new, _ in pairs if new.numel() == own.numel()):
-        raise _Refusal("under foreign ids some weights are zero: they come from scores cut to the live top-k")
+        raise _NotReplayable("under foreign ids some weights are zero: they come from scores cut to the live top-k")
 
     expected = _reached([old for _, old in pairs], router, generator)
     gradients = _reached([new for new, _ in pairs], router, generator)
     lost = sorted(expected.keys() - gradients.keys())
     if lost or not gradients or not all(bool(g.isfinite().all()) for g in gradients.values()):
-        raise _Refusal(f"under foreign ids no finite gradient reaches {', '.join(lost) or 'the gate'}")
+        raise _NotReplayable(f"under foreign ids no finite gradient reaches {', '.join(lost) or 'the gate'}")
     if len(recorder.calls) > 1 and _limits_only(choice, site, (own, foreign), run):
         return replace(choice, limited=True)
     return choice
@@ -211,7 +211,7 @@ def prove(site: RouterSite) -> Choice:
     try:
         with torch.device("cpu"):  # `attach` may run where models are built on meta
             return _prove(site, torch.Generator().manual_seed(0))
-    except _Refusal as refusal:
+    except _NotReplayable as refusal:
         raise UnsupportedModelError(
             f"{site.name} ({type(site.router).__name__}) cannot be replayed exactly: {refusal}"
         ) from None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import ReplayError, summary
-from r3.replay.patching import Activity, Instrument, Tape, tokens_of
+from r3.replay.patching import Activity, ModelPatch, RecordedForward, tokens_of
 from r3.routing import RolloutRouting, check_rows, compact_dtype
 from r3.routing.positions import ModelInputs
 from r3.routing.types import trusted
@@ -36,7 +36,7 @@ class Recorder:
     def __init__(self, model: nn.Module, *, margins: bool = False) -> None:
         self._model = model
         self._with_margins = margins
-        self._instrument: Instrument | None = None
+        self._instrument: ModelPatch | None = None
         self._handles: list[Any] = []
         self._inputs = ModelInputs(model)
         self._given = (0, 0)
@@ -81,7 +81,7 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         if self._instrument is not None:
             raise ReplayError("this recorder is open already: use another r3.record(model) inside it")
-        self._instrument = Instrument.of(self._model)
+        self._instrument = ModelPatch.of(self._model)
         self._spec = self._instrument.spec
         self._thread = threading.get_ident()
         self._handles = [
@@ -99,15 +99,15 @@ class Recorder:
             self._instrument.release()
             self._instrument = None
 
-    def _leave(self, activity: Activity) -> Tape | None:
-        """The tape that this recorder reads, which goes with its last reader."""
-        tape = activity.tape
-        if tape is None or self not in tape.readers:
+    def _leave(self, activity: Activity) -> RecordedForward | None:
+        """The recording that this recorder reads, which goes with its last reader."""
+        recording = activity.recording
+        if recording is None or self not in recording.readers:
             return None
-        tape.readers.remove(self)
-        if not tape.readers:
-            activity.tape = None
-        return tape
+        recording.readers.remove(self)
+        if not recording.readers:
+            activity.recording = None
+        return recording
 
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -117,26 +117,26 @@ class Recorder:
         batch, length = tokens_of(args, kwargs).shape[:2]
         self._given = (batch, length)
         activity = self._instrument.activity
-        # A tape that has this recorder already is left of a forward that was interrupted.
-        if activity.tape is None or self in activity.tape.readers:
-            activity.tape = Tape()
-        activity.tape.readers.add(self)
-        if self._with_margins and activity.tape.margins is None:
-            activity.tape.margins = {}
+        # A recording that has this recorder already is left of a forward that was interrupted.
+        if activity.recording is None or self in activity.recording.readers:
+            activity.recording = RecordedForward()
+        activity.recording.readers.add(self)
+        if self._with_margins and activity.recording.margins is None:
+            activity.recording.margins = {}
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         assert self._instrument is not None
-        tape = self._leave(self._instrument.activity)
-        if output is None or tape is None:  # the forward raised, or is another thread's
+        recording = self._leave(self._instrument.activity)
+        if output is None or recording is None:  # the forward raised, or is another thread's
             return
         self._inputs.require_positions(kwargs)
-        missing = [chooser.site.name for chooser in self._instrument.choosers if chooser.index not in tape.chosen]
+        missing = [router.site.name for router in self._instrument.routers if router.index not in recording.chosen]
         if missing:
             raise ReplayError(f"expected every router to choose in a forward; these did not run:{summary(missing)}")
         self._shape = self._given
-        self._chosen = [tape.chosen[index].flatten(0, -2) for index in sorted(tape.chosen)]
-        margins = tape.margins if self._with_margins and tape.margins is not None else {}
+        self._chosen = [recording.chosen[index].flatten(0, -2) for index in sorted(recording.chosen)]
+        margins = recording.margins if self._with_margins and recording.margins is not None else {}
         # Of a live forward all layers have one.
         self._margins = [margins[index] for index in sorted(margins)]
         self._routing = None

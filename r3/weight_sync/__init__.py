@@ -2,14 +2,12 @@
 
 from r3.weight_sync.engines import Engine, engine_of
 from r3.weight_sync.integrity.digest import ContentDigests, combine, digest
+from r3.weight_sync.protocol import WORKER_EXTENSION
 from r3.weight_sync.quantization.fp8 import quantised
 from r3.weight_sync.sender.chunking import gather_all
 from r3.weight_sync.sender.session import SyncReceipt, WeightSync
 from r3.weight_sync.transports import FilesTransport, GlooTransport, IpcTransport, NcclTransport, Transport
-from r3.weight_sync.weights.named import Weight, WeightSource, adapter_weights, gathered, named_weights
-
-WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
-"""For `LLM(worker_extension_cls=...)`: the part of the sync that runs in vLLM's workers."""
+from r3.weight_sync.weights.named import LazyWeight, Weight, adapter_weights, gathered, named_weights
 
 __all__ = [
     "WORKER_EXTENSION",
@@ -18,11 +16,11 @@ __all__ = [
     "FilesTransport",
     "GlooTransport",
     "IpcTransport",
+    "LazyWeight",
     "NcclTransport",
     "SyncReceipt",
     "Transport",
     "Weight",
-    "WeightSource",
     "WeightSync",
     "adapter_weights",
     "combine",

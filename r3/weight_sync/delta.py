@@ -22,7 +22,7 @@ _ESCAPE = 255
 
 
 @dataclass
-class Base:
+class DeltaBase:
     """The tensors of a version.
 
     Attributes:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 
 
-class Clock:
+class StageTimer:
     """Seconds of the host by stage, and since the clock was made."""
 
     def __init__(self) -> None:

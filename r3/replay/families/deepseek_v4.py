@@ -2,4 +2,4 @@
 
 from r3.replay.families.family import Family
 
-FAMILIES = {"DeepseekV4HashRouter": Family(by_token=True)}
+FAMILIES = {"DeepseekV4HashRouter": Family(hash_routed=True)}

@@ -6,4 +6,4 @@ forward raises.
 
 from r3.replay.families.family import Family
 
-FAMILIES = {"Ernie4_5_VLMoeMoeTopKRouter": Family(is_site=lambda path: ".text_moe." in path)}
+FAMILIES = {"Ernie4_5_VLMoeMoeTopKRouter": Family(is_replayed=lambda path: ".text_moe." in path)}

@@ -22,18 +22,18 @@ class Family:
     """How one router class is found and proved.
 
     Attributes:
-        refused: why ids alone do not determine what these routers do; empty if they do.
-        by_token: the choice is a function of the token id, the same on both sides: there is nothing to replay.
-        is_site: whether the router at a path is to be replayed.
-        obeys: whether an output of the router says that `ids` `[T, K]` were used, given (output, ids, E).
-        weightless: experts, counted from the end, whose weight is zero by definition.
+        unsupported_reason: why ids alone do not determine what these routers do; empty if they do.
+        hash_routed: the choice is a function of the token id, the same on both sides: there is nothing to replay.
+        is_replayed: whether the router at a path is to be replayed.
+        reports_ids: whether an output of the router says that `ids` `[T, K]` were used, given (output, ids, E).
+        num_null_experts: experts, counted from the end, whose weight is zero by definition.
     """
 
-    refused: str = ""
-    by_token: bool = False
-    is_site: Callable[[str], bool] = lambda path: True
-    obeys: Callable[[Any, Tensor, int], bool] = _returns_ids
-    weightless: int = 0
+    unsupported_reason: str = ""
+    hash_routed: bool = False
+    is_replayed: Callable[[str], bool] = lambda path: True
+    reports_ids: Callable[[Any, Tensor, int], bool] = _returns_ids
+    num_null_experts: int = 0
 
 
 DEFAULT = Family()

@@ -18,4 +18,4 @@ def _obeys(output: Any, ids: Tensor, num_experts: int) -> bool:
     return torch.equal(ids.flatten()[positions], by_expert)
 
 
-FAMILIES = {"JetMoeTopKGating": Family(is_site=lambda path: path.endswith(".mlp.router"), obeys=_obeys)}
+FAMILIES = {"JetMoeTopKGating": Family(is_replayed=lambda path: path.endswith(".mlp.router"), reports_ids=_obeys)}

@@ -13,4 +13,4 @@ def _obeys(output: Any, ids: Tensor, num_experts: int) -> bool:
     return torch.equal(scores != 0, torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ids, True))
 
 
-FAMILIES = {"Llama4Router": Family(obeys=_obeys)}
+FAMILIES = {"Llama4Router": Family(reports_ids=_obeys)}

@@ -5,9 +5,9 @@ from r3.replay.families.family import Family
 _CAPACITY = "tokens beyond an expert's capacity are dropped, by their order in the batch"
 
 FAMILIES = {
-    "PhimoeTopKRouter": Family(refused="in training its weights come from a sampled mask (SparseMixer), not from ids"),
-    "SwitchTransformersTop1Router": Family(refused=_CAPACITY),
-    "NllbMoeTop2Router": Family(refused=_CAPACITY),
-    "DiffusionGemmaTextRouter": Family(refused="it denoises a block of tokens in several passes, each routed anew"),
-    "DogeCDMoE": Family(refused="experts are products of two keys, chosen by two top-k, and routed across tokens"),
+    "PhimoeTopKRouter": Family(unsupported_reason="in training its weights come from a sampled mask (SparseMixer)"),
+    "SwitchTransformersTop1Router": Family(unsupported_reason=_CAPACITY),
+    "NllbMoeTop2Router": Family(unsupported_reason=_CAPACITY),
+    "DiffusionGemmaTextRouter": Family(unsupported_reason="it denoises a block of tokens in several passes"),
+    "DogeCDMoE": Family(unsupported_reason="experts are products of two keys, chosen by two top-k"),
 }

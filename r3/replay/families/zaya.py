@@ -15,4 +15,4 @@ def _obeys(output: Any, ids: Tensor, num_experts: int) -> bool:
     return torch.equal(output[2], ids.masked_fill(ids == num_experts - 1, 0))
 
 
-FAMILIES = {"ZayaRouter": Family(obeys=_obeys, weightless=1)}
+FAMILIES = {"ZayaRouter": Family(reports_ids=_obeys, num_null_experts=1)}

@@ -6,17 +6,17 @@ from typing import Any
 
 from r3.errors import SyncError
 from r3.weight_sync.engines.async_llm import AsyncEngine
-from r3.weight_sync.engines.engine import Engine, OnRunning, Reply, checked_mode
+from r3.weight_sync.engines.engine import Engine, Reply, RunningRequests, checked_mode
 from r3.weight_sync.engines.llm import OfflineEngine
 from r3.weight_sync.engines.vllm_serve import ServerEngine
 
-__all__ = ["Engine", "OnRunning", "Reply", "engine_of"]
+__all__ = ["Engine", "Reply", "RunningRequests", "engine_of"]
 
 
 def engine_of(
     engine: Any,
     *,
-    on_running: OnRunning = "wait",
+    on_running: RunningRequests = "wait",
     loop: asyncio.AbstractEventLoop | None = None,
     api_key: str | None = None,
 ) -> Engine:

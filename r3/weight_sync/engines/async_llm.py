@@ -7,7 +7,7 @@ from typing import Any
 from r3.errors import SyncError
 from r3.vllm_compat.engines import version_setter
 from r3.weight_sync.engines.deadline import Deadline, answer_of
-from r3.weight_sync.engines.engine import Engine, OnRunning, Reply, failed, require_replies
+from r3.weight_sync.engines.engine import Engine, Reply, RunningRequests, failed, require_replies
 from r3.weight_sync.engines.request_guard import Guard
 
 
@@ -28,7 +28,7 @@ class AsyncEngine(Engine):
         "let one AsyncLLM run all ranks"
     )
 
-    def __init__(self, engine: Any, on_running: OnRunning, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def __init__(self, engine: Any, on_running: RunningRequests, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.name = "AsyncLLM"
         self._engine = engine
         self._on_running = on_running
@@ -91,7 +91,7 @@ class AsyncEngine(Engine):
             self._run("reset_mm_cache", self._engine.reset_mm_cache, deadline)
             self._run("reset_encoder_cache", self._engine.reset_encoder_cache, deadline)
 
-    def label(self, version: int, timeout_s: float) -> None:
+    def set_weight_version(self, version: int, timeout_s: float) -> None:
         update = version_setter(self._engine)
         if update is not None:
             self._run("update_weight_version", lambda: update(str(version)), Deadline(timeout_s))

@@ -7,10 +7,9 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 from r3.errors import SyncError, summary
+from r3.weight_sync.protocol import WORKER_EXTENSION, Reply
 
-OnRunning = Literal["wait", "abort", "keep"]
-Reply = dict[str, Any]
-EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
+RunningRequests = Literal["wait", "abort", "keep"]
 
 
 class Engine(ABC):
@@ -89,7 +88,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def label(self, version: int, timeout_s: float) -> None:
+    def set_weight_version(self, version: int, timeout_s: float) -> None:
         """Set the weight version that vLLM shows (0.27 and later); nothing happens where it has none.
 
         Raises:
@@ -147,19 +146,19 @@ def failed(where: str, method: str, error: BaseException | str, dead: str | None
         return SyncError(f"{where}: {dead} in {method} ({text}). Start it anew, then sync")
     if f"Method {method!r} is not implemented" in text or f"has no attribute {method!r}" in text:
         return SyncError(
-            f"{where}: its workers have no method {method!r}: start the engine with worker_extension_cls={EXTENSION!r} "
-            "of this version of r3 (r3.capture.engine_kwargs and server_args do)"
+            f"{where}: its workers have no method {method!r}: start the engine with worker_extension_cls="
+            f"{WORKER_EXTENSION!r} of this version of r3 (r3.capture.engine_kwargs and server_args do)"
         )
     return SyncError(f"{where}: {method} failed: {text}")
 
 
-def checked_mode(on_running: str) -> OnRunning:
+def checked_mode(on_running: str) -> RunningRequests:
     """`on_running` if it is a mode.
 
     Raises:
         SyncError: it is none.
     """
-    for mode in get_args(OnRunning):
+    for mode in get_args(RunningRequests):
         if on_running == mode:
             return mode
-    raise SyncError(f"on_running: expected one of {', '.join(get_args(OnRunning))}, got {on_running!r}")
+    raise SyncError(f"on_running: expected one of {', '.join(get_args(RunningRequests))}, got {on_running!r}")

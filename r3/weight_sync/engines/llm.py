@@ -97,7 +97,7 @@ class OfflineEngine(Engine):
             self._run("reset_mm_cache", self._llm.reset_mm_cache, deadline)
             self._run("reset_encoder_cache", self._llm.llm_engine.reset_encoder_cache, deadline)
 
-    def label(self, version: int, timeout_s: float) -> None:
+    def set_weight_version(self, version: int, timeout_s: float) -> None:
         update = version_setter(self._llm)
         if update is not None:
             self._run("update_weight_version", lambda: update(str(version)), Deadline(timeout_s))

@@ -13,7 +13,7 @@ from typing import Any
 from r3.errors import SyncError
 from r3.proxy import naming_proxy, open_url
 from r3.weight_sync.engines.deadline import Deadline, answer_of, in_thread
-from r3.weight_sync.engines.engine import Engine, OnRunning, Reply, failed, require_replies
+from r3.weight_sync.engines.engine import Engine, Reply, RunningRequests, failed, require_replies
 
 HEALTH_EVERY_S = 1.0
 HEALTH_TIMEOUT_S = 5.0
@@ -47,7 +47,7 @@ class ServerEngine(Engine):
         "URLs"
     )
 
-    def __init__(self, url: str, on_running: OnRunning, api_key: str | None = None) -> None:
+    def __init__(self, url: str, on_running: RunningRequests, api_key: str | None = None) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise SyncError(f"engine: expected http://host:port, got {url!r}")
@@ -104,7 +104,7 @@ class ServerEngine(Engine):
         self._ask("/reset_mm_cache", deadline, {})
         self._ask("/reset_encoder_cache", deadline, {})
 
-    def label(self, version: int, timeout_s: float) -> None:
+    def set_weight_version(self, version: int, timeout_s: float) -> None:
         self._ask("/update_weight_version", Deadline(timeout_s), {"new_version": str(version)}, absent_ok=True)
 
     def _shape(self, deadline: Deadline) -> tuple[int, int]:

@@ -9,8 +9,8 @@ from r3.weight_sync.engines import Engine, Reply
 from r3.weight_sync.engines.deadline import in_thread
 
 
-class Calls:
-    """Calls under way side by side, each with a deadline of its own.
+class ParallelCalls:
+    """ParallelCalls under way side by side, each with a deadline of its own.
 
     Args:
         calls: what to call.
@@ -47,23 +47,23 @@ class Calls:
         return answers
 
 
-def first_failure_of(*calls: Calls) -> None:
+def first_failure_of(*calls: ParallelCalls) -> None:
     """Wait for all. Raises as soon as one has failed: the others may be waiting for it."""
     futures.wait([future for call in calls for future in call._futures], return_when="FIRST_EXCEPTION")
-    for call in sorted(calls, key=Calls.failed, reverse=True):
+    for call in sorted(calls, key=ParallelCalls.failed, reverse=True):
         call.result()
 
 
-def checked(engine: Engine, method: str, replies: list[Reply]) -> list[Reply]:
+def raise_on_worker_errors(engine: Engine, method: str, replies: list[Reply]) -> list[Reply]:
     """`replies` with the name of their engine. Raises `SyncError` if one is an error."""
     named = [reply | {"engine": engine.name} for reply in replies]
-    failed = [f"{who(reply)}: {reply['error']}" for reply in named if "error" in reply]
+    failed = [f"{worker_name(reply)}: {reply['error']}" for reply in named if "error" in reply]
     if failed:
         raise SyncError(f"{method} failed on {len(failed)} of {len(named)} workers:{summary(failed)}")
     return named
 
 
-def who(reply: Reply) -> str:
+def worker_name(reply: Reply) -> str:
     """The worker that a reply is of, in words."""
     dp = f", data-parallel rank {reply['dp_rank']}" if reply["dp_size"] > 1 else ""
     return f"{reply['engine']}, worker rank {reply['rank']}{dp}"
@@ -75,7 +75,7 @@ def add_note(error: BaseException, note: str) -> None:
         error.add_note(note)
 
 
-def kept_of(replies: list[Reply]) -> tuple[str, ...]:
+def kept_layers_of(replies: list[Reply]) -> tuple[str, ...]:
     """The layers that workers keep, of their answers to `r3_begin`."""
     return tuple(sorted({layer for reply in replies for layers in reply["kept"].values() for layer in layers}))
 
@@ -91,7 +91,7 @@ def require_found(frozen: tuple[str, ...], replies: list[Reply]) -> None:
 
 
 def require_equal(answers: list[Reply], version: int, digest: int) -> None:
-    wrong = [f"{who(a)}: version {a['version']}, digest {a['digest']}" for a in answers]
+    wrong = [f"{worker_name(a)}: version {a['version']}, digest {a['digest']}" for a in answers]
     wrong = [w for w, a in zip(wrong, answers, strict=True) if (a["version"], a["digest"]) != (version, digest)]
     if wrong:
         raise SyncError(f"expected version {version} with digest {digest} on every worker, got:{summary(wrong)}")

@@ -8,19 +8,19 @@ from torch import Tensor
 
 from r3.errors import SyncError, summary
 from r3.weight_sync.transports import Chunk
-from r3.weight_sync.weights.lazy import Weight, WeightSource, gathered, is_live
+from r3.weight_sync.weights.lazy import LazyWeight, Weight, gathered, is_live
 
 _CASTABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _MORE_IN_PLACE = 8  # times chunk_bytes: a chunk costs both sides 0.3 ms, in which a GPU copies 0.5 GiB
 
 
-class Outgoing:
+class OutgoingWeights:
     """The weights of one sync, each gathered once, in order.
 
     Args:
         named: the whole checkpoint, by name.
         frozen: module paths; what lies below them is not sent.
-        dtype: what 16-, 32- and 64-bit floating-point tensors are sent in; None for their own. A `WeightSource` may
+        dtype: what 16-, 32- and 64-bit floating-point tensors are sent in; None for their own. A `LazyWeight` may
             keep its own.
         chunk_bytes: largest chunk; one tensor that is larger is a chunk of its own.
     """
@@ -38,7 +38,7 @@ class Outgoing:
         self._ungathered = deque(self._named)
         self._dtype = dtype
         self._chunk_bytes = chunk_bytes
-        self.lasting = {name for name, w in self._named if is_live(w) and w.dtype == self._sent_dtype(w)}
+        self.zero_copy_names = {name for name, w in self._named if is_live(w) and w.dtype == self._sent_dtype(w)}
         """Names of weights that are sent as they are, neither gathered nor cast."""
 
     def manifest(self) -> dict[str, list]:
@@ -54,10 +54,10 @@ class Outgoing:
             raise SyncError(f"named_tensors: {len(twice)} names occur twice:{summary(twice)}")
         return {name: [list(weight.shape), str(self._sent_dtype(weight))] for name, weight in self._named}
 
-    def as_they_lie(self) -> Iterator[tuple[str, Tensor]]:
+    def gpu_resident(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors sent from where they lie on a GPU, and not made for the sync, up to one that lies elsewhere."""
         for name, weight in self._named:
-            if name in self.lasting:
+            if name in self.zero_copy_names:
                 tensor = gathered(weight)
                 if not tensor.is_cuda:
                     return
@@ -79,7 +79,7 @@ class Outgoing:
             name, weight = self._ungathered[0]
             dtype = self._sent_dtype(weight)
             nbytes = weight.shape.numel() * dtype.itemsize
-            whole = _whole(name, weight) if name in self.lasting else None
+            whole = _whole(name, weight) if name in self.zero_copy_names else None
             if whole is not None and not takes_memory([(name, whole)]):
                 nbytes //= _MORE_IN_PLACE
             if chunk and size + nbytes > self._chunk_bytes:
@@ -97,7 +97,7 @@ class Outgoing:
         gather_all(self._ungathered)
 
     def _sent_dtype(self, weight: Weight) -> torch.dtype:
-        keeps = isinstance(weight, WeightSource) and weight.keep_dtype
+        keeps = isinstance(weight, LazyWeight) and weight.keep_dtype
         return weight.dtype if keeps or self._dtype is None or weight.dtype not in _CASTABLE else self._dtype
 
 

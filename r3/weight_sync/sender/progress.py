@@ -10,13 +10,14 @@ from torch import Tensor
 
 from r3.weight_sync.engines import Engine
 from r3.weight_sync.integrity.digest import ContentDigests
-from r3.weight_sync.sender.calls import Calls
+from r3.weight_sync.sender.calls import ParallelCalls
+from r3.weight_sync.timing import StageTimer
 from r3.weight_sync.transports import Announced, Chunk
 
 _AHEAD = 64  # tensors: of few, each takes the host up to three times as long
 
 
-class Ready(NamedTuple):
+class StagedChunk(NamedTuple):
     """A chunk that is published, and waits for the workers."""
 
     chunk: Chunk
@@ -25,10 +26,11 @@ class Ready(NamedTuple):
 
 
 @dataclass
-class Sent:
+class SyncProgress:
     """The trainer's account of one sync.
 
     Attributes:
+        clock: the trainer's time by stage.
         digests: of what is sent, on a GPU beside all else that is queued there.
         named: the digests of all tensors, once all are taken.
         chunks: handed over.
@@ -38,6 +40,7 @@ class Sent:
         worker_stages_s: the slowest worker's seconds by stage.
     """
 
+    clock: StageTimer = field(default_factory=StageTimer)
     digests: ContentDigests = field(default_factory=lambda: ContentDigests(beside=True))
     named: dict[str, int] = field(default_factory=dict)
     chunks: int = 0
@@ -53,9 +56,9 @@ class Sent:
         self.digests.add(new)
         self.bytes += sum(tensor.nbytes for _, tensor in new)
 
-    def add_while(self, calls: list[Calls], lying: Iterator[tuple[str, Tensor]]) -> None:
+    def digest_while(self, calls: list[ParallelCalls], resident: Iterator[tuple[str, Tensor]]) -> None:
         """Take digests of what lies on a GPU, which reads it while the host waits for `calls`."""
-        while not all(call.done() for call in calls) and (some := list(islice(lying, _AHEAD))):
+        while not all(call.done() for call in calls) and (some := list(islice(resident, _AHEAD))):
             self.add(some)
             time.sleep(0)  # the calls' threads have a turn
 

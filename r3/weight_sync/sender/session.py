@@ -13,25 +13,24 @@ import torch
 from torch import Tensor
 
 from r3.errors import SyncError, summary
-from r3.weight_sync.delta import Base
-from r3.weight_sync.engines import Engine, OnRunning, Reply, engine_of
-from r3.weight_sync.engines.engine import require_complete
+from r3.weight_sync.delta import DeltaBase
+from r3.weight_sync.engines import RunningRequests, engine_of
 from r3.weight_sync.integrity.digest import combine
+from r3.weight_sync.protocol import Reply, SyncState
 from r3.weight_sync.sender.calls import (
-    Calls,
+    ParallelCalls,
     add_note,
-    checked,
     draft_of,
     first_failure_of,
-    kept_of,
+    kept_layers_of,
     require_equal,
     require_found,
-    who,
+    worker_name,
 )
-from r3.weight_sync.sender.chunking import Outgoing
-from r3.weight_sync.sender.progress import Ready, Sent
+from r3.weight_sync.sender.chunking import OutgoingWeights
+from r3.weight_sync.sender.engine_group import EngineGroup
+from r3.weight_sync.sender.progress import StagedChunk, SyncProgress
 from r3.weight_sync.sender.receipt import SyncReceipt
-from r3.weight_sync.timing import Clock
 from r3.weight_sync.transports import Chunk, Transport, transport_of
 from r3.weight_sync.weights.lazy import Weight
 
@@ -50,7 +49,7 @@ class WeightSync:
         delta: send only what changed since the last acknowledged version. Trainer and each worker then keep a copy of
             the weights in main memory. The first sync, and any after a failure, is complete.
         dtype: 16-, 32- and 64-bit floating-point tensors are sent in this dtype (the engine's), None to send all as
-            they are. A `WeightSource` says for itself.
+            they are. A `LazyWeight` says for itself.
         chunk_bytes: largest chunk; one tensor that is larger is a chunk of its own. Eight times as much where it takes
             no memory: of weights that workers on the same GPU read where they lie (`ipc`).
         timeout_s: longest wait for any one answer of an engine. Also how long a sync may be silent before another
@@ -70,7 +69,7 @@ class WeightSync:
         self,
         engine: Any | Sequence[Any],
         *,
-        on_running: OnRunning = "wait",
+        on_running: RunningRequests = "wait",
         transport: str | Transport = "files",
         delta: bool = False,
         dtype: torch.dtype | None = None,
@@ -80,14 +79,16 @@ class WeightSync:
     ) -> None:
         if chunk_bytes <= 0 or timeout_s <= 0:
             raise SyncError(f"expected chunk_bytes and timeout_s above 0, got {chunk_bytes} and {timeout_s}")
-        self._engines = [
+        self.engines = tuple(
             engine_of(one, on_running=on_running) for one in (engine if isinstance(engine, list | tuple) else [engine])
-        ]
-        if not self._engines:
+        )
+        """The adapters of the engines, in the order given."""
+        if not self.engines:
             raise SyncError("engine: expected at least one, got an empty list")
+        self._group = EngineGroup(self.engines, timeout_s)
         self._transport = transport_of(transport)
         self._transport.timeout_s = timeout_s
-        self._base = Base() if delta else None
+        self._base = DeltaBase() if delta else None
         self._dtype = dtype
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
@@ -95,11 +96,11 @@ class WeightSync:
         self._sender = f"process {os.getpid()} on {socket.gethostname()}"
         self.poisoned: str | None = None
         """Why the engines' weights cannot be trusted until the next sync commits; None if they can."""
-        status = self._call("r3_status")
+        status = self._group.call("r3_status")
         versions = {reply["version"] for reply in status}
         self.version: int | None = versions.pop() if len(versions) == 1 else None
         """The version that every worker committed last; None before the first sync, and where workers differ."""
-        causes = [f"{who(reply)}: {reply['cause']}" for reply in status if reply["state"] == "poisoned"]
+        causes = [f"{worker_name(reply)}: {reply['cause']}" for reply in status if reply["state"] == SyncState.POISONED]
         if causes:
             self.poisoned = f"before this sender: {causes[0]}"
 
@@ -127,7 +128,7 @@ class WeightSync:
             SyncError: the sync did not commit everywhere; says which worker and why. The engines are then poisoned
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
         """
-        outgoing = Outgoing(named_tensors, dtype=self._dtype, chunk_bytes=self._chunk_bytes, frozen=frozen)
+        outgoing = OutgoingWeights(named_tensors, dtype=self._dtype, chunk_bytes=self._chunk_bytes, frozen=frozen)
         try:
             return self._push(outgoing, version, agree or (lambda: None))
         except Exception:
@@ -148,42 +149,42 @@ class WeightSync:
     def close(self) -> None:
         """Give back what the transport and the engines' adapters hold. The engines run on."""
         self._transport.close()
-        for engine in self._engines:
+        for engine in self.engines:
             engine.close()
 
-    def _push(self, outgoing: Outgoing, version: int, agree: Callable[[], Any]) -> SyncReceipt:
-        clock = Clock()
+    def _push(self, outgoing: OutgoingWeights, version: int, agree: Callable[[], Any]) -> SyncReceipt:
         manifest = outgoing.manifest()
-        self._transport.lasting = outgoing.lasting
+        self._transport.zero_copy_names = outgoing.zero_copy_names
         sync_id = uuid.uuid4().hex[:12]
-        sent = Sent()
+        progress = SyncProgress()
+        clock = progress.clock
         try:
             # First of all: no two senders may pause and resume an engine at a time.
-            reserving = self._start("r3_reserve", sync_id, version, self._sender, self._timeout_s)
-            lying = outgoing.as_they_lie()
+            reserving = self._group.start("r3_reserve", sync_id, version, self._sender, self._timeout_s)
+            resident = outgoing.gpu_resident()
             with clock.stage("pause"):
-                sent.add_while([reserving], lying)
+                progress.digest_while([reserving], resident)
                 status = reserving.result()
-                self._pause(sent, lying)
+                self._pause(progress, resident)
             with clock.stage("begin"):
                 complete, beginning = self._begin(sync_id, status, manifest, outgoing.frozen)
-                sent.add_while(beginning, lying)
-            self._send(sync_id, beginning, outgoing.chunks(self._takes_memory), sent, clock)
+                progress.digest_while(beginning, resident)
+            self._send(sync_id, beginning, outgoing.chunks(self._takes_memory), progress)
             with clock.stage("seal"):
-                total = self._seal(sync_id, sent)
+                total = self._seal(sync_id, progress)
                 agree()
             with clock.stage("commit"):
                 until = time.monotonic() + self._timeout_s / 2  # well within the lease, which the commit begins anew
-                answers = self._call("r3_commit", sync_id)
+                answers = self._group.call("r3_commit", sync_id)
                 require_equal(answers, version, total)
                 if self._base is not None:
                     self._base.version = version
             with clock.stage("resume"):
-                self._each(lambda engine: engine.label(version, self._timeout_s))
-                self._resume(until)
-                self._call("r3_release", sync_id)
+                self._group.each(lambda engine: engine.set_weight_version(version, self._timeout_s))
+                self._group.resume(until)
+                self._group.call("r3_release", sync_id)
         except BaseException as error:
-            self._abort(sync_id, sent, error)
+            self._abort(sync_id, progress, error)
             raise
         self.poisoned = None
         self.version = version
@@ -192,21 +193,21 @@ class WeightSync:
             digest=total,
             workers=len(answers),
             tensors=len(manifest),
-            chunks=sent.chunks,
-            bytes=sent.bytes,
-            sent_bytes=sent.sent_bytes,
+            chunks=progress.chunks,
+            bytes=progress.bytes,
+            sent_bytes=progress.sent_bytes,
             complete=complete,
             draft_model=draft_of(beginning[1].result()),
             frozen=outgoing.frozen,
-            kept=kept_of(beginning[1].result()),
+            kept=kept_layers_of(beginning[1].result()),
             seconds=clock.total_s(),
             stages_s=clock.stages_s,
-            worker_stages_s=sent.worker_stages_s,
+            worker_stages_s=progress.worker_stages_s,
         )
 
     def _begin(
         self, sync_id: str, status: list[Reply], manifest: dict[str, list], frozen: tuple[str, ...]
-    ) -> tuple[bool, list[Calls]]:
+    ) -> tuple[bool, list[ParallelCalls]]:
         """Open the sync on all workers. Answers whether it is complete, and what is to be waited for."""
         base_version = None if self._base is None else self._base.version
         # One worker without the base, restarted perhaps, and all get everything.
@@ -214,8 +215,8 @@ class WeightSync:
             base_version = None
         if self._base is not None:
             self._base.begin(complete=base_version is None)
-        self._transport.workers_on = {reply["gpu"] for reply in status}
-        offer = self._transport.offer(len(status), {reply["generation"] for reply in status})
+        self._transport.worker_gpus = {reply["gpu"] for reply in status}
+        offer = self._transport.offer(len(status), {reply["connection_id"] for reply in status})
         sync = {
             "timeout_s": self._timeout_s,
             "offer": offer,
@@ -227,181 +228,143 @@ class WeightSync:
             "constants": self._engine_constants,
         }
         # The workers run no batch from here to the commit: caches that are emptied now stay empty.
-        call = self._start(
+        call = self._group.start(
             "r3_begin",
             sync_id,
             sync,
             then=lambda engine: engine.reset_caches(self._timeout_s),
             check=partial(require_found, frozen),
         )
-        join = Calls([lambda: self._transport.join(call.failed)])
+        join = ParallelCalls([lambda: self._transport.join(call.failed)])
         return base_version is None, [join, call]
 
-    def _send(self, sync_id: str, beginning: list[Calls], chunks: Iterator[Chunk], sent: Sent, clock: Clock) -> None:
+    def _send(
+        self,
+        sync_id: str,
+        beginning: list[ParallelCalls],
+        chunks: Iterator[Chunk],
+        progress: SyncProgress,
+    ) -> None:
         """All chunks: while the workers begin, or load some, the next are made ready, and go with one call once they
         are free."""
-        ready: list[Ready] = []
-        loading: Calls | None = None
+        staged: list[StagedChunk] = []
+        loading: ParallelCalls | None = None
         try:
-            more = self._make_ready(chunks, ready, sent, clock)
-            while more and not self._is_full(ready) and not all(call.done() for call in beginning):
-                more = self._make_ready(chunks, ready, sent, clock)
+            more = self._stage(chunks, staged, progress)
+            while more and not self._is_full(staged) and not all(call.done() for call in beginning):
+                more = self._stage(chunks, staged, progress)
         finally:
-            with clock.stage("begin"):
+            with progress.clock.stage("begin"):
                 first_failure_of(*beginning)
         while more:
-            if self._is_full(ready) or loading is None or loading.done():
-                self._wait_for(loading, sent, clock)
-                ready, loading = [], self._hand_over(sync_id, ready, sent, clock)
-            more = self._make_ready(chunks, ready, sent, clock)
-        if ready:
-            self._wait_for(loading, sent, clock)
-            loading = self._hand_over(sync_id, ready, sent, clock)
-        with clock.stage("digest"):
+            if self._is_full(staged) or loading is None or loading.done():
+                self._wait_for(loading, progress)
+                staged, loading = [], self._hand_over(sync_id, staged, progress)
+            more = self._stage(chunks, staged, progress)
+        if staged:
+            self._wait_for(loading, progress)
+            loading = self._hand_over(sync_id, staged, progress)
+        with progress.clock.stage("digest"):
             # The last chunks are still under way.
-            sent.named = sent.digests.result()
-        self._wait_for(loading, sent, clock)
+            progress.named = progress.digests.result()
+        self._wait_for(loading, progress)
 
-    def _make_ready(self, chunks: Iterator[Chunk], ready: list[Ready], sent: Sent, clock: Clock) -> bool:
+    def _stage(self, chunks: Iterator[Chunk], staged: list[StagedChunk], progress: SyncProgress) -> bool:
         """Gather and publish the next chunk, if there is one."""
-        with clock.stage("gather"):
+        with progress.clock.stage("gather"):
             chunk = next(chunks, None)
             if chunk is None:
                 return False
-            sent.require_readable(chunk)
+            progress.require_readable(chunk)
             wire = chunk if self._base is None else self._base.encode(chunk)
-            sent.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
-        with clock.stage("publish"):
-            where = self._transport.publish(sent.chunks + len(ready), wire)
-            ready.append(Ready(chunk, ([name for name, _ in chunk], where), self._takes_memory(chunk)))
+            progress.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
+        with progress.clock.stage("publish"):
+            where = self._transport.publish(progress.chunks + len(staged), wire)
+            staged.append(StagedChunk(chunk, ([name for name, _ in chunk], where), self._takes_memory(chunk)))
         return True
 
-    def _is_full(self, ready: list[Ready]) -> bool:
+    def _is_full(self, staged: list[StagedChunk]) -> bool:
         """Whether no more chunks may wait for the workers, for the memory that they take."""
-        return sum(one.takes_memory for one in ready) >= self._transport.most_ready
+        return sum(one.takes_memory for one in staged) >= self._transport.max_staged_chunks
 
     def _takes_memory(self, chunk: Chunk) -> bool:
         return self._base is not None or self._transport.takes_memory(chunk)
 
-    def _wait_for(self, loading: Calls | None, sent: Sent, clock: Clock) -> None:
+    def _wait_for(self, loading: ParallelCalls | None, progress: SyncProgress) -> None:
         if loading is None:
             return
-        with clock.stage("wait"):
+        with progress.clock.stage("wait"):
             loading.result()
             # The answers say that no chunk of a call before this one is needed any more.
-            self._transport.release(sent.loading)
+            self._transport.release(progress.loading)
 
-    def _hand_over(self, sync_id: str, ready: list[Ready], sent: Sent, clock: Clock) -> Calls:
-        with clock.stage("transfer"):
-            sent.loading = sent.chunks
-            sent.chunks += len(ready)
-            loading = self._start("r3_load", sync_id, sent.loading, [one.announced for one in ready])
-            for index, one in enumerate(ready, sent.loading):
+    def _hand_over(self, sync_id: str, staged: list[StagedChunk], progress: SyncProgress) -> ParallelCalls:
+        with progress.clock.stage("transfer"):
+            progress.loading = progress.chunks
+            progress.chunks += len(staged)
+            loading = self._group.start("r3_load", sync_id, progress.loading, [one.announced for one in staged])
+            for index, one in enumerate(staged, progress.loading):
                 self._transfer(index, one.announced[0], loading)
-        with clock.stage("digest"):
+        with progress.clock.stage("digest"):
             # Not before: the workers load meanwhile.
-            sent.add([item for one in ready for item in one.chunk])
+            progress.add([item for one in staged for item in one.chunk])
         return loading
 
-    def _transfer(self, index: int, names: list[str], loading: Calls) -> None:
+    def _transfer(self, index: int, names: list[str], loading: ParallelCalls) -> None:
         try:
             self._transport.transfer(index, loading.failed)
         except Exception as error:
             # What a worker says of it tells more.
             if loading.wait(1.0):
                 loading.result()
-            engines = ", ".join(engine.name for engine in self._engines)
+            engines = ", ".join(engine.name for engine in self.engines)
             raise SyncError(
                 f"chunk {index} ({names[0]} and {len(names) - 1} more) did not get to all workers of {engines}: {error}"
             ) from error
 
-    def _seal(self, sync_id: str, sent: Sent) -> int:
-        broken = sent.digests.not_finite()
+    def _seal(self, sync_id: str, progress: SyncProgress) -> int:
+        broken = progress.digests.not_finite()
         if broken:
             raise SyncError(f"{len(broken)} tensors hold NaN or infinity:{summary(broken)}")
         self._transport.settle(lambda: False)
-        sealing = self._start("r3_seal", sync_id, sent.named)
-        total = combine(sent.named)
+        sealing = self._group.start("r3_seal", sync_id, progress.named)
+        total = combine(progress.named)
         answers = sealing.result()
-        self._transport.release(sent.chunks)
+        self._transport.release(progress.chunks)
         for answer in answers:
             for stage, seconds in answer.get("stages_s", {}).items():
-                sent.worker_stages_s[stage] = max(seconds, sent.worker_stages_s.get(stage, 0.0))
-        wrong = [f"{who(a)}: {a.get('digest')}" for a in answers if a.get("digest") != total]
+                progress.worker_stages_s[stage] = max(seconds, progress.worker_stages_s.get(stage, 0.0))
+        wrong = [f"{worker_name(a)}: {a.get('digest')}" for a in answers if a.get("digest") != total]
         if wrong:
             raise SyncError(f"expected digest {total} on every worker, got:{summary(wrong)}")
         return total
 
-    def _abort(self, sync_id: str, sent: Sent, error: BaseException) -> None:
+    def _abort(self, sync_id: str, progress: SyncProgress, error: BaseException) -> None:
         cause = f"{type(error).__name__}: {error}"
         self._transport.abort()
-        call = self._start("r3_abort", sync_id, cause, timeout_s=min(_ABORT_S, self._timeout_s))
+        call = self._group.start("r3_abort", sync_id, cause, timeout_s=min(_ABORT_S, self._timeout_s))
         try:
-            free = all(reply["state"] == "idle" for reply in call.result())
+            free = all(reply["state"] == SyncState.IDLE for reply in call.result())
         except Exception as second:  # the first error is the one to report
             add_note(error, f"abort was not acknowledged by all: {second}")
             free = False
-        if not sent.chunks and self.poisoned is None:
+        if not progress.chunks and self.poisoned is None:
             # No weight was touched: the engines that served go on, unless another sender has them now. It resumes them.
             limit_s = min(_ABORT_S, self._timeout_s)
             try:
-                Calls([partial(engine.resume, limit_s) for engine in sent.served if free]).result()
+                ParallelCalls([partial(engine.resume, limit_s) for engine in progress.served if free]).result()
             except Exception as second:
                 add_note(error, f"the engine does not go on: {second}")
             return
         self.poisoned = self.poisoned or cause
-        for engine in self._engines:
+        for engine in self.engines:
             engine.refuse(f"its weights cannot be trusted since a sync failed ({cause}); a complete sync heals it")
 
-    def _resume(self, until: float) -> None:
-        """Let the engines serve, if this sync still has their workers: a sender that was late may have lost them."""
-
-        def resume(engine: Engine) -> None:
-            if time.monotonic() > until:
-                raise SyncError(f"{engine.name} is not resumed: this sender stood still, and the lease may be over")
-            engine.resume(self._timeout_s)
-
-        self._each(resume)
-
-    def _pause(self, sent: Sent, lying: Iterator[tuple[str, Tensor]]) -> None:
-        def pause(engine: Engine) -> None:
-            if engine.pause(self._timeout_s):
-                sent.served.append(engine)
-
-        calls = Calls([partial(pause, engine) for engine in self._engines])
+    def _pause(self, progress: SyncProgress, resident: Iterator[tuple[str, Tensor]]) -> None:
+        calls = self._group.pausing(progress.served)
         try:
             if not calls.wait(_IDLE_PAUSES_S, all_of_them=True):
-                sent.add_while([calls], lying)  # while they end what they generate
+                progress.digest_while([calls], resident)  # while they end what they generate
         finally:
             calls.wait(2 * self._timeout_s, all_of_them=True)  # of those that were paused, none may be forgotten
         calls.result()
-
-    def _call(self, method: str, *args: Any) -> list[Reply]:
-        """Call `method` on every worker of every engine; raises if one did not answer, or answered with an error."""
-        return self._start(method, *args).result()
-
-    def _start(
-        self,
-        method: str,
-        *args: Any,
-        timeout_s: float | None = None,
-        then: Callable[[Engine], None] = lambda engine: None,
-        check: Callable[[list[Reply]], None] = lambda replies: None,
-    ) -> "Calls":
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
-
-        def ask(engine: Engine) -> list[Reply]:
-            replies = checked(engine, method, engine.replies(method, args, limit_s))
-            then(engine)
-            return replies
-
-        engines = self._engines
-
-        def check_all(replies: list[Reply]) -> None:
-            require_complete(replies, method, engines[0].remedy)
-            check(replies)
-
-        return Calls([partial(ask, engine) for engine in engines], check_all)
-
-    def _each(self, action: Callable[[Engine], None]) -> None:
-        Calls([partial(action, engine) for engine in self._engines]).result()

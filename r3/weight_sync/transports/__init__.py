@@ -7,7 +7,7 @@ from r3.errors import SyncError
 from r3.weight_sync.transports.broadcast import GlooReceiver, GlooTransport, NcclReceiver, NcclTransport
 from r3.weight_sync.transports.files import FilesReceiver, FilesTransport
 from r3.weight_sync.transports.ipc import IpcReceiver, IpcTransport
-from r3.weight_sync.transports.transport import Announced, Chunk, Receiver, Transport, Where
+from r3.weight_sync.transports.transport import Announced, Chunk, Descriptor, Receiver, Transport
 
 TRANSPORTS: Mapping[str, type[Transport]] = MappingProxyType(
     {t.name: t for t in (FilesTransport, GlooTransport, IpcTransport, NcclTransport)}
@@ -53,13 +53,13 @@ __all__ = [
     "TRANSPORTS",
     "Announced",
     "Chunk",
+    "Descriptor",
     "FilesTransport",
     "GlooTransport",
     "IpcTransport",
     "NcclTransport",
     "Receiver",
     "Transport",
-    "Where",
     "register_receiver",
     "transport_of",
 ]

@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.framing import Block, pack, unpack
+from r3.weight_sync.transports.framing import PackedBlock, pack, unpack
 from r3.weight_sync.transports.group import GlooGroup, Group
 from r3.weight_sync.transports.nccl import NcclGroup
-from r3.weight_sync.transports.transport import Chunk, Receiver, Stop, Transport, Where
+from r3.weight_sync.transports.transport import Chunk, Descriptor, Receiver, Stop, Transport
 
 _MOST_RECEIVED = 2
 """Chunks whose memory a worker may hold at a time."""
@@ -36,22 +36,26 @@ class BroadcastTransport(Transport):
         self._device = torch.device(device) if device is not None else self._default_device()
         self._group: Group | None = None
         self._listener: socket.socket | None = None
-        self._offer: Where = {}
-        self._blocks: dict[int, list[Block]] = {}
+        self._offer: Descriptor = {}
+        self._blocks: dict[int, list[PackedBlock]] = {}
 
     @staticmethod
     def _default_device() -> torch.device:
         return torch.device("cpu")
 
-    def offer(self, workers: int, generations: set[str | None]) -> Where:
-        kept = self._group is not None and generations == {self._group.generation} and self._group.size == workers + 1
+    def offer(self, workers: int, connection_ids: set[str | None]) -> Descriptor:
+        kept = (
+            self._group is not None
+            and connection_ids == {self._group.connection_id}
+            and self._group.size == workers + 1
+        )
         if not kept:
             self.abort()
             # The port is taken here and listened at from here on, so that no worker comes too early.
             self._listener = socket.create_server((self._host, 0))
             self._offer = {
                 "transport": self.name,
-                "generation": uuid.uuid4().hex,
+                "connection_id": uuid.uuid4().hex,
                 "host": self._host,
                 "port": self._listener.getsockname()[1],
                 "size": workers + 1,
@@ -62,11 +66,11 @@ class BroadcastTransport(Transport):
         if self._group is None:
             self._group = self.group(self._offer, 0, self._device, self.timeout_s, self._listener)
 
-    def publish(self, index: int, chunk: Chunk) -> Where:
+    def publish(self, index: int, chunk: Chunk) -> Descriptor:
         # What is ready and what is under way, together: one more than can be ready, for the workers answer while they
         # still receive.
         if self._group is not None:
-            self._group.settle_all_but(self.most_ready - len(self._blocks), lambda: False)
+            self._group.settle_all_but(self.max_staged_chunks - len(self._blocks), lambda: False)
         self._blocks[index] = pack(chunk, self._device)
         return {"blocks": [[block.data.numel(), block.layout] for block in self._blocks[index]]}
 
@@ -100,12 +104,12 @@ class BroadcastTransport(Transport):
 class BroadcastReceiver(Receiver):
     group: ClassVar[type[Group]]
 
-    def __init__(self, offer: Where, rank: int, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, offer: Descriptor, rank: int, device: torch.device, timeout_s: float) -> None:
         super().__init__(offer, rank, device, timeout_s)
-        self.generation = offer["generation"]
+        self.connection_id = offer["connection_id"]
         self._group = self.group(offer, rank + 1, self._buffers_on(), timeout_s)
 
-    def receive(self, where: Where) -> Chunk:
+    def receive(self, where: Descriptor) -> Chunk:
         self._group.settle_all_but(_MOST_RECEIVED - 1, lambda: False)
         device = self._buffers_on()
         data = self._group.receive([nbytes for nbytes, _ in where["blocks"]])
@@ -142,7 +146,7 @@ class NcclTransport(BroadcastTransport):
     """Between GPUs. Trainer and workers must be on different GPUs: for one and the same there is `ipc`."""
 
     name = "nccl"
-    most_ready = 2
+    max_staged_chunks = 2
     group = NcclGroup
 
     @staticmethod

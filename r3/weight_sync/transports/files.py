@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.transport import Chunk, Receiver, Transport, Where
+from r3.weight_sync.transports.transport import Chunk, Descriptor, Receiver, Transport
 
 _PREFIX = "r3-sync-"
 
@@ -38,7 +38,7 @@ class FilesTransport(Transport):
         self._folder.mkdir(parents=True, exist_ok=True)
         self._published: dict[int, Path] = {}
 
-    def publish(self, index: int, chunk: Chunk) -> Where:
+    def publish(self, index: int, chunk: Chunk) -> Descriptor:
         from safetensors.torch import save_file
 
         path = self._folder / f"chunk-{os.getpid()}-{index:06d}.safetensors"
@@ -70,7 +70,7 @@ class FilesTransport(Transport):
 
 
 class FilesReceiver(Receiver):
-    def receive(self, where: Where) -> Chunk:
+    def receive(self, where: Descriptor) -> Chunk:
         from safetensors.torch import load
 
         data = Path(where["path"]).read_bytes()

@@ -13,22 +13,22 @@ from r3.weight_sync.transports.transport import Chunk
 _ALIGNMENT = 256
 _LARGE_BYTES = 4 << 20  # a copy of less costs little beside a message of its own
 
-Layout = list[list]
+BlockLayout = list[list]
 """[name, dtype, shape, offset in bytes] of each tensor in a block. Plain, so that it travels with a call."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class PackedBlock:
     """Attributes:
     data: uint8, one-dimensional, contiguous.
     layout: what lies where in it.
     """
 
     data: Tensor
-    layout: Layout
+    layout: BlockLayout
 
 
-def pack(chunk: Chunk, device: torch.device) -> list[Block]:
+def pack(chunk: Chunk, device: torch.device) -> list[PackedBlock]:
     """The tensors of `chunk` in order, on `device`, in as few blocks as go without copying large tensors."""
     blocks = []
     for alone, group in itertools.groupby(chunk, lambda item: _lies_ready(item[1], device)):
@@ -39,7 +39,7 @@ def pack(chunk: Chunk, device: torch.device) -> list[Block]:
     return blocks
 
 
-def unpack(data: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def unpack(data: Tensor, layout: BlockLayout) -> Iterator[tuple[str, Tensor]]:
     """Views of the tensors in a block.
 
     Raises:
@@ -65,12 +65,12 @@ def _lies_ready(tensor: Tensor, device: torch.device) -> bool:
     return tensor.nbytes >= _LARGE_BYTES and tensor.is_contiguous() and tensor.device == device
 
 
-def _block_of_one(name: str, tensor: Tensor) -> Block:
+def _block_of_one(name: str, tensor: Tensor) -> PackedBlock:
     data = tensor.detach().reshape(-1).view(torch.uint8)
-    return Block(data=data, layout=[[name, str(tensor.dtype), list(tensor.shape), 0]])
+    return PackedBlock(data=data, layout=[[name, str(tensor.dtype), list(tensor.shape), 0]])
 
 
-def _packed(group: Chunk, device: torch.device) -> Block:
+def _packed(group: Chunk, device: torch.device) -> PackedBlock:
     sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for _, tensor in group]
     offsets = [0, *itertools.accumulate(sizes)]
     data = torch.empty(offsets[-1], dtype=torch.uint8, device=device)
@@ -79,4 +79,4 @@ def _packed(group: Chunk, device: torch.device) -> Block:
         layout.append([name, str(tensor.dtype), list(tensor.shape), offset])
         place = data[offset : offset + tensor.nbytes]
         place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
-    return Block(data=data, layout=layout)
+    return PackedBlock(data=data, layout=layout)

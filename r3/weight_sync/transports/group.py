@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from r3.errors import SyncError
-from r3.weight_sync.transports.transport import Stop, Where, wait_until
+from r3.weight_sync.transports.transport import Descriptor, Stop, wait_until
 
 
 class Group(ABC):
     """Trainer and workers, connected. All waits end.
 
     Args:
-        offer: with host, port, size and generation.
+        offer: with host, port, size and connection_id.
         rank: of this process; 0 sends, and hosts the store by which the others find each other.
         device: where blocks are.
         timeout_s: longest wait for the others.
@@ -31,9 +31,14 @@ class Group(ABC):
     """
 
     def __init__(
-        self, offer: Where, rank: int, device: torch.device, timeout_s: float, listener: socket.socket | None = None
+        self,
+        offer: Descriptor,
+        rank: int,
+        device: torch.device,
+        timeout_s: float,
+        listener: socket.socket | None = None,
     ) -> None:
-        self.generation = offer["generation"]
+        self.connection_id = offer["connection_id"]
         self.size = offer["size"]
         self._rank = rank
         self._device = device
@@ -56,7 +61,7 @@ class Group(ABC):
             ) from error
 
     @abstractmethod
-    def _connect(self, store: dist.TCPStore, offer: Where) -> None:
+    def _connect(self, store: dist.TCPStore, offer: Descriptor) -> None:
         """Connect to the others, who are all in this call."""
 
     @abstractmethod
@@ -86,7 +91,7 @@ class Group(ABC):
 class GlooGroup(Group):
     """In main memory, over TCP."""
 
-    def _connect(self, store: dist.TCPStore, offer: Where) -> None:
+    def _connect(self, store: dist.TCPStore, offer: Descriptor) -> None:
         options = dist.ProcessGroupGloo._Options()  # pyrefly: ignore (missing in torch's stubs)
         options._timeout = timedelta(seconds=self._timeout_s)
         # The interface by which this machine reaches the trainer, whatever its host name resolves to.

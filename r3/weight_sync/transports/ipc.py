@@ -12,7 +12,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from r3.errors import SyncError
 from r3.weight_sync.transports.framing import dtype_of
-from r3.weight_sync.transports.transport import Chunk, Receiver, Transport, Where, gpu_uuid
+from r3.weight_sync.transports.transport import Chunk, Descriptor, Receiver, Transport, gpu_uuid
 
 
 class IpcTransport(Transport):
@@ -28,38 +28,38 @@ class IpcTransport(Transport):
     """
 
     name = "ipc"
-    most_ready = 2
+    max_staged_chunks = 2
 
     def __init__(self, *, keep_open: bool = True) -> None:
-        self._generation = uuid.uuid4().hex if keep_open else None
+        self._connection_id = uuid.uuid4().hex if keep_open else None
         self._numbers = itertools.count()
-        self._published: dict[int, list[_Shared]] = {}
+        self._published: dict[int, list[_SharedStorage]] = {}
         # What the workers keep open: memory that lasts by its storage, and else one storage of each allocation.
-        self._kept: dict[int | str, _Shared] = {}
+        self._kept: dict[int | str, _SharedStorage] = {}
         self._used: set[int | str] = set()
 
-    def offer(self, workers: int, generations: set[str | None]) -> Where:
+    def offer(self, workers: int, connection_ids: set[str | None]) -> Descriptor:
         # They have closed what was not used when the last sync ended, and have nothing open if they are new.
-        known = generations == {self._generation}
+        known = connection_ids == {self._connection_id}
         self._kept = {key: shared for key, shared in self._kept.items() if known and key in self._used}
         self._used = set()
-        return {"transport": self.name, "generation": self._generation}
+        return {"transport": self.name, "connection_id": self._connection_id}
 
-    def publish(self, index: int, chunk: Chunk) -> Where:
+    def publish(self, index: int, chunk: Chunk) -> Descriptor:
         on_gpu = [(name, tensor, _on_gpu(tensor.detach())) for name, tensor in chunk]
         # What makes the tensors may still be queued, and a worker that waits for it on its device waits without end if
         # this process dies.
         for device in {tensor.device for _, _, tensor in on_gpu}:
             torch.cuda.current_stream(device).synchronize()
         places: dict[int, int] = {}
-        shared: list[_Shared] = []
+        shared: list[_SharedStorage] = []
         tensors = []
         for name, given, tensor in on_gpu:
             storage, place = tensor.untyped_storage(), None
             if tensor.nbytes:
                 place = places.setdefault(storage._cdata, len(shared))
                 if place == len(shared):
-                    lasts = name in self.lasting and tensor.data_ptr() == given.data_ptr()
+                    lasts = name in self.zero_copy_names and tensor.data_ptr() == given.data_ptr()
                     shared.append(self._shared(name, storage, lasts))
             tensors.append([name, str(tensor.dtype), list(tensor.shape), place, tensor.storage_offset()])
         self._published[index] = shared
@@ -67,7 +67,7 @@ class IpcTransport(Transport):
 
     def takes_memory(self, chunk: Chunk) -> bool:
         return not all(
-            name in self.lasting and tensor.is_cuda and self.workers_on == {gpu_uuid(tensor.device)}
+            name in self.zero_copy_names and tensor.is_cuda and self.worker_gpus == {gpu_uuid(tensor.device)}
             for name, tensor in chunk
         )
 
@@ -82,22 +82,22 @@ class IpcTransport(Transport):
     def close(self) -> None:
         self.abort()
 
-    def _shared(self, name: str, storage: torch.UntypedStorage, lasts: bool) -> "_Shared":
-        if self._generation is None:
-            return _Shared(name, storage)
+    def _shared(self, name: str, storage: torch.UntypedStorage, lasts: bool) -> "_SharedStorage":
+        if self._connection_id is None:
+            return _SharedStorage(name, storage)
         if not lasts:
-            made = _Shared(name, storage)
+            made = _SharedStorage(name, storage)
             self._kept.setdefault(made.allocation, made)
             self._used.add(made.allocation)
             return made
         kept = self._kept.get(storage._cdata)
         if kept is None or not kept.is_of(storage):
-            kept = self._kept[storage._cdata] = _Shared(name, storage, next(self._numbers))
+            kept = self._kept[storage._cdata] = _SharedStorage(name, storage, next(self._numbers))
         self._used.add(storage._cdata)
         return kept
 
 
-class _Shared:
+class _SharedStorage:
     """Memory that other processes may open, for as long as this lives.
 
     torch wraps a storage that it shares for good, and one that is shared in every sync would be wrapped once more each
@@ -126,7 +126,7 @@ class _Shared:
         torch.UntypedStorage._release_ipc_counter(*counter, device=storage.device)
         fields = [memory, size, offset, *_counter()[:2], event, event_sync]
         self.allocation: str = memory.hex()
-        self.handle: Where = {
+        self.handle: Descriptor = {
             "number": number,
             "gpu": gpu_uuid(storage.device),
             "storage": [item.hex() if isinstance(item, bytes) else item for item in fields],
@@ -140,9 +140,9 @@ class _Shared:
 class IpcReceiver(Receiver):
     takes_memory: ClassVar[bool] = False
 
-    def __init__(self, offer: Where, rank: int, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, offer: Descriptor, rank: int, device: torch.device, timeout_s: float) -> None:
         super().__init__(offer, rank, device, timeout_s)
-        self.generation = offer["generation"]
+        self.connection_id = offer["connection_id"]
         gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
         self._gpus = {str(gpu_uuid(gpu)): gpu.index for gpu in gpus}
         # By number, or, one of each allocation, by that: torch keeps it mapped for as long as a storage in it lives.
@@ -152,7 +152,7 @@ class IpcReceiver(Receiver):
         self._released = 0
         self._idle: dict[torch.device, torch.cuda.Stream] = {}
 
-    def receive(self, where: Where) -> Chunk:
+    def receive(self, where: Descriptor) -> Chunk:
         first = where["tensors"][0][0] if where["tensors"] else ""
         opened = [self._opened(first, handle) for handle in where["storages"]]
         self._chunks.append(opened)
@@ -177,14 +177,14 @@ class IpcReceiver(Receiver):
         self._released = 0
         self._open = {key: opened for key, opened in self._open.items() if key in self._used}
         self._used = set()
-        if self.generation is None:
+        if self.connection_id is None:
             self._open.clear()
 
     def abort(self) -> None:
         self._chunks.clear()
         self._open.clear()
 
-    def _opened(self, name: str, handle: Where) -> "_Opened":
+    def _opened(self, name: str, handle: Descriptor) -> "_Opened":
         memory, size, offset, counter, counter_offset, event, event_sync = handle["storage"]
         key = memory if handle["number"] is None else handle["number"]
         self._used.add(key)

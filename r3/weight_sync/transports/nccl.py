@@ -18,7 +18,7 @@ from torch import Tensor
 
 from r3.errors import SyncError
 from r3.weight_sync.transports.group import Group
-from r3.weight_sync.transports.transport import Where, wait_until
+from r3.weight_sync.transports.transport import Descriptor, wait_until
 
 _ABORT_S = 10.0
 _SUCCESS, _IN_PROGRESS = 0, 7  # ncclResult_t
@@ -29,7 +29,7 @@ _ID_BYTES = 128  # NCCL_UNIQUE_ID_BYTES
 class NcclGroup(Group):
     """Between GPUs. What is under way is queued on a stream of its own."""
 
-    def _connect(self, store: dist.TCPStore, offer: Where) -> None:
+    def _connect(self, store: dist.TCPStore, offer: Descriptor) -> None:
         if self._rank == 0:
             store.set("id", unique_id().hex())
         self._stream = torch.cuda.Stream(self._device)

@@ -31,8 +31,8 @@ from torch import Tensor
 from r3.errors import SyncError
 
 Chunk = list[tuple[str, Tensor]]
-Where = dict[str, Any]
-Announced = tuple[list[str], Where]
+Descriptor = dict[str, Any]
+Announced = tuple[list[str], Descriptor]
 """A chunk as it goes with a call: the names of its tensors, and what `publish` answered."""
 Stop = Callable[[], bool]
 
@@ -43,25 +43,25 @@ class Transport(ABC):
     """The trainer's side.
 
     Attributes:
-        most_ready: how many chunks that take memory may be published while the workers load others. More save calls,
-            each of which takes vLLM 1 to 2 ms.
+        max_staged_chunks: how many chunks that take memory may be published while the workers load others. More save
+            calls, each of which takes vLLM 1 to 2 ms.
         timeout_s: longest wait for the other side. Set by the session.
-        lasting: names of tensors that were not made for the sync: the trainer itself keeps them. Set by the session.
-        workers_on: where the workers' models are: `gpu_uuid`. Set by the session.
+        zero_copy_names: tensors that were not made for the sync: the trainer itself keeps them. Set by the session.
+        worker_gpus: where the workers' models are: `gpu_uuid`. Set by the session.
     """
 
     name: ClassVar[str]
-    most_ready: int = 1
+    max_staged_chunks: int = 1
     timeout_s: float = 600.0
-    lasting: Container[str] = ()
-    workers_on: Collection[str | None] = ()
+    zero_copy_names: Container[str] = ()
+    worker_gpus: Collection[str | None] = ()
 
-    def offer(self, workers: int, generations: set[str | None]) -> Where:
+    def offer(self, workers: int, connection_ids: set[str | None]) -> Descriptor:
         """What the workers need to join: at least {"transport": name}.
 
         Args:
             workers: how many will join, of all engines.
-            generations: of the receivers that the workers still hold; {None} where there are none. A transport that
+            connection_ids: of the receivers that the workers still hold; {None} where there are none. A transport that
                 keeps connections goes on with them only if all hold its own.
         """
         return {"transport": self.name}
@@ -70,7 +70,7 @@ class Transport(ABC):
         """Connect to the workers, which are at `begin` meanwhile."""
 
     @abstractmethod
-    def publish(self, index: int, chunk: Chunk) -> Where:
+    def publish(self, index: int, chunk: Chunk) -> Descriptor:
         """Make ready what `receive` needs for chunk number `index`. It is kept until a `release` of a later one."""
 
     def takes_memory(self, chunk: Chunk) -> bool:
@@ -107,20 +107,20 @@ class Receiver(ABC):
     Attributes:
         takes_memory: whether what is received takes memory of the worker's, which bounds how many chunks may wait for
             the device.
-        generation: names the connection that this receiver keeps from sync to sync; None if it keeps none.
+        connection_id: names the connection that this receiver keeps from sync to sync; None if it keeps none.
     """
 
     takes_memory: ClassVar[bool] = True
-    generation: str | None = None
+    connection_id: str | None = None
 
-    def __init__(self, offer: Where, rank: int, device: torch.device, timeout_s: float) -> None:
+    def __init__(self, offer: Descriptor, rank: int, device: torch.device, timeout_s: float) -> None:
         self.offer = offer
         self.rank = rank
         self.device = device
         self.timeout_s = timeout_s
 
     @abstractmethod
-    def receive(self, where: Where) -> Chunk:
+    def receive(self, where: Descriptor) -> Chunk:
         """The tensors of a chunk. Raises if it is not there or not whole."""
 
     def wait(self) -> None:  # noqa: B027 (nothing to do for some)

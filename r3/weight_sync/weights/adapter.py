@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from r3.errors import SyncError
-from r3.weight_sync.weights.lazy import WeightSource, as_source, gathered
+from r3.weight_sync.weights.lazy import LazyWeight, as_source, gathered
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
@@ -23,7 +23,7 @@ class AdapterWeights:
         config: of an `adapter_config.json`.
     """
 
-    weights: list[tuple[str, WeightSource]]
+    weights: list[tuple[str, LazyWeight]]
     config: dict[str, Any]
 
     def save(self, folder: str | Path, *, write: bool = True) -> Path:

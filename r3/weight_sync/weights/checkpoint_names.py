@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from r3.errors import SyncError, summary
-from r3.weight_sync.weights.lazy import Together, WeightSource
+from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization
 
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 _OF_ONE_EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)\.weight")
 
-Named = list[tuple[str, WeightSource]]
+Named = list[tuple[str, LazyWeight]]
 
 
 class _Traced(Tensor):
@@ -41,7 +41,7 @@ class _Traced(Tensor):
         return result
 
 
-def checkpoint_weights(skeleton: Any, live: dict[str, WeightSource], fused_experts: bool) -> Named:
+def checkpoint_weights(skeleton: Any, live: dict[str, LazyWeight], fused_experts: bool) -> Named:
     """The weights `live` of a transformers model as its checkpoint has them.
 
     Args:
@@ -96,7 +96,7 @@ def _checkpoint_form(skeleton: Any, named: dict[str, Any]) -> dict[str, Any]:
     return revert_weight_conversion(skeleton, dict(named))
 
 
-def _blank(name: str, source: WeightSource) -> _Traced:
+def _blank(name: str, source: LazyWeight) -> _Traced:
     tensor = torch.empty(source.shape, dtype=source.dtype, device="meta").as_subclass(_Traced)
     tensor.made_of = frozenset([name])
     return tensor
@@ -140,17 +140,17 @@ def _is_split_of_experts(origins: list[str], names: list[str]) -> bool:
     return whole is not None and len(origins) == 1 and all(p is not None and p[1] == whole[1] for p in parts)
 
 
-def _views(source: WeightSource, names: list[str], made: dict[str, _Traced]) -> Named:
+def _views(source: LazyWeight, names: list[str], made: dict[str, _Traced]) -> Named:
     cuts = [(made[name].shape, made[name].stride(), made[name].storage_offset()) for name in names]
 
     def make() -> list[Tensor]:
         whole = source.make().contiguous()
         return [whole.as_strided(shape, stride, whole.storage_offset() + offset) for shape, stride, offset in cuts]
 
-    return _taken(Together(make), names, made, source.keep_dtype, live=source.live)
+    return _taken(SharedMaterialization(make), names, made, source.keep_dtype, live=source.live)
 
 
-def _converted(skeleton: Any, sources: list[WeightSource], names: list[str], made: dict[str, _Traced]) -> Named:
+def _converted(skeleton: Any, sources: list[LazyWeight], names: list[str], made: dict[str, _Traced]) -> Named:
     def make() -> list[Tensor]:
         whole = _checkpoint_form(skeleton, {source.name: source.make() for source in sources})
         problems = [f"{name}: not made" for name in names if name not in whole]
@@ -159,14 +159,16 @@ def _converted(skeleton: Any, sources: list[WeightSource], names: list[str], mad
             raise SyncError(f"transformers' conversion of {len(sources)} weights depends on others:{summary(problems)}")
         return [whole[name] for name in names]
 
-    return _taken(Together(make), names, made, all(source.keep_dtype for source in sources), live=False)
+    return _taken(SharedMaterialization(make), names, made, all(source.keep_dtype for source in sources), live=False)
 
 
-def _taken(together: Together, names: list[str], made: dict[str, _Traced], keep_dtype: bool, *, live: bool) -> Named:
+def _taken(
+    together: SharedMaterialization, names: list[str], made: dict[str, _Traced], keep_dtype: bool, *, live: bool
+) -> Named:
     return [
         (
             name,
-            WeightSource(
+            LazyWeight(
                 name=name,
                 shape=torch.Size(made[name].shape),
                 dtype=made[name].dtype,

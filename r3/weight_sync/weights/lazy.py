@@ -10,7 +10,7 @@ from r3.errors import SyncError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class WeightSource:
+class LazyWeight:
     """A tensor that is made only when it is sent: gathered, merged, cut out of a larger one, or quantised.
 
     Attributes:
@@ -33,12 +33,12 @@ class WeightSource:
     parts: tuple[str, ...] = ()
 
 
-Weight = Tensor | WeightSource
+Weight = Tensor | LazyWeight
 
 
 def is_live(weight: Weight) -> bool:
     """Whether `gathered(weight)` is the weight itself, in one piece, and makes nothing."""
-    if isinstance(weight, WeightSource):
+    if isinstance(weight, LazyWeight):
         return weight.live
     return not is_sharded(weight) and weight.is_contiguous()
 
@@ -52,9 +52,9 @@ def gathered(weight: Weight) -> Tensor:
     """The whole of `weight`, detached. A sharded one (DTensor) is gathered: every rank of its mesh must come here.
 
     Raises:
-        SyncError: a `WeightSource` whose weight has changed its shape or dtype since it was listed.
+        SyncError: a `LazyWeight` whose weight has changed its shape or dtype since it was listed.
     """
-    if isinstance(weight, WeightSource):
+    if isinstance(weight, LazyWeight):
         whole = weight.make()
         if (whole.shape, whole.dtype) != (weight.shape, weight.dtype):
             is_now = f"{tuple(whole.shape)} {whole.dtype}"
@@ -71,16 +71,16 @@ def gathered(weight: Weight) -> Tensor:
     return (whole if whole.device.type == on else whole.to(on)).full_tensor()  # pyrefly: ignore
 
 
-def as_source(name: str, weight: Weight) -> WeightSource:
-    """`weight` as a `WeightSource`."""
-    if isinstance(weight, WeightSource):
+def as_source(name: str, weight: Weight) -> LazyWeight:
+    """`weight` as a `LazyWeight`."""
+    if isinstance(weight, LazyWeight):
         return weight
-    return WeightSource(
+    return LazyWeight(
         name=name, shape=weight.shape, dtype=weight.dtype, make=lambda: gathered(weight), live=is_live(weight)
     )
 
 
-class Together:
+class SharedMaterialization:
     """Tensors that one call makes all of, to be taken one by one; each is let go of as it is taken.
 
     They are made anew whenever the one that was taken first is taken again, so that a pass that stopped half way leaves

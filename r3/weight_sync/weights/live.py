@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import SyncError, summary
-from r3.weight_sync.weights.lazy import Together, WeightSource, gathered, is_sharded
+from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization, gathered, is_sharded
 from r3.weight_sync.weights.peft_merge import is_tuner, live_choice, merged, tuned_module
 
 # Modules that hold one other module and stand in its place: torch.compile, activation checkpointing.
@@ -25,7 +25,7 @@ class _Found:
 
     name: str
     key: Hashable
-    source: WeightSource
+    source: LazyWeight
 
 
 def hugging_face_model(model: nn.Module) -> tuple[Any, Any]:
@@ -65,9 +65,7 @@ def original_class(module: nn.Module) -> type:
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
-def live_weights(
-    inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str, torch.Size]
-) -> dict[str, WeightSource]:
+def live_weights(inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str, torch.Size]) -> dict[str, LazyWeight]:
     """What a checkpoint of `inner` would hold: parameters and persistent buffers, by name, tied ones once.
 
     Args:
@@ -149,7 +147,7 @@ def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_F
         whole = merged(module, gathered)
         return [attrgetter(path)(whole).detach() for path in own]
 
-    together = Together(make)
+    together = SharedMaterialization(make)
     for index, weight in enumerate(bare):
         take = lambda index=index: together.take(index)
         source = weight.source
@@ -157,14 +155,14 @@ def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_F
         yield _Found(
             weight.name,
             (id(module), index),
-            WeightSource(
+            LazyWeight(
                 name=weight.name, shape=source.shape, dtype=source.dtype, make=take, keep_dtype=source.keep_dtype
             ),
         )
 
 
-def _source(name: str, tensor: Tensor, make: Callable[[], Tensor], keep_dtype: bool) -> WeightSource:
-    return WeightSource(
+def _source(name: str, tensor: Tensor, make: Callable[[], Tensor], keep_dtype: bool) -> LazyWeight:
+    return LazyWeight(
         name=name,
         shape=tensor.shape,
         dtype=tensor.dtype,

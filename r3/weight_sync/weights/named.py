@@ -17,14 +17,14 @@ from torch import nn
 from r3.errors import SyncError
 from r3.weight_sync.weights.adapter import AdapterWeights, adapter_weights
 from r3.weight_sync.weights.checkpoint_names import checkpoint_weights, published_conversions
-from r3.weight_sync.weights.lazy import Weight, WeightSource, gathered
+from r3.weight_sync.weights.lazy import LazyWeight, Weight, gathered
 from r3.weight_sync.weights.live import hugging_face_model, live_weights, original_class
 from r3.weight_sync.weights.text_part import whole_of
 
-__all__ = ["AdapterWeights", "Weight", "WeightSource", "adapter_weights", "gathered", "named_weights"]
+__all__ = ["AdapterWeights", "LazyWeight", "Weight", "adapter_weights", "gathered", "named_weights"]
 
 
-def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tuple[str, WeightSource]]:
+def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tuple[str, LazyWeight]]:
     """All weights of `model` under the names, and in the shapes, of its Hugging Face checkpoint.
 
     - Names and shapes are those of the published checkpoint, also where `save_pretrained` writes others (Qwen3-VL-MoE).
@@ -34,7 +34,7 @@ def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tupl
     - Persistent buffers come too (correction biases of routers), others do not (rotary tables).
     - PEFT adapters are merged into what is sent, exactly as `merge_and_unload` would; the model itself keeps them
       apart. To send only an adapter see `adapter_weights`.
-    - `WeightSource.keep_dtype` is set for buffers, and for what transformers itself keeps in float32: vLLM declares
+    - `LazyWeight.keep_dtype` is set for buffers, and for what transformers itself keeps in float32: vLLM declares
       these float32, and the trainer computes with float32, so that rounding them would change which experts are
       chosen. All other weights may be cast: under mixed precision the trainer computes with cast ones too.
 
@@ -50,7 +50,7 @@ def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tupl
             the checkpoint differs only by having them apart: far fewer names. vLLM takes both forms for Qwen2-MoE,
             Qwen3-MoE, OLMoE, GLM-4-MoE and ERNIE 4.5 (tested with the models of vLLM 0.30), but not for DeepSeek-V2
             and V3, whose sync then fails. Has no effect on families whose checkpoints are fused anyway (gpt-oss) or
-            name experts differently (Mixtral). `WeightSource.parts` has the names of the checkpoint.
+            name experts differently (Mixtral). `LazyWeight.parts` has the names of the checkpoint.
 
     Raises:
         SyncError: no transformers model; weights that cannot be read where they are (FSDP1, ZeRO-3); weights that the

@@ -28,7 +28,7 @@ from r3.vllm_compat.reload import on_model_built
 from r3.weight_sync.integrity.digest import digest
 from r3.weight_sync.worker.held_tensors import held
 from r3.weight_sync.worker.load_plan.layer_record import storage_of
-from r3.weight_sync.worker.load_plan.plan import Layout, Region, layout_of
+from r3.weight_sync.worker.load_plan.plan import Region, TensorLayout, layout_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class View:
 class Origins:
     """A model that had been built and had no weights yet: its tensors besides parameters, by path."""
 
-    constants: dict[str, tuple[Layout, "Tensor | int"]] = field(default_factory=dict)
+    constants: dict[str, tuple[TensorLayout, "Tensor | int"]] = field(default_factory=dict)
     views: dict[str, View] = field(default_factory=dict)
 
 
@@ -214,7 +214,7 @@ def _content(tensor: Tensor) -> Tensor | int:
     return whole if whole.nbytes <= _COPIED_BYTES else digest(whole)
 
 
-def _is_content(tensor: Tensor, layout: Layout, content: Tensor | int) -> bool:
+def _is_content(tensor: Tensor, layout: TensorLayout, content: Tensor | int) -> bool:
     if layout_of(tensor) != layout:
         return False
     now = _content(tensor)

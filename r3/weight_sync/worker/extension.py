@@ -4,10 +4,7 @@ vLLM appends the class to its worker's bases: no `__init__` runs, every name sta
 is plain dictionaries, of which JSON is enough. A call never raises into the engine; it answers {"error": ...}, and the
 worker is poisoned if a weight may have been touched.
 
-States: idle -> reserve -> reserved -> begin -> open -> seal -> sealed -> commit -> committed -> release -> idle. The
-sender pauses the engine once it has reserved it and resumes it before the release, so that no two do so at a time.
-`abort` of an untouched sync leads back to idle; any other failure leads to poisoned, from where only a complete sync
-leads on. A sync whose sender is silent is taken over by the next one once its lease is over.
+`r3.weight_sync.protocol` has the calls and the states they lead to.
 """
 
 import time
@@ -18,19 +15,18 @@ import torch
 
 from r3.errors import summary
 from r3.vllm_compat.engines import allow_amx
-from r3.weight_sync.delta import Base
+from r3.weight_sync.delta import DeltaBase
 from r3.weight_sync.integrity.digest import combine
-from r3.weight_sync.quantization.fp8 import queue_finite_check
-from r3.weight_sync.transports import RECEIVERS, Announced, Receiver, Where
+from r3.weight_sync.protocol import Reply, SyncState
+from r3.weight_sync.transports import RECEIVERS, Announced, Descriptor, Receiver
 from r3.weight_sync.transports.transport import gpu_uuid, wait_until
 from r3.weight_sync.worker.batch_guard import BatchGuard
 from r3.weight_sync.worker.derived_tensors import watch_construction
 from r3.weight_sync.worker.engine_models import EngineModels, caches_in
+from r3.weight_sync.worker.finite import queue_finite_check
 from r3.weight_sync.worker.kept_layers import kept_layers
 from r3.weight_sync.worker.state import ReceivedSync, WorkerState
 from r3.weight_sync.worker.verification import check_chunk, check_content, check_ties, remedy
-
-Reply = dict[str, Any]
 
 # This module is imported in every worker, before it builds a model.
 allow_amx()
@@ -49,7 +45,7 @@ class WeightSyncWorker:
     model_runner: Any  # has the device: CPU workers of 0.22 have none themselves
 
     def r3_status(self) -> Reply:
-        """State (of the list above, or "poisoned"), cause, and what a sender needs to know of this worker."""
+        """State, cause if poisoned, and what a sender needs to know of this worker."""
         return self._r3_reply(lambda state: {})
 
     def r3_reserve(self, sync_id: str, version: int, sender: str, lease_s: float) -> Reply:
@@ -67,8 +63,8 @@ class WeightSyncWorker:
                 left_s = state.sync.until - time.monotonic()
                 if left_s > 0:
                     raise _RefusedError(
-                        f"a sync of version {state.sync.version} by {state.sync.sender} is {state.name}: let it commit "
-                        f"or abort; if its sender has died, another can begin in {left_s:.1f} s"
+                        f"a sync of version {state.sync.version} by {state.sync.sender} is {state.state}: let it "
+                        f"commit or abort; if its sender has died, another can begin in {left_s:.1f} s"
                     )
                 cause = f"its sender, {state.sync.sender}, was silent for more than {state.sync.lease_s:g} s"
                 self._r3_give_up(state, cause)
@@ -90,7 +86,7 @@ class WeightSyncWorker:
 
         Answers `kept`: by path of `frozen`, the layers that keep what they have.
         """
-        return self._r3_reply(lambda state: self._r3_open(state, self._r3_of(state, sync_id, "reserved"), sync))
+        return self._r3_reply(lambda state: self._r3_open(state, self._r3_of(state, sync_id, SyncState.RESERVED), sync))
 
     def r3_load(self, sync_id: str, index: int, chunks: list[Announced]) -> Reply:
         """Receive `chunks`, of which the first is number `index` of the sync, load them, and finish after the last one.
@@ -99,7 +95,7 @@ class WeightSyncWorker:
         """
 
         def load(state: WorkerState) -> Reply:
-            sync = self._r3_of(state, sync_id, "open")
+            sync = self._r3_of(state, sync_id, SyncState.OPEN)
             if index != sync.chunks:
                 raise RuntimeError(f"expected chunk {sync.chunks}, got {index}: one was lost, doubled or reordered")
             assert state.receiver is not None
@@ -121,7 +117,7 @@ class WeightSyncWorker:
         """Check that everything has come as it was sent. Answers the digest of all."""
 
         def seal(state: WorkerState) -> Reply:
-            sync = self._r3_of(state, sync_id, "open")
+            sync = self._r3_of(state, sync_id, SyncState.OPEN)
             assert state.receiver is not None
             unsent = sorted(sync.manifest.keys() - sync.received)
             if unsent:
@@ -139,7 +135,7 @@ class WeightSyncWorker:
                 if self.model_runner.device.type == "cuda":
                     torch.cuda.synchronize(self.model_runner.device)
                 state.receiver.settle()
-            sync.sealed, sync.stage = sealed, "sealed"
+            sync.sealed, sync.state = sealed, SyncState.SEALED
             return {"digest": sync.sealed, "stages_s": sync.clock.stages_s}
 
         return self._r3_reply(seal)
@@ -148,9 +144,9 @@ class WeightSyncWorker:
         """The sealed weights are the committed ones from here on. The worker stays reserved until `r3_release`."""
 
         def commit(state: WorkerState) -> Reply:
-            sync = self._r3_of(state, sync_id, "sealed")
+            sync = self._r3_of(state, sync_id, SyncState.SEALED)
             assert sync.reload is not None
-            state.version, state.cause, sync.stage = sync.version, "", "committed"
+            state.version, state.cause, sync.state = sync.version, "", SyncState.COMMITTED
             sync.reload.commit()
             if sync.base is not None:
                 sync.base.version = sync.version
@@ -162,7 +158,7 @@ class WeightSyncWorker:
         """The end of a sync: another may reserve this worker."""
 
         def release(state: WorkerState) -> Reply:
-            self._r3_of(state, sync_id, "committed")
+            self._r3_of(state, sync_id, SyncState.COMMITTED)
             state.sync = None
             return {}
 
@@ -202,13 +198,13 @@ class WeightSyncWorker:
                 + remedy(misfits, sync.manifest)
             )
         if given["keep_base"]:
-            base = base or Base()
+            base = base or DeltaBase()
             base.begin(complete)
         sync.base = state.base = base
         self._r3_join(state, given)
         if not isinstance(self.model_runner.execute_model, BatchGuard):
             BatchGuard(self.model_runner, lambda: state.why_no_batch)
-        sync.stage = "open"
+        sync.state = SyncState.OPEN
         sync.reload.begin(sync.manifest)
         sync.renew()
         return {"draft": state.models.draft, "kept": kept}
@@ -229,8 +225,8 @@ class WeightSyncWorker:
 
     def _r3_join(self, state: WorkerState, sync: dict[str, Any]) -> None:
         offer = sync["offer"]
-        generation = offer.get("generation")
-        if state.receiver is not None and generation is not None and state.receiver.generation == generation:
+        connection_id = offer.get("connection_id")
+        if state.receiver is not None and connection_id is not None and state.receiver.connection_id == connection_id:
             return
         _drop_receiver(state)
         rank = sync["ranks"].get(state.worker)
@@ -241,7 +237,7 @@ class WeightSyncWorker:
         except Exception as error:
             raise _RefusedError(f"{type(error).__name__}: {error}") from error
 
-    def _r3_load_one(self, sync: ReceivedSync, receiver: Receiver, names: list[str], where: Where) -> None:
+    def _r3_load_one(self, sync: ReceivedSync, receiver: Receiver, names: list[str], where: Descriptor) -> None:
         assert sync.reload is not None
         with sync.clock.stage("receive"):
             chunk = receiver.receive(where)
@@ -275,10 +271,10 @@ class WeightSyncWorker:
             sync.reload.finish()
             sync.uninitialised = queue_finite_check(sync.reload.layers)
 
-    def _r3_of(self, state: WorkerState, sync_id: str, expected: str) -> ReceivedSync:
-        if state.sync is None or state.sync.id != sync_id or state.name != expected:
+    def _r3_of(self, state: WorkerState, sync_id: str, expected: SyncState) -> ReceivedSync:
+        if state.sync is None or state.sync.id != sync_id or state.state is not expected:
             raise _RefusedError(
-                f"sync {sync_id} is not {expected} here: the worker is {state.name}"
+                f"sync {sync_id} is not {expected} here: the worker is {state.state}"
                 + (f" ({state.cause})" if state.cause else "")
             )
         state.sync.renew()
@@ -298,7 +294,7 @@ class WeightSyncWorker:
             if sync.touched:
                 state.untouched = sync.kept & state.untouched if state.cause else sync.kept
                 state.cause = cause
-            if sync.reload is not None and sync.stage != "committed":
+            if sync.reload is not None and sync.state is not SyncState.COMMITTED:
                 sync.reload.abandon()
 
     def _r3_check_quantization(self, manifest: dict[str, list]) -> None:
@@ -334,9 +330,9 @@ class WeightSyncWorker:
             "worker": state.worker,
             "gpu": gpu_uuid(self.model_runner.device),
             "version": state.version,
-            "state": state.name,
+            "state": state.state.value,
             "cause": state.cause,
-            "generation": None if state.receiver is None else state.receiver.generation,
+            "connection_id": None if state.receiver is None else state.receiver.connection_id,
             "base_version": None if state.base is None else state.base.version,
             **reply,
         }

@@ -29,7 +29,7 @@ from r3.vllm_compat.reload import expert_prepack, is_deferred, join_gates
 from r3.weight_sync.worker.derived_tensors import DerivedTensors
 from r3.weight_sync.worker.load_plan.layer_record import own_tensors
 from r3.weight_sync.worker.load_plan.plan import LoadPlan, Manifest, Planned
-from r3.weight_sync.worker.load_plan.trace import Learner
+from r3.weight_sync.worker.load_plan.trace import LoadTracer
 from r3.weight_sync.worker.rehearsal import likely_cause, rehearse
 from r3.weight_sync.worker.reload_layers import address, computing, loadable_numel, put_back
 
@@ -70,7 +70,7 @@ class LayerwiseReload:
         self._aside: list[tuple[nn.Module, str, Tensor]] = []  # buffers kept out of vLLM's bracket
         self._kept = frozenset(kept)
         self._planned: Planned | None = None
-        self._learner: Learner | None = None
+        self._learner: LoadTracer | None = None
         self._opened = False  # vLLM's bracket
         self.learned: LoadPlan | None = plan
 
@@ -116,7 +116,7 @@ class LayerwiseReload:
             self._planned = None
             logger.warning("The engine's tensors have changed; the load plan is learned again:%s", summary(changed))
         rearranges = bool(getattr(self._config.parallel_config, "enable_eplb", False))
-        self._learner = Learner(self._model, kernel, rearranges=rearranges)
+        self._learner = LoadTracer(self._model, kernel, rearranges=rearranges)
 
     def misfits(self, manifest: Manifest) -> list[str]:
         """What is known of `manifest` to not fit, one line each; the last one may say why. Touches nothing."""
@@ -284,7 +284,7 @@ class LayerwiseReload:
             hook()  # pyrefly: ignore
         join_gates(self.layers.values())
 
-    def _require_derived(self, learner: Learner) -> None:
+    def _require_derived(self, learner: LoadTracer) -> None:
         """Raise `SyncError` for what still derives from the weights before this bracket."""
         if self._derived.written_by(learner.written_by_loaders):
             self.learned = None  # a planned sync calls no loaders
@@ -297,7 +297,7 @@ class LayerwiseReload:
             )
 
     def _set_aside(self) -> None:
-        """Take out of their layers the buffers that vLLM's bracket would lose or spoil."""
+        """Take out of their layers the buffers that vLLM's bracket would lose or mark_unplannable."""
         for name, own in self._derived.kept_buffers:
             layer = self.layers[name]
             if (tensor := layer._buffers.pop(own, None)) is not None:

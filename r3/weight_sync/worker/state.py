@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from r3.weight_sync.delta import Base
+from r3.weight_sync.delta import DeltaBase
 from r3.weight_sync.integrity.digest import ContentDigests
-from r3.weight_sync.timing import Clock
+from r3.weight_sync.protocol import SyncState
+from r3.weight_sync.timing import StageTimer
 from r3.weight_sync.transports import Receiver
 from r3.weight_sync.worker.engine_models import EngineModels, EngineReload
 
@@ -21,13 +22,13 @@ class ReceivedSync:
     version: int
     sender: str
     lease_s: float
-    stage: str = "reserved"
+    state: SyncState = SyncState.RESERVED
     manifest: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     reload: EngineReload | None = None
     kept: frozenset[str] = frozenset()  # layers that get nothing on purpose
-    base: Base | None = None
+    base: DeltaBase | None = None
     digests: ContentDigests = field(default_factory=ContentDigests)
-    clock: Clock = field(default_factory=Clock)
+    clock: StageTimer = field(default_factory=StageTimer)
     received: set[str] = field(default_factory=set)
     chunks: int = 0
     touched: bool = False
@@ -50,17 +51,17 @@ class WorkerState:
     given_up: str = ""  # id of the last sync that was aborted
     receiver: Receiver | None = None
     models: EngineModels | None = None
-    base: Base | None = None
+    base: DeltaBase | None = None
 
     @property
-    def name(self) -> str:
+    def state(self) -> SyncState:
         if self.sync is not None:
-            return self.sync.stage
-        return "poisoned" if self.cause else "idle"
+            return self.sync.state
+        return SyncState.POISONED if self.cause else SyncState.IDLE
 
     @property
     def why_no_batch(self) -> str:
         """Why no batch may run on the weights as they are now; empty if one may."""
-        if self.sync is not None and self.sync.stage in ("open", "sealed"):
-            return f"a sync of version {self.sync.version} by {self.sync.sender} is {self.sync.stage}"
+        if self.sync is not None and self.sync.state in (SyncState.OPEN, SyncState.SEALED):
+            return f"a sync of version {self.sync.version} by {self.sync.sender} is {self.sync.state}"
         return self.cause

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from r3.weight_sync.worker.held_tensors import held
-from r3.weight_sync.worker.load_plan.plan import Copy, Fill, Layout, Region, layout_of
+from r3.weight_sync.worker.load_plan.plan import Copy, Fill, Region, TensorLayout, layout_of
 
-Check = tuple[str, str, Tensor]  # layer, what is wrong with it if this is true: bool, no dimensions
+Comparison = tuple[str, str, Tensor]  # layer, what is wrong with it if this is true: bool, no dimensions
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 COMPARED_AT_ONCE = 1 << 25  # elements; bounds the memory of a comparison
@@ -22,7 +22,7 @@ class Record:
     layer: str
     kind: str  # class
     kernel: dict[str, Tensor]  # what the engine computes with
-    layouts: dict[str, Layout] = field(default_factory=dict)  # of what is loaded
+    layouts: dict[str, TensorLayout] = field(default_factory=dict)  # of what is loaded
     copies: dict[str, list[Copy]] = field(default_factory=dict)  # by source
     fills: list[Fill] = field(default_factory=list)
     reason: str = ""  # why it cannot be planned
@@ -32,7 +32,7 @@ class Record:
     sources: dict[str, Tensor] = field(default_factory=dict)  # flat
     before: dict[int, Tensor] = field(default_factory=dict)  # what the layer held aside from its own tensors
 
-    def spoil(self, reason: str) -> None:
+    def mark_unplannable(self, reason: str) -> None:
         self.reason = self.reason or reason
 
     def regions(self, tensor: str) -> list[Region]:
@@ -50,21 +50,21 @@ class Record:
         """What processing has left behind, before it is copied into the tensors that the engine computes with."""
         now = own_tensors(layer)
         if not (now.keys() == self.kernel.keys() == self.loading.keys()):
-            self.spoil("processing adds or removes parameters")
+            self.mark_unplannable("processing adds or removes parameters")
         for name in now.keys() & self.kernel.keys() & self.loading.keys():
             loaded = self.loading[name]
             if not layout_of(now[name]) == layout_of(self.kernel[name]) == layout_of(loaded):
-                self.spoil("processing changes a parameter's shape, strides or dtype")
+                self.mark_unplannable("processing changes a parameter's shape, strides or dtype")
             elif (storage_of(now[name]), now[name].storage_offset()) != (storage_of(loaded), loaded.storage_offset()):
-                self.spoil("processing replaces a parameter")
+                self.mark_unplannable("processing replaces a parameter")
         known = self.before.keys() | {storage_of(tensor) for tensor in self.kernel.values()}
         if held_tensors(layer).keys() - known:
-            self.spoil("processing keeps a tensor that is no parameter")
+            self.mark_unplannable("processing keeps a tensor that is no parameter")
 
     def close(self) -> None:
         self.loading, self.storages, self.sources, self.before = {}, {}, {}, {}
 
-    def checks(self) -> Iterator[Check]:
+    def checks(self) -> Iterator[Comparison]:
         """Queue the comparison of what the engine computes with and what was copied; nothing waits for it."""
         for source, copies in self.copies.items():
             for copy in copies:

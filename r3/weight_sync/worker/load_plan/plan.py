@@ -9,16 +9,17 @@ All offsets and strides are in elements. Sources are contiguous; targets have th
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-Manifest = Mapping[str, tuple[tuple[int, ...], str]]  # name -> shape, dtype as `str(tensor.dtype)`
-Chunk = list[tuple[str, Tensor]]
-Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, stride
+from r3.weight_sync.protocol import Manifest
+from r3.weight_sync.transports import Chunk
+
+TensorLayout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, stride
 
 # One kernel copies many small tensors; a large one alone is faster by the device's own copy.
 SMALL_BYTES = 1 << 20
@@ -77,7 +78,7 @@ class Fill:
 class LayerPlan:
     """A layer whose weights are as its sources have them."""
 
-    layout: dict[str, Layout]  # by tensor
+    layout: dict[str, TensorLayout]  # by tensor
     elements: int  # that come from sources
     fills: tuple[Fill, ...] = ()
 
@@ -233,7 +234,7 @@ def _copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def layout_of(tensor: Tensor) -> Layout:
+def layout_of(tensor: Tensor) -> TensorLayout:
     return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import torch
 from torch import nn
 
-from r3.weight_sync.worker.load_plan.layer_record import Check, Record
+from r3.weight_sync.worker.load_plan.layer_record import Comparison, Record
 from r3.weight_sync.worker.load_plan.plan import Copy, LayerPlan, LoadPlan, Manifest, coverage_problem, layout_of
 
 logger = logging.getLogger(__name__)
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 Fail = Callable[[str, str], None]  # layer, reason
 
 
-def conclude(
+def build_plan(
     model: nn.Module,
     manifest: Manifest,
     records: dict[str, Record],
-    checks: Iterable[Check],
+    checks: Iterable[Comparison],
     *,
     links: Collection[tuple[str, str]],
     shared: Iterable[Collection[tuple[str, str]]],
@@ -93,8 +93,8 @@ def _ties(records: dict[str, Record], shared: Iterable[Collection[tuple[str, str
         yield from (tuple(sorted(names)) for names in sources.values() if len(names) > 1)
 
 
-def _evaluate(checks: Iterable[Check], fail: Fail) -> None:
-    by_device: dict[torch.device, list[Check]] = {}
+def _evaluate(checks: Iterable[Comparison], fail: Fail) -> None:
+    by_device: dict[torch.device, list[Comparison]] = {}
     for check in checks:
         by_device.setdefault(check[2].device, []).append(check)
     for group in by_device.values():

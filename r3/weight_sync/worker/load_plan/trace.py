@@ -22,11 +22,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r3.vllm_compat.reload import is_deferred, never_counted
-from r3.weight_sync.worker.load_plan.layer_record import Check, Record, held_tensors, storage_of
+from r3.weight_sync.worker.load_plan.layer_record import Comparison, Record, held_tensors, storage_of
 from r3.weight_sync.worker.load_plan.plan import Chunk, Copy, Fill, LoadPlan, Region, coalesced, layout_of
-from r3.weight_sync.worker.load_plan.prove import conclude
+from r3.weight_sync.worker.load_plan.prove import build_plan
 
-Where = tuple[str, str]  # layer, tensor
+TensorKey = tuple[str, str]  # layer, tensor
 
 # These take of a tensor its shape, dtype and device alone.
 SHAPE_ONLY = frozenset(
@@ -36,7 +36,7 @@ SHAPE_ONLY = frozenset(
 ) | {"aten::is_pinned", "aten::is_same_size", "aten::sym_size", "aten::sym_stride", "aten::sym_numel"}
 
 
-class Learner:
+class LoadTracer:
     """Watches one sync.
 
     Args:
@@ -54,8 +54,8 @@ class Learner:
         # The weak references keep addresses of storages from being used again, not their memory.
         self._sources: dict[int, str] = {}
         self._references: list[StorageWeakRef] = []
-        self._live: dict[int, list[Where]] = {}
-        self._in_place: set[Where] = set()  # never moved to meta: loaded at once
+        self._live: dict[int, list[TensorKey]] = {}
+        self._in_place: set[TensorKey] = set()  # never moved to meta: loaded at once
         for layer, tensors in kernel.items():
             module = model.get_submodule(layer)
             for name, tensor in tensors.items():
@@ -73,7 +73,7 @@ class Learner:
         self._wanted: set[str] = set()  # by a loader, before it was known where to
         self.written: set[int] = set()  # storages, by whatever vLLM ran
         self.written_by_loaders: set[int] = set()  # the same, but not for a layer that was processed, or at the end
-        self._checks: list[Check] = []
+        self._checks: list[Comparison] = []
 
     @contextmanager
     def watching(self, chunk: Chunk, *, closing: bool = False) -> Iterator[None]:
@@ -111,7 +111,7 @@ class Learner:
         links = [(source, record.layer) for record in records for source in record.copies]
         self._merge_direct()
         linked = {source for source, _ in links}
-        return conclude(
+        return build_plan(
             self._model,
             self._manifest,
             self._records,
@@ -129,7 +129,7 @@ class Learner:
         name = self._names[layer]
         record = Record(name, type(layer).__name__, self._kernel.get(name, {}))
         if name in self._records:
-            record.spoil("it was processed twice")
+            record.mark_unplannable("it was processed twice")
         record.before = held_tensors(layer)
         self._records[name] = self._current = record
         try:
@@ -163,14 +163,14 @@ class Learner:
 
     # What the dispatcher sees.
 
-    def saw(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
+    def on_op(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
         """One operation that has just run."""
         if function._schema.is_mutable:
-            self._saw_write(function, args, kwargs)
+            self._on_write(function, args, kwargs)
         if self._paused or function._schema.name in SHAPE_ONLY:
             return
         if function is torch.ops.aten.copy_.default:
-            self._saw_copy(args[0], args[1])
+            self._on_copy(args[0], args[1])
             return
         made = {storage_of(tensor) for tensor in _tensors_in(result)}
         for tensor in _tensors_in((args, kwargs)):
@@ -182,12 +182,12 @@ class Learner:
             if (where := self._target(storage)) is None:
                 continue
             if function in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default):
-                self._saw_fill(where, tensor, args[1] if len(args) > 1 else 0)
+                self._on_fill(where, tensor, args[1] if len(args) > 1 else 0)
             elif function._schema.is_mutable or not self._may_read(where):
                 reason = f"loading or processing computes with its weights ({function._schema.name})"
-                self._record_of(where).spoil(reason)
+                self._record_of(where).mark_unplannable(reason)
 
-    def _saw_write(self, function: Any, args: tuple, kwargs: dict) -> None:
+    def _on_write(self, function: Any, args: tuple, kwargs: dict) -> None:
         for index, argument in enumerate(function._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = args[index] if index < len(args) else kwargs.get(argument.name)
@@ -196,7 +196,7 @@ class Learner:
                 if self._current is None and not self._closing:
                     self.written_by_loaders |= storages
 
-    def _saw_copy(self, target: Tensor, source: Tensor) -> None:
+    def _on_copy(self, target: Tensor, source: Tensor) -> None:
         name = self._sources.get(storage_of(source))
         if target.is_meta:
             if name is not None:
@@ -207,7 +207,7 @@ class Learner:
         if storage_of(target) == storage_of(source) and _region(target) == _region(source):
             return  # onto itself
         if (read := self._target(storage_of(source))) is not None and not self._may_read(read):
-            self._record_of(read).spoil("loading or processing copies its weights elsewhere")
+            self._record_of(read).mark_unplannable("loading or processing copies its weights elsewhere")
         where = self._target(storage_of(target))
         if where is None:
             if name is not None:
@@ -215,7 +215,7 @@ class Learner:
             return
         record = self._record_of(where)
         if name is None:
-            record.spoil("its weights are computed or cast on the way")
+            record.mark_unplannable("its weights are computed or cast on the way")
             return
         region, expanded = self._within(where, record, target), _region(source.expand_as(target))
         copy = Copy(
@@ -232,43 +232,43 @@ class Learner:
             flat = source.as_strided((source.untyped_storage().nbytes() // source.element_size(),), (1,), 0)
             record.sources[name] = flat
         if source.dtype != target.dtype or str(source.dtype) != self._manifest[name][1]:
-            record.spoil("its weights are cast when they are loaded")
+            record.mark_unplannable("its weights are cast when they are loaded")
         elif any(n > 1 and step == 0 for n, step in zip(copy.size, copy.source_stride, strict=True)):
-            record.spoil("a value is spread over several elements")
+            record.mark_unplannable("a value is spread over several elements")
 
-    def _saw_fill(self, where: Where, target: Tensor, value: float) -> None:
+    def _on_fill(self, where: TensorKey, target: Tensor, value: float) -> None:
         if target.numel():
             record = self._record_of(where)
             record.fills.append(Fill(tensor=where[1], region=self._within(where, record, target), value=value))
 
-    def _within(self, where: Where, record: Record, view: Tensor) -> Region:
+    def _within(self, where: TensorKey, record: Record, view: Tensor) -> Region:
         """Which part of a layer's tensor a view of it is."""
         whole = record.loading[where[1]] if record is self._current else self._kernel[where[0]][where[1]]
         region = _region(view)
         return Region(size=region.size, stride=region.stride, offset=region.offset - _region(whole).offset)
 
-    def _target(self, storage: int) -> Where | None:
+    def _target(self, storage: int) -> TensorKey | None:
         """Whose memory it is: of the layer that is loaded and processed now, or of one that lives outside of that."""
         if self._current is not None and (name := self._current.storages.get(storage)) is not None:
             return self._current.layer, name
         return next((place for place in self._live.get(storage, ()) if place[0] not in self._deferred), None)
 
-    def _may_read(self, where: Where) -> bool:
+    def _may_read(self, where: TensorKey) -> bool:
         """Whether what is read of a layer's tensor now is read again at every closing."""
         if self._current is None:
             return self._closing
         if self._current.layer != where[0]:
-            self._current.spoil("processing computes with another layer's weights")
+            self._current.mark_unplannable("processing computes with another layer's weights")
         return False
 
-    def _record_of(self, where: Where) -> Record:
+    def _record_of(self, where: TensorKey) -> Record:
         if self._current is not None:
             if self._current.layer == where[0]:
                 return self._current
-            self._current.spoil("processing touches another layer's weights")
+            self._current.mark_unplannable("processing touches another layer's weights")
         record = self._direct.setdefault(where[0], Record(where[0], "", self._kernel[where[0]]))
         if where not in self._in_place:
-            record.spoil("it is touched after it was complete")
+            record.mark_unplannable("it is touched after it was complete")
         return record
 
     def _merge_direct(self) -> None:
@@ -278,7 +278,7 @@ class Learner:
             layouts = {tensor: layout_of(kernel) for tensor, kernel in direct.kernel.items()}
             record = self._records.setdefault(name, Record(name, kind, direct.kernel, layouts))
             if direct.reason:
-                record.spoil(direct.reason)
+                record.mark_unplannable(direct.reason)
             # vLLM counts by loading: what stays off the meta device is loaded then, and once more with its layer.
             done = {copy.tensor for group in record.copies.values() for copy in group}
             new = {source: [c for c in copies if c.tensor not in done] for source, copies in direct.copies.items()}
@@ -292,14 +292,14 @@ class Learner:
 
 
 class _Watch(TorchDispatchMode):
-    def __init__(self, learner: Learner) -> None:
+    def __init__(self, learner: LoadTracer) -> None:
         super().__init__()
         self._learner = learner
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self._learner.saw(func, args, kwargs, result)
+        self._learner.on_op(func, args, kwargs, result)
         return result
 
 
