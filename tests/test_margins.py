@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from zoo import CASES
 
 import r3
-from r3.replay.selection import margin
+from r3.replay.topk import margin
 
 BATCH, LENGTH = 2, 10
 REPLAYED = [name for name, case in CASES.items() if case.refused is None]

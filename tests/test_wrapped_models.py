@@ -186,7 +186,7 @@ def test_threads_do_not_see_each_others_routing(expected):
 def test_an_attach_that_fails_halfway_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_moe()
     classes = [type(module) for module in model.modules()]
-    monkeypatch.setattr(instrument, "_patched_router", lambda *_: 1 / 0)
+    monkeypatch.setattr(patching, "_patched_router", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         r3.attach(model)
     assert [type(module) for module in model.modules()] == classes

@@ -26,24 +26,24 @@ class Replay:
         self.required = required
         self._handles: list[Any] = []
         self._inputs = ModelInputs(model)
-        self._instrument = ModelPatch.of(model)
+        self._patch = ModelPatch.of(model)
         try:
-            if self._instrument.replayed:
+            if self._patch.replayed:
                 raise ReplayError(f"replay is attached to this {type(model).__name__} already; detach it first")
             self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
             self._handles.append(model.register_forward_hook(self._end, with_kwargs=True))
         except BaseException:
-            self._instrument.release()
+            self._patch.release()
             raise
-        self._instrument.replayed = True
+        self._patch.replayed = True
 
     @property
     def spec(self) -> RoutingSpec:
-        return self._instrument.spec
+        return self._patch.spec
 
     @property
     def last(self) -> ForwardReport | None:
-        return self._instrument.activity.report
+        return self._patch.activity.report
 
     def detach(self) -> None:
         """Take replay off the model, which is then as it was. A second call does nothing."""
@@ -51,8 +51,8 @@ class Replay:
             return
         while self._handles:
             self._handles.pop().remove()
-        self._instrument.replayed = False
-        self._instrument.release()
+        self._patch.replayed = False
+        self._patch.release()
 
     def routing(self, expert_ids: Tensor) -> RolloutRouting:
         """`RolloutRouting` of an integer tensor `[B, S, L, K]` in which rows of -1, also of some layers, are not valid.
@@ -75,7 +75,7 @@ class Replay:
 
     @torch.compiler.disable  # looks at values: would only break the graph
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        activity = self._instrument.activity
+        activity = self._patch.activity
         activity.report, activity.fell_back = None, False
         given = kwargs.get(KEYWORD)
         if given is None:
@@ -103,7 +103,7 @@ class Replay:
         if routing.layer_ids != spec.layer_ids:
             routing = routing.layers(spec.layer_ids)
         routing = routing.to(tokens.device, non_blocking=True)
-        self._instrument.to(tokens.device)
+        self._patch.to(tokens.device)
         ids, valid = routing.expert_ids.flatten(0, 1), routing.validity.flatten(0, 1)
         rows_live = len(ids) - routing.rows_valid
         live = ~valid if rows_live else None
@@ -121,13 +121,13 @@ class Replay:
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        call, activity = kwargs.get(KEYWORD), self._instrument.activity
+        call, activity = kwargs.get(KEYWORD), self._patch.activity
         if activity.fell_back and torch.is_grad_enabled():
             mark_outputs(output, activity, call)
         if call is None:
             return
         call.token.open = False
-        routers = self._instrument.routers
+        routers = self._patch.routers
         bypassed = [router.site.name for router in routers if not router.replayed(call)]
         if bypassed:
             raise ReplayError(

@@ -36,7 +36,7 @@ class Recorder:
     def __init__(self, model: nn.Module, *, margins: bool = False) -> None:
         self._model = model
         self._with_margins = margins
-        self._instrument: ModelPatch | None = None
+        self._patch: ModelPatch | None = None
         self._handles: list[Any] = []
         self._inputs = ModelInputs(model)
         self._given = (0, 0)
@@ -79,10 +79,10 @@ class Recorder:
         return torch.stack(layers, dim=1).unflatten(0, self._shape)
 
     def __enter__(self) -> "Recorder":
-        if self._instrument is not None:
+        if self._patch is not None:
             raise ReplayError("this recorder is open already: use another r3.record(model) inside it")
-        self._instrument = ModelPatch.of(self._model)
-        self._spec = self._instrument.spec
+        self._patch = ModelPatch.of(self._model)
+        self._spec = self._patch.spec
         self._thread = threading.get_ident()
         self._handles = [
             # First, for the tokens that the caller gave: Ulysses attention may make whole rows of them.
@@ -94,10 +94,10 @@ class Recorder:
     def __exit__(self, *exc: object) -> None:
         while self._handles:
             self._handles.pop().remove()
-        if self._instrument is not None:
-            self._leave(self._instrument.activity)
-            self._instrument.release()
-            self._instrument = None
+        if self._patch is not None:
+            self._leave(self._patch.activity)
+            self._patch.release()
+            self._patch = None
 
     def _leave(self, activity: Activity) -> RecordedForward | None:
         """The recording that this recorder reads, which goes with its last reader."""
@@ -111,12 +111,12 @@ class Recorder:
 
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        assert self._instrument is not None
+        assert self._patch is not None
         if threading.get_ident() != self._thread:
             return
         batch, length = tokens_of(args, kwargs).shape[:2]
         self._given = (batch, length)
-        activity = self._instrument.activity
+        activity = self._patch.activity
         # A recording that has this recorder already is left of a forward that was interrupted.
         if activity.recording is None or self in activity.recording.readers:
             activity.recording = RecordedForward()
@@ -126,12 +126,12 @@ class Recorder:
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        assert self._instrument is not None
-        recording = self._leave(self._instrument.activity)
+        assert self._patch is not None
+        recording = self._leave(self._patch.activity)
         if output is None or recording is None:  # the forward raised, or is another thread's
             return
         self._inputs.require_positions(kwargs)
-        missing = [router.site.name for router in self._instrument.routers if router.index not in recording.chosen]
+        missing = [router.site.name for router in self._patch.routers if router.index not in recording.chosen]
         if missing:
             raise ReplayError(f"expected every router to choose in a forward; these did not run:{summary(missing)}")
         self._shape = self._given

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from r3.errors import ReplayError
-from r3.replay.selection import search_rows, select, with_live_rows
+from r3.replay.topk import search_rows, select, with_live_rows
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INTEGERS = [torch.uint8, torch.int16, torch.int32, torch.int64]
