@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3MoeForCausalLM
 
 import r3
+from r3.replay import patching
 
 
 def forward(model, **kwargs):

@@ -126,7 +126,7 @@ class Replay:
             mark_outputs(output, activity, call)
         if call is None:
             return
-        call.token.open = False
+        call.forward_id.open = False
         routers = self._patch.routers
         bypassed = [router.site.name for router in routers if not router.replayed(call)]
         if bypassed:

@@ -72,7 +72,7 @@ def _routers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
             yield path, module, module
 
 
-def _chooser(router: nn.Module, block: nn.Module) -> tuple[nn.Module, str]:
+def _routing_method(router: nn.Module, block: nn.Module) -> tuple[nn.Module, str]:
     experts = getattr(block, "experts", None)
     for owner in (block, unwrapped(experts) if isinstance(experts, nn.Module) else None):
         if owner is not None and hasattr(owner, ROUTE):
@@ -136,7 +136,7 @@ def find_routers(model: nn.Module) -> RouterMap:
             hash_routed.append(_layer_list(model, path)[1])
         elif family.is_replayed(_own_path(path)):
             layers, index = _layer_list(model, path)
-            owner, method = _chooser(router, block)
+            owner, method = _routing_method(router, block)
             lists[layers].append(
                 RouterSite(
                     name=path,
