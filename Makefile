@@ -13,7 +13,8 @@ PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The newest CPU build of vLLM has an environment of its own. It captures in another way; these are tests of capture and sync.
 NEWEST := .venv-newest
-NEWEST_TESTS := hooks collect rows http stitch server sync
+NEWEST_TESTS := engine/test_capture_hooks capture/test_collect capture/test_rows capture/test_response_parsing capture/test_stitch \
+	engine/test_capture_server engine/test_sync
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,7 +33,7 @@ test-browser: $(READY)  ## look at the reports' pages in a headless Chromium
 	$(BIN)/python $(PYTEST) -m browser $(ARGS)
 
 test-newest: $(NEWEST)/.r3-ready  ## capture and weight sync with the newest CPU build of vLLM
-	$(NEWEST)/bin/python $(PYTEST) -m "not gpu" $(NEWEST_TESTS:%=tests/test_%.py) $(ARGS)
+	$(NEWEST)/bin/python $(PYTEST) -m "not gpu" $(NEWEST_TESTS:%=tests/%.py) $(ARGS)
 
 lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .

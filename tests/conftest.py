@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from places import DEMO_MODEL, IMPORTED
 
 # No test may depend on a model hub: all models are made in the test or shipped with the examples.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,8 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 
-HERE = Path(__file__).parent
-DEMO_MODEL = HERE.parent / "examples" / "chain_sum_moe"
+# Processes that tests start import as the tests do: engines find worker extensions by name.
+os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, IMPORTED), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,16 +57,9 @@ def engine(demo_config):
 
     from r3.capture import engine_kwargs
 
-    # The workers import their extension by name.
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *([before] if before else [])])
     llm = LLM(**engine_kwargs(demo_config) | {"worker_extension_cls": "engine_worker.BreakableWorker"})
     yield llm
     llm.llm_engine.engine_core.shutdown()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +80,7 @@ def weights(demo_config):
 @pytest.fixture(scope="session")
 def reference(engine):
     """Greedy output under the weights that the engine loaded itself."""
-    from syncs import greedy
+    from sync_helpers import greedy
 
     first = greedy(engine)
     assert greedy(engine) == first, "the engine does not repeat itself: nothing can be compared"
@@ -111,7 +105,7 @@ def pytest_runtest_setup(item):
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tests of model families run their models")
-    parser.addoption("--support-table", action="store_true", help="write docs/models.md from tests/test_every_model.py")
+    parser.addoption("--support-table", action="store_true", help="write docs/models.md from test_every_model.py")
 
 
 @pytest.fixture(scope="session")

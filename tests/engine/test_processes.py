@@ -1,0 +1,192 @@
+"""The main job as a user starts it: what it leaves in the run folder, and that it leaves no process behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from models import tiny_dense
+from places import DEMO_MODEL
+
+EXAMPLE = DEMO_MODEL.parent / "grpo_fsdp.py"
+SMALL = ["trainer.train_batch_size=4", "trainer.updates_per_step=1", "generator.sampling_params.max_generate_length=24"]
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def start(*overrides: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
+    command = [sys.executable, "-W", "ignore", *launcher, str(EXAMPLE), *SMALL, *overrides]
+    # A session of its own: a signal to it does not reach the tests, and its processes can be told from others.
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # Where the tests run as a shell's background job, Ctrl-C is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def session(leader: int) -> list[str]:
+    """Live processes of the session that `leader` began."""
+
+    def belongs(process: psutil.Process) -> bool:
+        try:
+            return os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
+        except (ProcessLookupError, PermissionError, psutil.Error):
+            return False  # it ended while we looked, or is another user's
+
+    return [str(process) for process in psutil.process_iter() if belongs(process)]
+
+
+def all_ended(leader: int, within_s: float = 10.0) -> bool:
+    """Whether the session is empty soon after its leader: Python's resource tracker, for one, ends by itself."""
+    deadline = time.monotonic() + within_s
+    while (left := session(leader)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not left
+
+
+def records(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.engine
+def test_a_run_without_replay_trains_on_live_routing_and_ends_cleanly(tmp_path):
+    run = start(
+        f"trainer.output_dir={tmp_path / 'run'}",
+        "trainer.max_steps=2",
+        "trainer.policy.fsdp_config.moe_enable_routing_replay=false",
+    )
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, output
+    assert all_ended(run.pid), session(run.pid)
+    assert "times lower" in output
+    steps = records(tmp_path / "run")
+    assert [step["step"] for step in steps] == [1, 2]
+    for step in steps:
+        assert step["routing/rows_replayed"] == 0 < step["routing/rows_live"]
+        assert step["sync/version"] == step["step"]
+        # Capture stays on: what replay would do is measured all the same.
+        assert 0 < step["logprob_diff/replayed/k3"] != step["logprob_diff/live/k3"] > 0
+        assert step["sync/chunks"] > 1
+        assert {f"routing/differing_rows/layer_{layer:02d}" for layer in range(8)} <= step.keys()
+        assert {"reward/mean", "sync/bytes", "sync/seconds", "time/rollout_s", "time/train_s"} <= step.keys()
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["trainer.policy.fsdp_config.moe_enable_routing_replay"] is False
+
+
+@pytest.mark.engine
+def test_two_ranks_that_share_each_row_train_with_replay_and_sync(tmp_path):
+    run = start(
+        f"trainer.output_dir={tmp_path / 'run'}",
+        "trainer.max_steps=2",
+        "trainer.policy.sequence_parallel_size=2",
+        launcher=TORCHRUN,
+    )
+    output, _ = run.communicate(timeout=280)
+    assert run.returncode == 0, output
+    assert all_ended(run.pid), session(run.pid)
+    assert output.count("times lower") == 1
+    steps = records(tmp_path / "run")
+    assert [step["sync/version"] for step in steps] == [1, 2]
+    for step in steps:
+        # Every sampled token of 4 prompts x 8 rollouts counts once, whichever rank had it.
+        assert step["logprob_diff/replayed/tokens"] == step["rollout/tokens_mean"] * 32
+        # The last token of a rollout has no row; all others are replayed.
+        assert step["routing/rows_live"] == 32
+        assert step["logprob_diff/replayed/k3"] < step["logprob_diff/live/k3"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("sent", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
+)
+def test_ctrl_c_and_sigterm_end_the_engine_too(tmp_path, sent, code):
+    run = start(f"trainer.output_dir={tmp_path / 'run'}", "trainer.max_steps=1000")
+    try:
+        deadline = time.monotonic() + 200
+        while not records(tmp_path / "run") and time.monotonic() < deadline and run.poll() is None:
+            time.sleep(0.5)
+        assert records(tmp_path / "run"), "no step within 200 s"
+        assert len(session(run.pid)) > 1, "the engine has no process of its own: nothing is tested"
+        run.send_signal(sent)
+        run.communicate(timeout=60)
+        assert run.returncode == code
+        assert all_ended(run.pid), session(run.pid)
+    finally:
+        if session(run.pid):
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+RAISES = """
+import sys
+from r3 import R3Config
+from r3.capture import running_engine
+
+if __name__ == "__main__":
+    with running_engine(R3Config.from_overrides([], {"trainer.policy.model.path": sys.argv[1]})):
+        raise LookupError("after the engine is up")
+"""
+
+
+@pytest.mark.engine
+def test_an_exception_ends_the_engine_too(tmp_path):
+    script = tmp_path / "raises.py"
+    script.write_text(RAISES)
+    run = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script), str(DEMO_MODEL)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    output, _ = run.communicate(timeout=240)
+    assert "LookupError: after the engine is up" in output
+    assert run.returncode == 1
+    assert all_ended(run.pid), session(run.pid)
+
+
+def test_settings_that_ranks_cannot_share_are_refused_before_anything_starts(tmp_path):
+    run = start(f"trainer.output_dir={tmp_path / 'run'}", "trainer.policy.sequence_parallel_size=3", launcher=TORCHRUN)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "expected a divisor of the 2 ranks, got 3" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("generator.inference_engine.enable_return_routed_experts=false", "needs generator.inference_engine"),
+        ("trainer.no_such_thing=1", "unknown setting 'trainer.no_such_thing'"),
+    ],
+)
+def test_settings_that_cannot_work_end_the_run_before_anything_starts(tmp_path, override, message):
+    run = start(f"trainer.output_dir={tmp_path / 'run'}", override)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert message in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dense_model_is_refused_before_the_engine_starts(tmp_path):
+    from transformers import AutoTokenizer
+
+    tiny_dense().save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "dense")
+    run = start(f"trainer.output_dir={tmp_path / 'run'}", f"trainer.policy.model.path={tmp_path / 'dense'}")
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert "UnsupportedModelError: Qwen3ForCausalLM has no router" in output

@@ -1,0 +1,115 @@
+"""The support table in docs/models.md: what the tests of every model found, by version of transformers.
+
+`pytest tests/replay/test_every_model.py --support-table` runs them and adds what it saw to `proved.json`, from which
+the page is made.
+"""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import transformers
+
+from zoo import CASES
+
+PROVED = Path(__file__).with_name("proved.json")
+PAGE = Path(__file__).parents[3] / "docs" / "models.md"
+
+_TESTS = {
+    "test_own_routing_is_bit_identical_to_live": "exact",
+    "test_foreign_ids_reach_the_experts_with_weights_and_gate_gradients_of_the_formula": "formula",
+    "test_both_modes_of_checkpointing_give_the_gradients_of_none_over_interleaved_micro_batches": "checkpointing",
+    "test_invalid_rows_are_routed_live_in_the_same_batch": "mixed",
+    "test_a_family_that_ids_do_not_determine_is_refused_by_name": "refused",
+}
+_NODE = re.compile(r"::(?P<test>\w+)\[(?P<name>.+?)(?:-(?P<variant>fp32|bf16))?\]$")
+
+_NOTES = {
+    "deepseek_v2": "also with group limits: weights come from the scores before the group mask",
+    "deepseek_v4": "the hash layers choose by token id: they need no routing, and have no column",
+    "ernie4_5_vl_moe": "text only; an input with images raises",
+    "jetmoe": "the experts of the MLP; attention heads are routed live. transformers cannot checkpoint it",
+    "longcat_flash": "E counts the zero experts",
+    "zaya": "E counts the class that skips the experts",
+}
+
+_INTRO = """# Models
+
+What `tests/replay/test_every_model.py` found for every mixture-of-experts family of transformers, each as a whole tiny
+model with random weights and correction biases, on the CPU. The page is made by those tests:
+
+    .venv/bin/python -m pytest tests/replay/test_every_model.py --support-table
+
+- **exact**: replaying its own live routing gives logits bit-identical to live, in these dtypes, with each of
+  transformers' expert implementations that the family has (eager, grouped).
+- **formula**: foreign ids reach the experts of every layer as given; the weights equal the family's formula, written
+  independently in float64 (`tests/support/zoo/formulas.py`), and the gradient of every gate equals autograd's on it.
+- **checkpointing**: both modes give the gradients that none gives, over two micro-batches and one backward, with a live
+  and another replayed forward in between.
+- **mixed**: rows that are not valid are routed live beside replayed ones.
+
+On one H200 (torch 2.11.0+cu130, transformers 5.17.0, commit b8c995a, `--device cuda`, deterministic algorithms) all 409
+tests of the 80 models of that version pass as well.
+
+Which of them vLLM's CPU build starts, and whether engine and trainer agree: [engines.md](engines.md).
+
+Variants (`-`) are other routers of a family. A model that is not listed passes or fails on the proof that `attach`
+makes.
+"""
+
+_REFUSED = """
+## Refused
+Expert ids do not determine what these routers do. `attach` refuses them by name.
+
+| model type | class | transformers | reason |
+|---|---|---|---|
+"""
+
+
+def add(passed: list[str], failed: list[str]) -> None:
+    """Record the outcome of tests, by node id, for the installed transformers, and write the page."""
+    found: dict[str, dict] = defaultdict(lambda: defaultdict(list))
+    for node in passed:
+        if (match := _NODE.search(node)) and match["test"] in _TESTS:
+            found[match["name"]][_TESTS[match["test"]]].append(match["variant"] or "yes")
+    if failed or not found:
+        raise RuntimeError(f"nothing written: {len(failed)} tests failed, {len(found)} models were proved")
+    proved = json.loads(PROVED.read_text()) if PROVED.exists() else {}
+    proved[transformers.__version__] = {
+        name: {
+            "class": CASES[name].architecture,
+            **({"reason": CASES[name].refused} if CASES[name].refused else {}),
+            **{what: sorted(variants) for what, variants in sorted(checks.items())},
+        }
+        for name, checks in sorted(found.items())
+    }
+    PROVED.write_text(json.dumps(proved, indent=1, sort_keys=True) + "\n")
+    PAGE.write_text(page(proved))
+
+
+def page(proved: dict[str, dict[str, dict]]) -> str:
+    """docs/models.md of the outcomes `{transformers version: {case: checks}}`."""
+    versions = sorted(proved, key=lambda v: tuple(map(int, v.split("."))))
+    by_case: dict[str, dict[str, dict]] = defaultdict(dict)
+    for version in versions:
+        for name, checks in proved[version].items():
+            by_case[name][version] = checks
+    rows, refused = [], []
+    for name, results in sorted(by_case.items()):
+        last = results[max(results, key=versions.index)]
+        where = f"| `{name}` | {last['class']} | {', '.join(results)} |"
+        if "reason" in last:
+            refused.append(f"{where} {last['reason']} |")
+            continue
+
+        def cell(what: str, results: dict[str, dict] = results) -> str:
+            """Variants that passed, with the versions where that is not in all."""
+            variants = sorted({v for r in results.values() for v in r.get(what, ())}, reverse=True)
+            where = {v: [version for version, r in results.items() if v in r.get(what, ())] for v in variants}
+            return ", ".join(v if len(where[v]) == len(results) else f"{v} ({', '.join(where[v])})" for v in variants)
+
+        cells = (cell(what) or "no" for what in ("exact", "formula", "checkpointing", "mixed"))
+        rows.append(f"{where} {' | '.join(cells)} | {_NOTES.get(name.partition('-')[0], '')} |")
+    head = "| model type | class | transformers | exact | formula | checkpointing | mixed | note |\n|" + "---|" * 8
+    return "\n".join([_INTRO, head, *rows]) + "\n" + _REFUSED + "\n".join(refused) + "\n"

@@ -1,0 +1,120 @@
+"""The arithmetic of the trainer: advantages, the clipped objective, and log-probabilities."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+from places import DEMO_MODEL
+
+import r3
+from r3.capture import RolloutBatch
+from trainer_hooks.batches import Rows, StepBatch
+from trainer_hooks.fsdp import Policy, clipped_objective, group_advantages, process_group
+
+
+def test_advantages_compare_the_samples_of_one_prompt_only():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    found = group_advantages(rewards)
+    assert torch.allclose(found.sum(1), torch.zeros(3), atol=1e-6)
+    assert torch.equal(found[2], torch.zeros(4))
+    # mean 0.25, standard deviation with n - 1: 0.5
+    torch.testing.assert_close(found[1], torch.tensor([-0.5, -0.5, -0.5, 1.5]), rtol=1e-3, atol=0)
+
+
+def test_the_objective_stops_pushing_beyond_its_bounds_but_not_back():
+    ratio = torch.tensor([0.5, 1.0, 2.0, 0.5, 1.0, 2.0], requires_grad=True)
+    advantages = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    objective = clipped_objective(ratio, advantages, low=0.2, high=0.3)
+    torch.testing.assert_close(objective, torch.tensor([0.5, 1.0, 1.3, -0.8, -1.0, -2.0]))
+    objective.sum().backward()
+    assert ratio.grad.tolist() == [1.0, 1.0, 0.0, 0.0, -1.0, -1.0]
+
+
+def made_batch(generator: torch.Generator) -> RolloutBatch:
+    ids = torch.randint(2, 300, (3, 12), generator=generator)
+    attention = torch.ones(3, 12, dtype=torch.int64)
+    attention[1, 9:] = 0
+    response = attention.bool()
+    response[:, :5] = False
+    experts = torch.rand(3, 12, 8, 32, generator=generator).argsort(-1)[..., :4]
+    valid = attention.bool()
+    valid[:, 8] = False
+    return RolloutBatch(
+        input_ids=ids,
+        attention_mask=attention,
+        response_mask=response,
+        logprobs=torch.zeros(3, 12),
+        routing=r3.RolloutRouting(experts, valid, tuple(range(8)), 32),
+    )
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("replayed", [True, False])
+def test_policy_logprobs_are_those_of_a_plain_float32_model_at_the_temperature(replayed, packed):
+    from transformers import AutoModelForCausalLM
+
+    config = r3.R3Config.from_overrides(
+        [
+            "trainer.policy.fsdp_config.param_dtype=float32",
+            "generator.sampling_params.temperature=0.5",
+            f"trainer.use_sample_packing={packed}",
+        ],
+        {"trainer.policy.model.path": str(DEMO_MODEL)},
+    )
+    batch = made_batch(torch.Generator().manual_seed(0))
+    plain = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+    r3.attach(plain)
+    with process_group(), torch.no_grad():
+        policy = Policy(config)
+        policy.model.eval()
+        # Rollout b's log-probabilities are those at advantage b + 1.
+        (rows,) = policy.rows(StepBatch.of(batch, torch.arange(3.0) + 1), 3)
+        found, rows = policy.logprobs(rows, replayed=replayed).cpu(), rows.to(torch.device("cpu"))
+        for b in range(3):
+            length = int(batch.attention_mask[b].sum())
+            ids = batch.input_ids[b : b + 1, :length]
+            routing = {}
+            if replayed:
+                part = batch.routing.select([b])
+                taken = part.expert_ids.long().masked_fill(~part.valid[..., None, None], -1)
+                routing = {"routed_experts": taken[:, :length]}
+            logits = plain(input_ids=ids, use_cache=False, **routing).logits.double() / 0.5
+            expected = logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+            torch.testing.assert_close(found[rows.advantages == b + 1].double(), expected[4:], rtol=2e-6, atol=2e-5)
+    assert found[~rows.mask].eq(0).all()
+    assert rows.input_ids.numel() <= batch.input_ids.numel()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_rows_and_their_slices_keep_what_belongs_together(packed, size):
+    batch = made_batch(torch.Generator().manual_seed(1))
+    batch.logprobs.copy_(-batch.input_ids.float()).mul_(batch.response_mask)
+    whole = Rows.of(StepBatch.of(batch, torch.arange(3.0) + 1), packed=packed)
+    slices = [whole.shard(rank, size) for rank in range(size)]
+    labels, mask = (torch.cat([getattr(part, name) for part in slices], 1) for name in ("labels", "mask"))
+    # Each sampled token is predicted once, by its own rollout, and its log-probability is beside it.
+    assert int(mask.sum()) == int(batch.response_mask.sum())
+    assert sorted(labels[mask].tolist()) == sorted(batch.input_ids[batch.response_mask].tolist())
+    assert torch.equal(torch.cat([part.logprobs for part in slices], 1)[mask], -labels[mask].float())
+    for b in range(3):
+        mine = torch.cat([part.advantages for part in slices], 1) == b + 1
+        assert labels[mine].tolist() == batch.input_ids[b][batch.response_mask[b]].tolist()
+    assert sum(part.routing.rows_valid for part in slices) == batch.routing.rows_valid
+    assert sum(int(part.tokens.sum()) for part in slices) == int(batch.attention_mask.sum())
+
+
+def test_rows_of_other_rollouts_cannot_be_put_together():
+    batch = made_batch(torch.Generator().manual_seed(1))
+    with pytest.raises(r3.CaptureError, match=r"each of 3 rollouts, got \(2,\)"):
+        StepBatch.of(batch, torch.arange(2.0))
+    rows = Rows.of(StepBatch.of(batch, torch.arange(3.0)), packed=False)
+    with pytest.raises(r3.CaptureError, match=r"routing: \[2, 12, 8, 4\]"):
+        replace(rows, routing=batch.routing.select(slice(0, 2)))
+
+
+def test_the_process_group_is_closed_after_an_exception():
+    with contextlib.suppress(LookupError), process_group():
+        raise LookupError
+    assert not torch.distributed.is_initialized()
