@@ -202,7 +202,7 @@ def test_layers_that_choose_by_token_id_have_no_column_and_are_said():
 
 def test_group_limited_weights_come_from_the_scores_before_the_mask(monkeypatch):
     model = CASES["deepseek_v2-group_limited"].build()
-    monkeypatch.setattr(substitution, "_MASKED_FILL", frozenset())
+    monkeypatch.setattr(topk, "_MASKED_FILL", frozenset())
     with pytest.raises(r3.UnsupportedModelError, match="cut to the live top-k"):
         r3.attach(model)
 
