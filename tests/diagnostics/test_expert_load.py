@@ -18,6 +18,7 @@ from r3.diagnostics import (
     RoutingSums,
     SequenceSums,
     compare_routing,
+    routing_pair,
     sequence_totals,
 )
 from r3.diagnostics.histogram import RELATIVE_ERROR

@@ -8,7 +8,7 @@ import torch
 from zoo import CASES
 
 import r3
-from r3.replay import families
+from r3.replay import families, topk
 
 BATCH, LENGTH = 2, 10
 REPLAYED = [name for name, case in CASES.items() if case.refused is None]
