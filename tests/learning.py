@@ -15,7 +15,9 @@ from zoo import CASES
 import r3
 from r3.capture import RolloutBatch
 from trainer_hooks.batches import StepBatch
-from trainer_hooks.fsdp import GRPOTrainer, Policy, process_group
+from trainer_hooks.grpo import GRPOTrainer
+from trainer_hooks.launch import process_group
+from trainer_hooks.policy import Policy
 
 CASE = CASES["qwen3_moe"]
 LENGTHS, WIDTH, PROMPT = (12, 9, 11, 7), 12, 4

@@ -157,15 +157,15 @@ BAD = {
     "r3/capture/outputs.py": ("from r3 import attach", "imports r3.replay"),
     "r3/report/run_report.py": ("import importlib\nimportlib.import_module('r3.cli')", "imports r3.cli"),
     "r3/diagnostics/sinks.py": ("import r3", "imports the whole of r3"),
-    "r3/__init__.py": ("from trainer_hooks import fsdp", "r3 never imports trainer_hooks"),
-    "r3/cli.py": ("import trainer_hooks.fsdp", "r3 never imports trainer_hooks"),
+    "r3/__init__.py": ("from trainer_hooks import grpo", "r3 never imports trainer_hooks"),
+    "r3/cli.py": ("import trainer_hooks.grpo", "r3 never imports trainer_hooks"),
     "r3/helpers.py": ("x = 1", "is in no layer"),
     "r3/replay/a.py": ("import os\nx = os.environ.get('X')", "os.environ"),
     "r3/replay/b.py": ("import os\nx = os.getenv('X')", "os.getenv"),
     "r3/replay/c.py": ("from os import environ", "from os import environ"),
     "r3/replay/d.py": ("import os as system", "another name"),
     "r3/replay/e.py": ("print('here')", "print"),
-    "trainer_hooks/fsdp.py": ("print('here')", "print"),
+    "trainer_hooks/grpo.py": ("print('here')", "print"),
 }
 
 GOOD = {

@@ -28,7 +28,9 @@ from ranks import Ranks
 import r3
 from r3.capture import Rollout, Rollouts, engine_kwargs
 from trainer_hooks.batches import StepBatch
-from trainer_hooks.fsdp import GRPOTrainer, Policy, process_group
+from trainer_hooks.grpo import GRPOTrainer
+from trainer_hooks.launch import process_group
+from trainer_hooks.policy import Policy
 
 CLIP = "trainer.policy.optimizer_config.max_grad_norm"
 MICRO = "trainer.micro_train_batch_size"
