@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,30 @@ def test_sources_keep_to_their_layers():
     assert len(files) > 5, f"expected the sources under {ROOT}, found only {files}"
     found = [line for path in files for line in violations(path.read_text(), path.relative_to(ROOT), exports)]
     assert not found, "\n" + "\n".join(found)
+
+
+def imports_of_modules() -> dict[str, set[str]]:
+    """By module, which modules of the project it imports, also late or for types alone; no package's `__init__`."""
+    exports = public_names((ROOT / "r3/__init__.py").read_text())
+    files = [path.relative_to(ROOT) for top in ("r3", "trainer_hooks") for path in (ROOT / top).rglob("*.py")]
+    modules = {".".join(path.with_suffix("").parts): path for path in files if path.stem != "__init__"}
+    return {
+        name: {
+            target
+            for _, target in imports(ast.parse((ROOT / path).read_text()), name.rpartition(".")[0], exports)
+            if target in modules
+        }
+        for name, path in modules.items()
+    }
+
+
+def test_no_modules_import_each_other():
+    graph = imports_of_modules()
+    assert {"r3.routing.spec", "r3.routing.wire"} <= graph["r3.routing.types"]
+    TopologicalSorter(graph).prepare()  # CycleError names the modules
+    graph["r3.routing.spec"].add("r3.routing.types")
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("use", ["import r3", "import r3; r3.RolloutRouting"])
