@@ -62,7 +62,7 @@ def main(overrides: list[str]) -> None:
     from r3 import R3Config
     from r3.config import process_rank
     from r3.diagnostics import read_metrics
-    from trainer_hooks.fsdp import train
+    from trainer_hooks.launch import train
 
     config = R3Config.from_overrides(overrides, DEFAULTS)
     task = ReasoningGymTask(config.task.name, config.trainer.seed, config.task.settings)

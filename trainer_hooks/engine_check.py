@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,9 +13,7 @@ from r3.diagnostics import EngineAgreement
 from r3.doctor.engine_agreement import PROMPT_TOKENS, PROMPTS, SAMPLED_TOKENS, ask_twice, family_of, probe_prompts
 from trainer_hooks.batches import StepBatch, broadcast
 from trainer_hooks.measure import measure
-
-if TYPE_CHECKING:
-    from trainer_hooks.fsdp import Policy
+from trainer_hooks.policy import Policy
 
 logger = logging.getLogger("r3")
 

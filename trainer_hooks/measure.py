@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,7 @@ from r3.diagnostics import (
 from r3.routing import RolloutRouting
 from r3.routing.validity import by_pair
 from trainer_hooks.batches import Rows, StepBatch
-
-if TYPE_CHECKING:
-    from trainer_hooks.fsdp import Policy
+from trainer_hooks.scorer import Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(policy: Policy, whole: StepBatch, *, size: int, extreme_ratio: float, details: bool) -> Measured:
+def measure(policy: Scorer, whole: StepBatch, *, size: int, extreme_ratio: float, details: bool) -> Measured:
     """Two forwards of all rollouts, one with live and one with replayed routing, or one where there is no routing.
 
     Every rank calls it.

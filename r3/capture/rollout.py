@@ -249,7 +249,8 @@ class Rollouts:
         if wrong:
             raise CaptureError(
                 f"routing of {len(wrong)} of {len(self.items)} rollouts does not fit the spec. Collect all with that "
-                "spec. To have a rollout routed live, and counted as such, give it spec.without_rows(len(rollout)); "
-                f"where nothing is to be replayed, let the spec be None:{summary(wrong)}"
+                "spec. To have a rollout routed live, and counted as such, give it "
+                "RolloutRouting.without_rows(spec, len(rollout)); where nothing is to be replayed, let the spec be "
+                f"None:{summary(wrong)}"
             )
         return [rollout.routing for rollout in self.items if rollout.routing is not None]

@@ -257,7 +257,7 @@ def scored(rollout: Rollout) -> Tensor:
 
 def _rows(rollout: Rollout, spec: RoutingSpec) -> RolloutRouting:
     """The rollout's routing on the CPU; without any, rows that are all routed live."""
-    return spec.without_rows(len(rollout)) if rollout.routing is None else rollout.routing.to("cpu")
+    return RolloutRouting.without_rows(spec, len(rollout)) if rollout.routing is None else rollout.routing.to("cpu")
 
 
 def _agreement(live: RolloutRouting, saved: RolloutRouting) -> RoutingSums:

@@ -367,7 +367,7 @@ def _patched_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
         if call is not None and not isinstance(call, ReplayContext):
             raise ReplayError(
                 f"`{KEYWORD}` reached a decoder layer as {type(call).__name__}: it went past the module that replay is "
-                "attached to. Call that module, or attach to the one that is called"
+                "attached to. ReplayContext that module, or attach to the one that is called"
             )
         activity = patch.activity
         if torch.compiler.is_compiling():

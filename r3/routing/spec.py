@@ -1,14 +1,10 @@
 """What the routing of a model looks like."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
-
-from r3.routing.validity import Counts
-
-if TYPE_CHECKING:
-    from r3.routing.types import RolloutRouting
+from torch import Tensor
 
 
 def compact_dtype(num_experts: int) -> torch.dtype:
@@ -36,10 +32,12 @@ class RoutingSpec:
     top_k: int
     table_layers: tuple[int, ...] = ()
 
-    def without_rows(self, tokens: int) -> "RolloutRouting":
-        """`[1, tokens, L, K]` in which no row is valid: of a rollout that was not captured and is to be routed live."""
-        from r3.routing.types import trusted
 
-        expert_ids = torch.zeros(1, tokens, len(self.layer_ids), self.top_k, dtype=compact_dtype(self.num_experts))
-        validity = torch.zeros(1, tokens, dtype=torch.bool)
-        return trusted(expert_ids, validity, self.layer_ids, self.num_experts, None, Counts(0, 0))
+class Parts(NamedTuple):
+    """What a `RolloutRouting` holds, checked or yet to be checked; the attributes are its own."""
+
+    expert_ids: Tensor
+    validity: Tensor
+    layer_ids: tuple[int, ...]
+    num_experts: int
+    weight_version: int | None

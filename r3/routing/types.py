@@ -13,8 +13,9 @@ from torch import Tensor
 from r3.errors import RoutingError, summary
 from r3.routing.checks import check_rows
 from r3.routing.layout import Packing, pad, shard, unshard
-from r3.routing.spec import compact_dtype
+from r3.routing.spec import Parts, RoutingSpec, compact_dtype
 from r3.routing.validity import Counts, by_pair, by_row, counted, in_one_form
+from r3.routing.wire import decode, encode
 
 
 class RolloutRouting:
@@ -108,8 +109,10 @@ class RolloutRouting:
         raise AttributeError(f"RolloutRouting is immutable: {name} cannot be set")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        parts = (self.expert_ids, self.validity, self.layer_ids, self.num_experts, self.weight_version)
-        return trusted, (*parts, vars(self).get("_counts"))
+        return trusted, (*self._parts(), vars(self).get("_counts"))
+
+    def _parts(self) -> Parts:
+        return Parts(self.expert_ids, self.validity, self.layer_ids, self.num_experts, self.weight_version)
 
     def __repr__(self) -> str:
         return (
@@ -249,6 +252,14 @@ class RolloutRouting:
         return self._with(shard(self.expert_ids, rank, size), shard(self.validity, rank, size))
 
     @classmethod
+    def without_rows(cls, spec: RoutingSpec, tokens: int) -> "RolloutRouting":
+        """`[1, tokens, L, K]` in which no row is valid: of a rollout that was not captured and is to be routed live."""
+        shape = (1, tokens, len(spec.layer_ids), spec.top_k)
+        expert_ids = torch.zeros(shape, dtype=compact_dtype(spec.num_experts))
+        validity = torch.zeros(1, tokens, dtype=torch.bool)
+        return trusted(expert_ids, validity, spec.layer_ids, spec.num_experts, None, Counts(0, 0))
+
+    @classmethod
     def unshard(cls, slices: Sequence["RolloutRouting"], length: int) -> "RolloutRouting":
         """Routing of `length` positions whose slices these are, by rank: the inverse of `shard`.
 
@@ -303,9 +314,7 @@ class RolloutRouting:
         Raises:
             RoutingError: a decoder layer or weight version that the format cannot hold.
         """
-        from r3.routing.wire import encode
-
-        return encode(self, compress=compress)
+        return encode(self._parts(), compress=compress)
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, *, max_bytes: int = 1 << 32) -> "RolloutRouting":
@@ -322,9 +331,7 @@ class RolloutRouting:
             RoutingError: not a message, one of a newer format, truncated, damaged, larger than `max_bytes`, or with
                 ids out of range or repeated in a valid row.
         """
-        from r3.routing.wire import decode
-
-        return decode(data, max_bytes=max_bytes)
+        return trusted(*decode(data, max_bytes=max_bytes))
 
     def _with(self, expert_ids: Tensor, validity: Tensor, counts: Counts | None = None) -> "RolloutRouting":
         return replace_trusted(self, expert_ids, validity, weight_version=self.weight_version, counts=counts)

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from r3.errors import RoutingError, summary
 from r3.routing.checks import check_rows, row_blocks
-from r3.routing.spec import compact_dtype
-from r3.routing.types import RolloutRouting, trusted
+from r3.routing.spec import Parts, compact_dtype
 from r3.routing.validity import by_row
 
 VERSION = 2  # written only where flag _BY_LAYER needs it: all else is version 1, as before
@@ -64,8 +63,8 @@ class _Header(NamedTuple):
         return self.rows * self.layers * self.slots * self.itemsize
 
 
-def encode(routing: RolloutRouting, *, compress: bool) -> bytes:
-    """What `RolloutRouting.to_bytes` returns."""
+def encode(routing: Parts, *, compress: bool) -> bytes:
+    """What `RolloutRouting.to_bytes` returns, of its parts."""
     ids = np.ascontiguousarray(routing.expert_ids.cpu().numpy())
     validity = by_row(routing.validity.cpu())
     valid = validity.reshape(-1)
@@ -82,7 +81,7 @@ def encode(routing: RolloutRouting, *, compress: bool) -> bytes:
     try:
         fields = _FIELDS.pack(
             *_Header(
-                *routing.shape,
+                *ids.shape,
                 num_experts=routing.num_experts,
                 itemsize=ids.itemsize,
                 weight_version=0 if routing.weight_version is None else routing.weight_version,
@@ -94,15 +93,16 @@ def encode(routing: RolloutRouting, *, compress: bool) -> bytes:
     except struct.error as error:
         raise RoutingError(
             f"to_bytes: expected sizes and decoder layers in [0, 2**32) and a weight version in [-2**63, 2**63), got "
-            f"{routing!r}, decoder layers {routing.layer_ids}"
+            f"{tuple(ids.shape)} of {routing.num_experts} experts, version {routing.weight_version}, decoder layers "
+            f"{routing.layer_ids}"
         ) from error
     prefix = _PREFIX.pack(_MAGIC, VERSION if by_layer else 1, flags, head, 0)
     crc = zlib.crc32(fields, zlib.crc32(prefix[:_CRC_AT]))
     return b"".join((prefix[:_CRC_AT], struct.pack("<I", crc), fields, packed, gap, stored))
 
 
-def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> RolloutRouting:
-    """What `RolloutRouting.from_bytes` returns."""
+def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Parts:
+    """The parts of what `RolloutRouting.from_bytes` returns, checked, in memory that nobody can write to."""
     message = _message(data)
     flags, header, layer_ids, validity_at = _read_header(message, max_bytes)
     ids_at = -(-(validity_at + header.validity_bytes) // _ALIGN) * _ALIGN
@@ -129,7 +129,7 @@ def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> RolloutRo
     kept = by_row(kept.reshape(header.shape[: 3 if flags & _BY_LAYER else 2]))
     check_rows(expert_ids, kept, layer_ids, header.num_experts)
     version = header.weight_version if flags & _HAS_VERSION else None
-    return trusted(expert_ids, kept, layer_ids, header.num_experts, version)
+    return Parts(expert_ids, kept, layer_ids, header.num_experts, version)
 
 
 def _message(data: bytes | bytearray | memoryview) -> np.ndarray:

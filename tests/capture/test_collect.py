@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import EXPERTS, LAYERS, TOP_K, random_ids
 
-from r3 import CaptureError, RoutingError
+from r3 import CaptureError, RolloutRouting, RoutingError
 from r3.capture import Rollouts, collect
 from r3.routing import RoutingSpec
 
@@ -89,7 +89,7 @@ def test_routing_that_belongs_to_no_rollout_cannot_be_batched():
             Rollouts(items, spec).batch(pad_token_id=0)
     assert Rollouts([bare, bare], None).batch(pad_token_id=0).routing is None
 
-    live = replace(bare, routing=SPEC.without_rows(len(bare)))
+    live = replace(bare, routing=RolloutRouting.without_rows(SPEC, len(bare)))
     batch = Rollouts([with_rows[0], live, with_rows[1]], SPEC).batch(pad_token_id=0)
     assert batch.routing.valid.sum(1).tolist() == [6, 0, 6]
     assert np.array_equal(batch.select(slice(2, 3)).routing.expert_ids[0, :6].numpy(), rows(1))

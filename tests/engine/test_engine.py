@@ -18,7 +18,9 @@ def trainer(engine, demo_config, weights):
     """The demo's trainer around the shared engine; gives the engine its weights back at the end."""
     from grpo_fsdp import DEFAULTS, ReasoningGymTask
 
-    from trainer_hooks.fsdp import GRPOTrainer, Policy, process_group
+    from trainer_hooks.grpo import GRPOTrainer
+    from trainer_hooks.launch import process_group
+    from trainer_hooks.policy import Policy
 
     settings = {key.removeprefix("task.settings."): v for key, v in DEFAULTS.items() if key.startswith("task.settings")}
     with process_group():

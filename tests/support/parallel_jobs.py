@@ -22,7 +22,7 @@ from r3.parallel import (
 from r3.routing import Packing, RolloutRouting, shard
 from r3.weight_sync import WeightSync, combine, gathered, named_weights
 from r3.weight_sync.engines import Engine
-from trainer_hooks.fsdp import push_from_all_ranks
+from trainer_hooks.publish import push_from_all_ranks
 
 LENGTHS = (7, 4, 9, 3)
 WIDTH = 10

@@ -10,7 +10,9 @@ from places import DEMO_MODEL
 import r3
 from r3.capture import RolloutBatch
 from trainer_hooks.batches import Rows, StepBatch
-from trainer_hooks.fsdp import Policy, clipped_objective, group_advantages, process_group
+from trainer_hooks.launch import process_group
+from trainer_hooks.objective import clipped_loss, clipped_objective, group_advantages
+from trainer_hooks.policy import Policy
 
 
 def test_advantages_compare_the_samples_of_one_prompt_only():
@@ -18,8 +20,8 @@ def test_advantages_compare_the_samples_of_one_prompt_only():
     found = group_advantages(rewards)
     assert torch.allclose(found.sum(1), torch.zeros(3), atol=1e-6)
     assert torch.equal(found[2], torch.zeros(4))
-    # mean 0.25, standard deviation with n - 1: 0.5
-    torch.testing.assert_close(found[1], torch.tensor([-0.5, -0.5, -0.5, 1.5]), rtol=1e-3, atol=0)
+    # mean 0.25, standard deviation with n - 1: 0.5; and 1e-4 more
+    torch.testing.assert_close(found[1], torch.tensor([-0.25, -0.25, -0.25, 0.75]) / 0.5001, rtol=1e-6, atol=0)
 
 
 def test_the_objective_stops_pushing_beyond_its_bounds_but_not_back():
@@ -29,6 +31,27 @@ def test_the_objective_stops_pushing_beyond_its_bounds_but_not_back():
     torch.testing.assert_close(objective, torch.tensor([0.5, 1.0, 1.3, -0.8, -1.0, -2.0]))
     objective.sum().backward()
     assert ratio.grad.tolist() == [1.0, 1.0, 0.0, 0.0, -1.0, -1.0]
+
+
+def test_the_loss_is_the_sum_over_tokens_and_counts_those_outside_the_bounds():
+    ratios = torch.tensor([[0.5, 0.85, 1.0, 1.25, 2.0], [0.5, 0.85, 1.0, 1.25, 2.0]], dtype=torch.float64)
+    sampled = torch.linspace(-3, -1, 10, dtype=torch.float64).view(2, 5)
+    logprobs = (sampled + ratios.log()).requires_grad_()
+    advantages = torch.tensor([[2.0], [-3.0]], dtype=torch.float64).expand(2, 5)
+    loss, outside = clipped_loss(logprobs, sampled, advantages, low=0.2, high=0.3)
+    better, worse = 0.5 + 0.85 + 1.0 + 1.25 + 1.3, 0.8 + 0.85 + 1.0 + 1.25 + 2.0
+    assert float(loss.detach()) == pytest.approx(-2 * better + 3 * worse)
+    assert int(outside) == 4
+    # d r / d log p = r, and 0 beyond the bound that the advantage points to.
+    loss.backward()
+    expected = [[-1.0, -1.7, -2.0, -2.5, 0.0], [0.0, 2.55, 3.0, 3.75, 6.0]]
+    torch.testing.assert_close(logprobs.grad, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_positions_without_a_label_add_nothing_to_the_loss():
+    zeros = torch.zeros(2, 3)
+    loss, outside = clipped_loss(zeros, zeros, zeros, low=0.0, high=0.0)
+    assert (float(loss), int(outside)) == (0.0, 0)
 
 
 def made_batch(generator: torch.Generator) -> RolloutBatch:

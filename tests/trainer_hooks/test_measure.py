@@ -14,8 +14,10 @@ from r3.capture import Rollout, RolloutBatch, Rollouts
 from r3.diagnostics import LogprobSums, compare_routing
 from r3.routing import RoutingSpec
 from trainer_hooks.batches import StepBatch
-from trainer_hooks.fsdp import Policy, process_group
+from trainer_hooks.grpo import GRPOTrainer
+from trainer_hooks.launch import process_group
 from trainer_hooks.measure import StepGap, coverage, measure
+from trainer_hooks.policy import Policy
 
 EXACT = ("tokens", "rows", "sequences")
 
@@ -147,8 +149,6 @@ def test_metrics_and_details_are_the_same_on_two_ranks(batch, truth, sequence_pa
 
 
 def test_training_forwards_give_the_replayed_side_for_nothing(batch, truth):
-    from trainer_hooks.fsdp import GRPOTrainer
-
     for updates, samples in ((1, 4), (2, 2)):
         settings = config(**{"trainer.micro_train_batch_size": 2, "trainer.updates_per_step": updates})
         with process_group():

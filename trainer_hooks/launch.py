@@ -1,0 +1,71 @@
+"""A GRPO run from settings to its run folder, on the ranks that a launcher started or on this process alone.
+
+`torchrun --nproc-per-node N` and `accelerate launch` start it on N ranks: the first of them runs the engine, all train,
+in groups of `sequence_parallel_size` that share each row.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from r3.capture import running_engine
+from r3.config import R3Config, local_rank, process_rank
+from r3.diagnostics import RunFolder, require_sinks
+from r3.report import write_report
+from trainer_hooks.engine_check import check_engine
+from trainer_hooks.grpo import GRPOTrainer, Task
+from trainer_hooks.policy import Policy
+from trainer_hooks.step_log import StepLog
+
+
+def train(config: R3Config, task: Task) -> Path:
+    """The whole job: process group, policy, engine, loop, report. Returns the run folder.
+
+    Nothing is left running, also after Ctrl-C or an exception.
+
+    Raises:
+        ConfigError: settings that contradict each other, before anything is started.
+        UnsupportedModelError: the model cannot be replayed.
+        CaptureError, SyncError: what went wrong, in the step in which it did.
+        AlarmError: the engine differs from the trainer before the first step, or a metric is beyond a bound of
+            `trainer.diagnostics.alarms` that stops the run.
+    """
+    rank, world = process_rank()
+    config.check(world)
+    require_sinks(config.trainer.diagnostics.sinks)  # before there is a folder that a second try would find in use
+    path = Path(config.trainer.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    log = StepLog(config, RunFolder(path, config.to_flat())) if rank == 0 else contextlib.nullcontext()
+    torch.manual_seed(config.trainer.seed)
+    with process_group(), log as log:
+        policy = Policy(config)
+        with contextlib.ExitStack() as stack:
+            with policy.barrier.guard():
+                engine = stack.enter_context(running_engine(config)) if rank == 0 else None
+            checked = check_engine(config, policy, engine)
+            GRPOTrainer(config, task, policy, engine, log).train(checked)
+    if rank == 0:
+        write_report(path)
+    return path
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """The default process group of the ranks that a launcher started, or of this process alone, unless there is one."""
+    if dist.is_initialized():
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if process_rank()[1] > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank())
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

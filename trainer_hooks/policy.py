@@ -1,0 +1,76 @@
+"""A causal language model under FSDP2 with replay attached, as the trainer updates it and the metrics score it."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import r3
+from r3.config import R3Config
+from r3.parallel import RankBarrier, make_mesh, shard_parameters, token_logprobs, ulysses
+from r3.routing import prefetch
+from r3.weight_sync import LazyWeight, named_weights
+from trainer_hooks.batches import Rows, StepBatch
+
+CPU = torch.device("cpu")
+
+
+class Policy:
+    """A causal language model under FSDP2, with replay attached.
+
+    Args:
+        config: settings; `trainer.policy.model.path` is the checkpoint.
+
+    Raises:
+        UnsupportedModelError: the model is dense, or its routers cannot be replayed exactly, while the settings ask
+            for capture or replay.
+    """
+
+    def __init__(self, config: R3Config) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        policy = config.trainer.policy
+        fsdp, capture = policy.fsdp_config, config.generator.inference_engine.enable_return_routed_experts
+        self.temperature = config.generator.sampling_params.temperature
+        self.fused_experts = config.generator.inference_engine.weight_sync.fused_experts
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+        self.mesh = make_mesh(self.device.type, policy.sequence_parallel_size)
+        self.barrier = RankBarrier(timeout_s=config.trainer.timeout_s)
+        self.packed = config.trainer.use_sample_packing
+        self.tokenizer = AutoTokenizer.from_pretrained(policy.model.path)
+        model = AutoModelForCausalLM.from_pretrained(policy.model.path, dtype=torch.float32).to(self.device)
+        # Before sharding, so that a model that cannot be replayed or sliced is refused before anything is built on it.
+        self.replay = r3.attach(model, required=fsdp.moe_enable_routing_replay) if capture else None
+        self.sliced = self.packed or self.mesh.sequence_size > 1
+        if self.sliced:
+            ulysses(model, self.mesh.sequence_group, barrier=self.barrier if dist.get_world_size() > 1 else None)
+        if fsdp.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = shard_parameters(model, self.mesh, param_dtype=getattr(torch, fsdp.param_dtype))
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=policy.optimizer_config.lr,
+            betas=(0.9, 0.95),
+            weight_decay=policy.optimizer_config.weight_decay,
+        )
+
+    def logprobs(self, rows: Rows, *, replayed: bool) -> Tensor:
+        """Float32 `[R, N]` log-probabilities in nats of `rows.labels`, at the sampling temperature.
+
+        0 where there is no label. `replayed` says whether routing is replayed or live.
+        """
+        routing = {"routed_experts": rows.routing} if replayed else {}
+        padding = {} if self.sliced else {"attention_mask": rows.tokens.long()}
+        logits = self.model(
+            input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, **padding, **routing
+        ).logits
+        return token_logprobs(logits, rows.labels, temperature=self.temperature)
+
+    def rows(self, whole: StepBatch, size: int) -> Iterator[Rows]:
+        """This rank's part of `whole` on its device, `size` rollouts at a time."""
+        return prefetch(whole.rows(self.mesh, size=size, packed=self.packed), self.device)
+
+    def named_weights(self) -> list[tuple[str, LazyWeight]]:
+        """All weights by the names of a checkpoint; sharded ones are gathered when their turn comes."""
+        return named_weights(self.model, fused_experts=self.fused_experts)

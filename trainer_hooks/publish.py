@@ -1,0 +1,45 @@
+"""A weight sync of a model whose parameters are spread over ranks."""
+
+import contextlib
+from collections.abc import Sequence
+
+from r3.errors import ParallelError, SyncError
+from r3.parallel import RankBarrier
+from r3.weight_sync import SyncReceipt, Weight, WeightSync, gather_all
+
+
+def push_from_all_ranks(
+    sync: WeightSync | None,
+    weights: Sequence[tuple[str, Weight]],
+    version: int,
+    barrier: RankBarrier,
+    frozen: Sequence[str] = (),
+) -> SyncReceipt | None:
+    """A sync of sharded weights: one rank has the `sync`, and all gather. Every rank calls this, `frozen` alike.
+
+    Sharded tensors are gathered one by one: no rank holds more than a chunk, or one tensor, beside its shards.
+
+    Returns:
+        The receipt on the rank with the `sync`, None on the others.
+
+    Raises:
+        SyncError: on every rank, if the sync did not commit everywhere or a rank could not gather; it says why.
+    """
+    try:
+        if sync is None:
+            with barrier.guard():
+                gather_all(weights, frozen=frozen)
+            barrier.exchange(None)  # whether it was committed
+            return None
+        try:
+            receipt = sync.push(weights, version=version, frozen=frozen, agree=lambda: barrier.exchange(None))
+        except ParallelError:  # of the line above: all ranks know
+            raise
+        except Exception as error:
+            with contextlib.suppress(ParallelError):
+                barrier.exchange(f"{type(error).__name__}: {error}")
+            raise
+        barrier.exchange(None)
+    except ParallelError as error:  # what another rank raised
+        raise SyncError(str(error)) from error
+    return receipt
