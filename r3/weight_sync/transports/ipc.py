@@ -239,7 +239,7 @@ def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _counter() -> tuple[bytes, int, torch.UntypedStorage]:
-    """Descriptor workers count what they let go of, which nobody reads, and the storage that it is of."""
+    """Where workers count what they let go of, which nobody reads, and the storage that it is of."""
     storage = torch.empty(1, device="cuda").untyped_storage()
     _, _, _, _, handle, offset, _, _ = storage._share_cuda_()
     return handle, offset, storage
