@@ -3,13 +3,11 @@
 import argparse
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from r3.errors import R3Error
 
@@ -86,13 +84,14 @@ def compare(args: argparse.Namespace) -> None:
         return
     if args.paths or args.model is None or args.rollout is None:
         raise R3Error(f"compare: expected --model with --rollout and no other paths, or two paths; {COMPARE_USES}")
+    from r3.diagnostics.run_folder import json_values
     from r3.explain import Limits, explain_file, explanation_lines
 
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     limits = Limits(max_tokens=args.max_tokens)
     with _stdout_to_stderr():
         found = explain_file(args.model, args.rollout, earlier=args.earlier, device=args.device, limits=limits)
-    print(json.dumps(_nulled(found.to_dict()), indent=2) if args.json else "\n".join(explanation_lines(found)))
+    print(json.dumps(json_values(found.to_dict()), indent=2) if args.json else "\n".join(explanation_lines(found)))
     if found.wrong:
         sys.exit(1)
 
@@ -116,19 +115,11 @@ def _compare_paths(args: argparse.Namespace) -> None:
         return
     if a.is_dir() or b.is_dir():
         raise R3Error(f"compare: expected {COMPARE_USES}; got a folder and a file: {a}, {b}")
+    from r3.diagnostics.run_folder import json_values
     from r3.explain import compare_files, pair_lines
 
     found = compare_files(a, b)
-    print(json.dumps(_nulled(found.to_dict()), indent=2) if args.json else "\n".join(pair_lines(found)))
-
-
-def _nulled(value: Any) -> Any:
-    """JSON has no NaN and no infinities."""
-    if isinstance(value, dict):
-        return {name: _nulled(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_nulled(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(json_values(found.to_dict()), indent=2) if args.json else "\n".join(pair_lines(found)))
 
 
 def report(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ import r3
 from r3 import CaptureError, RolloutRouting
 from r3.capture import Rollout, collect, engine_kwargs
 from r3.capture.bridges import capture_way
-from r3.capture.engine import SCHEDULER, WORKER
+from r3.entry_points import SCHEDULER, WORKER
 
 pytestmark = pytest.mark.engine
 

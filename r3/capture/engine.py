@@ -8,12 +8,8 @@ from typing import Any
 
 from r3.capture.bridges import capture_way, rotary_kernel_fails
 from r3.config import InferenceEngineConfig, R3Config
+from r3.entry_points import SCHEDULER, WORKER, WORKER_EXTENSION
 from r3.errors import ConfigError
-
-# By name: it is imported in vLLM's workers, and capture does not know the weight sync.
-WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
-WORKER = "r3.capture.worker.CapturingWorker"
-SCHEDULER = "r3.capture.scheduler.capture_scheduler"
 
 
 def engine_kwargs(config: R3Config) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Weight sync: one layerwise-reload bracket, sealed and committed on every worker of every engine, or an error."""
 
+from r3.entry_points import WORKER_EXTENSION
 from r3.weight_sync.digest import ContentDigests, combine, digest
 from r3.weight_sync.engines import Engine, engine_of
 from r3.weight_sync.fp8 import quantised
@@ -7,9 +8,6 @@ from r3.weight_sync.outgoing import gather_all
 from r3.weight_sync.session import SyncReceipt, WeightSync
 from r3.weight_sync.source import Weight, WeightSource, adapter_weights, gathered, named_weights
 from r3.weight_sync.transports import FilesTransport, GlooTransport, IpcTransport, NcclTransport, Transport
-
-WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
-"""For `LLM(worker_extension_cls=...)`: the part of the sync that runs in vLLM's workers."""
 
 __all__ = [
     "WORKER_EXTENSION",

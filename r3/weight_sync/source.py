@@ -16,10 +16,11 @@ from torch import nn
 
 from r3.errors import SyncError
 from r3.weight_sync.source_adapter import AdapterWeights, adapter_weights
-from r3.weight_sync.source_live import hugging_face_model, live_weights, original_class
+from r3.weight_sync.source_live import hugging_face_model, live_weights
 from r3.weight_sync.source_names import checkpoint_weights, published_conversions
 from r3.weight_sync.source_part import whole_of
 from r3.weight_sync.source_tensor import Weight, WeightSource, gathered
+from r3.wrappers import original_class
 
 __all__ = ["AdapterWeights", "Weight", "WeightSource", "adapter_weights", "gathered", "named_weights"]
 
