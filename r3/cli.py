@@ -1,4 +1,4 @@
-"""The command line: `r3 demo`, `r3 doctor`, `r3 compare`, `r3 report`."""
+"""The command line: `r3 demo`, `r3 settings`, `r3 doctor`, `r3 compare`, `r3 report`."""
 
 import argparse
 import contextlib
@@ -32,6 +32,12 @@ def demo(args: argparse.Namespace) -> None:
     # In place of this process: signals, exit code and the engine's parent are then the script's own.
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-W", "ignore", str(script), *args.overrides])
+
+
+def settings(args: argparse.Namespace) -> None:
+    from r3.config import settings_table
+
+    print(settings_table())
 
 
 @contextlib.contextmanager
@@ -136,6 +142,9 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as trainer.max_steps=3")
     sub.add_argument("--settings", action="store_true", help="list all settings with their defaults, and stop")
     sub.set_defaults(run_command=demo)
+
+    sub = commands.add_parser("settings", help="list all settings: default, unit, values and meaning, as Markdown")
+    sub.set_defaults(run_command=settings)
 
     sub = commands.add_parser("doctor", help="check this environment, a model, a server or an engine")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run that is meant")

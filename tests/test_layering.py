@@ -102,11 +102,11 @@ def environment_uses(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 written.add(target)
             case ast.Attribute(value=ast.Name(id="os"), attr="environ" | "environb" | "getenv" | "getenvb" as name):
                 if node not in written:
-                    yield node.lineno, f"os.{name}: only r3/config.py reads the environment"
+                    yield node.lineno, f"os.{name}: only r3/config reads the environment"
             case ast.ImportFrom(module="os", names=names):
                 for alias in names:
                     if alias.name.startswith(("environ", "getenv")):
-                        yield node.lineno, f"from os import {alias.name}: only r3/config.py reads the environment"
+                        yield node.lineno, f"from os import {alias.name}: only r3/config reads the environment"
             case ast.Import(names=names):
                 for alias in names:
                     if alias.name == "os" and alias.asname:
@@ -176,7 +176,7 @@ BAD = {
 
 GOOD = {
     "r3/__init__.py": "from r3.replay import attach\nfrom r3.weight_sync import WeightSync",
-    "r3/config.py": "import os\nfrom r3.errors import ConfigError\nx = os.environ.get('X')",
+    "r3/config/environment.py": "import os\nfrom r3.errors import ConfigError\nx = os.environ.get('X')",
     "r3/replay/__init__.py": "from . import hooks\nfrom .hooks import f\nfrom r3 import RolloutRouting, __version__",
     "r3/capture/engine.py": "worker_extension_cls = 'r3.weight_sync.worker.Extension'",
     "r3/weight_sync/launch.py": "import os\nos.environ['X'] = '1'",
