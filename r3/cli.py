@@ -22,16 +22,11 @@ def _example(name: str) -> Path:
 
 
 def demo(args: argparse.Namespace) -> None:
-    if args.settings:
-        from r3.config import R3Config
-
-        for key, value in R3Config().to_flat().items():
-            print(f"{key}={'null' if value is None else value}")
-        return
     script = _example("grpo_fsdp.py")
+    listing = ["--settings"] if args.settings else []
     # In place of this process: signals, exit code and the engine's parent are then the script's own.
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-W", "ignore", str(script), *args.overrides])
+    os.execv(sys.executable, [sys.executable, "-W", "ignore", str(script), *listing, *args.overrides])
 
 
 def settings(args: argparse.Namespace) -> None:
@@ -140,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
 
     sub = commands.add_parser("demo", help="train a small MoE with vLLM rollouts and routing replay")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as trainer.max_steps=3")
-    sub.add_argument("--settings", action="store_true", help="list all settings with their defaults, and stop")
+    sub.add_argument("--settings", action="store_true", help="list this run's settings and what they mean, and stop")
     sub.set_defaults(run_command=demo)
 
     sub = commands.add_parser("settings", help="list all settings: default, unit, values and meaning, as Markdown")
