@@ -18,7 +18,10 @@ def _example(name: str) -> Path:
     for folder in (here.parent / "examples", here / "_examples"):
         if (folder / name).is_file():
             return folder / name
-    raise R3Error(f"{name} is neither in {here.parent / 'examples'} nor in {here / '_examples'}: reinstall r3")
+    raise R3Error(
+        f"{name} is neither in {here.parent / 'examples'} nor in {here / '_examples'}: install the wheel again, or run "
+        "from a checkout"
+    )
 
 
 def demo(args: argparse.Namespace) -> None:

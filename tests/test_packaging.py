@@ -1,10 +1,18 @@
-"""What pyproject.toml says of the package: all that the code imports is declared."""
+"""What pyproject.toml says of the package, and what others say of it.
+
+All that is imported is declared, and nobody is told to install `r3`, which on the public index is another project.
+"""
 
 import ast
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+
+from r3.doctor.packages import TORCH, TRANSFORMERS
+from r3.doctor.vllm_build import INSTALL_VLLM, VLLM
 
 try:
     import tomllib
@@ -20,6 +28,20 @@ NEVER_NEEDED = {
     "torchvision": "doctor looks whether one that is there fits torch",
     "triton": "comes with torch's builds for GPUs, and is imported on a GPU only",
 }
+
+FOLDERS = ("r3", "trainer_hooks", "examples", "scripts", "docs", "benchmarks", ".ci")
+TEXTS = sorted(
+    path
+    for pattern in ("*", *(f"{folder}/**/*" for folder in FOLDERS))
+    for path in ROOT.glob(pattern)
+    if path.is_file() and path.suffix in ("", ".md", ".py", ".toml", ".txt")
+)
+TOLD = (
+    re.compile(r"\b(?:pip3?|pipx|uv|poetry|conda|mamba)\b[^\n]*\b(?:install|add)\b[^\n]*?(?<![\w./-])r3(?![\w./-])"),
+    re.compile(r"(?<![\w./-])r3\[[\w$,{}-]+\](?!\()"),
+    re.compile(r"\b(?:version|distribution|metadata|requires|files)\(['\"]r3['\"]"),
+)
+"""A command that installs r3, an extra of r3, and a question to the environment for the distribution r3."""
 
 
 def normal(name: str) -> str:
@@ -59,3 +81,45 @@ def test_all_that_is_imported_is_a_dependency_or_in_an_extra():
         if module not in ours and normal(OTHER_NAMES.get(module, module)) not in known
     }
     assert not missing, f"imported, and neither among the dependencies nor in an extra: {sorted(missing)}"
+
+
+def told_to_install_r3(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if any(pattern.search(line) for pattern in TOLD)]
+
+
+def test_nobody_is_told_to_install_a_distribution_called_r3():
+    assert PROJECT["name"] != "r3"
+    assert len(TEXTS) > 200
+    found = {str(path.relative_to(ROOT)): lines for path in TEXTS if (lines := told_to_install_r3(path.read_text()))}
+    assert not found, f"the name r3 belongs to another project on the public index: {found}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pip install r3",
+        "remedy=\"pip install 'r3[gpu]', or 'r3[cpu]' without a GPU\"",
+        "`uv pip install --upgrade r3==0.1.0`",
+        "uv add r3",
+        "The libraries are extras (`r3[sinks]`)",
+        'version("r3")',
+    ],
+)
+def test_advice_to_install_r3_is_seen(text: str):
+    assert told_to_install_r3(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["pip install -e .", "pip install 'vllm>=0.22'  # then run r3.attach", "uv pip install -e ~/src/r3/"],
+)
+def test_other_advice_is_not_taken_for_it(text: str):
+    assert not told_to_install_r3(text)
+
+
+def test_doctor_names_the_versions_that_are_declared():
+    lines = {*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["gpu"]}
+    vllm = f"vllm>={VLLM[0]},<{VLLM[1]}"
+    assert {vllm, f"torch>={TORCH}"} <= lines
+    assert any(line.startswith(f"transformers>={TRANSFORMERS},") for line in lines)
+    assert f"pip install '{vllm}'" in INSTALL_VLLM

