@@ -49,7 +49,7 @@ def public_names(init_source: str) -> dict[str, str]:
     return {
         alias.asname or alias.name: node.module
         for node in ast.walk(ast.parse(init_source))
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level
+        if isinstance(node, ast.ImportFrom) and node.module not in (None, "r3") and not node.level
         for alias in node.names
     }
 
