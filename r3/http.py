@@ -83,7 +83,7 @@ def from_json(content: bytes) -> Any:
 
 
 def cause_of(error: BaseException) -> Any:
-    """What lies under urllib's error, or the error itself; `words_of` it is never empty."""
+    """What lies under an error of urllib; any other error itself."""
     return getattr(error, "reason", None) or error
 
 

@@ -60,14 +60,15 @@ def test_a_setting_says_what_it_is(key: str):
     with_value(key, item.default).check()
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key, item in SETTINGS.items() for value in outside(item)])
-def test_nonsense_is_refused_and_says_what_was_expected(key: str, value: Any):
-    with pytest.raises(ConfigError) as refused:
-        with_value(key, value).check()
-    message = str(refused.value)
-    assert f"{key}: expected " in message
-    assert SETTINGS[key].expected in message
-    assert f"got {value!r}" in message
+@pytest.mark.parametrize("key", SETTINGS)
+def test_nonsense_is_refused_and_says_what_was_expected(key: str):
+    for value in outside(SETTINGS[key]):
+        with pytest.raises(ConfigError) as refused:
+            with_value(key, value).check()
+        message = str(refused.value)
+        assert f"{key}: expected " in message
+        assert SETTINGS[key].expected in message
+        assert f"got {value!r}" in message
 
 
 @pytest.mark.parametrize(
