@@ -5,7 +5,7 @@
     python examples/grpo_fsdp.py trainer.policy.model.path=/my/model task.name=spell_backward
     torchrun --nproc-per-node 4 examples/grpo_fsdp.py trainer.policy.sequence_parallel_size=2
 
-Settings are `key=value`; `r3 demo --settings` lists them.
+Settings are `key=value`; `--settings` lists those of the run that the other arguments ask for, and starts none.
 """
 
 import logging
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+LIST = "--settings"
 DEFAULTS = {
     "trainer.policy.model.path": str(Path(__file__).parent / "chain_sum_moe"),
     "trainer.policy.optimizer_config.lr": 1e-4,
@@ -53,18 +54,22 @@ def mean(rows: list[dict[str, Any]], key: str) -> float:
     return sum(row[key] for row in rows) / len(rows)
 
 
-def main(overrides: list[str]) -> None:
+def main(arguments: list[str]) -> None:
+    from r3 import R3Config
+    from r3.config import process_rank, settings_lines
+
+    config = R3Config.from_overrides([pair for pair in arguments if pair != LIST], DEFAULTS)
+    if LIST in arguments:
+        print(*settings_lines(config), sep="\n")
+        return
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("r3").setLevel(logging.INFO)
     # vLLM's processes log hundreds of lines; what fails is raised here.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-    from r3 import R3Config
-    from r3.config import process_rank
     from r3.diagnostics import read_metrics
     from trainer_hooks.launch import train
 
-    config = R3Config.from_overrides(overrides, DEFAULTS)
     task = ReasoningGymTask(config.task.name, config.trainer.seed, config.task.settings)
     folder = train(config, task)
     if process_rank()[0] != 0:

@@ -1,15 +1,13 @@
-"""The command line: `r3 demo`, `r3 doctor`, `r3 compare`, `r3 report`."""
+"""The command line: `r3 demo`, `r3 settings`, `r3 doctor`, `r3 compare`, `r3 report`."""
 
 import argparse
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from r3.errors import R3Error
 
@@ -20,20 +18,24 @@ def _example(name: str) -> Path:
     for folder in (here.parent / "examples", here / "_examples"):
         if (folder / name).is_file():
             return folder / name
-    raise R3Error(f"{name} is neither in {here.parent / 'examples'} nor in {here / '_examples'}: reinstall r3")
+    raise R3Error(
+        f"{name} is neither in {here.parent / 'examples'} nor in {here / '_examples'}: install the wheel again, or run "
+        "from a checkout"
+    )
 
 
 def demo(args: argparse.Namespace) -> None:
-    if args.settings:
-        from r3.config import R3Config
-
-        for key, value in R3Config().to_flat().items():
-            print(f"{key}={'null' if value is None else value}")
-        return
     script = _example("grpo_fsdp.py")
+    listing = ["--settings"] if args.settings else []
     # In place of this process: signals, exit code and the engine's parent are then the script's own.
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-W", "ignore", str(script), *args.overrides])
+    os.execv(sys.executable, [sys.executable, "-W", "ignore", str(script), *listing, *args.overrides])
+
+
+def settings(args: argparse.Namespace) -> None:
+    from r3.config import settings_table
+
+    print(settings_table())
 
 
 @contextlib.contextmanager
@@ -86,13 +88,14 @@ def compare(args: argparse.Namespace) -> None:
         return
     if args.paths or args.model is None or args.rollout is None:
         raise R3Error(f"compare: expected --model with --rollout and no other paths, or two paths; {COMPARE_USES}")
+    from r3.diagnostics.run_folder import json_values
     from r3.explain import Limits, explain_file, explanation_lines
 
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     limits = Limits(max_tokens=args.max_tokens)
     with _stdout_to_stderr():
         found = explain_file(args.model, args.rollout, earlier=args.earlier, device=args.device, limits=limits)
-    print(json.dumps(_nulled(found.to_dict()), indent=2) if args.json else "\n".join(explanation_lines(found)))
+    print(json.dumps(json_values(found.to_dict()), indent=2) if args.json else "\n".join(explanation_lines(found)))
     if found.wrong:
         sys.exit(1)
 
@@ -116,19 +119,11 @@ def _compare_paths(args: argparse.Namespace) -> None:
         return
     if a.is_dir() or b.is_dir():
         raise R3Error(f"compare: expected {COMPARE_USES}; got a folder and a file: {a}, {b}")
+    from r3.diagnostics.run_folder import json_values
     from r3.explain import compare_files, pair_lines
 
     found = compare_files(a, b)
-    print(json.dumps(_nulled(found.to_dict()), indent=2) if args.json else "\n".join(pair_lines(found)))
-
-
-def _nulled(value: Any) -> Any:
-    """JSON has no NaN and no infinities."""
-    if isinstance(value, dict):
-        return {name: _nulled(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_nulled(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(json_values(found.to_dict()), indent=2) if args.json else "\n".join(pair_lines(found)))
 
 
 def report(args: argparse.Namespace) -> None:
@@ -143,8 +138,11 @@ def main(argv: list[str] | None = None) -> None:
 
     sub = commands.add_parser("demo", help="train a small MoE with vLLM rollouts and routing replay")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as trainer.max_steps=3")
-    sub.add_argument("--settings", action="store_true", help="list all settings with their defaults, and stop")
+    sub.add_argument("--settings", action="store_true", help="list this run's settings and what they mean, and stop")
     sub.set_defaults(run_command=demo)
+
+    sub = commands.add_parser("settings", help="list all settings: default, unit, values and meaning, as Markdown")
+    sub.set_defaults(run_command=settings)
 
     sub = commands.add_parser("doctor", help="check this environment, a model, a server or an engine")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the run that is meant")

@@ -9,7 +9,7 @@ from r3.capture.engine import engine_kwargs, running_engine, sampling_kwargs
 from r3.capture.handshake import Handshake, handshake
 from r3.capture.recapture import OverlapReport, compare_overlap
 from r3.capture.rollout import Rollout, RolloutBatch, Rollouts
-from r3.capture.saved import is_saved, load_rollouts, save_rollouts, saved_settings
+from r3.capture.saved import load_rollouts, save_rollouts, saved_settings
 from r3.capture.serve import request_fields, server_args, server_command
 from r3.capture.settings import SamplingSettings
 from r3.capture.stitch import next_prompt_start, stitch, stitch_runs
@@ -28,7 +28,6 @@ __all__ = [
     "compare_overlap",
     "engine_kwargs",
     "handshake",
-    "is_saved",
     "load_rollouts",
     "next_prompt_start",
     "request_fields",

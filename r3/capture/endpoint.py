@@ -1,14 +1,11 @@
 """One vLLM server behind a URL, asked with nothing but the standard library: for checks, not for rollouts."""
 
-import http.client
-import json
-import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
 
 from r3.errors import CaptureError
-from r3.proxy import naming_proxy, open_url
+from r3.http import FAILURES, HttpClient, StatusError, base_url, cause_of, from_json, to_json, words_of
+from r3.proxy import naming_proxy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +25,7 @@ class Endpoint:
     @property
     def base(self) -> str:
         """The URL without `/v1`."""
-        return self.url.rstrip("/").removesuffix("/v1")
+        return base_url(self.url)
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON that `path` answers with, None for an empty answer; a POST where there is a `body`.
@@ -44,26 +41,21 @@ class Endpoint:
         url = f"{self.base}{path}"
         if not url.startswith(("http://", "https://")):
             raise CaptureError(f"url: expected http://host:port, got {self.url!r}")
-        headers = {"Content-Type": "application/json"}
-        if self.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        data = None if body is None else json.dumps(body).encode()
+        data = to_json(body)
         try:
-            request = urllib.request.Request(url, data, headers)
-            with open_url(request, self.timeout_s) as answer:
-                content = answer.read()
-        except urllib.error.HTTPError as error:
-            said = error.read()[:500].decode(errors="replace")
-            raise CaptureError(f"{url} answered with status {error.code}: {said or error.reason}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            waited = f" in {self.timeout_s:g} s" if isinstance(reason, TimeoutError) else ""
+            content = HttpClient(base=self.base, api_key=self.api_key).send(path, data, self.timeout_s)
+        except StatusError as error:
+            said = error.content[:500].decode(errors="replace")
+            raise CaptureError(f"{url} answered with status {error.status}: {said or error.reason}") from error
+        except (*FAILURES, ValueError) as error:
+            cause = cause_of(error)
+            waited = f" in {self.timeout_s:g} s" if isinstance(cause, TimeoutError) else ""
             raise CaptureError(
-                f"no answer from {url}{waited}: {reason or type(error).__name__}. Is the server up, and is this its "
+                f"no answer from {url}{waited}: {words_of(cause)}. Is the server up, and is this its "
                 "address? vLLM answers only when the model is loaded"
             ) from error
         try:
-            return json.loads(content) if content else None
+            return from_json(content)
         except ValueError as error:
             raise CaptureError(f"{url}: expected JSON, got {content[:80]!r}: is this a vLLM server?") from error
 

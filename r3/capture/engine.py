@@ -7,13 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from r3.config import InferenceEngineConfig, R3Config
+from r3.entry_points import SCHEDULER, WORKER, WORKER_EXTENSION
 from r3.errors import ConfigError
 from r3.vllm_compat.capture import capture_backend, rotary_kernel_fails
-
-# By name: it is imported in vLLM's workers, and capture does not know the weight sync.
-WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
-WORKER = "r3.capture.in_engine.routing_worker.CapturingWorker"
-SCHEDULER = "r3.capture.in_engine.routing_scheduler.capture_scheduler"
 
 
 def engine_kwargs(config: R3Config) -> dict[str, Any]:

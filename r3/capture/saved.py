@@ -129,15 +129,6 @@ def saved_settings(path: str | os.PathLike[str]) -> SamplingSettings:
         return SamplingSettings.from_mapping(dict(_read(file, tensors=False)[1]["settings"]))
 
 
-def is_saved(path: str | os.PathLike[str]) -> bool:
-    """Whether the file looks like one that `save_rollouts` wrote; its content is not looked at."""
-    try:
-        _read(Path(path), tensors=False)
-    except Exception:
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def _blamed(file: Path) -> Iterator[None]:
     """Whatever hostile content raises names the file."""

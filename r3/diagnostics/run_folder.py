@@ -43,7 +43,7 @@ class RunFolder:
                 f"{' and more' if len(found) > 4 else ''}; choose another path, or move the earlier run away"
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        settings_json = json.dumps(_nulled(settings), indent=2, default=str, allow_nan=False)
+        settings_json = json.dumps(json_values(settings), indent=2, default=str, allow_nan=False)
         (self.path / SETTINGS_FILE).write_text(settings_json + "\n", encoding="utf-8")
         (self.path / METRICS_FILE).touch()
 
@@ -190,9 +190,10 @@ def _scalar(value: Any) -> float | int | bool | str | None:
     raise TypeError
 
 
-def _nulled(value: Any) -> Any:
+def json_values(value: Any) -> Any:
+    """`value` for JSON, which has no NaN and no infinities: None in their place."""
     if isinstance(value, Mapping):
-        return {str(key): _nulled(item) for key, item in value.items()}
+        return {str(key): json_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_nulled(item) for item in value]
+        return [json_values(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

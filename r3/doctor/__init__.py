@@ -18,7 +18,7 @@ from r3.doctor.model_checks import generation_config, model, tokenizer
 from r3.doctor.packages import ENVIRONMENT, optional_packages
 from r3.doctor.server_checks import server_checks
 from r3.doctor.settings_checks import run_settings
-from r3.doctor.vllm_build import vllm_build, vllm_builds, vllm_platform
+from r3.doctor.vllm_build import INSTALL_VLLM, vllm_build, vllm_builds, vllm_platform
 from r3.doctor.weights import weights
 from r3.routing import RoutingSpec
 
@@ -70,7 +70,7 @@ def examine(
             name="vllm",
             status="warning" if url else "problem",
             detail="not installed here: only a server elsewhere can sample",
-            remedy="pip install 'r3[gpu]', or 'r3[cpu]' without a GPU",
+            remedy=INSTALL_VLLM,
         )
     else:
         yield from guarded("vllm", vllm_build)

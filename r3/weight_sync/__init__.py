@@ -1,8 +1,8 @@
 """Weight sync: one layerwise-reload bracket, sealed and committed on every worker of every engine, or an error."""
 
+from r3.entry_points import WORKER_EXTENSION
 from r3.weight_sync.engines import Engine, engine_of
 from r3.weight_sync.integrity.digest import ContentDigests, combine, digest
-from r3.weight_sync.protocol import WORKER_EXTENSION
 from r3.weight_sync.quantization.fp8 import quantised
 from r3.weight_sync.sender.chunking import gather_all
 from r3.weight_sync.sender.session import SyncReceipt, WeightSync

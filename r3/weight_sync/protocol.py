@@ -25,8 +25,6 @@ Reply = dict[str, Any]
 """What one worker answers to a call: its state and place, and what the call gives; `error` where it failed."""
 Manifest = Mapping[str, tuple[tuple[int, ...], str]]
 """Of all tensors that will be sent: name -> shape, dtype as `str(tensor.dtype)`."""
-WORKER_EXTENSION = "r3.weight_sync.worker.WeightSyncWorker"
-"""For `LLM(worker_extension_cls=...)`: the part of the sync that runs in vLLM's workers."""
 
 
 class SyncState(str, Enum):

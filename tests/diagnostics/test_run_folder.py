@@ -6,30 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from run_folders import few_metrics
 
 from r3.diagnostics import RunFolder, read_details, read_metrics, read_settings
 from r3.errors import DiagnosticsError
 from r3.report import write_figure, write_report
 
-LAYERS = (1, 2, 3, 10, 100)
 
-
-def step_metrics(step):
-    metrics = {"reward/mean": 0.1 * step, "routing/differing_rows": 0.05, "routing/differing_tokens": 0.3}
-    for side, scale in (("live", 6e-4), ("replayed", 1e-4)):
-        metrics |= {
-            f"logprob_diff/{side}/k3": scale * step,
-            f"logprob_diff/{side}/k1": -scale,
-            f"logprob_diff/{side}/abs_mean": 10 * scale,
-            f"logprob_diff/{side}/abs_max": 1000 * scale,
-            f"logprob_diff/{side}/extreme_frac": 0.0,
-        }
-    metrics |= {f"routing/differing_rows/layer_{layer:02d}": 0.0007 * layer for layer in LAYERS}
-    metrics |= {"routing/rows_replayed": 1000, "routing/rows_live": 7, "sync/version": step, "sync/bytes": 3 * 2**20}
-    return metrics | {"sync/seconds": 0.25, "time/rollout_s": 12.0, "time/train_s": 7.5, "time/sync_s": 0.5}
-
-
-def run(path, steps, settings=None, metrics=step_metrics):
+def run(path, steps, settings=None, metrics=few_metrics):
     folder = RunFolder(path, settings or {"seed": 1})
     for step in range(1, steps + 1):
         folder.log(step, metrics(step))

@@ -18,7 +18,7 @@ from routing_flips import FIRST_ULPS, explained_flips, router_logits
 import r3
 from r3 import CaptureError, RolloutRouting
 from r3.capture import Rollout, collect, engine_kwargs
-from r3.capture.engine import SCHEDULER, WORKER
+from r3.entry_points import SCHEDULER, WORKER
 from r3.vllm_compat.capture import capture_backend
 
 pytestmark = pytest.mark.engine

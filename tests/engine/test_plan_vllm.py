@@ -1,13 +1,12 @@
 """Load plans of vLLM's own layers, and of an engine, give the bits that its loaders give."""
 
-import contextlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from places import DEMO_MODEL
-from plan_toys import assert_same, synced
+from plan_toys import assert_same, raw, synced
 from ranks import Ranks
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,29 +17,6 @@ LAYERS, EXPERTS = 8, 32
 
 
 # vLLM's own layers. On CPU they prepack their weights; as on a GPU, they leave them alone where `raw` says so.
-
-
-@contextlib.contextmanager
-def raw():
-    """Linear layers and experts without the prepacking of CPU builds: processing is otherwise vLLM's own."""
-    from vllm.model_executor.layers import utils
-    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
-    from vllm.v1.attention.backends.mla.amx_mla import AMXMLAImpl
-
-    def dispatch(layer, remove_weight):
-        layer.cpu_linear = torch.nn.functional.linear
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(utils, "dispatch_cpu_unquantized_gemm", dispatch)
-    patch.setattr(cpu_moe.CPUUnquantizedExperts, "process_weights_after_loading", lambda self, layer: None)
-    if not torch.accelerator.is_available():
-        patch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as vLLM 0.32's CPU worker has it
-    patch.setattr(AMXMLAImpl, "uses_amx_bmm", False)
-    patch.setattr(AMXMLAImpl, "process_weights_after_loading", lambda self, act_dtype: None)
-    try:
-        yield
-    finally:
-        patch.undo()
 
 
 def random_weights(seed: int, fused: bool, path: Path = DEMO_MODEL) -> dict[str, torch.Tensor]:

@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 from models import tiny_dense
 from places import DEMO_MODEL
+from processes import all_ended, session
 
 EXAMPLE = DEMO_MODEL.parent / "grpo_fsdp.py"
 SMALL = ["trainer.train_batch_size=4", "trainer.updates_per_step=1", "generator.sampling_params.max_generate_length=24"]
@@ -33,26 +33,6 @@ def start(*overrides: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
         # Where the tests run as a shell's background job, Ctrl-C is ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-
-
-def session(leader: int) -> list[str]:
-    """Live processes of the session that `leader` began."""
-
-    def belongs(process: psutil.Process) -> bool:
-        try:
-            return os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
-        except (ProcessLookupError, PermissionError, psutil.Error):
-            return False  # it ended while we looked, or is another user's
-
-    return [str(process) for process in psutil.process_iter() if belongs(process)]
-
-
-def all_ended(leader: int, within_s: float = 10.0) -> bool:
-    """Whether the session is empty soon after its leader: Python's resource tracker, for one, ends by itself."""
-    deadline = time.monotonic() + within_s
-    while (left := session(leader)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not left
 
 
 def records(folder: Path) -> list[dict]:

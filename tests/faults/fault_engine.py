@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import torch
 from places import DEMO_MODEL
+from processes import all_ended, session
 from receivers import for_nccl
-from test_processes import all_ended, session
 
 import r3
 from r3.capture import server_command

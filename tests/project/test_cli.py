@@ -4,16 +4,43 @@ import subprocess
 import sys
 
 import pytest
+from places import ROOT
 
+from r3 import R3Config
 from r3.cli import main
 from r3.diagnostics import RunFolder
 
 
-def test_settings_are_listed_as_they_are_given(capsys):
-    main(["demo", "--settings"])
-    lines = capsys.readouterr().out.splitlines()
-    assert "trainer.policy.fsdp_config.moe_enable_routing_replay=True" in lines
-    assert "generator.inference_engine.enable_return_routed_experts=True" in lines
+@pytest.mark.parametrize("overrides", [[], ["trainer.max_steps=3", "trainer.diagnostics.sinks=[wandb,trackio]"]])
+def test_the_demo_lists_the_settings_that_it_runs_with(overrides, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import grpo_fsdp
+
+    class Started(Exception):
+        pass
+
+    def start(config, task):
+        raise Started(config)
+
+    monkeypatch.setattr("trainer_hooks.fsdp.train", start)
+    with pytest.raises(Started) as started:
+        grpo_fsdp.main(overrides)
+    command = [sys.executable, "-m", "r3.cli", "demo", "--settings", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    printed = [line.partition("  # ")[0].strip() for line in lines]
+    assert R3Config.from_overrides(printed) == started.value.args[0]
+    key = "trainer.policy.optimizer_config.lr"
+    assert next(line for line in lines if line.startswith(key)).startswith(f"{key}=0.0001 ")
+    assert R3Config.from_overrides([]).to_flat()[key] != 1e-4, "the demo's value is one of its own"
+
+
+def test_settings_that_are_listed_are_checked():
+    command = [sys.executable, "-m", "r3.cli", "demo", "--settings", "trainer.max_steps=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "trainer.max_steps: expected 1 or more, got 0" in done.stderr
 
 
 def test_report_of_a_run_folder_is_written_and_its_path_printed(tmp_path, capsys):

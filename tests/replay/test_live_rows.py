@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from models import LAYERS, random_ids, tiny_moe, tokens
-from torch.overrides import TorchFunctionMode
+from models import LAYERS, Choices, random_ids, tiny_moe, tokens
 from zoo import CASES
 
 import r3
@@ -24,27 +23,6 @@ def test_the_last_expert_is_no_missing_row_in_any_dtype(dtype):
     expected = forward(model, ids, routed_experts=given)
     assert torch.equal(forward(model, ids, routed_experts=routing.to(dtype)), expected)
     assert (replay.last.rows_replayed, replay.last.rows_live) == (20, 0)
-
-
-class Choices(TorchFunctionMode):
-    """A plain model's routers, in their order, made to choose `ids` `[T, L, K]` where these are not negative."""
-
-    def __init__(self, case, ids):
-        super().__init__()
-        self.case, self.ids, self.chosen = case, ids, []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func not in (torch.topk, torch.Tensor.topk):
-            return result
-        scores = args[0].flatten(0, -2)
-        if scores.shape != (len(self.ids), self.case.num_experts) or result.indices.shape[-1] != self.case.top_k:
-            return result
-        ids = self.ids[:, len(self.chosen)]
-        indices = torch.where(ids < 0, result.indices.flatten(0, -2), ids)
-        self.chosen.append(indices)
-        shape = result.indices.shape
-        return torch.return_types.topk((scores.gather(-1, indices).view(shape), indices.view(shape)))
 
 
 def trained(model, inputs, **keyword):

@@ -10,7 +10,7 @@ from io import StringIO
 import pytest
 from places import ROOT
 from rich.console import Console
-from test_run_folder import step_metrics
+from run_folders import few_metrics
 
 from r3.report import LiveTable
 
@@ -20,7 +20,7 @@ def test_table_never_cuts_numbers(width):
     out = StringIO()
     with LiveTable(console=Console(file=out, force_terminal=True, width=width, color_system=None), rows=3) as table:
         for step in range(1, 6):
-            table.update({"step": step} | step_metrics(step))
+            table.update({"step": step} | few_metrics(step))
     last = out.getvalue().split("\x1b[2K")[-1]
     assert "…" not in last
     assert re.findall(r"(?m)^ +(\d)  ", last) == ["3", "4", "5"]
@@ -32,7 +32,7 @@ def test_table_never_cuts_numbers(width):
 def test_without_a_terminal_each_step_is_a_log_line(caplog):
     caplog.set_level(logging.INFO, logger="r3")
     with LiveTable() as table:
-        table.update({"step": 1} | step_metrics(1))
+        table.update({"step": 1} | few_metrics(1))
         table.update({"step": 2, "reward/mean": math.nan})
     first, second = (record.getMessage() for record in caplog.records)
     assert "step 1, reward 0.100, k3 live 6.00e-04, k3 replayed 1.00e-04" in first

@@ -1,6 +1,7 @@
 """Tiny models that the tests build, and data for them."""
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 LAYERS, EXPERTS, TOP_K, VOCAB = 3, 8, 2, 64
@@ -49,3 +50,24 @@ def random_ids(batch: int = 2, length: int = 10, layers: int = LAYERS, seed: int
     """int64 `[B, S, L, K]`, distinct within a row."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, length, layers, EXPERTS, generator=generator).argsort(-1)[..., :TOP_K]
+
+
+class Choices(TorchFunctionMode):
+    """A plain model's routers, in their order, made to choose `ids` `[T, L, K]` where these are not negative."""
+
+    def __init__(self, case, ids):
+        super().__init__()
+        self.case, self.ids, self.chosen = case, ids, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func not in (torch.topk, torch.Tensor.topk):
+            return result
+        scores = args[0].flatten(0, -2)
+        if scores.shape != (len(self.ids), self.case.num_experts) or result.indices.shape[-1] != self.case.top_k:
+            return result
+        ids = self.ids[:, len(self.chosen)]
+        indices = torch.where(ids < 0, result.indices.flatten(0, -2), ids)
+        self.chosen.append(indices)
+        shape = result.indices.shape
+        return torch.return_types.topk((scores.gather(-1, indices).view(shape), indices.view(shape)))

@@ -1,5 +1,8 @@
 """Small layers in vLLM's real bracket, and syncs of them with a load plan and without, for the tests of plans."""
 
+import contextlib
+
+import pytest
 import torch
 from torch import nn
 
@@ -150,3 +153,26 @@ def derive(method, layer):
 def twice(param, loaded, half):
     halves(param, loaded, half)
     halves(param, loaded, half)
+
+
+@contextlib.contextmanager
+def raw():
+    """Linear layers and experts without the prepacking of CPU builds: processing is otherwise vLLM's own."""
+    from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+    from vllm.v1.attention.backends.mla.amx_mla import AMXMLAImpl
+
+    def dispatch(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(utils, "dispatch_cpu_unquantized_gemm", dispatch)
+    patch.setattr(cpu_moe.CPUUnquantizedExperts, "process_weights_after_loading", lambda self, layer: None)
+    if not torch.accelerator.is_available():
+        patch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as vLLM 0.32's CPU worker has it
+    patch.setattr(AMXMLAImpl, "uses_amx_bmm", False)
+    patch.setattr(AMXMLAImpl, "process_weights_after_loading", lambda self, act_dtype: None)
+    try:
+        yield
+    finally:
+        patch.undo()

@@ -161,3 +161,18 @@ def synthetic_run(
         if details_every and (step % details_every == 0 or step == 1):
             folder.log_details(step, details(rng, layers=layers, experts=experts, replay=replay, worse=worse))
     return folder.path
+
+
+def few_metrics(step, layers=(1, 2, 3, 10, 100)):
+    metrics = {"reward/mean": 0.1 * step, "routing/differing_rows": 0.05, "routing/differing_tokens": 0.3}
+    for side, scale in (("live", 6e-4), ("replayed", 1e-4)):
+        metrics |= {
+            f"logprob_diff/{side}/k3": scale * step,
+            f"logprob_diff/{side}/k1": -scale,
+            f"logprob_diff/{side}/abs_mean": 10 * scale,
+            f"logprob_diff/{side}/abs_max": 1000 * scale,
+            f"logprob_diff/{side}/extreme_frac": 0.0,
+        }
+    metrics |= {f"routing/differing_rows/layer_{layer:02d}": 0.0007 * layer for layer in layers}
+    metrics |= {"routing/rows_replayed": 1000, "routing/rows_live": 7, "sync/version": step, "sync/bytes": 3 * 2**20}
+    return metrics | {"sync/seconds": 0.25, "time/rollout_s": 12.0, "time/train_s": 7.5, "time/sync_s": 0.5}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from test_processes import all_ended
+from processes import all_ended
 
 from r3 import R3Config
 from r3.capture import server_command

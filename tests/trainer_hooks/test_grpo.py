@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from places import DEMO_MODEL
+from step_batches import made_batch
 
 import r3
-from r3.capture import RolloutBatch
 from trainer_hooks.batches import Rows, StepBatch
 from trainer_hooks.launch import process_group
 from trainer_hooks.objective import clipped_loss, clipped_objective, group_advantages
@@ -52,24 +52,6 @@ def test_positions_without_a_label_add_nothing_to_the_loss():
     zeros = torch.zeros(2, 3)
     loss, outside = clipped_loss(zeros, zeros, zeros, low=0.0, high=0.0)
     assert (float(loss), int(outside)) == (0.0, 0)
-
-
-def made_batch(generator: torch.Generator) -> RolloutBatch:
-    ids = torch.randint(2, 300, (3, 12), generator=generator)
-    attention = torch.ones(3, 12, dtype=torch.int64)
-    attention[1, 9:] = 0
-    response = attention.bool()
-    response[:, :5] = False
-    experts = torch.rand(3, 12, 8, 32, generator=generator).argsort(-1)[..., :4]
-    valid = attention.bool()
-    valid[:, 8] = False
-    return RolloutBatch(
-        input_ids=ids,
-        attention_mask=attention,
-        response_mask=response,
-        logprobs=torch.zeros(3, 12),
-        routing=r3.RolloutRouting(experts, valid, tuple(range(8)), 32),
-    )
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEMO_MODEL
-from learning import (
+from learning_steps import (
     ADVANTAGES,
     CASE,
     LENGTHS,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from places import DEMO_MODEL
 from ranks import Ranks
-from test_grpo import made_batch
+from step_batches import made_batch
 
 import r3
 from r3.capture import Rollout, RolloutBatch, Rollouts

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from plan_toys import raw
 from ranks import Ranks
 from safetensors.torch import save_file
 from test_named_weights import assert_same, saved, sent
-from test_plan_vllm import raw
 from vision_models import FAMILIES, build, importable, turned
 from vllm_models import config_of, declared, vllm_model
 from zoo.families import CASES

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any, Literal, get_args
 
+from r3.entry_points import WORKER_EXTENSION
 from r3.errors import SyncError, summary
-from r3.weight_sync.protocol import WORKER_EXTENSION, Reply
+from r3.weight_sync.protocol import Reply
 
 RunningRequests = Literal["wait", "abort", "keep"]
 
@@ -146,8 +147,9 @@ def failed(where: str, method: str, error: BaseException | str, dead: str | None
         return SyncError(f"{where}: {dead} in {method} ({text}). Start it anew, then sync")
     if f"Method {method!r} is not implemented" in text or f"has no attribute {method!r}" in text:
         return SyncError(
-            f"{where}: its workers have no method {method!r}: start the engine with worker_extension_cls="
-            f"{WORKER_EXTENSION!r} of this version of r3 (r3.capture.engine_kwargs and server_args do)"
+            f"{where}: its workers have no method {method!r}: start the engine with "
+            f"worker_extension_cls={WORKER_EXTENSION!r} of this version of r3 "
+            "(r3.capture.engine_kwargs and server_args do)"
         )
     return SyncError(f"{where}: {method} failed: {text}")
 

@@ -1,30 +1,20 @@
 """A `vllm serve` process behind a URL, by the control routes of its development mode."""
 
-import http.client
 import json
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from r3.errors import SyncError
-from r3.proxy import naming_proxy, open_url
+from r3.http import FAILURES, HttpClient, StatusError, base_url, cause_of, from_json, to_json, words_of
+from r3.proxy import naming_proxy
 from r3.weight_sync.engines.deadline import Deadline, answer_of, in_thread
 from r3.weight_sync.engines.engine import Engine, Reply, RunningRequests, failed, require_replies
 
 HEALTH_EVERY_S = 1.0
 HEALTH_TIMEOUT_S = 5.0
-
-
-class _StatusError(Exception):
-    """An answer with an error status; its text is what the server said."""
-
-    def __init__(self, status: int, said: str) -> None:
-        super().__init__(said)
-        self.status = status
 
 
 class ServerEngine(Engine):
@@ -51,11 +41,9 @@ class ServerEngine(Engine):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise SyncError(f"engine: expected http://host:port, got {url!r}")
-        self.name = url.rstrip("/").removesuffix("/v1")
+        self.name = base_url(url)
         self._on_running = on_running
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._client = HttpClient(base=self.name, api_key=api_key)
         self._sizes: tuple[int, int] | None = None
 
     def replies(self, method: str, args: Sequence[Any], timeout_s: float) -> list[Reply]:
@@ -82,7 +70,7 @@ class ServerEngine(Engine):
         except BaseException:
             if served:
                 # Queued behind the pause; waiting for it would take time that is not there.
-                in_thread(lambda: self._send("/resume", b"{}", HEALTH_TIMEOUT_S))
+                in_thread(lambda: self._client.send("/resume", b"{}", HEALTH_TIMEOUT_S))
             raise
         return served
 
@@ -131,35 +119,27 @@ class ServerEngine(Engine):
             return self._answer(path, deadline, body, what or path.partition("?")[0], absent_ok)
 
     def _answer(self, path: str, deadline: Deadline, body: dict[str, Any] | None, what: str, absent_ok: bool) -> Any:
-        data = None if body is None else json.dumps(body).encode()
+        data = to_json(body)
         timeout_s = deadline.left_s + 1.0  # the deadline speaks first
-        future = in_thread(lambda: self._send(path, data, timeout_s))
+        future = in_thread(lambda: self._client.send(path, data, timeout_s))
         try:
             content: bytes = answer_of(future, deadline, where=self.name, what=what, dead=_Health(self).cause)
-        except _StatusError as error:
+        except StatusError as error:
             if error.status == 404 and absent_ok:
                 return None
             raise self._explained(error, what) from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
+        except FAILURES as error:
             raise SyncError(
-                f"{self.name}: the connection failed in {what}: {reason or type(error).__name__}. Is the server up, "
+                f"{self.name}: the connection failed in {what}: {words_of(cause_of(error))}. Is the server up, "
                 "and is this its address? If it has died, start it anew, then sync"
             ) from error
         try:
-            return json.loads(content) if content else None
+            return from_json(content)
         except ValueError as error:
             raise SyncError(f"{self.name}: {what}: expected JSON, got {content[:80]!r}: is this vLLM?") from error
 
-    def _send(self, path: str, data: bytes | None, timeout_s: float) -> bytes:
-        request = urllib.request.Request(f"{self.name}{path}", data, self._headers)
-        try:
-            with open_url(request, timeout_s) as answer:
-                return answer.read()
-        except urllib.error.HTTPError as error:
-            raise _StatusError(error.code, _message(error.read())) from error
-
-    def _explained(self, error: _StatusError, what: str) -> SyncError:
+    def _explained(self, error: StatusError, what: str) -> SyncError:
+        said = _message(error.content) or error.reason
         if error.status == 404:
             return SyncError(
                 f"{self.name}: no control routes ({what}: status 404): start vllm serve with VLLM_SERVER_DEV_MODE=1 in "
@@ -168,9 +148,9 @@ class ServerEngine(Engine):
             )
         if error.status in (401, 403):
             return SyncError(f"{self.name}: {what}: status {error.status}: expected the server's api_key")
-        if error.status == 503 or "EngineDead" in str(error) or "EngineCore encountered" in str(error):
-            return SyncError(f"{self.name}: the engine has died in {what} ({error}). Start it anew, then sync")
-        return failed(f"{self.name} (status {error.status})", what, error)
+        if error.status == 503 or "EngineDead" in said or "EngineCore encountered" in said:
+            return SyncError(f"{self.name}: the engine has died in {what} ({said}). Start it anew, then sync")
+        return failed(f"{self.name} (status {error.status})", what, said)
 
 
 class _Health:
@@ -188,14 +168,14 @@ class _Health:
         if self._answer is None:
             if time.monotonic() - self._asked >= HEALTH_EVERY_S:
                 self._asked = time.monotonic()
-                self._answer = in_thread(lambda: self._server._send("/health", None, HEALTH_TIMEOUT_S))
+                self._answer = in_thread(lambda: self._server._client.send("/health", None, HEALTH_TIMEOUT_S))
             return None
         if not self._answer.done():
             return None
         error, self._answer = self._answer.exception(), None
-        if isinstance(error, _StatusError) and error.status == 503:
+        if isinstance(error, StatusError) and error.status == 503:
             return "the engine has died (status 503 of /health)"
-        if isinstance(getattr(error, "reason", error), ConnectionRefusedError):
+        if error is not None and isinstance(cause_of(error), ConnectionRefusedError):
             return "the server has gone (connection refused)"
         return None
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from r3.errors import SyncError
 from r3.weight_sync.weights.lazy import LazyWeight, as_source, gathered
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+from r3.wrappers import COMPILED, own_path
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,7 +59,7 @@ def adapter_weights(model: nn.Module, *, adapter: str = "default") -> AdapterWei
     peft = sys.modules.get("peft")  # made the model, if it is one of PEFT's
     inner: Any = model if peft is not None else None
     while inner is not None and not isinstance(inner, peft.PeftModel):  # pyrefly: ignore
-        inner = next((child for n in ("_orig_mod", "module") if (child := inner._modules.get(n)) is not None), None)
+        inner = next((child for n in (COMPILED, "module") if (child := inner._modules.get(n)) is not None), None)
     if peft is None or inner is None:
         raise SyncError(f"model: expected a PeftModel, plain or wrapped, got {type(model).__name__}")
     if adapter not in inner.peft_config:
@@ -69,11 +68,7 @@ def adapter_weights(model: nn.Module, *, adapter: str = "default") -> AdapterWei
     config = inner.peft_config[adapter].to_dict()
     config["inference_mode"] = True
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    weights = []
-    for name, tensor in sorted(state.items()):
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")
-        weights.append((name, as_source(name, tensor)))
+    weights = [(own_path(name), as_source(own_path(name), tensor)) for name, tensor in sorted(state.items())]
     return AdapterWeights(weights=weights, config=json.loads(json.dumps(plain, default=str)))
 
 

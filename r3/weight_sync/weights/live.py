@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from r3.errors import SyncError, summary
 from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization, gathered, is_sharded
 from r3.weight_sync.weights.peft_merge import is_tuner, live_choice, merged, tuned_module
+from r3.wrappers import CHECKPOINTED, COMPILED, FSDP1
 
 # Modules that hold one other module and stand in its place: torch.compile, activation checkpointing.
-_TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module")
+_TRANSPARENT = (COMPILED, CHECKPOINTED)
 # What a whole model may be wrapped in, from the outside in: these, DistributedDataParallel, and PEFT's two levels.
 _AROUND = (*_TRANSPARENT, "module", "base_model", "model")
 
@@ -49,20 +50,13 @@ def hugging_face_model(model: nn.Module) -> tuple[Any, Any]:
     if inner is None:
         raise SyncError(f"model: expected a transformers model, plain or wrapped, got {type(model).__name__}")
     for name, parameter in inner.named_parameters():
-        if "_fsdp_wrapped_module" in name or "_flat_param" in name:
+        if FSDP1 in name or "_flat_param" in name:
             raise SyncError(f"{name}: weights in flat shards of FSDP1 cannot be sent; use fully_shard (FSDP2)")
         if hasattr(parameter, "ds_id"):
             raise SyncError(
                 f"{name}: weights that DeepSpeed ZeRO-3 has partitioned cannot be sent; use FSDP2, or ZeRO-1 or 2"
             )
     return inner, shard
-
-
-def original_class(module: nn.Module) -> type:
-    """The class of `module` before `fully_shard` put one of its own in front."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def live_weights(inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str, torch.Size]) -> dict[str, LazyWeight]:

@@ -18,8 +18,9 @@ from r3.errors import SyncError
 from r3.weight_sync.weights.adapter import AdapterWeights, adapter_weights
 from r3.weight_sync.weights.checkpoint_names import checkpoint_weights, published_conversions
 from r3.weight_sync.weights.lazy import LazyWeight, Weight, gathered
-from r3.weight_sync.weights.live import hugging_face_model, live_weights, original_class
+from r3.weight_sync.weights.live import hugging_face_model, live_weights
 from r3.weight_sync.weights.text_part import whole_of
+from r3.wrappers import original_class
 
 __all__ = ["AdapterWeights", "LazyWeight", "Weight", "adapter_weights", "gathered", "named_weights"]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import SyncError
+from r3.wrappers import original_class
 
 
 def is_tuner(module: nn.Module) -> bool:
@@ -75,8 +76,7 @@ def _twin(module: nn.Module, whole: Callable[[Tensor], Tensor]) -> nn.Module:
 
     if isinstance(module, FSDPModule):
         module.reshard()
-    cls = next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
-    twin: Any = object.__new__(cls)
+    twin: Any = object.__new__(original_class(module))
     containers = (list, dict, set)
     twin.__dict__ = {k: copy.copy(v) if isinstance(v, containers) else v for k, v in module.__dict__.items()}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from r3.weight_sync.weights.live import original_class
+from r3.wrappers import original_class
 
 _HEADS = ("ForConditionalGeneration", "ForCausalLM")
 

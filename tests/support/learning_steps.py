@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from conftest import DEMO_MODEL
-from test_live_rows import Choices
+from models import Choices
 from torch import Tensor
 from zoo import CASES
 

@@ -1,0 +1,290 @@
+"""The parts of `R3Config`, one class for each level of the dotted names.
+
+Each field says what it means, in which unit, and which values it takes; `problems` finds values that contradict.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from r3.config.fields import (
+    NAME,
+    OPEN,
+    PATH,
+    above,
+    any_of,
+    at_least,
+    between,
+    one_of,
+    part,
+    setting,
+    share,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+MIXED_VERSIONS = ("keep", "invalidate", "drop")
+SINKS = ("tensorboard", "trackio", "wandb")
+TRANSPORTS = ("files", "gloo", "ipc", "nccl")
+ENGINE_FAULTS = ("repetition", "logprobs", "selection")
+MOST_REPEAT_NATS = 0.1
+"""Mean over tokens of how far an engine's second answer to a prompt at temperature 0 may be from its first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    path: str = setting("", "Folder of the policy: config, tokenizer and safetensors.", PATH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDPConfig:
+    moe_enable_routing_replay: bool = setting(
+        True,
+        "Replay the rollouts' routing in training. Needs `generator.inference_engine.enable_return_routed_experts`.",
+    )
+    gradient_checkpointing: bool = setting(True, "Compute activations anew in the backward, for less memory.")
+    param_dtype: str = setting(
+        "bfloat16", "dtype of forward and backward; the optimizer works on float32 parameters.", one_of(DTYPES)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    lr: float = setting(1e-6, "Learning rate of AdamW, the same at every step.", at_least(0), unit="per update")
+    weight_decay: float = setting(0.0, "Weight decay of AdamW; 0 for none.", at_least(0), unit="per lr")
+    max_grad_norm: float = setting(
+        1.0, "Gradients whose norm over all parameters is larger are scaled down to it.", above(0), unit="L2 norm"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    sequence_parallel_size: int = setting(
+        1,
+        "Ranks that share each row (Ulysses). Must divide the ranks, and the model's query heads.",
+        at_least(1),
+        unit="ranks",
+    )
+    model: ModelConfig = part(ModelConfig)
+    fsdp_config: FSDPConfig = part(FSDPConfig)
+    optimizer_config: OptimizerConfig = part(OptimizerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    eps_clip_low: float = setting(
+        0.2, "The ratio of probabilities is clipped below 1 minus this.", between(0, 1), unit="ratio"
+    )
+    eps_clip_high: float = setting(
+        0.28, "The ratio of probabilities is clipped above 1 plus this.", at_least(0), unit="ratio"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlarmsConfig:
+    """Bounds that warn, and bounds that stop the run; null for none. `docs/diagnostics.md` says why these values."""
+
+    enabled: bool = setting(False, "Watch the metrics: warn, and stop the run, by the bounds beside this.")
+    k3_warn: float | None = setting(
+        2e-3,
+        "Warn above this KL. Of the replayed side where it is recorded, else of the live one.",
+        at_least(0),
+        unit="nats per token",
+    )
+    k3_stop: float | None = setting(
+        5e-2, "Stop above this KL; the side as for the warning.", at_least(0), unit="nats per token"
+    )
+    extreme_frac_warn: float | None = setting(
+        1e-3,
+        "Warn above this share of tokens whose ratio leaves [1 / extreme_ratio, extreme_ratio]; the side as for k3.",
+        share(zero=True),
+        unit="share of tokens",
+    )
+    extreme_frac_stop: float | None = setting(
+        1e-2, "Stop above this share of such tokens.", share(zero=True), unit="share of tokens"
+    )
+    coverage_warn: float | None = setting(
+        0.99, "Warn below this share of the rollouts' rows that have routing.", share(zero=True), unit="share of rows"
+    )
+    coverage_stop: float | None = setting(
+        0.9, "Stop below this share of such rows.", share(zero=True), unit="share of rows"
+    )
+    version_lag_warn: float | None = setting(
+        2, "Warn above this lag between the trainer and the oldest row.", at_least(0), unit="weight versions"
+    )
+    version_lag_stop: float | None = setting(8, "Stop above this lag.", at_least(0), unit="weight versions")
+
+    def bounds(self, name: str) -> tuple[float | None, float | None]:
+        """The bounds that warn and that stop, of `k3`, `extreme_frac`, `coverage` or `version_lag`."""
+        return getattr(self, f"{name}_warn"), getattr(self, f"{name}_stop")
+
+    def problems(self, prefix: str) -> list[str]:
+        """What contradicts or makes no sense; `prefix` goes before the names."""
+        problems = []
+        names = ("k3", "extreme_frac", "coverage", "version_lag")
+        for name in names:
+            warn, stop = self.bounds(name)
+            if warn is None or stop is None:
+                continue
+            if name == "coverage" and stop > warn:
+                problems.append(f"{prefix}.coverage_stop: expected at most coverage_warn ({warn}), got {stop}")
+            elif name != "coverage" and stop < warn:
+                problems.append(f"{prefix}.{name}_stop: expected at least {name}_warn ({warn}), got {stop}")
+        bounds = [bound for name in names for bound in self.bounds(name)]
+        if self.enabled and not any(bound is not None for bound in bounds):
+            problems.append(f"{prefix}.enabled=true needs a bound that is not null")
+        if not self.enabled and self != AlarmsConfig():
+            problems.append(
+                f"{prefix}: bounds are set but nothing watches them; set {prefix}.enabled=true, or leave them"
+            )
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosticsConfig:
+    every: int = setting(
+        1,
+        "Measure the gap, live and replayed, at the first step and every so many after it; 0 for never.",
+        at_least(0),
+        unit="steps",
+    )
+    details_every: int = setting(
+        10,
+        "Every so many measured steps, beginning with the first, keep single tokens for the report; 0 for never.",
+        at_least(0),
+        unit="measured steps",
+    )
+    extreme_ratio: float = setting(
+        2.0,
+        "A token is extreme if its ratio of probabilities leaves [1 / extreme_ratio, extreme_ratio].",
+        above(1),
+        unit="ratio",
+    )
+    sinks: list[str] = setting([], "Where metrics go beside the run folder.", any_of(SINKS))
+    project: str = setting("r3", "Name of the project in trackio and wandb.", NAME)
+    save_rollouts_every: int = setting(
+        0,
+        "Save the rollouts of the first step and of every so many after it; 0 for never.",
+        at_least(0),
+        unit="steps",
+    )
+    accepted_engine_faults: list[str] = setting(
+        [],
+        "An engine that differs from the trainer before the first step stops the run, but for these. "
+        "`docs/engines.md` says what they are.",
+        any_of(ENGINE_FAULTS),
+    )
+    alarms: AlarmsConfig = part(AlarmsConfig)
+
+    def measures(self, step: int) -> bool:
+        """Whether the gap is measured at `step`, which counts from 1."""
+        return self.every > 0 and (step - 1) % self.every == 0
+
+    def details(self, step: int) -> bool:
+        """Whether single tokens of `step` are kept; only of steps that are measured."""
+        return self.measures(step) and self.details_every > 0 and (step - 1) // self.every % self.details_every == 0
+
+    def saves_rollouts(self, step: int) -> bool:
+        """Whether the rollouts of `step` are saved."""
+        return self.save_rollouts_every > 0 and (step - 1) % self.save_rollouts_every == 0
+
+    def problems(self) -> list[str]:
+        """What contradicts or makes no sense, by dotted name."""
+        prefix = "trainer.diagnostics"
+        problems = []
+        if self.alarms.enabled and self.every == 0:
+            problems.append(
+                f"{prefix}.alarms.enabled=true needs {prefix}.every above 0: there is nothing to watch otherwise"
+            )
+        return problems + self.alarms.problems(f"{prefix}.alarms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    policy: PolicyConfig = part(PolicyConfig)
+    algorithm: AlgorithmConfig = part(AlgorithmConfig)
+    diagnostics: DiagnosticsConfig = part(DiagnosticsConfig)
+    max_steps: int = setting(12, "Length of the run.", at_least(1), unit="steps")
+    train_batch_size: int = setting(32, "Prompts of a step.", at_least(1), unit="prompts")
+    updates_per_step: int = setting(
+        1,
+        "Optimizer updates of a step: its rollouts are split into so many mini-batches.",
+        at_least(1),
+        unit="updates",
+    )
+    micro_train_batch_size: int = setting(
+        64,
+        "Rollouts in one forward and backward of a rank, or of ranks that share rows.",
+        at_least(1),
+        unit="rollouts",
+    )
+    use_sample_packing: bool = setting(True, "Several rollouts a row, instead of padding.")
+    timeout_s: float = setting(
+        3600.0, "Longest wait of a rank for the others, such as for the first one's rollouts.", above(0), unit="s"
+    )
+    seed: int = setting(0, "Of the random numbers of trainer, engine and task.", between(0, 2**32 - 1), unit="seed")
+    output_dir: str = setting("", "Run folder; by default a new one under `runs/`.", PATH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    temperature: float = setting(
+        1.0, "Logits are divided by it, in the engine and in the trainer.", above(0), unit="ratio"
+    )
+    max_generate_length: int = setting(96, "Longest completion.", at_least(1), unit="tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSyncConfig:
+    transport: str = setting(
+        "files", "How weights go to the engine: `nccl` between GPUs, `ipc` on one GPU.", one_of(TRANSPORTS)
+    )
+    delta: bool = setting(
+        False,
+        "Send only what changed since the last version. Costs a copy of the weights in main memory on both sides.",
+    )
+    fused_experts: bool = setting(
+        False,
+        "Send the experts of a layer as one tensor, as transformers has them: faster, where vLLM's model takes them "
+        "so.",
+    )
+    chunk_mib: float = setting(512.0, "Largest chunk.", above(0), unit="MiB")
+    timeout_s: float = setting(600.0, "Longest wait for the engine or its workers in a sync.", above(0), unit="s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceEngineConfig:
+    enable_return_routed_experts: bool = setting(True, "Capture routing. Replay needs it.")
+    mixed_weight_versions: str = setting(
+        "keep",
+        "Rollouts during which the weights changed: `keep` their routing, under which their tokens were sampled; "
+        "`invalidate` rows of older weights, which are then routed live; or `drop` the rollout.",
+        one_of(MIXED_VERSIONS),
+    )
+    dtype: str = setting("bfloat16", "dtype of the engine's weights and activations.", one_of(DTYPES))
+    tensor_parallel_size: int = setting(1, "Workers that share each layer.", at_least(1), unit="workers")
+    pipeline_parallel_size: int = setting(1, "Groups of workers that share the layers.", at_least(1), unit="groups")
+    max_model_len: int = setting(512, "Longest prompt and completion together.", at_least(2), unit="tokens")
+    max_num_seqs: int = setting(256, "Most sequences that the engine computes at once.", at_least(1), unit="sequences")
+    enforce_eager: bool = setting(True, "No compilation and no CUDA graphs. vLLM's compiled CPU mode does not capture.")
+    cpu_kv_cache_gib: float = setting(0.5, "Memory for keys and values of an engine on the CPU.", above(0), unit="GiB")
+    gpu_memory_utilization: float = setting(
+        0.3,
+        "What the engine takes of a GPU's memory, its weights included; the trainer needs the rest.",
+        share(zero=False),
+        unit="share of memory",
+    )
+    weight_sync: WeightSyncConfig = part(WeightSyncConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    n_samples_per_prompt: int = setting(
+        8, "Completions of a prompt, whose rewards are compared with each other.", at_least(2), unit="rollouts"
+    )
+    sampling_params: SamplingConfig = part(SamplingConfig)
+    inference_engine: InferenceEngineConfig = part(InferenceEngineConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    name: str = setting("chain_sum", "A data set of the reasoning-gym package.", NAME)
+    settings: dict[str, Any] = setting({}, "Its own settings, such as `task.settings.max_terms=4`.", OPEN)

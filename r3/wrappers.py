@@ -1,0 +1,19 @@
+"""What may stand around a model or parts of it: torch.compile, activation checkpointing, FSDP."""
+
+COMPILED = "_orig_mod"
+CHECKPOINTED = "_checkpoint_wrapped_module"
+FSDP1 = "_fsdp_wrapped_module"
+WRAPPERS = (COMPILED, CHECKPOINTED, FSDP1)
+"""Children by which wrappers hold what they wrap: components of a path that the bare model does not have."""
+
+
+def own_path(path: str) -> str:
+    """`path` of a module or weight as the bare model has it."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+
+
+def original_class(module: object) -> type:
+    """The class of `module` before `fully_shard` put one of its own in front."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
