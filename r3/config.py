@@ -57,7 +57,10 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlarmsConfig:
-    """Bounds that warn, and bounds that stop the run; null for none. `docs/diagnostics.md` says why these values."""
+    """Bounds that warn, and bounds that stop the run; null for none.
+
+    `docs/reference/alarms-and-sinks.md` says why these values.
+    """
 
     enabled: bool = False
     k3_warn: float | None = 2e-3
@@ -119,7 +122,7 @@ class DiagnosticsConfig:
     """Save the rollouts of the first step and of every so many after it; 0 for never."""
     accepted_engine_faults: list[str] = field(default_factory=list)
     """An engine that differs from the trainer before the first step stops the run, but for these: any of `repetition`,
-    `logprobs` and `selection`. `docs/engines.md` says what they are."""
+    `logprobs` and `selection`. `docs/reference/engines.md` says what they are."""
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 
     def measures(self, step: int) -> bool:

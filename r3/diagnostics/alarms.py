@@ -1,4 +1,6 @@
-"""Alarms: metrics beyond bounds that warn, or that stop the run; `docs/diagnostics.md` says why the bounds are so.
+"""Alarms: metrics beyond bounds that warn, or that stop the run.
+
+`docs/reference/alarms-and-sinks.md` says why the bounds are so.
 
 A metric that an alarm watches and that is missing, or no number, raises it too: a run that measures nothing must not
 look healthy. At a step at which nothing was to be measured, only what is recorded all the same is looked at.

@@ -144,7 +144,7 @@ def attach(model: nn.Module, *, required: bool = False) -> Replay:
     `routing` is a `RolloutRouting` or an integer tensor `[B, S, L, K]` in which rows of -1 are not valid; its `[B, S]`
     equals that of `input_ids`. Rows that are not valid are routed live, those that lack some layers in these alone. A
     forward without the keyword is not touched. One whose positions do not fit the images beside them raises: see
-    "Images" in docs/parallel.md.
+    "Images" in docs/reference/parallel.md.
 
     Args:
         model: a transformers model, or a wrapper around one.
