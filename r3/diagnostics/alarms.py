@@ -90,7 +90,9 @@ class Alarms:
 
     >>> from r3.config import AlarmsConfig
     >>> alarms = Alarms(DiagnosticsConfig(alarms=AlarmsConfig(enabled=True)))
-    >>> alarms.check(1, {"logprob_diff/live/k3": 3.0})                                                # doctest: +SKIP
+    >>> alarms.check(1, {"logprob_diff/live/k3": 3.0})
+    Traceback (most recent call last):
+    r3.errors.AlarmError: ...
     """
 
     def __init__(self, config: DiagnosticsConfig) -> None:

@@ -158,7 +158,12 @@ def attach(model: nn.Module, *, required: bool = False) -> Replay:
         ReplayError: replay is attached already.
 
     Example:
-        >>> replay = r3.attach(model)                                                       # doctest: +SKIP
-        >>> out = model(input_ids=ids, routed_experts=routing, use_cache=False)             # doctest: +SKIP
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("examples/chain_sum_moe")  # 8 layers, 4 of 32 experts
+        >>> replay = attach(model)
+        >>> ids, routing = torch.tensor([[5, 6, 7]]), torch.arange(4).expand(1, 3, 8, 4)
+        >>> out = model(input_ids=ids, routed_experts=routing, use_cache=False)
+        >>> replay.last.rows_replayed
+        3
     """
     return Replay(model, required)
