@@ -35,7 +35,7 @@ test-newest: $(NEWEST)/.r3-ready  ## capture and weight sync with the newest CPU
 	$(NEWEST)/bin/python $(PYTEST) -m "not gpu" $(NEWEST_TESTS:%=tests/test_%.py) $(ARGS)
 
 docs: $(READY)  ## build the documentation into build/site; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .
