@@ -2,6 +2,7 @@
 somewhere."""
 
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -83,3 +84,33 @@ def test_nothing_points_to_a_page_that_is_gone():
 def test_lines_of_prose_are_short(page):
     long = [line for line in prose(page).splitlines() if len(line) > COLUMNS and not line.startswith("|")]
     assert not long
+
+
+def test_files_that_pages_name_are_there():
+    named = re.compile(r"(?<![\w/])(?:tests|examples|benchmarks|scripts|r3|trainer_hooks)/[\w/]+\.(?:py|md)\b")
+    gone = {
+        f"{page.relative_to(ROOT)}: {path}"
+        for page in [ROOT / "README.md", *PAGES]
+        for path in named.findall(page.read_text())
+        if not (ROOT / path).is_file()
+    }
+    assert not gone
+
+
+def test_names_of_r3_that_pages_name_are_there():
+    """By their public path; what stands in a module of vLLM's processes alone is not named by its module."""
+    named = {
+        (page, name)
+        for page in [ROOT / "README.md", *PAGES]
+        for name in re.findall(r"(?<![\w./-])r3(?:\.[A-Za-z_]\w*)+(?![\w(]*\.html)", page.read_text())
+    }
+    assert named
+    assert not [f"{page.relative_to(ROOT)}: {name}" for page, name in sorted(named) if not leads_somewhere(name)]
+
+
+def leads_somewhere(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (AttributeError, ImportError):
+        return False
+    return True
