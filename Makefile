@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-browser test-newest lint format env clean
+.PHONY: help demo test test-long test-browser test-newest docs lint format env clean
 
 # Each engine is three processes that import vLLM: without bytecode each of them compiles it anew, for 15 s.
 unexport PYTHONDONTWRITEBYTECODE
@@ -34,6 +34,9 @@ test-browser: $(READY)  ## look at the reports' pages in a headless Chromium
 
 test-newest: $(NEWEST)/.r3-ready  ## capture and weight sync with the newest CPU build of vLLM
 	$(NEWEST)/bin/python $(PYTEST) -m "not gpu" $(NEWEST_TESTS:%=tests/%.py) $(ARGS)
+
+docs: $(READY)  ## build the documentation into build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .

@@ -105,7 +105,7 @@ def pytest_runtest_setup(item):
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tests of model families run their models")
-    parser.addoption("--support-table", action="store_true", help="write docs/models.md from test_every_model.py")
+    parser.addoption("--support-table", action="store_true", help="write docs/reference/models.md")
 
 
 @pytest.fixture(scope="session")

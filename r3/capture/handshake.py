@@ -80,7 +80,9 @@ def handshake(
         CaptureError: the first thing that is wrong, and what to do about it.
 
     Example:
-        >>> handshake("http://127.0.0.1:8000", r3.attach(model).spec)  # doctest: +SKIP
+        >>> import r3
+        >>> handshake(llm, r3.attach(model).spec).layers
+        8
     """
     started = time.perf_counter()
     greedy: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True}

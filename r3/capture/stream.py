@@ -37,9 +37,6 @@ async def rollout(
 
     Raises:
         CaptureError: as `collect`; or outputs that are not cumulative.
-
-    Example:
-        >>> await rollout(engine, {"prompt_token_ids": ids}, params, spec, request_id="7")  # doctest: +SKIP
     """
     if sampling_params.output_kind.name != "CUMULATIVE":
         raise CaptureError(

@@ -80,7 +80,10 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlarmsConfig:
-    """Bounds that warn, and bounds that stop the run; null for none. `docs/diagnostics.md` says why these values."""
+    """Bounds that warn, and bounds that stop the run; null for none.
+
+    `docs/reference/alarms-and-sinks.md` says why these values.
+    """
 
     enabled: bool = setting(False, "Watch the metrics: warn, and stop the run, by the bounds beside this.")
     k3_warn: float | None = setting(
@@ -169,7 +172,7 @@ class DiagnosticsConfig:
     accepted_engine_faults: list[str] = setting(
         [],
         "An engine that differs from the trainer before the first step stops the run, but for these. "
-        "`docs/engines.md` says what they are.",
+        "`docs/reference/engines.md` says what they are.",
         any_of(ENGINE_FAULTS),
     )
     alarms: AlarmsConfig = part(AlarmsConfig)

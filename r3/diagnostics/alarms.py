@@ -1,4 +1,6 @@
-"""Alarms: metrics beyond bounds that warn, or that stop the run; `docs/diagnostics.md` says why the bounds are so.
+"""Alarms: metrics beyond bounds that warn, or that stop the run.
+
+`docs/reference/alarms-and-sinks.md` says why the bounds are so.
 
 A metric that an alarm watches and that is missing, or no number, raises it too: a run that measures nothing must not
 look healthy. At a step at which nothing was to be measured, only what is recorded all the same is looked at.
@@ -88,7 +90,9 @@ class Alarms:
 
     >>> from r3.config import AlarmsConfig
     >>> alarms = Alarms(DiagnosticsConfig(alarms=AlarmsConfig(enabled=True)))
-    >>> alarms.check(1, {"logprob_diff/live/k3": 3.0})                                                # doctest: +SKIP
+    >>> alarms.check(1, {"logprob_diff/live/k3": 3.0})
+    Traceback (most recent call last):
+    r3.errors.AlarmError: ...
     """
 
     def __init__(self, config: DiagnosticsConfig) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from r3.config import ENGINE_FAULTS, MOST_REPEAT_NATS
 from r3.errors import AlarmError, ConfigError, summary
 
-# docs/engines.md says what healthy families measure.
+# docs/reference/engines.md says what healthy families measure.
 MOST_K3 = 2e-2
 """Nats a token."""
 MOST_DIFFERING = 0.3
@@ -113,6 +113,7 @@ class EngineAgreement:
             raise AlarmError(
                 f"the engine does not agree with the trainer on {self.family}, of the same weights, over {self.tokens} "
                 f"sampled tokens:{summary(f'{name}: {text}' for name, text in found.items())}\n"
-                "A run would train on this from its first step. docs/engines.md lists families; to train all the same: "
+                "A run would train on this from its first step. "
+                "docs/reference/engines.md lists families; to train all the same: "
                 f"trainer.diagnostics.accepted_engine_faults=[{','.join({*accepted, *found})}]"
             )

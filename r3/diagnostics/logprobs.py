@@ -174,7 +174,9 @@ class LogprobSums(MergeableSums):
         )
 
     def metrics(self) -> dict[str, float]:
-        """The gap between the two sides; all but `tokens` are NaN when there are no tokens. docs/metrics.md has more.
+        """The gap between the two sides; all but `tokens` are NaN when there are no tokens.
+
+        docs/reference/metrics.md has more.
 
         `tokens`         how many counted
         `abs_mean`       mean of |d|, nats

@@ -29,8 +29,10 @@ class RunFolder:
 
     Raises `DiagnosticsError` if `path` is a file or a folder with anything in it: two runs never share a folder.
 
-    >>> folder = RunFolder("runs/first", {"seed": 1})                                                # doctest: +SKIP
-    >>> folder.log(1, {"reward/mean": 0.5})                                                           # doctest: +SKIP
+    >>> folder = RunFolder("runs/first", {"seed": 1})
+    >>> folder.log(1, {"reward/mean": 0.5})
+    >>> read_metrics(folder.path)
+    [{'step': 1, 'reward/mean': 0.5}]
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]):

@@ -111,9 +111,6 @@ def arrival(
     Raises:
         SyncError: a sync that does not commit.
         CaptureError: no answer, or one that cannot be used.
-
-    Example:
-        >>> r3.doctor.arrival(sync, llm, r3.attach(model)).require()                        # doctest: +SKIP
     """
     model = replay.model
     prompts = prompts or probe_prompts(model)

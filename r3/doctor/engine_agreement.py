@@ -59,7 +59,8 @@ def engine_agreement(
         CaptureError: no answer, or one that cannot be used.
 
     Example:
-        >>> engine_agreement(engine, r3.attach(model)).require()                            # doctest: +SKIP
+        >>> import r3
+        >>> engine_agreement(llm, r3.attach(model)).require()
     """
     prompts = prompts or probe_prompts(replay.model)
     answers = ask_twice(engine, prompts, replay.spec, max_tokens=max_tokens, timeout_s=timeout_s, api_key=api_key)

@@ -99,7 +99,8 @@ def agreement_check(name: str, engine: Any, config: R3Config, server: Endpoint |
         name=name,
         status="warning" if set(faults) <= set(accepted) else "problem",
         detail=f"{detail}:{summary(f'{fault}: {text}' for fault, text in faults.items())}",
-        remedy="docs/engines.md lists families; a run stops on it unless trainer.diagnostics.accepted_engine_faults="
+        remedy="docs/reference/engines.md lists families; a run stops on it unless "
+        "trainer.diagnostics.accepted_engine_faults="
         f"[{','.join(faults)}]",
     )
 
@@ -118,7 +119,7 @@ def arrival_check(name: str, engine: Any, config: R3Config) -> Check:
         name=name,
         status="problem",
         detail=f"the engine goes on with old weights after a sync that commits, of {', '.join(found.stale)}{untold}",
-        remedy="start a new engine for each version of such a model (docs/weight-sync.md)",
+        remedy="start a new engine for each version of such a model (docs/reference/weight-sync.md)",
     )
 
 

@@ -1,4 +1,4 @@
-"""The decision rule: from hypotheses and their gaps to causes. docs/explain.md gives it in words, with the reasons."""
+"""The decision rule: from hypotheses and their gaps to causes. docs/reference/explain.md gives it in words."""
 
 import math
 from collections.abc import Mapping, Sequence

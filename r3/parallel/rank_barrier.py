@@ -64,8 +64,10 @@ class RankBarrier:
         """An exception that one rank raises inside is a `ParallelError` on all the others.
 
         Example:
-            >>> with barrier.guard():                                           # doctest: +SKIP
-            ...     batch = collate(rollouts)
+            >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            >>> with RankBarrier().guard():
+            ...     rows = torch.ones(4).split(2)  # what may raise on one rank alone
+            >>> dist.destroy_process_group()
         """
         try:
             yield

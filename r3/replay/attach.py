@@ -144,7 +144,7 @@ def attach(model: nn.Module, *, required: bool = False) -> Replay:
     `routing` is a `RolloutRouting` or an integer tensor `[B, S, L, K]` in which rows of -1 are not valid; its `[B, S]`
     equals that of `input_ids`. Rows that are not valid are routed live, those that lack some layers in these alone. A
     forward without the keyword is not touched. One whose positions do not fit the images beside them raises: see
-    "Images" in docs/parallel.md.
+    "Images" in docs/reference/parallel.md.
 
     Args:
         model: a transformers model, or a wrapper around one.
@@ -158,7 +158,12 @@ def attach(model: nn.Module, *, required: bool = False) -> Replay:
         ReplayError: replay is attached already.
 
     Example:
-        >>> replay = r3.attach(model)                                                       # doctest: +SKIP
-        >>> out = model(input_ids=ids, routed_experts=routing, use_cache=False)             # doctest: +SKIP
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("examples/chain_sum_moe")  # 8 layers, 4 of 32 experts
+        >>> replay = attach(model)
+        >>> ids, routing = torch.tensor([[5, 6, 7]]), torch.arange(4).expand(1, 3, 8, 4)
+        >>> out = model(input_ids=ids, routed_experts=routing, use_cache=False)
+        >>> replay.last.rows_replayed
+        3
     """
     return Replay(model, required)

@@ -28,9 +28,12 @@ class Recorder:
             as with K = E.
 
     Example:
-        >>> with r3.record(model) as recorder:                                              # doctest: +SKIP
-        ...     model(input_ids=ids, use_cache=False)
-        >>> recorder.routing                                                                # doctest: +SKIP
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("examples/chain_sum_moe")
+        >>> with record(model) as recorder:
+        ...     out = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False)
+        >>> recorder.routing.shape  # 1 sequence, 3 tokens, 8 layers, 4 of 32 experts
+        (1, 3, 8, 4)
     """
 
     def __init__(self, model: nn.Module, *, margins: bool = False) -> None:

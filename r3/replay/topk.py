@@ -164,7 +164,7 @@ def select(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
     A `gather`, whose backward adds to zeros: where the ids of a row are distinct, as those of a `RolloutRouting` are,
     that is the gradient of `topk`. An autograd function with a plain scatter, and a fused kernel each way, saved 0% and
-    1% of a router's time on a GPU, and cost more on the host (docs/performance.md).
+    1% of a router's time on a GPU, and cost more on the host (docs/lab/performance.md).
 
     Args:
         scores: floating `[..., E]`.

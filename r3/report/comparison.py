@@ -1,4 +1,4 @@
-"""One self-contained HTML page that sets two runs side by side. `docs/report.md` says how to read it."""
+"""One self-contained HTML page that sets two runs side by side. `docs/reference/report.md` says how to read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What looks wrong in the records of a run: a list of checks, each with a bound that `docs/report.md` gives."""
+"""What looks wrong in the records of a run: checks, each with a bound that `docs/reference/report.md` gives."""
 
 from __future__ import annotations
 

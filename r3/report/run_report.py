@@ -1,4 +1,4 @@
-"""One self-contained HTML page, or one PNG, from a run folder. `docs/report.md` says how to read it."""
+"""One self-contained HTML page, or one PNG, from a run folder. `docs/reference/report.md` says how to read it."""
 
 from __future__ import annotations
 

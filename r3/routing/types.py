@@ -306,10 +306,10 @@ class RolloutRouting:
         return replace_trusted(parts[0], expert_ids, validity, weight_version=_version(parts))
 
     def to_bytes(self, *, compress: bool = False) -> bytes:
-        """The wire form, which `from_bytes` reads: described in docs/wire-format.md.
+        """The wire form, which `from_bytes` reads: described in docs/reference/wire-format.md.
 
         Args:
-            compress: Huffman codes of the ids' bytes, by zlib. Slow, and seldom much smaller: docs/performance.md.
+            compress: Huffman codes of the ids' bytes, by zlib. Slow, and seldom much smaller: docs/lab/performance.md.
 
         Raises:
             RoutingError: a decoder layer or weight version that the format cannot hold.

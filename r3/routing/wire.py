@@ -1,7 +1,7 @@
 """The wire form of routing: bytes that describe themselves, for files, object stores and HTTP bodies.
 
 Header, validity and ids, under checksums; nothing is unpickled, and nothing is allocated before the sizes that the
-header declares have been found consistent. The layout is in docs/wire-format.md.
+header declares have been found consistent. The layout is in docs/reference/wire-format.md.
 """
 
 import math

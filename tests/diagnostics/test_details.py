@@ -1,10 +1,7 @@
 """The tokens that a report shows: the same whatever the split, drawn evenly, and the worst ones by brute force."""
 
-import json
 import math
 import pickle
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
-from step_batches import made_batch
 
-from r3.diagnostics import RunFolder
 from r3.diagnostics.chosen_tokens import priorities
 from r3.diagnostics.details import TokenDetails
 from r3.errors import DiagnosticsError
-from trainer_hooks.batches import Rows, StepBatch
 
 SAMPLES, LENGTH, LAYERS = 13, 37, 5
 
@@ -256,40 +250,3 @@ def test_what_does_not_fit_is_named():
         details(tensors) + details(tensors | {"replayed": None, "parted": None})
     with pytest.raises(DiagnosticsError, match="keep 40 and 1024"):
         details(tensors) + TokenDetails.empty()
-
-
-class Numbers:
-    """Stands for a tokenizer: the text of a token is its number."""
-
-    def decode(self, ids):
-        return " ".join(map(str, ids))
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_the_example_of_the_docs_keeps_each_token_at_its_place(packed, tmp_path):
-    page = (Path(__file__).parent.parent / "docs/report.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    batch = made_batch(torch.Generator().manual_seed(0))
-    parts = StepBatch.of(batch, torch.zeros(3)).split(2)
-    micro_batches = []
-    for rows in (Rows.of(part, packed=packed) for part in parts):
-        live = rows.logprobs + rows.labels / 1e3
-        micro_batches.append((rows, live, live, torch.zeros(*live.shape, 8, dtype=torch.bool)))
-    pairs = zip(batch.input_ids, batch.attention_mask, strict=True)
-    folder = RunFolder(tmp_path / "run", {})
-    given = {
-        "folder": folder,
-        "layer_ids": tuple(range(8)),
-        "micro_batches": micro_batches,
-        "sequences": [ids[: int(mask.sum())].tolist() for ids, mask in pairs],
-        "step": 1,
-        "tokenizer": Numbers(),
-    }
-    exec(code, given)
-    record = json.loads((folder.path / "details.jsonl").read_text())
-    assert record["tokens_seen"] == int(batch.response_mask.sum())
-    for token in record["worst"]:
-        ids = given["sequences"][token["sample"]]
-        assert token["token_id"] == ids[token["position"]]
-        assert token["live"] - token["rollout"] == pytest.approx(token["token_id"] / 1e3, abs=1e-6)
-        assert token["before"].split() == [str(i) for i in ids[: token["position"]]]

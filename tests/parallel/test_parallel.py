@@ -187,7 +187,7 @@ def test_flex_does_what_eager_does(on_gpu, family):
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not installed("flash-attn-4"),
-    reason="needs FlashAttention 4, the package flash-attn-4; docs/parallel.md says how to install it",
+    reason="needs FlashAttention 4, the package flash-attn-4; docs/reference/parallel.md says how to install it",
 )
 @pytest.mark.parametrize("layout", [dict(), dict(layout="rows"), dict(layout="padded", side="left")], ids=str)
 def test_flash_attention_errs_no_more_than_masked_sdpa(on_gpu, layout):

@@ -1,6 +1,6 @@
 """Replay in every MoE family of the installed transformers, each as a whole tiny model with random weights.
 
-`--support-table` writes what passed into docs/models.md.
+`--support-table` writes what passed into docs/reference/models.md.
 """
 
 import pytest

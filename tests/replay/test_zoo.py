@@ -214,5 +214,5 @@ def test_refused_cases_still_have_a_model_and_inputs(name):
 
 def test_the_support_table_is_that_of_the_last_proof():
     proved = json.loads(table.PROVED.read_text())
-    assert table.PAGE.read_text() == table.page(proved), "docs/models.md: run pytest with --support-table"
+    assert table.PAGE.read_text() == table.page(proved), "docs/reference/models.md: run pytest with --support-table"
     assert proved.get(transformers.__version__, CASES).keys() == CASES.keys()

@@ -195,7 +195,7 @@ def test_ids_are_checked_even_under_right_checksums():
         RolloutRouting.from_bytes(resealed(hidden.to_bytes(), at + 13, b"\5"))
 
 
-# Offsets of the header's fields, as in docs/wire-format.md.
+# Offsets of the header's fields, as in docs/reference/wire-format.md.
 @pytest.mark.parametrize(
     ("at", "changed", "message"),
     [

@@ -1,7 +1,7 @@
 """Mixture-of-experts families through a real engine on the CPU: capture, prefix cache, and weight syncs that arrive.
 
     python tests/support/engine_families.py qwen3_moe olmoe    # adds their figures to zoo/engines.json, one by one
-    python tests/support/engine_families.py --page             # writes docs/engines.md
+    python tests/support/engine_families.py --page             # writes docs/reference/engines.md
 
 Each family is the tiny model of the zoo, of sizes that vLLM's CPU kernels take. The engine runs in this process, so
 that what stops it from starting is known.
@@ -212,7 +212,7 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--page", action="store_true", help="write docs/engines.md of what was measured")
+    parser.add_argument("--page", action="store_true", help="write docs/reference/engines.md of what was measured")
     args = parser.parse_args()
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     for name in args.families:

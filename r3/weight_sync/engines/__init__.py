@@ -35,7 +35,8 @@ def engine_of(
         SyncError: something else.
 
     Example:
-        >>> engine_of("http://127.0.0.1:8000").call("r3_status", timeout_s=10)  # doctest: +SKIP
+        >>> engine_of(llm).call("r3_status", timeout_s=10)[0]["state"]
+        'idle'
     """
     mode = checked_mode(on_running)
     if isinstance(engine, Engine):

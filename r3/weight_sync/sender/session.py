@@ -61,8 +61,11 @@ class WeightSync:
         SyncError: an engine has no such extension, or a worker does not answer.
 
     Example:
-        >>> sync = WeightSync(llm, dtype=torch.bfloat16)                                    # doctest: +SKIP
-        >>> receipt = sync.push(named_weights(model), version=1)                            # doctest: +SKIP
+        >>> from r3.weight_sync import named_weights
+        >>> sync = WeightSync(llm, dtype=torch.bfloat16)
+        >>> receipt = sync.push(named_weights(model), version=(sync.version or 0) + 1)
+        >>> receipt.version == sync.version
+        True
     """
 
     def __init__(

@@ -23,8 +23,7 @@ class FilesTransport(Transport):
 
     Args:
         folder: where to write; by default a temporary folder, in memory where the machine has a RAM disk. It is removed
-        by
-            `close`, when the process ends, or, if the process was killed, by the next transport of this user here.
+            by `close`, when the process ends, or, if the process was killed, by the next transport of this user here.
 
     Raises:
         SyncError: a file could not be written, the disk being full for example.

@@ -1,4 +1,4 @@
-"""docs/engines.md, of what tests/support/engine_families.py measured."""
+"""docs/reference/engines.md, of what tests/support/engine_families.py measured."""
 
 import fcntl
 import json
@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 
 MEASURED = Path(__file__).parent / "engines.json"
-PAGE = Path(__file__).parents[3] / "docs/engines.md"
+PAGE = Path(__file__).parent.parent.parent / "docs/reference/engines.md"
 MARK = "<!-- from here on by tests/support/engine_families.py --page -->\n"
 
 WRONG: dict[str, set[str]] = {
@@ -16,7 +16,7 @@ WRONG: dict[str, set[str]] = {
     "olmoe": {"logprobs"},
     "zaya": {"selection"},
 }
-"""Families that were measured to be wrong from the start, and what they are named for; docs/engines.md says why."""
+"""Families that were measured to be wrong from the start, and for what; docs/reference/engines.md says why."""
 
 
 def add(name: str, found: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The support table in docs/models.md: what the tests of every model found, by version of transformers.
+"""The support table in docs/reference/models.md: what the tests of every model found, by version of transformers.
 
 `pytest tests/replay/test_every_model.py --support-table` runs them and adds what it saw to `proved.json`, from which
 the page is made.
@@ -14,7 +14,7 @@ import transformers
 from zoo import CASES
 
 PROVED = Path(__file__).with_name("proved.json")
-PAGE = Path(__file__).parents[3] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 
 _TESTS = {
     "test_own_routing_is_bit_identical_to_live": "exact",
@@ -89,7 +89,7 @@ def add(passed: list[str], failed: list[str]) -> None:
 
 
 def page(proved: dict[str, dict[str, dict]]) -> str:
-    """docs/models.md of the outcomes `{transformers version: {case: checks}}`."""
+    """docs/reference/models.md of the outcomes `{transformers version: {case: checks}}`."""
     versions = sorted(proved, key=lambda v: tuple(map(int, v.split("."))))
     by_case: dict[str, dict[str, dict]] = defaultdict(dict)
     for version in versions:
