@@ -22,11 +22,8 @@ DEFAULTS = {
     # Several chunks a sync, as with models that do not fit into one.
     "generator.inference_engine.weight_sync.chunk_mib": 1,
     "task.name": "chain_sum",
-    "task.settings.min_terms": 3,
-    "task.settings.max_terms": 4,
-    "task.settings.min_digits": 2,
-    "task.settings.max_digits": 2,
 }
+CHAIN_SUM = {"min_terms": 3, "max_terms": 4, "min_digits": 2, "max_digits": 2}
 
 
 class ReasoningGymTask:
@@ -58,7 +55,10 @@ def main(arguments: list[str]) -> None:
     from r3 import R3Config
     from r3.config import process_rank, settings_lines
 
-    config = R3Config.from_overrides([pair for pair in arguments if pair != LIST], DEFAULTS)
+    overrides = [pair for pair in arguments if pair != LIST]
+    own_task = any(pair.startswith("task.name=") for pair in overrides)
+    task_defaults = {} if own_task else {f"task.settings.{name}": value for name, value in CHAIN_SUM.items()}
+    config = R3Config.from_overrides(overrides, DEFAULTS | task_defaults)
     if LIST in arguments:
         print(*settings_lines(config), sep="\n")
         return

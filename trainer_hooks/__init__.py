@@ -1,1 +1,29 @@
-"""r3 inside trainers: one thin module for each."""
+"""r3 inside trainers: its own GRPO trainer under FSDP2, and the parts of it that other trainers can use."""
+
+from trainer_hooks.batches import Rows, StepBatch
+from trainer_hooks.grpo import GRPOTrainer, Task
+from trainer_hooks.launch import process_group, train
+from trainer_hooks.measure import Measured, StepGap, coverage, measure
+from trainer_hooks.objective import clipped_loss, clipped_objective, group_advantages
+from trainer_hooks.policy import Policy
+from trainer_hooks.publish import push_from_all_ranks
+from trainer_hooks.scorer import Scorer
+
+__all__ = [
+    "GRPOTrainer",
+    "Measured",
+    "Policy",
+    "Rows",
+    "Scorer",
+    "StepBatch",
+    "StepGap",
+    "Task",
+    "clipped_loss",
+    "clipped_objective",
+    "coverage",
+    "group_advantages",
+    "measure",
+    "process_group",
+    "push_from_all_ranks",
+    "train",
+]

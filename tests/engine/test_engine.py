@@ -16,15 +16,14 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def trainer(engine, demo_config, weights):
     """The demo's trainer around the shared engine; gives the engine its weights back at the end."""
-    from grpo_fsdp import DEFAULTS, ReasoningGymTask
+    from grpo_fsdp import CHAIN_SUM, ReasoningGymTask
 
     from trainer_hooks.grpo import GRPOTrainer
     from trainer_hooks.launch import process_group
     from trainer_hooks.policy import Policy
 
-    settings = {key.removeprefix("task.settings."): v for key, v in DEFAULTS.items() if key.startswith("task.settings")}
     with process_group():
-        made = GRPOTrainer(demo_config, ReasoningGymTask("chain_sum", 0, settings), Policy(demo_config), engine)
+        made = GRPOTrainer(demo_config, ReasoningGymTask("chain_sum", 0, CHAIN_SUM), Policy(demo_config), engine)
         made.sync.push(weights.items(), version=following(made.sync))
         yield made
         made.sync.push(weights.items(), version=following(made.sync))

@@ -22,7 +22,7 @@ def test_the_demo_lists_the_settings_that_it_runs_with(overrides, monkeypatch):
     def start(config, task):
         raise Started(config)
 
-    monkeypatch.setattr("trainer_hooks.fsdp.train", start)
+    monkeypatch.setattr("trainer_hooks.launch.train", start)
     with pytest.raises(Started) as started:
         grpo_fsdp.main(overrides)
     command = [sys.executable, "-m", "r3.cli", "demo", "--settings", *overrides]

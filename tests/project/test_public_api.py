@@ -12,14 +12,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from places import ROOT
-
-KEPT = ROOT / "tests/project/public_api.txt"
-PARTS = sorted(path.parent.name for path in ROOT.glob("r3/*/__init__.py"))
-HOOKS = sorted(path.stem for path in ROOT.glob("trainer_hooks/[!_]*.py"))
-MODULES = ["r3", *(f"r3.{part}" for part in PARTS), *(f"trainer_hooks.{name}" for name in HOOKS)]
+ROOT = Path(__file__).resolve().parents[2]
+KEPT = Path(__file__).with_name("public_api.txt")
+INTERNAL = {"vllm_compat"}
+PARTS = sorted({path.parent.name for path in ROOT.glob("r3/*/__init__.py")} - INTERNAL)
+MODULES = ["r3", *(f"r3.{part}" for part in PARTS), "trainer_hooks"]
 
 
 def public_names(module: Any) -> list[str]:

@@ -30,10 +30,9 @@ def demo_model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def demo_prompts(count: int, seed: int) -> list[list[int]]:
-    from grpo_fsdp import DEFAULTS, ReasoningGymTask
+    from grpo_fsdp import CHAIN_SUM, ReasoningGymTask
 
-    settings = {key.removeprefix("task.settings."): v for key, v in DEFAULTS.items() if key.startswith("task.settings")}
-    task, tokenizer = ReasoningGymTask("chain_sum", seed, settings), AutoTokenizer.from_pretrained(DEMO_MODEL)
+    task, tokenizer = ReasoningGymTask("chain_sum", seed, CHAIN_SUM), AutoTokenizer.from_pretrained(DEMO_MODEL)
     return [tokenizer(task.prompt(problem)).input_ids for problem in task.problems(0, count)]
 
 
