@@ -62,6 +62,7 @@ class GRPOTrainer:
             self.engine,
             transport=engine.weight_sync.transport,
             delta=engine.weight_sync.delta,
+            load_plan=engine.weight_sync.load_plan,
             dtype=getattr(torch, engine.dtype),
             chunk_bytes=int(engine.weight_sync.chunk_mib * 2**20),
             timeout_s=engine.weight_sync.timeout_s,

@@ -41,7 +41,11 @@ def worker_with(model: nn.Module, vllm_config) -> WeightSyncWorker:
 
 
 def replies_up_to_begin(
-    worker: WeightSyncWorker, weights: dict[str, torch.Tensor], version: int = 1, frozen: list[str] | None = None
+    worker: WeightSyncWorker,
+    weights: dict[str, torch.Tensor],
+    version: int = 1,
+    frozen: list[str] | None = None,
+    **changes,
 ) -> list[dict]:
     sync_id = f"sync {version}"
     sync = {
@@ -52,19 +56,25 @@ def replies_up_to_begin(
         "frozen": frozen or [],
         "keep_base": False,
         "base_version": None,
+        "load_plan": True,
         "constants": [],
+        **changes,
     }
     return [worker.r3_reserve(sync_id, version, "a test", 60.0), worker.r3_begin(sync_id, sync)]
 
 
 def replies_of_a_sync(
-    worker: WeightSyncWorker, weights: dict[str, torch.Tensor], version: int = 1, frozen: list[str] | None = None
+    worker: WeightSyncWorker,
+    weights: dict[str, torch.Tensor],
+    version: int = 1,
+    frozen: list[str] | None = None,
+    **changes,
 ) -> list[dict]:
     sync_id = f"sync {version}"
     digests = ContentDigests()
     digests.add(weights.items())
     return [
-        *replies_up_to_begin(worker, weights, version, frozen),
+        *replies_up_to_begin(worker, weights, version, frozen, **changes),
         worker.r3_load(sync_id, 0, [(list(weights), {})]),
         worker.r3_seal(sync_id, digests.result()),
         worker.r3_commit(sync_id),
@@ -72,8 +82,8 @@ def replies_of_a_sync(
     ]
 
 
-def calls_of_a_sync(worker: WeightSyncWorker, version: int) -> list[str]:
-    replies = replies_of_a_sync(worker, weights_of(version), version)
+def calls_of_a_sync(worker: WeightSyncWorker, version: int, **changes) -> list[str]:
+    replies = replies_of_a_sync(worker, weights_of(version), version, **changes)
     assert not any("error" in reply for reply in replies), replies
     return [call for call in worker.__dict__["r3_state"].receiver.calls if not call.startswith("release")]
 
@@ -97,6 +107,16 @@ def test_what_is_queued_on_a_device_is_waited_for_before_anything_but_copies(vll
     found = [calls_of_a_sync(worker, version) for version in (1, 2)]
     assert found == [["receive", "wait", *end], second + end]
     assert_same(state(worker.model_runner.model), state(initial(Toy(process), weights_of(2))))
+
+
+def test_a_sync_without_load_plans_goes_through_the_loaders(vllm_config, monkeypatch):
+    monkeypatch.setattr("r3.weight_sync.worker.extension.RECEIVERS", RECEIVERS | {"direct": Direct})
+    worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
+    calls = [calls_of_a_sync(worker, number, load_plan=number != 3) for number in (1, 2, 3, 4)]
+    copied = ["receive", "wait", "wait"]
+    loaded = ["receive", "wait", "wait", "wait"]  # vLLM's loaders may wait for the device
+    assert calls == [loaded, copied, loaded, copied]
+    assert_same(state(worker.model_runner.model), state(initial(Toy(), weights_of(4))))
 
 
 @pytest.mark.parametrize("takes_memory", [True, False])

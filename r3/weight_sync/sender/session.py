@@ -54,6 +54,8 @@ class WeightSync:
             no memory: of weights that workers on the same GPU read where they lie (`ipc`).
         timeout_s: longest wait for any one answer of an engine. Also how long a sync may be silent before another
             sender may take over from it.
+        load_plan: have workers copy weights as the first sync proved that vLLM's loaders do. Off, every sync goes through
+            the loaders, like the first one, and takes as long.
         engine_constants: patterns (`*.impl.table`) of tensors of the engine that do not derive from weights, though a
             sync took them for such and refused: it names them.
 
@@ -78,6 +80,7 @@ class WeightSync:
         dtype: torch.dtype | None = None,
         chunk_bytes: int = 512 << 20,
         timeout_s: float = 600.0,
+        load_plan: bool = True,
         engine_constants: Sequence[str] = (),
     ) -> None:
         if chunk_bytes <= 0 or timeout_s <= 0:
@@ -95,6 +98,7 @@ class WeightSync:
         self._dtype = dtype
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
+        self._load_plan = load_plan
         self._engine_constants = list(engine_constants)
         self._sender = f"process {os.getpid()} on {socket.gethostname()}"
         self.poisoned: str | None = None
@@ -228,6 +232,7 @@ class WeightSync:
             "frozen": frozen,
             "keep_base": self._base is not None,
             "base_version": base_version,
+            "load_plan": self._load_plan,
             "constants": self._engine_constants,
         }
         # The workers run no batch from here to the commit: caches that are emptied now stay empty.

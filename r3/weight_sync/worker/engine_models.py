@@ -65,10 +65,12 @@ class EngineModels:
                 found.synced.append(synced("draft model", draft))
         return found
 
-    def bracket(self, *, constants: Collection[str] = (), **options: Any) -> "EngineReload":
-        """For the next sync. `constants`: see `DerivedTensors`."""
+    def bracket(self, *, constants: Collection[str] = (), planned: bool = True, **options: Any) -> "EngineReload":
+        """For the next sync. `constants`: see `DerivedTensors`; `planned`: whether load plans are used."""
         for one in self.synced:
             one.derived.known_constants = constants
+            if not planned:
+                one.plan = None
         return EngineReload(self.synced, **options)
 
 

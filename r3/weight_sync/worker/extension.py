@@ -82,7 +82,7 @@ class WeightSyncWorker:
         Args:
             sync: timeout_s, offer (of the transport), ranks (number of each worker among all, by the name it gives
                 itself), manifest (name -> [shape, dtype]), frozen (module paths that it leaves out), keep_base,
-                base_version (None: complete).
+                base_version (None: complete), load_plan (whether to use one), constants (of `DerivedTensors`).
 
         Answers `kept`: by path of `frozen`, the layers that keep what they have.
         """
@@ -191,7 +191,9 @@ class WeightSyncWorker:
         sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in given["manifest"].items()}
         if state.models is None:
             state.models = EngineModels.of(self.model_runner, self.vllm_config)
-        sync.reload = state.models.bracket(kept=sync.kept, constants=given["constants"])
+        sync.reload = state.models.bracket(
+            kept=sync.kept, constants=given["constants"], planned=given["load_plan"]
+        )
         if misfits := sync.reload.misfits(sync.manifest):
             raise _RefusedError(
                 f"what is sent does not fit the engine, of which no weight was touched:{summary(misfits)}"
