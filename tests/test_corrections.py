@@ -180,6 +180,12 @@ def test_the_defaults_are_those_of_the_sources():
     assert icepop(train, zeros, mask, high=4.8).weights.item() == 0
 
 
+def test_sums_say_which_correction_they_are_of():
+    train, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    for correct in (truncated_importance, masked_importance, icepop, geometric_mask, product_mask, gspo):
+        assert correct(train, train, mask).sums.method == correct.__name__
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_dtype_is_float32_or_that_of_float64(name):
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2):
