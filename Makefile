@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-browser test-newest docs lint format env clean
+.PHONY: help demo test test-long test-browser test-newest test-mutants docs lint format env clean
 
 # Each engine is three processes that import vLLM: without bytecode each of them compiles it anew, for 15 s.
 unexport PYTHONDONTWRITEBYTECODE
@@ -17,7 +17,7 @@ NEWEST_TESTS := engine/test_capture_hooks capture/test_collect capture/test_rows
 	engine/test_capture_server engine/test_sync
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo '  Arguments go through ARGS: make test ARGS="-k replay -x"'
 
 demo: $(READY)  ## train a small MoE with replay, and measure the gap live and replayed
@@ -38,6 +38,11 @@ test-newest: $(NEWEST)/.r3-ready  ## capture and weight sync with the newest CPU
 docs: $(READY)  ## build the documentation into build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Forks of a process with torch: one thread each. Results are kept in mutants/, and what has one is not run again.
+test-mutants: .venv/.mutants-ready  ## change the arithmetic a little, everywhere: do tests fail? (hours; ARGS=r3.routing.wire.*)
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2 $(ARGS)
+	$(BIN)/mutmut results
+
 lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,6 +60,10 @@ $(READY): pyproject.toml scripts/make-env
 $(NEWEST)/.r3-ready: pyproject.toml scripts/make-env
 	R3_VENV=$(NEWEST) R3_EXTRA=newest scripts/make-env
 
+.venv/.mutants-ready: $(READY)
+	R3_MORE=mutants scripts/make-env
+	touch $@
+
 clean:  ## remove the environment, caches and builds
-	rm -rf .venv $(NEWEST) .venv-uv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(NEWEST) .venv-uv build dist mutants .pytest_cache .ruff_cache .hypothesis
 	find r3 trainer_hooks examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -251,8 +251,8 @@ class WeightSyncConfig:
     )
     load_plan: bool = setting(
         True,
-        "Copy weights as the first sync proved that vLLM's loaders do. `false` sends every sync through the loaders: much "
-        "slower with many experts, and one thing less to look at when a sync is in doubt.",
+        "Copy weights as the first sync proved that vLLM's loaders do. `false` sends every sync through the loaders: "
+        "much slower with many experts, and one thing less to look at when a sync is in doubt.",
     )
     chunk_mib: float = setting(512.0, "Largest chunk.", above(0), unit="MiB")
     timeout_s: float = setting(600.0, "Longest wait for the engine or its workers in a sync.", above(0), unit="s")

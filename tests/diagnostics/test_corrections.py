@@ -180,6 +180,12 @@ def test_the_defaults_are_those_of_the_sources():
     assert icepop(train, zeros, mask, high=4.8).weights.item() == 0
 
 
+def test_sums_say_which_correction_they_are_of():
+    train, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    for correct in (truncated_importance, masked_importance, icepop, geometric_mask, product_mask, gspo):
+        assert correct(train, train, mask).sums.method == correct.__name__
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_dtype_is_float32_or_that_of_float64(name):
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2):
@@ -279,14 +285,14 @@ def test_where_all_is_dropped_nothing_is_effective(name):
     assert (metrics["masked_frac"], metrics["weight_mean"], metrics["ess"]) == (1, 0, 0)
 
 
-def test_the_bounds_themselves_are_inside():
-    low, high = 0.5, 2.0
-    logs = torch.tensor([[math.log(low)], [math.log(high)]], dtype=torch.float64)
+def test_the_bounds_themselves_are_inside_and_default_to_those_of_the_sources():
     zeros, mask = torch.zeros(2, 1, dtype=torch.float64), torch.ones(2, 1, dtype=torch.bool)
     nudge = torch.tensor([[-1e-12], [1e-12]], dtype=torch.float64)
-    for correct in (icepop, geometric_mask, product_mask):
-        assert correct(logs, zeros, mask, low=low, high=high).mask.all()
-        assert not correct(logs + nudge, zeros, mask, low=low, high=high).mask.any()
+    for correct, low, high in ((icepop, 0.5, 5.0), (geometric_mask, 0.99, 1.01), (product_mask, 0.5, 2.0)):
+        logs = torch.tensor([[math.log(low)], [math.log(high)]], dtype=torch.float64)
+        for bounds in (dict(low=low, high=high), {}):
+            assert correct(logs, zeros, mask, **bounds).mask.all()
+            assert not correct(logs + nudge, zeros, mask, **bounds).mask.any()
 
 
 # Merging

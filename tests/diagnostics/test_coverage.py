@@ -106,3 +106,9 @@ YES = torch.ones(2, 3, dtype=torch.bool)
 def test_wrong_tensors_are_named(args, message):
     with pytest.raises(DiagnosticsError, match=message):
         CoverageSums.from_tensors(*args)
+
+
+def test_counts_beyond_those_of_float32_stay_whole():
+    many = CoverageSums(rows_captured=2**24 + 1, rows_invalid=1, pairs_missing=2**25 + 1, version_known=3, lag_sum=1)
+    found = CoverageSums.empty().with_totals(many.as_tensor())
+    assert (found.rows_captured, found.pairs_missing) == (2**24 + 1, 2**25 + 1)

@@ -54,8 +54,8 @@ class WeightSync:
             no memory: of weights that workers on the same GPU read where they lie (`ipc`).
         timeout_s: longest wait for any one answer of an engine. Also how long a sync may be silent before another
             sender may take over from it.
-        load_plan: have workers copy weights as the first sync proved that vLLM's loaders do. Off, every sync goes through
-            the loaders, like the first one, and takes as long.
+        load_plan: have workers copy weights as the first sync proved that vLLM's loaders do. Off, every sync goes
+            through the loaders, like the first one, and takes as long.
         engine_constants: patterns (`*.impl.table`) of tensors of the engine that do not derive from weights, though a
             sync took them for such and refused: it names them.
 

@@ -191,9 +191,7 @@ class WeightSyncWorker:
         sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in given["manifest"].items()}
         if state.models is None:
             state.models = EngineModels.of(self.model_runner, self.vllm_config)
-        sync.reload = state.models.bracket(
-            kept=sync.kept, constants=given["constants"], planned=given["load_plan"]
-        )
+        sync.reload = state.models.bracket(kept=sync.kept, constants=given["constants"], planned=given["load_plan"])
         if misfits := sync.reload.misfits(sync.manifest):
             raise _RefusedError(
                 f"what is sent does not fit the engine, of which no weight was touched:{summary(misfits)}"
