@@ -150,7 +150,7 @@ def broadcast(whole: StepBatch | None) -> StepBatch:
     if dist.get_world_size() == 1:
         assert whole is not None
         return whole
-    found = [whole]
-    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    assert found[0] is not None
-    return found[0]
+    holder = [whole]
+    dist.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
+    assert holder[0] is not None
+    return holder[0]

@@ -86,20 +86,20 @@ class GRPOTrainer:
         clock = StageTimer()
         with clock.stage("rollout"), self.policy.barrier.guard():
             # The first rank has the engine, and the others wait for what it makes.
-            whole, metrics = self.experience(step) if self.engine is not None else (None, {})
+            batch, metrics = self.experience(step) if self.engine is not None else (None, {})
         with clock.stage("rollout"):
-            whole = broadcast(whole)
+            batch = broadcast(batch)
         details, gap = None, None
         if diagnostics.measures(step):
             with clock.stage("measure"):
-                measured = self.measure(whole, details=diagnostics.details(step))
+                measured = self.measure(batch, details=diagnostics.details(step))
             metrics |= measured.metrics
             details = measured.details
         elif diagnostics.every:
             # Of the side that is trained on, what the training forwards give anyway.
-            gap = StepGap(samples=len(whole.advantages), extreme_ratio=diagnostics.extreme_ratio)
+            gap = StepGap(samples=len(batch.advantages), extreme_ratio=diagnostics.extreme_ratio)
         with clock.stage("train"):
-            metrics |= self.update(whole, gap)
+            metrics |= self.update(batch, gap)
         if gap is not None:
             metrics |= gap.reduced().metrics()
         with clock.stage("sync"):

@@ -67,11 +67,11 @@ def collect(
     for response, version, start in zip(responses, versions, starts, strict=True):
         place, within = len(items) + len(problems), 0
         try:
-            found = _samples(response, routing=spec is not None)
+            samples = _samples(response, routing=spec is not None)
         except Exception as error:
-            cause, found = cause or error, []
+            cause, samples = cause or error, []
             problems[place] = f"sample {place} (prompt {prompt}): {_told(error)}"
-        for number, (within, read) in enumerate(found):
+        for number, (within, read) in enumerate(samples):
             place = len(items) + len(problems)
             try:
                 items.append(_rollout(read(), prompt + within, spec, version, start or 0))
@@ -135,7 +135,7 @@ def _rollout(
             complete=complete,
             weight_version=weight_version,
         )
-    made = Rollout(
+    rollout = Rollout(
         prompt_ids=sample.prompt_ids,
         token_ids=sample.token_ids,
         response_mask=torch.ones(len(sample.token_ids), dtype=torch.bool),
@@ -147,13 +147,13 @@ def _rollout(
         row_versions=None if weight_version is None else torch.full((tokens,), weight_version, dtype=torch.int32),
     )
     if not sample.versions:
-        return made
+        return rollout
     if weight_version is not None and {version for _, version in sample.versions} != {weight_version}:
         raise CaptureError(
             f"weight_version: expected {weight_version}, but the engine says that it sampled with "
             f"{', '.join(f'{version} from token {start}' for start, version in sample.versions)}"
         )
-    return stamp_versions(made, sample.versions)
+    return stamp_versions(rollout, sample.versions)
 
 
 def _require_logprobs(logprobs: Sequence[float]) -> None:
@@ -165,10 +165,10 @@ def _require_logprobs(logprobs: Sequence[float]) -> None:
             )
 
 
-def _each(name: str, given: int | np.integer | Sequence[int | None] | None, responses: int) -> Sequence[int | None]:
+def _each(name: str, values: int | np.integer | Sequence[int | None] | None, responses: int) -> Sequence[int | None]:
     """What was given for all responses, or for each, as one for each: integers, as of numpy as well."""
-    if given is None or isinstance(given, int | np.integer):
-        return [None if given is None else int(given)] * responses
-    if len(given) != responses:
-        raise CaptureError(f"{name}: expected one for each of {responses} responses, got {len(given)}")
-    return given
+    if values is None or isinstance(values, int | np.integer):
+        return [None if values is None else int(values)] * responses
+    if len(values) != responses:
+        raise CaptureError(f"{name}: expected one for each of {responses} responses, got {len(values)}")
+    return values

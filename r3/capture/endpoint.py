@@ -45,8 +45,8 @@ class Endpoint:
         try:
             content = HttpClient(base=self.base, api_key=self.api_key).send(path, data, self.timeout_s)
         except StatusError as error:
-            said = error.content[:500].decode(errors="replace")
-            raise CaptureError(f"{url} answered with status {error.status}: {said or error.reason}") from error
+            message = error.content[:500].decode(errors="replace")
+            raise CaptureError(f"{url} answered with status {error.status}: {message or error.reason}") from error
         except (*FAILURES, ValueError) as error:
             cause = cause_of(error)
             waited = f" in {self.timeout_s:g} s" if isinstance(cause, TimeoutError) else ""
@@ -65,10 +65,10 @@ class Endpoint:
         Raises:
             CaptureError: as `ask`, or not a vLLM server.
         """
-        found = self.ask("/version")
-        if not isinstance(found, dict) or not isinstance(found.get("version"), str):
-            raise CaptureError(f"{self.base}/version: expected vLLM's, got {found!r:.80}: is this a vLLM server?")
-        return found["version"]
+        answer = self.ask("/version")
+        if not isinstance(answer, dict) or not isinstance(answer.get("version"), str):
+            raise CaptureError(f"{self.base}/version: expected vLLM's, got {answer!r:.80}: is this a vLLM server?")
+        return answer["version"]
 
     def model(self) -> str:
         """The name by which the server's first model is asked for.
@@ -76,8 +76,8 @@ class Endpoint:
         Raises:
             CaptureError: as `ask`, or no model.
         """
-        found = self.ask("/v1/models")
+        answer = self.ask("/v1/models")
         try:
-            return str(found["data"][0]["id"])
+            return str(answer["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
-            raise CaptureError(f"{self.base}/v1/models: expected a list of models, got {found!r:.80}") from error
+            raise CaptureError(f"{self.base}/v1/models: expected a list of models, got {answer!r:.80}") from error

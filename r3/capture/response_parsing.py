@@ -48,7 +48,7 @@ def http_samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
             choices.setdefault(_index(part, place), []).append(part)
     if streamed and not choices:
         raise CaptureError(f"the stream of {len(response)} chunks has no end: {LOST}")
-    found: list[tuple[int, Read]] = []
+    samples: list[tuple[int, Read]] = []
     place, before = -1, object()
     for index, parts in sorted(choices.items()):
         own = _prompt(parts)
@@ -58,14 +58,14 @@ def http_samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
         place += not equal
         before = own
         # Which of several with one index is which nobody knows, but how many samples they are.
-        found += [(place, partial(_sample, index, parts, own, routing, streamed))] * (1 if streamed else len(parts))
-    return found
+        samples += [(place, partial(_sample, index, parts, own, routing, streamed))] * (1 if streamed else len(parts))
+    return samples
 
 
 def _prompt(parts: Sequence[Any]) -> Any:
     """The prompt's ids as the first of `parts` gives them that has any."""
-    given = (part.get("prompt_token_ids") for part in parts if isinstance(part, Mapping))
-    return next((ids for ids in given if not (ids is None or (isinstance(ids, list) and not ids))), None)
+    prompts = (part.get("prompt_token_ids") for part in parts if isinstance(part, Mapping))
+    return next((ids for ids in prompts if not (ids is None or (isinstance(ids, list) and not ids))), None)
 
 
 STREAMED = (
@@ -90,8 +90,8 @@ def _body(response: Any) -> Mapping[str, Any]:
         )
     failure = response.get("error") or (response if response.get("object") == "error" else None)
     if failure:
-        said = failure.get("message", failure) if isinstance(failure, Mapping) else failure
-        raise CaptureError(f"the server answered with an error: {said}")
+        message = failure.get("message", failure) if isinstance(failure, Mapping) else failure
+        raise CaptureError(f"the server answered with an error: {message}")
     return response
 
 
@@ -128,14 +128,14 @@ def _chunks(lines: Sequence[Any]) -> list[Mapping[str, Any]]:
 
 def _joined(index: int, parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The choice that the parts of a stream amount to."""
-    whole: dict[str, Any] = {"token_ids": [], "logprobs": {"content": []}, "routed_experts": None, "streamed": True}
+    choice: dict[str, Any] = {"token_ids": [], "logprobs": {"content": []}, "routed_experts": None, "streamed": True}
     for part in parts:
-        whole["token_ids"] += part.get("token_ids") or []
-        whole["logprobs"]["content"] += (part.get("logprobs") or {}).get("content") or []
-        whole |= {name: part[name] for name in CARRIED if part.get(name) is not None}
-    if "finish_reason" not in whole:
+        choice["token_ids"] += part.get("token_ids") or []
+        choice["logprobs"]["content"] += (part.get("logprobs") or {}).get("content") or []
+        choice |= {name: part[name] for name in CARRIED if part.get(name) is not None}
+    if "finish_reason" not in choice:
         raise CaptureError(f"the stream of {len(parts)} parts has no end for choices [{index}]: {LOST}")
-    return whole
+    return choice
 
 
 def _sample(index: int, parts: Sequence[Any], prompt: Any, routing: bool, streamed: bool) -> Sample:
@@ -160,32 +160,34 @@ def _sample(index: int, parts: Sequence[Any], prompt: Any, routing: bool, stream
     )
 
 
-def _ids(found: Any, name: str) -> list[int]:
-    if found is None:
+def _ids(ids: Any, name: str) -> list[int]:
+    if ids is None:
         raise CaptureError(
             f"no {name}, and text may be tokenized otherwise. Ask with return_token_ids=True (in extra_body of the "
             f"OpenAI client); {REMEDY}. Where /inference/v1/generate does not know it, put the ids that were sent "
             "into the response as prompt_token_ids"
         )
-    return token_list(found, name)
+    return token_list(ids, name)
 
 
-def _logprobs(found: Any, token_ids: list[int]) -> list[float]:
-    if not found and token_ids:
+def _logprobs(logprobs: Any, token_ids: list[int]) -> list[float]:
+    if not logprobs and token_ids:
         raise CaptureError(
             "no log-probabilities: ask for them with logprobs=0 (completions), logprobs=True and top_logprobs=0 (chat) "
             f"or sampling_params.logprobs=0 (generate); {REMEDY}"
         )
     try:
-        if "token_logprobs" in (found or {}):
-            tokens, values = list(found["tokens"]), list(found["token_logprobs"])
+        if "token_logprobs" in (logprobs or {}):
+            tokens, values = list(logprobs["tokens"]), list(logprobs["token_logprobs"])
         else:
-            entries = (found or {}).get("content") or []
+            entries = (logprobs or {}).get("content") or []
             tokens = [entry.get("token_id", entry.get("token")) for entry in entries]
             values = [entry["logprob"] for entry in entries]
         missing = [i for i, value in enumerate(values) if value is None or value <= UNKNOWN_LOGPROB]
     except (AttributeError, KeyError, TypeError) as error:
-        raise CaptureError(f"logprobs: expected those of an OpenAI route or of generate, got {found!r:.80}") from error
+        raise CaptureError(
+            f"logprobs: expected those of an OpenAI route or of generate, got {logprobs!r:.80}"
+        ) from error
     if not len(values) == len(tokens) == len(token_ids):
         raise CaptureError(
             f"expected a log-probability of each of {len(token_ids)} sampled tokens, got {len(values)} of "

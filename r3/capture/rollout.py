@@ -83,25 +83,30 @@ class Rollout:
             CaptureError: no limit, a negative one, or no room for a token after the prompt.
         """
         limits = {"max_length": max_length, "max_response_length": max_response_length}
-        given = {name: limit for name, limit in limits.items() if limit is not None}
-        if not given or min(given.values()) < 0:
+        set_limits = {name: limit for name, limit in limits.items() if limit is not None}
+        if not set_limits or min(set_limits.values()) < 0:
             raise CaptureError(f"expected max_length or max_response_length from 0 up, got {limits}")
         prompt = len(self.prompt_ids)
-        length = min(len(self), *(limit + (prompt if name != "max_length" else 0) for name, limit in given.items()))
+        length = min(
+            len(self), *(limit + (prompt if name != "max_length" else 0) for name, limit in set_limits.items())
+        )
         if length == len(self):
             return self
         if length <= prompt:
             raise CaptureError(
                 f"expected room for a token after the prompt of {prompt} tokens (prompt {self.prompt_index}), got "
-                f"{' and '.join(f'{name}={limit}' for name, limit in given.items())}: raise it, or leave the rollout "
-                "out"
+                f"{' and '.join(f'{name}={limit}' for name, limit in set_limits.items())}: raise it, or leave "
+                "the rollout out"
             )
         routing, rows, versions = self.routing, self.row_versions, self.weight_versions
         if rows is not None:
-            told, rows = set(rows.tolist()), rows[:length].clone()
+            versions_before, rows = set(rows.tolist()), rows[:length].clone()
             rows[-1] = -1
             # Without a prompt, nobody knows of the first token.
-            versions = tuple(version for version in versions if version not in told - set(rows.tolist())) or versions
+            versions = (
+                tuple(version for version in versions if version not in versions_before - set(rows.tolist()))
+                or versions
+            )
         if routing is not None:
             expert_ids, valid = routing.expert_ids[:, :length].clone(), routing.valid[:, :length].clone()
             expert_ids[:, -1], valid[:, -1] = 0, False
@@ -127,9 +132,9 @@ class Rollout:
         if len(self.weight_versions) != 1 or self.row_versions is None:
             return len(self.weight_versions) > 1
         # Without routing, the tokens that were fed to the model: all but the last.
-        told = self.row_versions
-        has_row = slice(len(self) - 1) if self.routing is None else self.routing.captured[0].to(told.device)
-        return bool((told[has_row] < 0).any())
+        row_versions = self.row_versions
+        has_row = slice(len(self) - 1) if self.routing is None else self.routing.captured[0].to(row_versions.device)
+        return bool((row_versions[has_row] < 0).any())
 
     @property
     def weight_version(self) -> int | None:

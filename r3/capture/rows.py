@@ -82,21 +82,21 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def row_array(found: Any) -> np.ndarray | None:
+def row_array(rows: Any) -> np.ndarray | None:
     """Any array-like of integers as an array; one of numpy as it is, None for None. See `checked_rows` for its content.
 
     Raises:
         CaptureError: what cannot be read as an array.
     """
-    if found is None or isinstance(found, np.ndarray):
-        return found
+    if rows is None or isinstance(rows, np.ndarray):
+        return rows
     try:
-        if isinstance(found, torch.Tensor):
-            return found.detach().cpu().numpy()
-        return np.asarray(found)
+        if isinstance(rows, torch.Tensor):
+            return rows.detach().cpu().numpy()
+        return np.asarray(rows)
     except Exception as error:  # an array-like of another library may raise anything
         raise CaptureError(
-            f"routing: expected an array of integers [rows, decoder layers, top_k], got {type(found).__name__}: {error}"
+            f"routing: expected an array of integers [rows, decoder layers, top_k], got {type(rows).__name__}: {error}"
         ) from error
 
 

@@ -60,15 +60,15 @@ def engine_sample(output: Any, completion: Any, routing: bool) -> Sample:
     )
 
 
-def token_list(found: Any, name: str) -> list[int]:
+def token_list(tokens: Any, name: str) -> list[int]:
     """Token ids as a list, from any sequence, array or tensor of integers.
 
     Raises:
         CaptureError: none, or anything but integers from 0 up.
     """
-    values = found.tolist() if isinstance(found, np.ndarray | torch.Tensor) else found
+    values = tokens.tolist() if isinstance(tokens, np.ndarray | torch.Tensor) else tokens
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
-        raise CaptureError(f"{name}: expected a list of integers, got {found!r:.80}")
+        raise CaptureError(f"{name}: expected a list of integers, got {tokens!r:.80}")
     ids = list(values)
     if any(kind is not int for kind in set(map(type, ids))):
         ids = [int(token) if isinstance(token, np.integer) else token for token in ids]
@@ -100,9 +100,9 @@ def parse_version_spans(spans: Any, get: Callable[[Any, str], Any]) -> tuple[tup
         CaptureError: anything else.
     """
     try:
-        found = [(get(span, "start"), get(span, "version")) for span in spans or ()]
-        if not all(label.isdecimal() for _, label in found):
+        starts_and_labels = [(get(span, "start"), get(span, "version")) for span in spans or ()]
+        if not all(label.isdecimal() for _, label in starts_and_labels):
             return ()
-        return tuple((operator.index(start), int(label)) for start, label in found)
+        return tuple((operator.index(start), int(label)) for start, label in starts_and_labels)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CaptureError(f"weight_versions: expected spans with version and start, got {spans!r:.80}") from error

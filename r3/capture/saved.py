@@ -173,10 +173,10 @@ def _tensors(rollouts: Rollouts, reasons: dict[str, int]) -> dict[str, Tensor]:
         "row_versions": [row for row in rows if row is not None],
     }
     wire = bytearray(b"".join(wires))
-    found = {name: torch.tensor(values, dtype=_DTYPES[name]) for name, values in lists.items()}
-    found |= {name: _joined(values, _DTYPES[name]) for name, values in parts.items()}
-    found["routing"] = torch.frombuffer(wire, dtype=torch.uint8) if wire else torch.empty(0, dtype=torch.uint8)
-    return found
+    tensors = {name: torch.tensor(values, dtype=_DTYPES[name]) for name, values in lists.items()}
+    tensors |= {name: _joined(values, _DTYPES[name]) for name, values in parts.items()}
+    tensors["routing"] = torch.frombuffer(wire, dtype=torch.uint8) if wire else torch.empty(0, dtype=torch.uint8)
+    return tensors
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -206,7 +206,7 @@ def _read(file: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[
                     f"{', '.join(sorted(names ^ _DTYPES.keys()))[:400]}"
                 )
             # Copies: what is mapped would end the process if another one cut the file.
-            found = {name: opened.get_tensor(name).clone() for name in names} if tensors else {}
+            loaded = {name: opened.get_tensor(name).clone() for name in names} if tensors else {}
     except SafetensorError as error:
         raise CaptureError(f"truncated, or no safetensors file: {error}") from error
     except OSError as error:
@@ -216,12 +216,12 @@ def _read(file: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[
         raise CaptureError(f"content: expected an object, got {type(content).__name__}")
     problems = [
         f"{name}: expected {_DTYPES[name]} [n], got {tensor.dtype} {tuple(tensor.shape)}"
-        for name, tensor in found.items()
+        for name, tensor in loaded.items()
         if tensor.dtype != _DTYPES[name] or tensor.dim() != 1
     ]
     if problems:
         raise CaptureError(f"tensors:{summary(problems)}")
-    return found, content
+    return loaded, content
 
 
 def _items(tensors: dict[str, Tensor], content: dict[str, Any], spec: RoutingSpec | None) -> Iterator[Rollout]:
@@ -298,14 +298,14 @@ def _require_consistent(where: str, item: Rollout, spec: RoutingSpec | None) -> 
         raise CaptureError(f"{where}:{summary(problems)}")
 
 
-def _spec(given: Any) -> RoutingSpec | None:
-    if given is None:
+def _spec(saved: Any) -> RoutingSpec | None:
+    if saved is None:
         return None
     names = ("num_layers", "num_experts", "top_k")
-    layers = {name: tuple(_integer({name: v}, name) for v in given[name]) for name in ("layer_ids", "table_layers")}
-    numbers = {name: _integer(given, name) for name in names}
-    if set(given) != {*layers, *numbers} or any(not 0 < value < 1 << 31 for value in numbers.values()):
-        raise CaptureError(f"spec: expected positive {', '.join(names)} and lists of layers, got {str(given)[:200]}")
+    layers = {name: tuple(_integer({name: v}, name) for v in saved[name]) for name in ("layer_ids", "table_layers")}
+    numbers = {name: _integer(saved, name) for name in names}
+    if set(saved) != {*layers, *numbers} or any(not 0 < value < 1 << 31 for value in numbers.values()):
+        raise CaptureError(f"spec: expected positive {', '.join(names)} and lists of layers, got {str(saved)[:200]}")
     return RoutingSpec(
         layer_ids=layers["layer_ids"],
         num_layers=numbers["num_layers"],
@@ -315,8 +315,8 @@ def _spec(given: Any) -> RoutingSpec | None:
     )
 
 
-def _integer(given: Mapping[str, Any], name: str) -> int:
-    value = given[name]
+def _integer(saved: Mapping[str, Any], name: str) -> int:
+    value = saved[name]
     if isinstance(value, bool) or not isinstance(value, int):
         raise CaptureError(f"{name}: expected an integer, got {value!r:.80}")
     return value

@@ -123,14 +123,14 @@ class SamplingSettings:
         """
         known = {item.name for item in fields(cls)}
         problems = [f"{name!r}: expected one of {', '.join(sorted(known))}" for name in sorted(given.keys() - known)]
-        found = {name: value for name, value in given.items() if name in known and value is not None}
-        for name, value in found.items():
+        present = {name: value for name, value in given.items() if name in known and value is not None}
+        for name, value in present.items():
             expected = _EXPECTED[name]
             if isinstance(value, bool) or not isinstance(value, expected.types) or not expected.holds(value):
                 problems.append(f"{name}: expected {expected.words}, got {value!r:.80}")
         if problems:
             raise CaptureError(f"settings of saved rollouts:{summary(problems)}")
-        return cls(**{name: _EXPECTED[name].made(value) for name, value in found.items()})
+        return cls(**{name: _EXPECTED[name].made(value) for name, value in present.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """Names and values, without what is not known."""

@@ -118,7 +118,7 @@ def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap)
     kept = [_Source(turn, kept_length(turn, after)) for turn, after in pairwise(run)] + [_Source(run[-1], len(ids))]
     pieces = _pieces([*sources, *(kept if overlap == "later" else reversed(kept))], len(ids))
     took_part = [*(piece.turn for piece in pieces if piece.turn is not None), *filter(_gave, run)]
-    told = any(turn.row_versions is not None for turn in (*took_part, *run))
+    has_versions = any(turn.row_versions is not None for turn in (*took_part, *run))
 
     response_mask = torch.zeros(len(ids) - prompt, dtype=torch.bool)
     logprobs = torch.zeros(len(ids) - prompt)
@@ -135,7 +135,7 @@ def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap)
         finish_reason=run[-1].finish_reason,
         prompt_index=run[0].prompt_index,
         weight_versions=tuple(sorted({version for turn in took_part for version in turn.weight_versions})),
-        row_versions=_joined_versions(pieces) if told else None,
+        row_versions=_joined_versions(pieces) if has_versions else None,
     )
 
 
@@ -151,8 +151,8 @@ def _pieces(sources: Sequence[_Source], length: int) -> list[_Piece]:
                 # No rows, yet versions: those of the tokens that were fed to the model, which the last was not. Nobody
                 # knows how far a turn came that sampled nothing, and nothing hangs on it.
                 fed = min(shared, len(turn) - 1) if _gave(turn) else 0
-                told = slice(fed) if turn.row_versions is None else (turn.row_versions[:fed] >= 0).nonzero()[:, 0]
-                owner[told] = i
+                versioned = slice(fed) if turn.row_versions is None else (turn.row_versions[:fed] >= 0).nonzero()[:, 0]
+                owner[versioned] = i
     owners, counts = owner.unique_consecutive(return_counts=True)
     bounds = [0, *counts.cumsum(0).tolist()]
     turns = [sources[i].turn if i >= 0 else None for i in owners.tolist()]

@@ -11,7 +11,7 @@ from r3.errors import CaptureError
 from r3.routing import RoutingSpec
 
 
-async def rollout(
+async def async_rollout(
     engine: Any,
     prompt: Any,
     sampling_params: Any,
@@ -45,26 +45,26 @@ async def rollout(
         )
     last: Any = None
     arrived: dict[int, int] = {}
-    told: dict[int, list[tuple[int, int]]] = {}
+    version_starts: dict[int, list[tuple[int, int]]] = {}
     async for output in engine.generate(prompt, sampling_params, request_id):
         now = None if version is None else version()
         for completion in output.outputs:
             before, arrived[completion.index] = arrived.get(completion.index, 0), len(completion.token_ids)
-            boundaries = told.setdefault(completion.index, [])
+            boundaries = version_starts.setdefault(completion.index, [])
             if now is not None and (not boundaries or boundaries[-1][1] != now):
                 boundaries.append((before, now))
         last = _joined(last, output)
     if last is None:
         raise CaptureError(f"request {request_id}: the engine ended it without an output")
-    found = collect([last], spec, prompt_start=sampling_params.routed_experts_prompt_start or 0)
+    rollouts = collect([last], spec, prompt_start=sampling_params.routed_experts_prompt_start or 0)
     if version is None:
-        return found
+        return rollouts
     completions = [completion.index for completion in last.outputs]
     stamped = [
-        stamp_versions(item, told[index]) if told[index] else item
-        for item, index in zip(found, completions, strict=True)
+        stamp_versions(item, version_starts[index]) if version_starts[index] else item
+        for item, index in zip(rollouts, completions, strict=True)
     ]
-    return replace(found, items=stamped)
+    return replace(rollouts, items=stamped)
 
 
 def _joined(earlier: Any, output: Any) -> Any:

@@ -95,11 +95,11 @@ def resolve_mixed_versions(rollouts: Rollouts, policy: str) -> Rollouts:
 
 def _of_newest(rollout: Rollout) -> Rollout:
     """`rollout` with only the rows of the newest version that took part valid."""
-    routing, told = rollout.routing, rollout.row_versions
+    routing, row_versions = rollout.routing, rollout.row_versions
     if routing is None:
         return rollout
     newest = rollout.weight_versions[-1]
-    kept = torch.zeros(1, len(rollout), dtype=torch.bool) if told is None else (told == newest)[None]
+    kept = torch.zeros(1, len(rollout), dtype=torch.bool) if row_versions is None else (row_versions == newest)[None]
     kept_routing = routing.only(kept.to(routing.device))
     routing = replace_trusted(routing, kept_routing.expert_ids, kept_routing.validity, weight_version=newest)
     return replace(rollout, routing=routing)

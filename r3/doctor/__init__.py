@@ -78,9 +78,9 @@ def examine(
     yield from guarded("settings", partial(run_settings, config))
     path, spec = config.trainer.policy.model.path, None
     if path:
-        found: list[RoutingSpec] = []
-        yield from guarded("model", partial(model, Path(path), found))
-        spec = found[0] if found else None
+        specs: list[RoutingSpec] = []
+        yield from guarded("model", partial(model, Path(path), specs))
+        spec = specs[0] if specs else None
         yield from guarded("weights", partial(weights, Path(path)))
         yield from guarded("tokenizer", partial(tokenizer, Path(path)))
         yield from guarded("generation config", partial(generation_config, Path(path)))

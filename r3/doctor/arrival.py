@@ -62,20 +62,20 @@ class Arrival:
     @property
     def stale(self) -> tuple[str, ...]:
         """Kinds that do not arrive."""
-        return tuple(found.kind for found in self.kinds if found.arrived is False)
+        return tuple(kind.kind for kind in self.kinds if kind.arrived is False)
 
     @property
     def untold(self) -> tuple[str, ...]:
         """Kinds of which nothing can be said."""
-        return tuple(found.kind for found in self.kinds if found.arrived is None)
+        return tuple(kind.kind for kind in self.kinds if kind.arrived is None)
 
     def require(self) -> None:
         """Raise `SyncError` if a kind of weight does not arrive."""
         if self.stale:
             lines = [
-                f"{found.kind}: k3 {found.with_change:.2g} with the change, {found.without:.2g} without it"
-                for found in self.kinds
-                if found.arrived is False
+                f"{kind.kind}: k3 {kind.with_change:.2g} with the change, {kind.without:.2g} without it"
+                for kind in self.kinds
+                if kind.arrived is False
             ]
             raise SyncError(
                 f"{len(lines)} kinds of weights do not change what the engine computes, though their syncs committed: "
@@ -140,11 +140,11 @@ def arrival(
 def _kinds(model: nn.Module) -> dict[str, list[Tensor]]:
     """Floating-point weights that a checkpoint holds, by name with `*` for numbers; each tensor once."""
     persistent = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
-    found: dict[str, list[Tensor]] = {}
+    kinds: dict[str, list[Tensor]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) in persistent and tensor.is_floating_point():
-            found.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(tensor)
-    return found
+            kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(tensor)
+    return kinds
 
 
 @contextmanager

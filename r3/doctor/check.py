@@ -29,14 +29,14 @@ class Check:
 def guarded(name: str, check: Callable[[], Check | None]) -> Iterator[Check]:
     """The check's result; what it raises is a problem. Foreign code runs in it, so that it may raise anything."""
     try:
-        found = check()
+        result = check()
     except R3Error as error:
         yield Check(name=name, status="problem", detail=str(error))
     except Exception as error:
         yield Check(name=name, status="problem", detail=f"{type(error).__name__}: {brief(error)}")
     else:
-        if found is not None:
-            yield found
+        if result is not None:
+            yield result
 
 
 def brief(error: Exception) -> str:

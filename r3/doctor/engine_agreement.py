@@ -107,8 +107,8 @@ def score(model: nn.Module, rollouts: Rollouts) -> dict[str, float]:
     mask = batch.response_mask[:, 1:]
 
     def gap(logits: torch.Tensor) -> dict[str, float]:
-        found = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
-        return LogprobSums.from_tensors(found, batch.logprobs[:, 1:], mask).metrics()
+        logprobs = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        return LogprobSums.from_tensors(logprobs, batch.logprobs[:, 1:], mask).metrics()
 
     training = model.training
     model.eval()

@@ -59,18 +59,18 @@ def _gpus() -> Check | None:
             remedy="a driver at least as new as torch's CUDA, and CUDA_VISIBLE_DEVICES that names a GPU; a container "
             "has to be started with its GPUs",
         )
-    found, weak, full = [], [], []
+    names, weak, full = [], [], []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         capability = (properties.major, properties.minor)
         memory = f"{total / 2**30:.0f} GiB, {free / 2**30:.0f} free"
-        found.append(f"{properties.name} ({memory}, capability {properties.major}.{properties.minor})")
+        names.append(f"{properties.name} ({memory}, capability {properties.major}.{properties.minor})")
         if capability < BFLOAT16_CAPABILITY:
             weak.append(str(index))
         if free < total / 2:
             full.append(str(index))
-    detail = f"{len(found)}: {', '.join(found)}; {versions}"
+    detail = f"{len(names)}: {', '.join(names)}; {versions}"
     if weak:
         detail += f"; GPU {', '.join(weak)} has no bfloat16 (below capability 8.0)"
     if full:
@@ -155,13 +155,17 @@ def _disk(config: R3Config) -> Check:
     )
 
 
-def _variables(given: Mapping[str, str]) -> Check:
-    hurting = [f"{name}={given[name]}: {why}" for name, why in HARMFUL.items() if given.get(name, "0") not in ("", "0")]
+def _variables(environment: Mapping[str, str]) -> Check:
+    hurting = [
+        f"{name}={environment[name]}: {why}"
+        for name, why in HARMFUL.items()
+        if environment.get(name, "0") not in ("", "0")
+    ]
     known = [name for _, name in socket.if_nameindex()]
     missing = [
-        f"{name}={given[name]}: this host has {', '.join(known)}"
+        f"{name}={environment[name]}: this host has {', '.join(known)}"
         for name in INTERFACES
-        if _absent(given.get(name), known)
+        if _absent(environment.get(name), known)
     ]
     if missing:
         return Check(
@@ -179,13 +183,13 @@ def _variables(given: Mapping[str, str]) -> Check:
     )
 
 
-def _absent(given: str | None, known: list[str]) -> bool:
+def _absent(interfaces: str | None, present: list[str]) -> bool:
     """Whether NCCL's list of interfaces names none that there is: prefixes, `=` for exact names, `^` for all others."""
-    if not given or given.startswith("^"):
+    if not interfaces or interfaces.startswith("^"):
         return False
-    exact = given.startswith("=")
-    wanted = given.lstrip("=").split(",")
-    return not any(name == want or (not exact and name.startswith(want)) for name in known for want in wanted)
+    exact = interfaces.startswith("=")
+    wanted = interfaces.lstrip("=").split(",")
+    return not any(name == want or (not exact and name.startswith(want)) for name in present for want in wanted)
 
 
 def _gib(size: int) -> str:

@@ -27,11 +27,11 @@ def weights(path: Path) -> Check:
     ]
     sample: list[tuple[Path, str]] = []
     for file in files:
-        found = _header(file)
-        if isinstance(found, str):
-            problems.append(found)
+        dtype_of = _header(file)
+        if isinstance(dtype_of, str):
+            problems.append(dtype_of)
             continue
-        for name, dtype in found.items():
+        for name, dtype in dtype_of.items():
             held[name] = file.name
             dtypes[dtype] = dtypes.get(dtype, 0) + 1
             sample.append((file, name))
@@ -68,8 +68,8 @@ def _expected(path: Path) -> tuple[dict[str, str], list[str]]:
     if not (path / INDEX).is_file():
         return {}, []
     try:
-        found = json.loads((path / INDEX).read_text())["weight_map"]
-        return {str(name): str(file) for name, file in found.items()}, []
+        weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}, []
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, [f"{INDEX}: expected an object with weight_map: {type(error).__name__}: {error}"]
 

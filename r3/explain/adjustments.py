@@ -58,10 +58,10 @@ class Before:
         unseen = logits.masked_fill((seen > 0).scatter(1, own, True), -math.inf)
         mass = temperature * (unseen / temperature).logsumexp(1, keepdim=True)
         columns = torch.cat([own, own, ids], dim=1)
-        found = [part.gather(1, columns) for part in (logits, sampled, seen)]
-        found[0][:, 1:2], found[1][:, 1], found[2][:, 1] = mass, 0, 0
-        found[0][:, 2:].masked_fill_(~kept, -math.inf)
-        return found[0], found[1], found[2]
+        gathered = [part.gather(1, columns) for part in (logits, sampled, seen)]
+        gathered[0][:, 1:2], gathered[1][:, 1], gathered[2][:, 1] = mass, 0, 0
+        gathered[0][:, 2:].masked_fill_(~kept, -math.inf)
+        return gathered[0], gathered[1], gathered[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +142,8 @@ class AdjustmentFamily:
     def at(self, place: float) -> Adjustment:
         """That at a place between 0 and `count` - 1."""
         value = self.least + self.step * place
-        given: dict[str, Any] = {self.name: math.exp(value) if self.logarithmic else value}
-        return Adjustment(**given)
+        penalty: dict[str, Any] = {self.name: math.exp(value) if self.logarithmic else value}
+        return Adjustment(**penalty)
 
     @property
     def grid(self) -> list[Adjustment]:

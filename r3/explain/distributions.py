@@ -63,16 +63,20 @@ class Distribution:
 def candidates(expected: Distribution, vocabulary: int) -> tuple[Distribution, ...]:
     """All that are tried: `expected` first, then temperatures alone, ascending, then truncated and adjusted ones."""
     plain = Distribution(temperature=expected.temperature)
-    found = [plain, *(Distribution(temperature=t) for t in TEMPERATURES)]
+    distributions = [plain, *(Distribution(temperature=t) for t in TEMPERATURES)]
     for t in sorted({expected.temperature, *TRUNCATED_TEMPERATURES}):
-        found += [Distribution(temperature=t, top_p=p) for p in TOP_P]
-        found += [Distribution(temperature=t, top_k=k) for k in TOP_K if k < vocabulary]
-        found += [Distribution(temperature=t, min_p=p) for p in MIN_P]
+        distributions += [Distribution(temperature=t, top_p=p) for p in TOP_P]
+        distributions += [Distribution(temperature=t, top_k=k) for k in TOP_K if k < vocabulary]
+        distributions += [Distribution(temperature=t, min_p=p) for p in MIN_P]
         if expected.truncated:
-            found.append(replace(expected, temperature=t, adjustment=NONE))
-    found += [replace(plain, adjustment=adjustment) for family in FAMILIES for adjustment in family.grid]
-    found += [replace(plain, adjustment=expected.adjustment), expected]
-    return tuple(dict.fromkeys(found[1:])) if plain in found[1:] else (plain, *dict.fromkeys(found[1:]))
+            distributions.append(replace(expected, temperature=t, adjustment=NONE))
+    distributions += [replace(plain, adjustment=adjustment) for family in FAMILIES for adjustment in family.grid]
+    distributions += [replace(plain, adjustment=expected.adjustment), expected]
+    return (
+        tuple(dict.fromkeys(distributions[1:]))
+        if plain in distributions[1:]
+        else (plain, *dict.fromkeys(distributions[1:]))
+    )
 
 
 def exclusions(expected: Distribution, vocabulary: int) -> tuple[Distribution, ...]:
@@ -123,13 +127,13 @@ def _adjusted(
     logits: Tensor, labels: Tensor, distributions: Sequence[Distribution], before: Before | None, which: slice
 ) -> tuple[Tensor, Tensor]:
     """`_score` with the logits of each adjustment."""
-    found = logits.new_empty(len(distributions), len(labels))
-    inside = torch.ones_like(found, dtype=torch.bool)
+    logprobs = logits.new_empty(len(distributions), len(labels))
+    inside = torch.ones_like(logprobs, dtype=torch.bool)
     compact: dict[float, tuple[Tensor, Tensor, Tensor]] = {}
     for adjustment, places in _by(distributions, lambda d: d.adjustment).items():
         chosen = [distributions[place] for place in places]
         if not adjustment:
-            found[places], inside[places] = _score(logits, labels, chosen)
+            logprobs[places], inside[places] = _score(logits, labels, chosen)
             continue
         assert before is not None
         here, temperature = before.part(which), chosen[0].temperature
@@ -137,30 +141,30 @@ def _adjusted(
             if temperature not in compact:
                 compact[temperature] = here.compact(logits, labels, temperature)
             columns, *counts = compact[temperature]
-            found[places] = _score(adjustment.applied(columns, labels * 0, *counts), labels * 0, chosen)[0]
+            logprobs[places] = _score(adjustment.applied(columns, labels * 0, *counts), labels * 0, chosen)[0]
         else:
             changed = adjustment.applied(logits, labels, *here.counts(logits.shape[1]))
-            found[places], inside[places] = _score(changed, labels, chosen)
-    return found, inside
+            logprobs[places], inside[places] = _score(changed, labels, chosen)
+    return logprobs, inside
 
 
 def _score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> tuple[Tensor, Tensor]:
     own = logits.gather(1, labels[:, None])
     ordered = _Ordered.of(logits, own) if any(d.truncated for d in distributions) else None
-    found = logits.new_empty(len(distributions), len(labels))
-    inside = torch.ones_like(found, dtype=torch.bool)
+    logprobs = logits.new_empty(len(distributions), len(labels))
+    inside = torch.ones_like(logprobs, dtype=torch.bool)
     for temperature, places in _by(distributions, lambda d: d.temperature).items():
         total = (logits / temperature).logsumexp(1, keepdim=True)
         plain = (own / temperature - total)[:, 0]
         cumulative = ordered.cumulative(temperature, total) if ordered is not None else None
         for place in places:
             distribution = distributions[place]
-            found[place] = plain
+            logprobs[place] = plain
             if distribution.truncated:
                 assert cumulative is not None
                 kept, inside[place] = cumulative.kept(distribution)
-                found[place] = plain - kept.log()
-    return found, inside
+                logprobs[place] = plain - kept.log()
+    return logprobs, inside
 
 
 def signed_mass(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> Tensor:
@@ -171,20 +175,20 @@ def signed_mass(logits: Tensor, labels: Tensor, distributions: Sequence[Distribu
     """
     logits = logits.float()
     ordered = _Ordered.of(logits, logits.gather(1, labels[:, None]))
-    found = logits.new_empty(len(distributions), len(labels))
+    masses = logits.new_empty(len(distributions), len(labels))
     for temperature, places in _by(distributions, lambda d: d.temperature).items():
         cumulative = ordered.cumulative(temperature, (logits / temperature).logsumexp(1, keepdim=True))
         for place in places:
             kept, inside = cumulative.kept(distributions[place])
-            found[place] = torch.where(inside, kept, -kept)
-    return found
+            masses[place] = torch.where(inside, kept, -kept)
+    return masses
 
 
 def _by(distributions: Sequence[Distribution], key: Callable[[Distribution], Key]) -> dict[Key, list[int]]:
-    found: dict[Key, list[int]] = {}
+    places: dict[Key, list[int]] = {}
     for place, distribution in enumerate(distributions):
-        found.setdefault(key(distribution), []).append(place)
-    return found
+        places.setdefault(key(distribution), []).append(place)
+    return places
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class ScoredTokens:
                 parts["version"].append(torch.full_like(position, only))
             else:
                 parts["version"].append(item.row_versions.long()[position + len(item.prompt_ids) - 1])
-        joined = {name: torch.cat(found) if found else torch.empty(0).long() for name, found in parts.items()}
+        joined = {name: torch.cat(tensors) if tensors else torch.empty(0).long() for name, tensors in parts.items()}
         reported = joined["reported"].double()
         bad = (~reported.isfinite() & ~reported.isneginf()).nonzero()[:, 0].tolist()
         if bad:
@@ -84,15 +84,15 @@ class ScoredTokens:
 
     def shifted(self, shift: int) -> Tensor:
         """float64 `[N]`: what was reported for the token `shift` places on; NaN where there is none."""
-        found = torch.where(self.usable, self.reported, math.nan)
+        reported = torch.where(self.usable, self.reported, math.nan)
         if not shift:
-            return found
-        moved = torch.full_like(found, math.nan)
+            return reported
+        moved = torch.full_like(reported, math.nan)
         here, there = (
             (slice(None, -shift), slice(shift, None)) if shift > 0 else (slice(-shift, None), slice(None, shift))
         )
         beside = (self.rollout[here] == self.rollout[there]) & (self.position[here] + shift == self.position[there])
-        moved[here] = torch.where(beside, found[there], math.nan)
+        moved[here] = torch.where(beside, reported[there], math.nan)
         return moved
 
 
@@ -187,12 +187,12 @@ class Evidence:
         """The adjustment of the logits that leaves the least k3: one penalty alone, or what the settings say."""
         reported = self.tokens.shifted(shift)
         plain = Distribution(temperature=self.expected.temperature)
-        found = [replace(plain, adjustment=self.expected.adjustment)] if self.expected.adjustment else []
+        candidates = [replace(plain, adjustment=self.expected.adjustment)] if self.expected.adjustment else []
         for family in FAMILIES:
             table = self.tables[view][self._family(family)].double()
             place = _minimum(table, lambda scores: float(k3(scores - reported)))
-            found.append(replace(plain, adjustment=family.at(place)))
-        return min(found, key=lambda distribution: float(k3(self.scored(view, distribution) - reported)))
+            candidates.append(replace(plain, adjustment=family.at(place)))
+        return min(candidates, key=lambda distribution: float(k3(self.scored(view, distribution) - reported)))
 
     def best_truncated(self, view: ShiftedView, shift: int, *, temperature: float | None = None) -> Distribution | None:
         """The truncated distribution of the table that leaves the least k3, of all temperatures or of one.
@@ -201,7 +201,7 @@ class Evidence:
         """
         excluded = self.excluded.get(view, torch.zeros(len(self.distributions))).tolist()
         reported = self.tokens.shifted(shift)
-        found = [
+        gaps = [
             (float(k3(self.tables[view][place].double() - reported)), place)
             for place, distribution in enumerate(self.distributions)
             if distribution.truncated
@@ -209,16 +209,21 @@ class Evidence:
             and excluded[place] <= EXCLUDED
             and temperature in (None, distribution.temperature)
         ]
-        return self.distributions[min(found)[1]] if found else None
+        return self.distributions[min(gaps)[1]] if gaps else None
 
     def likeliest_temperature(self, view: ShiftedView) -> "Likeliest":
         """The temperature under which the tokens themselves are most probable."""
         likelihood = self.tables[view][self._grid].double().sum(1, keepdim=True)
         place = _minimum(likelihood, lambda total: -float(total))
-        found, best = temperature_at(place), float(interpolate(likelihood, place))
+        temperature, most_nats = temperature_at(place), float(interpolate(likelihood, place))
         steps = [TEMPERATURES[0] * (TEMPERATURES[-1] / TEMPERATURES[0]) ** (i / 400) for i in range(401)]
-        near = [t for t in steps if float(interpolate(likelihood, place_of(t))) >= best - WITHIN_NATS]
-        return Likeliest(temperature=found, low=min(near, default=found), high=max(near, default=found), nats=best)
+        near = [t for t in steps if float(interpolate(likelihood, place_of(t))) >= most_nats - WITHIN_NATS]
+        return Likeliest(
+            temperature=temperature,
+            low=min(near, default=temperature),
+            high=max(near, default=temperature),
+            nats=most_nats,
+        )
 
     def never_sampled(self, view: ShiftedView, temperature: float) -> tuple[Distribution, float] | None:
         """The truncation that the tokens speak for most, and how strongly.

@@ -10,7 +10,7 @@ import torch
 from r3.capture import Rollouts, SamplingSettings, load_rollouts, saved_settings
 from r3.errors import DiagnosticsError
 from r3.explain.adjustments import Adjustment
-from r3.explain.decision import Given, decide
+from r3.explain.decision import DecisionInputs, decide
 from r3.explain.distributions import Distribution, candidates, exclusions
 from r3.explain.evidence import Evidence, ScoredTokens
 from r3.explain.outcome import Explanation
@@ -93,15 +93,15 @@ def explain(
     own = scores(model, distributions=grid, views=views, dtype=dtype, excluding=excluding)
     tables, masses, excluded, names = dict(own.table), dict(own.masses), dict(own.excluded), [model, *earlier]
     for place, checkpoint in enumerate(earlier, start=1):
-        found: Scores = scores(checkpoint, distributions=grid, views=views, dtype=dtype, excluding=excluding)
-        if found.vocabulary != own.vocabulary:
+        older: Scores = scores(checkpoint, distributions=grid, views=views, dtype=dtype, excluding=excluding)
+        if older.vocabulary != own.vocabulary:
             raise DiagnosticsError(
-                f"{checkpoint}: expected a vocabulary of {own.vocabulary} as {model} has, got {found.vocabulary}: not "
+                f"{checkpoint}: expected a vocabulary of {own.vocabulary} as {model} has, got {older.vocabulary}: not "
                 "an earlier checkpoint of it"
             )
-        tables |= {replace(view, weights=place): table for view, table in found.table.items()}
-        masses |= {replace(view, weights=place): table for view, table in found.masses.items()}
-        excluded |= {replace(view, weights=place): share for view, share in found.excluded.items()}
+        tables |= {replace(view, weights=place): table for view, table in older.table.items()}
+        masses |= {replace(view, weights=place): table for view, table in older.masses.items()}
+        excluded |= {replace(view, weights=place): share for view, share in older.excluded.items()}
     # The other of the two precisions: what precision alone does.
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     bare = scores(model, distributions=grid, views=views[:2], dtype=other)
@@ -116,7 +116,7 @@ def explain(
         excluded=excluded,
     )
     return decide(
-        Given(
+        DecisionInputs(
             evidence=evidence,
             precision={view: own.table[view] - table for view, table in bare.table.items()},
             routing=own.routing,

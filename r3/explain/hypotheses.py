@@ -59,7 +59,7 @@ def hypotheses(evidence: Evidence) -> Iterator[Hypothesis]:
     """All of them: each view, shift and kind of distribution, of the last the best that fits."""
     expected = evidence.expected
     for view, shift in product(evidence.tables, SHIFTS):
-        given: list[tuple[Distribution | None, set[str]]] = [
+        fitted: list[tuple[Distribution | None, set[str]]] = [
             (Distribution(temperature=expected.temperature), set()),
             (evidence.best_temperature(view, shift), {TEMPERATURE}),
             (evidence.best_truncated(view, shift, temperature=expected.temperature), {TRUNCATION}),
@@ -67,7 +67,7 @@ def hypotheses(evidence: Evidence) -> Iterator[Hypothesis]:
             (evidence.best_adjusted(view, shift), {ADJUSTMENT}),
         ]
         if expected.adjustment and expected.truncated:
-            given.append((expected, {ADJUSTMENT, TRUNCATION}))
+            fitted.append((expected, {ADJUSTMENT, TRUNCATION}))
         causes = {
             name
             for name, supposed in (
@@ -78,8 +78,8 @@ def hypotheses(evidence: Evidence) -> Iterator[Hypothesis]:
             )
             if supposed
         }
-        for distribution, more in given:
-            if distribution is None or (more == {TRUNCATION, TEMPERATURE} and distribution == given[2][0]):
+        for distribution, more in fitted:
+            if distribution is None or (more == {TRUNCATION, TEMPERATURE} and distribution == fitted[2][0]):
                 continue
             yield Hypothesis(
                 view=view,
@@ -90,9 +90,9 @@ def hypotheses(evidence: Evidence) -> Iterator[Hypothesis]:
             )
 
 
-def best(found: Iterable[Hypothesis], allowed: frozenset[str]) -> Hypothesis:
+def best(hypotheses: Iterable[Hypothesis], allowed: frozenset[str]) -> Hypothesis:
     """The one that leaves the least gap, of those that suppose nothing else than `allowed`; then the simplest."""
-    fitting = [hypothesis for hypothesis in found if hypothesis.causes <= allowed]
+    fitting = [hypothesis for hypothesis in hypotheses if hypothesis.causes <= allowed]
     return min(fitting, key=lambda hypothesis: (hypothesis.k3, len(hypothesis.causes)))
 
 
@@ -111,24 +111,24 @@ class Needed:
     significant: bool
 
 
-def needed_causes(found: list[Hypothesis], *, floor: float, factor: float) -> tuple[Hypothesis, list[Needed]]:
+def needed_causes(hypotheses: list[Hypothesis], *, floor: float, factor: float) -> tuple[Hypothesis, list[Needed]]:
     """Prune the best hypothesis: causes go, the least needed first, as long as little is lost.
 
     A cause stays if without it the gap is more than `factor` times the best one's, and of the floor. It is significant
     if the difference is more than three standard errors.
 
     Args:
-        found: all hypotheses.
+        hypotheses: all hypotheses.
         floor: k3 below which differences mean nothing, nats.
         factor: see above.
 
     Returns:
         The best hypothesis with only the causes that stay, and these, the most needed first.
     """
-    kept = best(found, frozenset(name for h in found for name in h.causes))
+    kept = best(hypotheses, frozenset(name for h in hypotheses for name in h.causes))
     limit = factor * max(kept.k3, floor)
     while True:
-        rivals = [(best(found, kept.causes - {name}), name) for name in sorted(kept.causes)]
+        rivals = [(best(hypotheses, kept.causes - {name}), name) for name in sorted(kept.causes)]
         rivals.sort(key=lambda rival: (rival[0].k3, len(rival[0].causes)))
         if not rivals:
             return kept, []

@@ -126,14 +126,14 @@ CHANGES = "logit bias, allowed or bad words, structured output, a logits process
 UNTOLD = f", or from a distribution that was changed at sampling ({CHANGES}), which cannot be told without routing"
 
 
-def adjusted(found: Adjustment, told: bool, without: float, with_it: float) -> Cause:
-    source = "which the file's settings say" if told else "which fits best"
+def adjusted(adjustment: Adjustment, declared: bool, without: float, with_it: float) -> Cause:
+    source = "which the file's settings say" if declared else "which fits best"
     return Cause(
         name="adjusted",
-        text=f"the logits were changed at sampling by {found}, {source}, while the trainer scores the model's own; "
-        f"{_times(without, with_it)}",
+        text=f"the logits were changed at sampling by {adjustment}, {source}, while the trainer scores the model's "
+        f"own; {_times(without, with_it)}",
         remedy=SAMPLE_PLAINLY,
-        figures={"adjustment": str(found), "k3_without": without, "k3_with": with_it},
+        figures={"adjustment": str(adjustment), "k3_without": without, "k3_with": with_it},
     )
 
 
@@ -212,33 +212,33 @@ def rows(shift: int | None, as_saved: float, live: float, moved: float, differin
     )
 
 
-def renormalised(found: Distribution, without: float, with_it: float) -> Cause:
-    what = found.truncation
+def renormalised(distribution: Distribution, without: float, with_it: float) -> Cause:
+    truncation = distribution.truncation
     return Cause(
         name="renormalised",
-        text=f"processed log-probabilities: they are renormalised over what {what} (about) leaves, while the trainer "
-        f"scores the whole distribution; {_times(without, with_it)}",
+        text=f"processed log-probabilities: they are renormalised over what {truncation} (about) leaves, while the "
+        f"trainer scores the whole distribution; {_times(without, with_it)}",
         remedy="sample with top_p=1, top_k=-1 and min_p=0 (r3.capture.sampling_kwargs does), or renormalise in the "
         "trainer too",
         figures={
-            "top_p": found.top_p,
-            "top_k": found.top_k,
-            "min_p": found.min_p,
+            "top_p": distribution.top_p,
+            "top_k": distribution.top_k,
+            "min_p": distribution.min_p,
             "k3_without": without,
             "k3_with": with_it,
         },
     )
 
 
-def temperature(found: float, expected: float, declared: float | None, without: float, with_it: float) -> Cause:
+def temperature(fitted: float, expected: float, declared: float | None, without: float, with_it: float) -> Cause:
     source = "which the file's settings say" if declared is not None else "for want of settings in the file"
     return Cause(
         name="temperature",
-        text=f"the log-probabilities are those of temperature {found:.2f}; the model was scored at {expected:g}, "
+        text=f"the log-probabilities are those of temperature {fitted:.2f}; the model was scored at {expected:g}, "
         f"{source}; {_times(without, with_it)}",
-        remedy=f"one side has another temperature than the other: divide the trainer's logits by {found:.2f} if that "
+        remedy=f"one side has another temperature than the other: divide the trainer's logits by {fitted:.2f} if that "
         "was asked of the engine, else look at what the requests, or the checkpoint's generation_config.json, set",
-        figures={"temperature": found, "expected": expected, "k3_without": without, "k3_with": with_it},
+        figures={"temperature": fitted, "expected": expected, "k3_without": without, "k3_with": with_it},
     )
 
 
@@ -262,28 +262,28 @@ def raw(
     if without is not None:
         figures["k3_without"] = without
     if sampled is None:
-        told = f"the file's settings say that {expected} was asked for"
+        sampling = f"the file's settings say that {expected} was asked for"
         figures["sampled"] = str(expected)
     else:
-        told = f"the tokens themselves speak for {sampled.text} (evidence of {sampled.nats:.0f} nats in all)"
+        sampling = f"the tokens themselves speak for {sampled.text} (evidence of {sampled.nats:.0f} nats in all)"
         figures |= {"sampled": sampled.text, **sampled.figures}
     return Cause(
         name="raw_logprobs",
-        text=f"raw log-probabilities: they are those of {reported}, and {told}. Ratios taken from them are not those "
-        "of the distribution that was sampled from",
+        text=f"raw log-probabilities: they are those of {reported}, and {sampling}. Ratios taken from them are not "
+        "those of the distribution that was sampled from",
         remedy="start the engine with logprobs_mode=processed_logprobs (r3.capture.engine_kwargs and server_args do)",
         figures=figures,
     )
 
 
-def hypothesis(found: Hypothesis, names: Sequence[str]) -> str:
-    parts = ["replayed" if found.view.replayed else "live"]
-    if found.view.weights:
-        parts.append(f"weights of {names[found.view.weights]}")
-    if found.view.rows:
-        parts.append(f"rows moved by {-found.view.rows:+d}")
-    if found.shift:
-        parts.append(f"log-probabilities moved by {-found.shift:+d}")
-    if found.causes & {"temperature", "renormalised", "adjusted"}:
-        parts.append(str(found.distribution))
+def hypothesis(tried: Hypothesis, names: Sequence[str]) -> str:
+    parts = ["replayed" if tried.view.replayed else "live"]
+    if tried.view.weights:
+        parts.append(f"weights of {names[tried.view.weights]}")
+    if tried.view.rows:
+        parts.append(f"rows moved by {-tried.view.rows:+d}")
+    if tried.shift:
+        parts.append(f"log-probabilities moved by {-tried.shift:+d}")
+    if tried.causes & {"temperature", "renormalised", "adjusted"}:
+        parts.append(str(tried.distribution))
     return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""What `r3 compare` found, as data: causes, figures, and whether something is wrong."""
+"""What `r3 explain` found, as data: causes, figures, and whether something is wrong."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

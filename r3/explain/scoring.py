@@ -139,11 +139,11 @@ def score_rollouts(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     empty = torch.empty(len(chosen), 0)
-    tables = {view: torch.cat(found, dim=1) if found else empty for view, found in parts.items()}
+    tables = {view: torch.cat(batches, dim=1) if batches else empty for view, batches in parts.items()}
     return Scores(
         table=tables,
         excluded={view: count / max(1, tables[view].shape[1]) for view, count in outside.items()},
-        masses={view: torch.cat(found, dim=1) for view, found in masses.items() if found},
+        masses={view: torch.cat(batches, dim=1) for view, batches in masses.items() if batches},
         routing={rows: sum(sums[1:], sums[0]) for rows, sums in agreement.items() if sums},
         vocabulary=vocabulary,
     )
@@ -230,10 +230,10 @@ class _Inputs:
             return (hidden.to(next(module.parameters()).dtype), *args[1:])
 
         handle = head.register_forward_pre_hook(needed)
-        given = {"routed_experts": self.routing(view.rows)} if view.replayed else {}
+        replay = {"routed_experts": self.routing(view.rows)} if view.replayed else {}
         try:
             return (
-                model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False, **given)
+                model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False, **replay)
                 .logits[0]
                 .float()
             )
@@ -249,10 +249,10 @@ def _begins(sampled: Tensor) -> Tensor:
 
 def scored(rollout: Rollout) -> Tensor:
     """bool `[G]`: sampled tokens that something precedes."""
-    found = rollout.response_mask.clone()
-    if not rollout.prompt_ids and len(found):
-        found[0] = False
-    return found
+    is_scored = rollout.response_mask.clone()
+    if not rollout.prompt_ids and len(is_scored):
+        is_scored[0] = False
+    return is_scored
 
 
 def _rows(rollout: Rollout, spec: RoutingSpec) -> RolloutRouting:

@@ -20,12 +20,12 @@ def heads_for_sequence(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> l
     positions. H and D may differ from tensor to tensor; all travel in one exchange."""
     size = group.size()
     parts = [t.unflatten(1, (size, -1)).permute(1, 0, 3, 2, 4).flatten(3) for t in tensors]  # [P, B, S, h * D]
-    got = _exchange(torch.cat(parts, dim=-1), group)
-    whole = got.split([part.shape[-1] for part in parts], dim=-1)
+    received = _exchange(torch.cat(parts, dim=-1), group)
+    exchanged = received.split([part.shape[-1] for part in parts], dim=-1)
     return [
         # [P, B, S, h, D] -> [B, h, P, S, D]
         part.unflatten(3, (-1, t.shape[-1])).permute(1, 3, 0, 2, 4).flatten(2, 3)
-        for part, t in zip(whole, tensors, strict=True)
+        for part, t in zip(exchanged, tensors, strict=True)
     ]
 
 

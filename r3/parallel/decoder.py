@@ -28,9 +28,9 @@ def widen(args: tuple, kwargs: dict, gather: Callable[[Tensor], Tensor]) -> tupl
         gather: `[B, S, ...]` -> `[B, W, ...]`.
     """
     changes = {}
-    for name, given in kwargs.items():
-        if isinstance(given, Tensor) and (name in _BY_TOKEN or is_type_ids(name)):
-            changes[name] = gather_positions(given, gather) if name == "position_ids" else gather(given)
+    for name, argument in kwargs.items():
+        if isinstance(argument, Tensor) and (name in _BY_TOKEN or is_type_ids(name)):
+            changes[name] = gather_positions(argument, gather) if name == "position_ids" else gather(argument)
     if args and isinstance(args[0], Tensor):  # the tokens
         args = (gather(args[0]), *args[1:])
     return args, kwargs | changes
@@ -51,23 +51,23 @@ def narrow(kwargs: Mapping[str, Any], shape: tuple[int, int], rank: int, size: i
     """
     changes: dict[str, Any] = {}
     unknown = []
-    for name, given in kwargs.items():
-        if name == _MASK and not (isinstance(given, Tensor) and given.dim() == 2):
+    for name, argument in kwargs.items():
+        if name == _MASK and not (isinstance(argument, Tensor) and argument.dim() == 2):
             continue  # made from the gathered positions, for whole rows
-        if isinstance(given, Tensor) and given.dim():
-            dim = given.dim() - 1 if name == "position_ids" else 1
-            if given.dim() > dim and given.shape[dim] == shape[1] and given.shape[dim - 1] in (1, shape[0]):
-                changes[name] = shard(given, rank, size, dim=dim)
+        if isinstance(argument, Tensor) and argument.dim():
+            dim = argument.dim() - 1 if name == "position_ids" else 1
+            if argument.dim() > dim and argument.shape[dim] == shape[1] and argument.shape[dim - 1] in (1, shape[0]):
+                changes[name] = shard(argument, rank, size, dim=dim)
             else:
-                unknown.append(f"{name} {tuple(given.shape)}")
-        elif isinstance(given, list | tuple) and any(isinstance(part, Tensor) for part in given):
+                unknown.append(f"{name} {tuple(argument.shape)}")
+        elif isinstance(argument, list | tuple) and any(isinstance(part, Tensor) for part in argument):
             visual = kwargs.get(_VISUAL_MASK)
-            if visual is None or any(len(part) != int(visual.sum()) for part in given):
+            if visual is None or any(len(part) != int(visual.sum()) for part in argument):
                 unknown.append(name)
             else:
                 mine = torch.zeros_like(visual)
                 shard(mine, rank, size).fill_(True)
-                changes[name] = type(given)(part[mine[visual]] for part in given)
+                changes[name] = type(argument)(part[mine[visual]] for part in argument)
     if unknown:
         raise ParallelError(
             "the decoder gets tensors beside the images whose split over positions is not known: " + ", ".join(unknown)

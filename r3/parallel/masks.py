@@ -44,12 +44,12 @@ def whole_mask(
             f"{implementation} cannot mask chunks: expected at most attention_chunk_size = {chunk} positions, got "
             f"{length}; use sdpa, eager or flex_attention"
         )
-    given = {"q_length": length, "kv_length": length, "q_offset": 0, "kv_offset": 0, "attention_mask": None}
+    all_positions = {"q_length": length, "kv_length": length, "q_offset": 0, "kv_offset": 0, "attention_mask": None}
     if not sequences.one_a_row:
         positions = sequences.position_ids if _CHUNKS in patterns else None
         kwargs["mask_function"] = within_sequences(kwargs["mask_function"], positions, sequences.index)
         kwargs["allow_is_causal_skip"] = False
-    return make(**{**kwargs, **given, "batch_size": batch, "config": config})
+    return make(**{**kwargs, **all_positions, "batch_size": batch, "config": config})
 
 
 def within_sequences(mask_function: Callable, position_ids: Tensor | None, index: Tensor) -> Callable:

@@ -45,19 +45,19 @@ class RankBarrier:
             work = dist.all_gather(everyone, mine, group=self._group, async_op=True)
             assert work is not None
             work.wait(timedelta(seconds=self._timeout_s))
-            found = torch.stack(everyone).cpu()
+            gathered = torch.stack(everyone).cpu()
         except RuntimeError as error:
             raise ParallelError(
                 f"rank {dist.get_rank()}: expected all {self._size} ranks of the group to come here within "
                 f"{self._timeout_s:g} s, they did not: one has ended, or waits elsewhere ({error})"
             ) from error
-        if found[:, 0].any():
+        if gathered[:, 0].any():
             messages: list[str | None] = [None] * self._size
             dist.all_gather_object(messages, problem, group=self._group)
             ranks = dist.get_process_group_ranks(self._group)
             failed = [f"rank {rank}: {text}" for rank, text in zip(ranks, messages, strict=True) if text is not None]
             raise ParallelError(f"{len(failed)} of {self._size} ranks cannot go on:{summary(failed)}")
-        return found[:, 1:]
+        return gathered[:, 1:]
 
     @contextmanager
     def guard(self) -> Iterator[None]:

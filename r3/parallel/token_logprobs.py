@@ -43,8 +43,8 @@ def token_logprobs(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) 
     if labels.dtype != torch.int64:
         raise ParallelError(f"labels: expected torch.int64, got {labels.dtype}; use labels.long()")
     wanted = labels != IGNORED
-    found = -F.cross_entropy(logits[wanted].float() / temperature, labels[wanted], reduction="none")
-    return torch.zeros(labels.shape, dtype=found.dtype, device=found.device).masked_scatter(wanted, found)
+    logprobs = -F.cross_entropy(logits[wanted].float() / temperature, labels[wanted], reduction="none")
+    return torch.zeros(labels.shape, dtype=logprobs.dtype, device=logprobs.device).masked_scatter(wanted, logprobs)
 
 
 def mean_over_ranks(total: Tensor, count: Tensor | float, group: dist.ProcessGroup | None = None) -> Tensor:

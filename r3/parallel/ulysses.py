@@ -139,8 +139,8 @@ class Ulysses:
         position_ids, padding = kwargs["position_ids"], kwargs.get("attention_mask")
         position_ids = position_ids.expand(*position_ids.shape[:-2], *tokens.shape[:2])
         text = text_positions(gather_positions(position_ids, self._gather))
-        whole = Sequences(text, None if padding is None else ~self._gather(padding.to(torch.uint8)).bool())
-        self._require_in_order(whole)
+        sequences = Sequences(text, None if padding is None else ~self._gather(padding.to(torch.uint8)).bool())
+        self._require_in_order(sequences)
         changes: dict[str, Any] = {"use_cache": False}
         if position_ids.dim() == 3:
             mine = slice(self.rank * tokens.shape[1], (self.rank + 1) * tokens.shape[1])
@@ -149,11 +149,11 @@ class Ulysses:
         changes["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         self._activity.bounds = {}
         if "flash" in self._implementation:
-            bounds, longest = whole.cu_seqlens
+            bounds, longest = sequences.cu_seqlens
             self._activity.bounds = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
             self._activity.bounds |= {"max_length_q": longest, "max_length_k": longest}
         self._activity.wide = self.size > 1 and bool(self._inputs.given(kwargs))
-        self._activity.sequences = whole
+        self._activity.sequences = sequences
         return args, kwargs | changes
 
     @torch.compiler.disable
@@ -217,25 +217,27 @@ class Ulysses:
                 raise ParallelError(problem)
             return
         facts = self._facts(tokens, kwargs) if problem is None else (0,) * 5
-        found = self._barrier.exchange(problem, facts).tolist()
+        facts_of_ranks = self._barrier.exchange(problem, facts).tolist()
         # All ranks look at the facts of all groups: what one of them refuses, none goes on with.
-        shapes = {first: {(b, s) for other, b, s, *_ in found if other == first} for first, *_ in found}
+        shapes = {
+            first: {(b, s) for other, b, s, *_ in facts_of_ranks if other == first} for first, *_ in facts_of_ranks
+        }
         torn = {first: sorted(seen) for first, seen in shapes.items() if len(seen) > 1}
         if torn:
             raise ParallelError(
                 "expected slices of one shape [B, S] on all ranks of a Ulysses group, got "
                 + "; ".join(f"{seen} in the group of rank {first}" for first, seen in torn.items())
             )
-        if len({(first, beside) for first, *_, beside, _ in found}) > len(shapes):
+        if len({(first, beside) for first, *_, beside, _ in facts_of_ranks}) > len(shapes):
             raise ParallelError(
                 "expected on all ranks of a Ulysses group the images of the whole rows, or none, and position ids of "
                 "one kind; got others on some ranks. Pass pixel_values and what belongs to them unsliced"
             )
-        if len({kind for *_, kind in found}) > 1:
+        if len({kind for *_, kind in facts_of_ranks}) > 1:
             raise ParallelError(f"expected {_ROUTING} of one kind (layers, slots, experts) or none on all ranks")
 
-    def _require_in_order(self, whole: Sequences) -> None:
-        problem = _misplaced(whole)
+    def _require_in_order(self, sequences: Sequences) -> None:
+        problem = _misplaced(sequences)
         if self._barrier is not None:
             self._barrier.exchange(problem)
         elif problem is not None:
@@ -304,22 +306,22 @@ def _number(value: Any) -> int:
 
 
 def _tokens(args: tuple, kwargs: dict) -> Tensor:
-    given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
-    found = next((tokens for tokens in given if tokens is not None), None)
-    if found is None:
+    candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
+    tokens = next((candidate for candidate in candidates if candidate is not None), None)
+    if tokens is None:
         raise ParallelError("expected input_ids or inputs_embeds, got neither")
-    return found
+    return tokens
 
 
-def _misplaced(whole: Sequences) -> str | None:
+def _misplaced(sequences: Sequences) -> str | None:
     """Says so if a sequence does not begin at position 0: slices in the wrong order, or positions of other tokens."""
-    wrong = whole.starts & (whole.position_ids != 0)
-    if whole.padding is not None:
-        wrong &= ~whole.padding
+    wrong = sequences.starts & (sequences.position_ids != 0)
+    if sequences.padding is not None:
+        wrong &= ~sequences.padding
     if not wrong.any():
         return None
     where = [
-        f"row {row}, position {at}: {int(whole.position_ids[row, at])}" for row, at in wrong.nonzero()[:4].tolist()
+        f"row {row}, position {at}: {int(sequences.position_ids[row, at])}" for row, at in wrong.nonzero()[:4].tolist()
     ]
     return (
         "position_ids: expected each sequence of the gathered rows to begin at 0 and to rise by one. Slices in another "

@@ -77,8 +77,8 @@ class Replay:
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         activity = self._patch.activity
         activity.report, activity.fell_back = None, False
-        given = kwargs.get(KEYWORD)
-        if given is None:
+        argument = kwargs.get(KEYWORD)
+        if argument is None:
             if self.required and model.training:
                 raise ReplayError(
                     f"training forward of {type(model).__name__} without `{KEYWORD}`: replay is required. Pass the "
@@ -86,7 +86,7 @@ class Replay:
                 )
             return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
         self._inputs.require_positions(kwargs)
-        routing = given if isinstance(given, RolloutRouting) else self.routing(given)
+        routing = argument if isinstance(argument, RolloutRouting) else self.routing(argument)
         return args, {**kwargs, KEYWORD: self._call(routing, tokens_of(args, kwargs))}
 
     def _call(self, routing: RolloutRouting, tokens: Tensor) -> ReplayContext:

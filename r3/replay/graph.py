@@ -28,21 +28,21 @@ def mark_inputs(args: tuple, kwargs: dict, key: object, value: object) -> tuple[
     """
     marked = False
 
-    def mark(given: Any) -> Any:
+    def mark(item: Any) -> Any:
         nonlocal marked
-        if not (isinstance(given, Tensor) and given.requires_grad):
-            return given
+        if not (isinstance(item, Tensor) and item.requires_grad):
+            return item
         marked = True
-        node: Any = given.grad_fn
+        node: Any = item.grad_fn
         # A leaf, or an input of other forwards as well: it gets a node that is of this forward alone.
         if node is None or node.metadata.get(key, value) is not value:
-            given = given.view_as(given)
-            node = given.grad_fn
+            item = item.view_as(item)
+            node = item.grad_fn
         node.metadata[key] = value
-        return given
+        return item
 
-    args = tuple(mark(given) for given in args)
-    kwargs = {name: mark(given) for name, given in kwargs.items()}
+    args = tuple(mark(item) for item in args)
+    kwargs = {name: mark(item) for name, item in kwargs.items()}
     return args, kwargs, marked
 
 

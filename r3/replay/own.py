@@ -119,17 +119,17 @@ def code_of(module: nn.Module, method: str) -> Callable | None:
 
 def _wrapped(value: Any) -> list[Any]:
     """What a callable may call."""
-    found = [getattr(value, "__wrapped__", None)]
+    held = [getattr(value, "__wrapped__", None)]
     if isinstance(value, FunctionType):
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # not filled yet
-                found.append(cell.cell_contents)
-        found += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+                held.append(cell.cell_contents)
+        held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     elif isinstance(value, partial):
-        found += [value.func, *value.args, *value.keywords.values()]
+        held += [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, MethodType):
-        found.append(value.__func__)
-    return [item for item in found if callable(item) and not isinstance(item, nn.Module)]
+        held.append(value.__func__)
+    return [item for item in held if callable(item) and not isinstance(item, nn.Module)]
 
 
 def set_aside(module: nn.Module) -> list[Any]:

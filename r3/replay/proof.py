@@ -86,8 +86,11 @@ def _trial(site: RouterSite, generator: torch.Generator) -> tuple[nn.Module, Cal
         if block is None:
             return output
         route = getattr(block, ROUTE)
-        given = {"hidden_states": hidden, "router_logits": output[0] if isinstance(output, tuple) else output}
-        return route(*(given[name] for name in inspect.signature(route).parameters))
+        arguments_by_name = {
+            "hidden_states": hidden,
+            "router_logits": output[0] if isinstance(output, tuple) else output,
+        }
+        return route(*(arguments_by_name[name] for name in inspect.signature(route).parameters))
 
     hidden = torch.randn(_TOKENS, gate.shape[1], generator=generator).to(gate.dtype)
     bias = torch.randn(gate.shape[0], generator=generator)
@@ -130,8 +133,8 @@ def _reached(weights: list[Tensor], router: nn.Module, generator: torch.Generato
         return {}
     # A random direction, because weights that are renormalised have a constant sum.
     directions = [torch.randn(w.shape, generator=generator).to(w.dtype) for w in weights]
-    found = torch.autograd.grad(weights, list(named.values()), directions, allow_unused=True)
-    return {name: g for name, g in zip(named, found, strict=True) if g is not None and bool((g != 0).any())}
+    gradients = torch.autograd.grad(weights, list(named.values()), directions, allow_unused=True)
+    return {name: g for name, g in zip(named, gradients, strict=True) if g is not None and bool((g != 0).any())}
 
 
 def _prove(site: RouterSite, generator: torch.Generator) -> Choice:

@@ -47,10 +47,10 @@ class Choice:
 
 def _arguments(args: tuple, kwargs: dict) -> tuple[Tensor, int, int]:
     """(input, k, dim) of a `topk` call, however it was spelled."""
-    given = len(args)
-    scores = args[0] if given else kwargs["input"]
-    k = args[1] if given > 1 else kwargs["k"]
-    dim = args[2] if given > 2 else kwargs.get("dim", -1)
+    count = len(args)
+    scores = args[0] if count else kwargs["input"]
+    k = args[1] if count > 1 else kwargs["k"]
+    dim = args[2] if count > 2 else kwargs.get("dim", -1)
     return scores, k, dim if dim >= 0 else dim + scores.dim()
 
 
@@ -236,8 +236,8 @@ def search_rows(scores: Tensor, k: int, rows: Tensor | None, search: Search) -> 
     indices = torch.arange(k, device=scores.device).expand(values.shape)
     if rows is None:
         return values, indices
-    found, places = search(scores.index_select(0, rows))
-    return values.index_copy(0, rows, found), indices.index_copy(0, rows, places)
+    top_values, top_indices = search(scores.index_select(0, rows))
+    return values.index_copy(0, rows, top_values), indices.index_copy(0, rows, top_indices)
 
 
 def margin(scores: Tensor, k: int, search: Search) -> Tensor:

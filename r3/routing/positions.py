@@ -107,12 +107,12 @@ def text_positions(position_ids: Tensor) -> Tensor:
         return position_ids[0]
     count = torch.arange(position_ids.shape[-1], device=position_ids.device).expand(position_ids.shape[1:])
     begins = _all_zero(position_ids)
-    found = count - torch.where(begins, count, 0).cummax(-1).values
+    since_begin = count - torch.where(begins, count, 0).cummax(-1).values
     # Text has equal parts, the patches of an image all but its first have not.
     text, last = (position_ids == position_ids[0]).all(0), position_ids.amax(0)
     torn = ~begins
     torn[:, 1:] &= text[:, 1:] & text[:, :-1] & (last.diff() != 1)
-    return torch.where(torn, last, found)
+    return torch.where(torn, last, since_begin)
 
 
 def _hides_sequences(position_ids: Tensor) -> bool:

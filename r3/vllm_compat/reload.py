@@ -17,7 +17,7 @@ def join_gates(layers: Iterable[nn.Module]) -> None:
     for runner in layers:
         # What a module has not got takes it longest to say.
         held = (runner.__dict__, runner._buffers, runner._parameters)
-        joined = next((found for place in held if (found := place.get("_combined_gate_weight")) is not None), None)
+        joined = next((weight for place in held if (weight := place.get("_combined_gate_weight")) is not None), None)
         if joined is None:
             continue
         parts = [getattr(getattr(runner, name, None), "weight", None) for name in ("gate", "shared_expert_gate")]

@@ -45,8 +45,8 @@ class AsyncEngine(Engine):
         return [
             # Engine cores of a dense model do not know that they are ranks: the client does.
             known | reply | {"dp_rank": dp_rank, "dp_size": parallel.data_parallel_size}
-            for dp_rank, found in call
-            for reply in require_replies(found, f"{self.name}: {method}")
+            for dp_rank, replies in call
+            for reply in require_replies(replies, f"{self.name}: {method}")
         ]
 
     def pause(self, timeout_s: float) -> bool:
@@ -111,17 +111,17 @@ class AsyncEngine(Engine):
             for identity, result in zip(core.core_engines, results, strict=True)
         ]
 
-    def _run(self, what: str, start: Callable[[], Coroutine[Any, Any, Any]], deadline: Deadline) -> Any:
+    def _run(self, operation: str, start: Callable[[], Coroutine[Any, Any, Any]], deadline: Deadline) -> Any:
         loop = self._loop()
         if (cause := self._dead()) is not None:
-            raise SyncError(f"{self.name}: {cause} before {what}. Start it anew, then sync")
+            raise SyncError(f"{self.name}: {cause} before {operation}. Start it anew, then sync")
         future = asyncio.run_coroutine_threadsafe(start(), loop)
         try:
-            return answer_of(future, deadline, where=self.name, what=what, dead=self._dead)
+            return answer_of(future, deadline, where=self.name, operation=operation, dead=self._dead)
         except SyncError:
             raise
         except Exception as error:
-            raise failed(self.name, what, error, self._dead()) from error
+            raise failed(self.name, operation, error, self._dead()) from error
 
     def _loop(self) -> asyncio.AbstractEventLoop:
         loop = self._given_loop or self._found_loop()

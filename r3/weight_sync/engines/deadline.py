@@ -70,7 +70,7 @@ def _serve(work: SimpleQueue) -> None:
         _idle.append(work)
 
 
-def answer_of(future: Future, deadline: Deadline, *, where: str, what: str, dead: Callable[[], str | None]) -> Any:
+def answer_of(future: Future, deadline: Deadline, *, where: str, operation: str, dead: Callable[[], str | None]) -> Any:
     """The result of `future`, or `SyncError` when the deadline has passed or `dead` tells a cause.
 
     An answer that comes later is dropped. Exceptions of the future itself come as they are.
@@ -81,9 +81,9 @@ def answer_of(future: Future, deadline: Deadline, *, where: str, what: str, dead
             return future.result()
         cause = dead()
         if cause is not None:
-            raise SyncError(f"{where}: {cause} while {what} was waited for. Start it anew, then sync")
+            raise SyncError(f"{where}: {cause} while {operation} was waited for. Start it anew, then sync")
         if not deadline.left_s:
             raise SyncError(
-                f"{where}: no answer to {what} within {deadline.timeout_s:g} s. It may still run there; what is called "
-                "next comes after it, and its late answer is dropped"
+                f"{where}: no answer to {operation} within {deadline.timeout_s:g} s. It may still run there; what is "
+                "called next comes after it, and its late answer is dropped"
             )

@@ -129,15 +129,15 @@ def require_complete(replies: Sequence[Reply], where: str, remedy: str) -> None:
         )
 
 
-def require_replies(found: Any, where: str) -> list[Reply]:
-    """`found` if it is a list of dictionaries.
+def require_replies(answer: Any, where: str) -> list[Reply]:
+    """`answer` if it is a list of dictionaries.
 
     Raises:
         SyncError: it is not: the method is not one of r3's worker extension.
     """
-    if not isinstance(found, list) or not all(isinstance(reply, dict) for reply in found):
-        raise SyncError(f"{where}: expected a list with a dictionary of each worker, got {found!r:.200}")
-    return found
+    if not isinstance(answer, list) or not all(isinstance(reply, dict) for reply in answer):
+        raise SyncError(f"{where}: expected a list with a dictionary of each worker, got {answer!r:.200}")
+    return answer
 
 
 def failed(where: str, method: str, error: BaseException | str, dead: str | None = None) -> SyncError:

@@ -32,8 +32,8 @@ class Guard:
         self._target = target
 
     def _standing(self) -> _Refusal | None:
-        found = vars(self._target).get("add_request")
-        return found if isinstance(found, _Refusal) else None
+        method = vars(self._target).get("add_request")
+        return method if isinstance(method, _Refusal) else None
 
     @property
     def refusing(self) -> bool:

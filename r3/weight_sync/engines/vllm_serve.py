@@ -52,13 +52,13 @@ class ServerEngine(Engine):
         try:
             # Left out, timeout is None: what a worker answers after vLLM's is taken for the answer to its next call.
             body = {"method": method, "args": list(args)}
-            answer = self._ask("/collective_rpc", deadline, body, what=method)
+            answer = self._ask("/collective_rpc", deadline, body, operation=method)
         except TypeError as error:
             raise SyncError(f"{self.name}: {method}: expected arguments that JSON carries: {error}") from error
         where = f"{self.name}: {method}"
-        found = require_replies(answer.get("results") if isinstance(answer, dict) else answer, where)
+        replies = require_replies(answer.get("results") if isinstance(answer, dict) else answer, where)
         # The server's size of the group: engine cores of a dense model do not know that they are ranks.
-        return [{"world_size": world_size, "dp_rank": 0} | reply | {"dp_size": dp_size} for reply in found]
+        return [{"world_size": world_size, "dp_rank": 0} | reply | {"dp_size": dp_size} for reply in replies]
 
     def pause(self, timeout_s: float) -> bool:
         deadline = Deadline(timeout_s)
@@ -111,46 +111,48 @@ class ServerEngine(Engine):
         deadline: Deadline,
         body: dict[str, Any] | None = None,
         *,
-        what: str | None = None,
+        operation: str | None = None,
         absent_ok: bool = False,
     ) -> Any:
         """The JSON that `path` answers with, None for an empty answer; a POST where there is a `body`."""
         with naming_proxy(self.name):
-            return self._answer(path, deadline, body, what or path.partition("?")[0], absent_ok)
+            return self._answer(path, deadline, body, operation or path.partition("?")[0], absent_ok)
 
-    def _answer(self, path: str, deadline: Deadline, body: dict[str, Any] | None, what: str, absent_ok: bool) -> Any:
+    def _answer(
+        self, path: str, deadline: Deadline, body: dict[str, Any] | None, operation: str, absent_ok: bool
+    ) -> Any:
         data = to_json(body)
         timeout_s = deadline.left_s + 1.0  # the deadline speaks first
         future = in_thread(lambda: self._client.send(path, data, timeout_s))
         try:
-            content: bytes = answer_of(future, deadline, where=self.name, what=what, dead=_Health(self).cause)
+            content: bytes = answer_of(future, deadline, where=self.name, operation=operation, dead=_Health(self).cause)
         except StatusError as error:
             if error.status == 404 and absent_ok:
                 return None
-            raise self._explained(error, what) from error
+            raise self._explained(error, operation) from error
         except FAILURES as error:
             raise SyncError(
-                f"{self.name}: the connection failed in {what}: {words_of(cause_of(error))}. Is the server up, "
+                f"{self.name}: the connection failed in {operation}: {words_of(cause_of(error))}. Is the server up, "
                 "and is this its address? If it has died, start it anew, then sync"
             ) from error
         try:
             return from_json(content)
         except ValueError as error:
-            raise SyncError(f"{self.name}: {what}: expected JSON, got {content[:80]!r}: is this vLLM?") from error
+            raise SyncError(f"{self.name}: {operation}: expected JSON, got {content[:80]!r}: is this vLLM?") from error
 
-    def _explained(self, error: StatusError, what: str) -> SyncError:
-        said = _message(error.content) or error.reason
+    def _explained(self, error: StatusError, operation: str) -> SyncError:
+        message = _message(error.content) or error.reason
         if error.status == 404:
             return SyncError(
-                f"{self.name}: no control routes ({what}: status 404): start vllm serve with VLLM_SERVER_DEV_MODE=1 in "
-                "its environment (the command is r3.capture.server_command's), at an address that only the trainer "
-                "reaches"
+                f"{self.name}: no control routes ({operation}: status 404): start vllm serve with "
+                "VLLM_SERVER_DEV_MODE=1 in its environment (the command is r3.capture.server_command's), at "
+                "an address that only the trainer reaches"
             )
         if error.status in (401, 403):
-            return SyncError(f"{self.name}: {what}: status {error.status}: expected the server's api_key")
-        if error.status == 503 or "EngineDead" in said or "EngineCore encountered" in said:
-            return SyncError(f"{self.name}: the engine has died in {what} ({said}). Start it anew, then sync")
-        return failed(f"{self.name} (status {error.status})", what, said)
+            return SyncError(f"{self.name}: {operation}: status {error.status}: expected the server's api_key")
+        if error.status == 503 or "EngineDead" in message or "EngineCore encountered" in message:
+            return SyncError(f"{self.name}: the engine has died in {operation} ({message}). Start it anew, then sync")
+        return failed(f"{self.name} (status {error.status})", operation, message)
 
 
 class _Health:
@@ -184,8 +186,8 @@ def _message(content: bytes) -> str:
     """What an error response says, in the several forms that vLLM has given it."""
     text = content.decode(errors="replace")
     try:
-        found = json.loads(text)
-        error = found.get("error", found.get("detail", found.get("message", text)))
+        body = json.loads(text)
+        error = body.get("error", body.get("detail", body.get("message", text)))
         return str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, AttributeError, KeyError):
         return text[:500]

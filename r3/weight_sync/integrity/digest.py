@@ -117,8 +117,8 @@ class ContentDigests:
         for name, tensor in part:
             mask, ulp, nan_byte = _lanes(tensor.dtype)
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            self._sums[name], found = digest_cpu.read(data, mask, ulp, many=many)
-            if found or (nan_byte is not None and bool((data == nan_byte).any())):
+            self._sums[name], not_finite = digest_cpu.read(data, mask, ulp, many=many)
+            if not_finite or (nan_byte is not None and bool((data == nan_byte).any())):
                 self._not_finite.add(name)
             if name in targets:
                 targets[name].detach().view(tensor.shape).copy_(tensor)
@@ -138,9 +138,9 @@ class ContentDigests:
 
     def _collect(self) -> None:
         for names, queue in self._queued.values():
-            for name, (total, found) in zip(names, queue.result(), strict=True):
+            for name, (total, not_finite) in zip(names, queue.result(), strict=True):
                 self._sums[name] = total
-                if found:
+                if not_finite:
                     self._not_finite.add(name)
         self._queued = {}
 

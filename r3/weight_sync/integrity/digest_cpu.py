@@ -37,15 +37,15 @@ def read(data: np.ndarray, mask: int, ulp: int, *, many: bool) -> tuple[int, boo
 
 def _words(data: np.ndarray) -> Iterator[np.ndarray]:
     """uint64 arrays at addresses that are multiples of 8, in order; the last word is padded with zeros."""
-    whole = len(data) // 8 * 8
+    whole_bytes = len(data) // 8 * 8
     if data.ctypes.data % 8 == 0:
-        yield data[:whole].view(np.uint64)
+        yield data[:whole_bytes].view(np.uint64)
     else:
-        for at in range(0, whole, _COPIED_BYTES):
-            yield data[at : min(at + _COPIED_BYTES, whole)].copy().view(np.uint64)
-    if whole < len(data):
+        for at in range(0, whole_bytes, _COPIED_BYTES):
+            yield data[at : min(at + _COPIED_BYTES, whole_bytes)].copy().view(np.uint64)
+    if whole_bytes < len(data):
         last = np.zeros(8, np.uint8)
-        last[: len(data) - whole] = data[whole:]
+        last[: len(data) - whole_bytes] = data[whole_bytes:]
         yield last.view(np.uint64)
 
 

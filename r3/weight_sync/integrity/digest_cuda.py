@@ -171,7 +171,7 @@ def _piece(table, sums, tensors, piece_bytes: tl.constexpr, writes: tl.constexpr
     ulp = tl.load(entry + 4).to(tl.uint64)
     target = tl.load(entry + 5)
     to = tl.multiple_of((target + start).to(tl.pointer_type(tl.uint64)), 16)
-    found = sums + slot * 2
+    result = sums + slot * 2
 
     row = tl.arange(0, _ROWS)[:, None] * _WIDTH
     column = tl.arange(0, _WIDTH)
@@ -214,7 +214,7 @@ def _piece(table, sums, tensors, piece_bytes: tl.constexpr, writes: tl.constexpr
         seen |= tl.reduce((words & mask) + ulp, 0, _either)
         places += _STEP
 
-    tl.atomic_add(found, tl.sum(total).to(tl.int64), sem="relaxed")
+    tl.atomic_add(result, tl.sum(total).to(tl.int64), sem="relaxed")
     # Where the exponent is all ones, and only there, the sum reaches the sign. All who store here store the same.
     hot = tl.max(((seen & (mask + ulp)) != 0).to(tl.int32))
-    tl.store(found + 1, 1, mask=hot != 0)
+    tl.store(result + 1, 1, mask=hot != 0)

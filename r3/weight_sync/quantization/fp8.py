@@ -69,12 +69,12 @@ def _quantised(
     grid = torch.Size([-(-shape[0] // scheme.block[0]), -(-shape[1] // scheme.block[1])])
 
     def make() -> list[Tensor]:
-        made: list[Tensor] = []
+        tensors: list[Tensor] = []
         # In float32, and with what is in between, a matrix takes many times its room: not all experts at once.
         for some in gathered(weight).reshape(-1, *shape).split(max(1, _AT_ONCE // shape.numel())):
             numbers, scales = block_quantise(some, scheme.block, power_of_two=scheme.power_of_two)
-            made += [tensor for pair in zip(numbers, scales, strict=True) for tensor in pair]
-        return made
+            tensors += [tensor for pair in zip(numbers, scales, strict=True) for tensor in pair]
+        return tensors
 
     together = SharedMaterialization(make)
 

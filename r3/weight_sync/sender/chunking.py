@@ -79,15 +79,15 @@ class OutgoingWeights:
             name, weight = self._ungathered[0]
             dtype = self._sent_dtype(weight)
             nbytes = weight.shape.numel() * dtype.itemsize
-            whole = _whole(name, weight) if name in self.zero_copy_names else None
-            if whole is not None and not takes_memory([(name, whole)]):
+            tensor = _whole(name, weight) if name in self.zero_copy_names else None
+            if tensor is not None and not takes_memory([(name, tensor)]):
                 nbytes //= _MORE_IN_PLACE
             if chunk and size + nbytes > self._chunk_bytes:
                 yield chunk
                 chunk, size = [], 0
             self._ungathered.popleft()
             # What is made for the sync is made once there is room.
-            chunk.append((name, _whole(name, weight).to(dtype).contiguous() if whole is None else whole))
+            chunk.append((name, _whole(name, weight).to(dtype).contiguous() if tensor is None else tensor))
             size += nbytes
         if chunk:
             yield chunk

@@ -329,7 +329,7 @@ class WeightSync:
         broken = progress.digests.not_finite()
         if broken:
             raise SyncError(f"{len(broken)} tensors hold NaN or infinity:{summary(broken)}")
-        self._transport.settle(lambda: False)
+        self._transport.flush(lambda: False)
         sealing = self._group.start("r3_seal", sync_id, progress.named)
         total = combine(progress.named)
         answers = sealing.result()

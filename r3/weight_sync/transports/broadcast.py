@@ -70,7 +70,7 @@ class BroadcastTransport(Transport):
         # What is ready and what is under way, together: one more than can be ready, for the workers answer while they
         # still receive.
         if self._group is not None:
-            self._group.settle_all_but(self.max_staged_chunks - len(self._blocks), lambda: False)
+            self._group.flush_all_but(self.max_staged_chunks - len(self._blocks), lambda: False)
         self._blocks[index] = pack(chunk, self._device)
         return {"blocks": [[block.data.numel(), block.layout] for block in self._blocks[index]]}
 
@@ -78,10 +78,10 @@ class BroadcastTransport(Transport):
         group = self._joined()
         group.broadcast([block.data for block in self._blocks.pop(index)])
         if self._device.type == "cpu":
-            group.settle_all_but(0, stop)
+            group.flush_all_but(0, stop)
 
-    def settle(self, stop: Stop) -> None:
-        self._joined().settle_all_but(0, stop)
+    def flush(self, stop: Stop) -> None:
+        self._joined().flush_all_but(0, stop)
 
     def abort(self) -> None:
         if self._group is not None:
@@ -110,7 +110,7 @@ class BroadcastReceiver(Receiver):
         self._group = self.group(offer, rank + 1, self._buffers_on(), timeout_s)
 
     def receive(self, where: Descriptor) -> Chunk:
-        self._group.settle_all_but(_MOST_RECEIVED - 1, lambda: False)
+        self._group.flush_all_but(_MOST_RECEIVED - 1, lambda: False)
         device = self._buffers_on()
         data = self._group.receive([nbytes for nbytes, _ in where["blocks"]])
         tensors = [
@@ -119,7 +119,7 @@ class BroadcastReceiver(Receiver):
         return tensors if device == self.device else [(name, tensor.to(self.device)) for name, tensor in tensors]
 
     def wait(self) -> None:
-        self._group.settle_all_but(0, lambda: False)
+        self._group.flush_all_but(0, lambda: False)
 
     def abort(self) -> None:
         self._group.abort()

@@ -66,7 +66,7 @@ class Group(ABC):
 
     @abstractmethod
     def broadcast(self, blocks: list[Tensor]) -> None:
-        """Send uint8 `blocks` (rank 0). It is under way then: `blocks` live until it is settled."""
+        """Send uint8 `blocks` (rank 0). It is under way then: `blocks` live until it is flushed."""
 
     @abstractmethod
     def receive(self, sizes: list[int]) -> list[Tensor]:
@@ -76,7 +76,7 @@ class Group(ABC):
     def _done(self, under_way: Any) -> bool:
         """Whether one call of `broadcast` or `receive` has ended; raises if it has failed."""
 
-    def settle_all_but(self, kept: int, stop: Stop) -> None:
+    def flush_all_but(self, kept: int, stop: Stop) -> None:
         """Wait until at most `kept` calls of `broadcast` or `receive` are under way."""
         while len(self._in_flight) > kept:
             done = partial(self._done, self._in_flight[0])
@@ -108,7 +108,7 @@ class GlooGroup(Group):
     def receive(self, sizes: list[int]) -> list[Tensor]:
         blocks = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         self.broadcast(blocks)
-        self.settle_all_but(0, lambda: False)
+        self.flush_all_but(0, lambda: False)
         return blocks
 
     def _done(self, under_way: Any) -> bool:

@@ -54,12 +54,12 @@ class IpcTransport(Transport):
         places: dict[int, int] = {}
         shared: list[_SharedStorage] = []
         tensors = []
-        for name, given, tensor in on_gpu:
+        for name, sent, tensor in on_gpu:
             storage, place = tensor.untyped_storage(), None
             if tensor.nbytes:
                 place = places.setdefault(storage._cdata, len(shared))
                 if place == len(shared):
-                    lasts = name in self.zero_copy_names and tensor.data_ptr() == given.data_ptr()
+                    lasts = name in self.zero_copy_names and tensor.data_ptr() == sent.data_ptr()
                     shared.append(self._shared(name, storage, lasts))
             tensors.append([name, str(tensor.dtype), list(tensor.shape), place, tensor.storage_offset()])
         self._published[index] = shared
@@ -86,10 +86,10 @@ class IpcTransport(Transport):
         if self._connection_id is None:
             return _SharedStorage(name, storage)
         if not lasts:
-            made = _SharedStorage(name, storage)
-            self._kept.setdefault(made.allocation, made)
-            self._used.add(made.allocation)
-            return made
+            shared = _SharedStorage(name, storage)
+            self._kept.setdefault(shared.allocation, shared)
+            self._used.add(shared.allocation)
+            return shared
         kept = self._kept.get(storage._cdata)
         if kept is None or not kept.is_of(storage):
             kept = self._kept[storage._cdata] = _SharedStorage(name, storage, next(self._numbers))
@@ -112,8 +112,8 @@ class _SharedStorage:
     """
 
     def __init__(self, name: str, storage: torch.UntypedStorage, number: int | None = None) -> None:
-        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyrefly: ignore
-        self._alias = from_dlpack(to_dlpack(whole)).untyped_storage()
+        all_bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyrefly: ignore
+        self._alias = from_dlpack(to_dlpack(all_bytes)).untyped_storage()
         try:
             shared = self._alias._share_cuda_()
         except RuntimeError as error:
@@ -171,7 +171,7 @@ class IpcReceiver(Receiver):
                 self._chunks.popleft()
                 self._released += 1
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         torch.cuda.current_stream(self.device).synchronize()
         self._chunks.clear()
         self._released = 0

@@ -65,8 +65,8 @@ class NcclGroup(Group):
             behind.record(self._stream)
         self._in_flight.append((behind, blocks))
 
-    def _until_ready(self, what: str) -> None:
-        wait_until(self._communicator.ready, lambda: False, self._timeout_s, f"{what} among {self.size} ranks")
+    def _until_ready(self, operation: str) -> None:
+        wait_until(self._communicator.ready, lambda: False, self._timeout_s, f"{operation} among {self.size} ranks")
 
     def _done(self, under_way: Any) -> bool:
         behind, _ = under_way
@@ -128,9 +128,9 @@ class Communicator:
 
 def unique_id() -> bytes:
     """What rank 0 makes for a communicator, and all others need."""
-    made = _Id()
-    _checked(_library().ncclGetUniqueId(ctypes.byref(made)))
-    return bytes(made)
+    new_id = _Id()
+    _checked(_library().ncclGetUniqueId(ctypes.byref(new_id)))
+    return bytes(new_id)
 
 
 class _Id(ctypes.Structure):
@@ -151,25 +151,25 @@ class _Config(ctypes.Structure):
 @cache
 def _library() -> ctypes.CDLL:
     try:
-        found = ctypes.CDLL("libnccl.so.2")  # torch has loaded it
+        library = ctypes.CDLL("libnccl.so.2")  # torch has loaded it
     except OSError as error:
         raise SyncError(
             f"NCCL is not there: {error}. Builds of torch for CUDA bring it; with one that has it built in, install "
             "nvidia-nccl-cu12 or -cu13, or use another transport"
         ) from error
     pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
-    found.ncclGetUniqueId.argtypes = [pointer]
-    found.ncclCommInitRankConfig.argtypes = [pointer, number, _Id, number, pointer]
-    found.ncclBroadcast.argtypes = [pointer, pointer, count, number, number, pointer, pointer]
-    found.ncclCommGetAsyncError.argtypes = [pointer, pointer]
-    found.ncclCommAbort.argtypes = [pointer]
-    found.ncclGetErrorString.argtypes, found.ncclGetErrorString.restype = [number], ctypes.c_char_p
-    found.ncclGetLastError.argtypes, found.ncclGetLastError.restype = [pointer], ctypes.c_char_p
-    return found
+    library.ncclGetUniqueId.argtypes = [pointer]
+    library.ncclCommInitRankConfig.argtypes = [pointer, number, _Id, number, pointer]
+    library.ncclBroadcast.argtypes = [pointer, pointer, count, number, number, pointer, pointer]
+    library.ncclCommGetAsyncError.argtypes = [pointer, pointer]
+    library.ncclCommAbort.argtypes = [pointer]
+    library.ncclGetErrorString.argtypes, library.ncclGetErrorString.restype = [number], ctypes.c_char_p
+    library.ncclGetLastError.argtypes, library.ncclGetLastError.restype = [pointer], ctypes.c_char_p
+    return library
 
 
 def _checked(result: int, handle: ctypes.c_void_p | None = None) -> None:
     if result in (_SUCCESS, _IN_PROGRESS):
         return
-    said = [_library().ncclGetErrorString(result), _library().ncclGetLastError(handle)]
-    raise SyncError("NCCL: " + "; ".join(text.decode(errors="replace").strip() for text in said if text))
+    messages = [_library().ncclGetErrorString(result), _library().ncclGetLastError(handle)]
+    raise SyncError("NCCL: " + "; ".join(text.decode(errors="replace").strip() for text in messages if text))

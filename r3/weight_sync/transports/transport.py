@@ -12,9 +12,9 @@ nothing but plain dictionaries, which travel with the calls of the sync (so: str
     transport.transfer(i, stop)     <->       (receives meanwhile)
     transport.release(i)            <-        answer to a call with chunk i at its start, or to the seal
                                               (before which: receiver.release(i))
-    transport.settle(stop)          <->       receiver.settle()
+    transport.flush(stop)          <->       receiver.flush()
 
-`join`, `transfer` and `settle` deadlock if one side comes and the other never does: they end at `timeout_s`, or as soon
+`join`, `transfer` and `flush` deadlock if one side comes and the other never does: they end at `timeout_s`, or as soon
 as `stop()` is true, which says that a worker has answered and will not come. After any failure both sides abort, and
 the next sync starts from an `offer` that knows nothing of this one.
 """
@@ -83,7 +83,7 @@ class Transport(ABC):
     def release(self, index: int) -> None:  # noqa: B027 (nothing to do for some)
         """No worker needs any chunk before number `index` any more."""
 
-    def settle(self, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
+    def flush(self, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
         """Wait for what was queued on a device."""
 
     @abstractmethod
@@ -129,7 +129,7 @@ class Receiver(ABC):
     def release(self, index: int) -> None:  # noqa: B027 (nothing to do for some)
         """The device has read all chunks before number `index` of the sync."""
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """The end of a sync that all went well: `wait`, and give back what the next one does not need."""
         self.wait()
 
@@ -143,7 +143,7 @@ def gpu_uuid(device: torch.device) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
-def wait_until(done: Callable[[], bool], stop: Stop, timeout_s: float, what: str) -> None:
+def wait_until(done: Callable[[], bool], stop: Stop, timeout_s: float, operation: str) -> None:
     """Wait for `done()`. Raises `SyncError` at the timeout, or once `stop()` is true and `done()` is not soon after."""
     start = time.monotonic()
     stopped: float | None = None
@@ -153,8 +153,10 @@ def wait_until(done: Callable[[], bool], stop: Stop, timeout_s: float, what: str
             stopped = now
         # The other side's answer can overtake the last bytes.
         if stopped is not None and now - stopped > 1.0:
-            raise SyncError(f"{what}: the other side has answered and does not come")
+            raise SyncError(f"{operation}: the other side has answered and does not come")
         if now - start > timeout_s:
-            raise SyncError(f"{what}: not done within {timeout_s:g} s: the other side died, was stopped, or never came")
+            raise SyncError(
+                f"{operation}: not done within {timeout_s:g} s: the other side died, was stopped, or never came"
+            )
         # A sleep takes 60 us at least: none at first, and later one of an eighth of the wait so far.
         time.sleep(min((now - start) / 8, 2e-3) if now - start > _SPIN_S else 0)

@@ -27,13 +27,13 @@ class AdapterWeights:
 
     def save(self, folder: str | Path, *, write: bool = True) -> Path:
         """Write the adapter to `folder`. Sharded: every rank calls this, one with `write=True`."""
-        whole = {name: gathered(source) for name, source in self.weights}
+        full_tensors = {name: gathered(source) for name, source in self.weights}
         folder = Path(folder)
         if write:
             from safetensors.torch import save_file
 
             folder.mkdir(parents=True, exist_ok=True)
-            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in whole.items()}
+            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in full_tensors.items()}
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             (folder / "adapter_config.json").write_text(json.dumps(self.config, indent=2, sort_keys=True))
         return folder

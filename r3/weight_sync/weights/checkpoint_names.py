@@ -50,16 +50,16 @@ def checkpoint_weights(skeleton: Any, live: dict[str, LazyWeight], fused_experts
         fused_experts: leave fused experts as they are where only their split would change their names.
     """
     blank = {name: _blank(name, source) for name, source in live.items()}
-    made = _checkpoint_form(skeleton, blank)
+    traced = _checkpoint_form(skeleton, blank)
     named: Named = []
-    for origins, names in _groups(made):
-        if fused_experts and _is_split_of_experts(origins, names) and _all_views(made, names, blank[origins[0]]):
-            lie = sorted(names, key=lambda name: made[name].storage_offset())
+    for origins, names in _groups(traced):
+        if fused_experts and _is_split_of_experts(origins, names) and _all_views(traced, names, blank[origins[0]]):
+            lie = sorted(names, key=lambda name: traced[name].storage_offset())
             named.append((origins[0], replace(live[origins[0]], parts=tuple(lie))))
-        elif len(origins) == 1 and _all_views(made, names, blank[origins[0]]):
-            named += _views(live[origins[0]], names, made)
+        elif len(origins) == 1 and _all_views(traced, names, blank[origins[0]]):
+            named += _views(live[origins[0]], names, traced)
         else:
-            named += _converted(skeleton, [live[name] for name in origins], names, made)
+            named += _converted(skeleton, [live[name] for name in origins], names, traced)
     return named
 
 
@@ -110,11 +110,11 @@ def _traced(value: Any) -> Iterator[_Traced]:
             yield from _traced(item)
 
 
-def _groups(made: dict[str, _Traced]) -> list[tuple[list[str], list[str]]]:
+def _groups(traced: dict[str, _Traced]) -> list[tuple[list[str], list[str]]]:
     """(weights, tensors of the checkpoint made of them): the smallest groups that can be made each by itself."""
     groups: list[tuple[list[str], list[str]]] = []
     home: dict[str, int] = {}
-    for name, tensor in made.items():
+    for name, tensor in traced.items():
         origins = sorted(tensor.made_of)
         near = sorted({home[origin] for origin in origins if origin in home})
         index = near[0] if near else len(groups)
@@ -130,52 +130,52 @@ def _groups(made: dict[str, _Traced]) -> list[tuple[list[str], list[str]]]:
     return [group for group in groups if group[1]]
 
 
-def _all_views(made: dict[str, _Traced], names: list[str], of: Tensor) -> bool:
-    return all(made[name].untyped_storage()._cdata == of.untyped_storage()._cdata for name in names)
+def _all_views(traced: dict[str, _Traced], names: list[str], of: Tensor) -> bool:
+    return all(traced[name].untyped_storage()._cdata == of.untyped_storage()._cdata for name in names)
 
 
 def _is_split_of_experts(origins: list[str], names: list[str]) -> bool:
-    whole = _FUSED.fullmatch(origins[0])
+    fused = _FUSED.fullmatch(origins[0])
     parts = [_OF_ONE_EXPERT.fullmatch(name) for name in names]
-    return whole is not None and len(origins) == 1 and all(p is not None and p[1] == whole[1] for p in parts)
+    return fused is not None and len(origins) == 1 and all(p is not None and p[1] == fused[1] for p in parts)
 
 
-def _views(source: LazyWeight, names: list[str], made: dict[str, _Traced]) -> Named:
-    cuts = [(made[name].shape, made[name].stride(), made[name].storage_offset()) for name in names]
+def _views(source: LazyWeight, names: list[str], traced: dict[str, _Traced]) -> Named:
+    cuts = [(traced[name].shape, traced[name].stride(), traced[name].storage_offset()) for name in names]
 
     def make() -> list[Tensor]:
-        whole = source.make().contiguous()
-        return [whole.as_strided(shape, stride, whole.storage_offset() + offset) for shape, stride, offset in cuts]
+        tensor = source.make().contiguous()
+        return [tensor.as_strided(shape, stride, tensor.storage_offset() + offset) for shape, stride, offset in cuts]
 
-    return _taken(SharedMaterialization(make), names, made, source.keep_dtype, live=source.live)
+    return _taken(SharedMaterialization(make), names, traced, source.keep_dtype, live=source.live)
 
 
-def _converted(skeleton: Any, sources: list[LazyWeight], names: list[str], made: dict[str, _Traced]) -> Named:
+def _converted(skeleton: Any, sources: list[LazyWeight], names: list[str], traced: dict[str, _Traced]) -> Named:
     def make() -> list[Tensor]:
-        whole = _checkpoint_form(skeleton, {source.name: source.make() for source in sources})
-        problems = [f"{name}: not made" for name in names if name not in whole]
-        problems += [f"{name}: made, but not from all weights together" for name in whole if name not in names]
+        converted = _checkpoint_form(skeleton, {source.name: source.make() for source in sources})
+        problems = [f"{name}: not made" for name in names if name not in converted]
+        problems += [f"{name}: made, but not from all weights together" for name in converted if name not in names]
         if problems:
             raise SyncError(f"transformers' conversion of {len(sources)} weights depends on others:{summary(problems)}")
-        return [whole[name] for name in names]
+        return [converted[name] for name in names]
 
-    return _taken(SharedMaterialization(make), names, made, all(source.keep_dtype for source in sources), live=False)
+    return _taken(SharedMaterialization(make), names, traced, all(source.keep_dtype for source in sources), live=False)
 
 
 def _taken(
-    together: SharedMaterialization, names: list[str], made: dict[str, _Traced], keep_dtype: bool, *, live: bool
+    together: SharedMaterialization, names: list[str], traced: dict[str, _Traced], keep_dtype: bool, *, live: bool
 ) -> Named:
     return [
         (
             name,
             LazyWeight(
                 name=name,
-                shape=torch.Size(made[name].shape),
-                dtype=made[name].dtype,
+                shape=torch.Size(traced[name].shape),
+                dtype=traced[name].dtype,
                 # Without a copy where the cut lies in one piece, as experts do.
                 make=lambda index=index: together.take(index).contiguous(),
                 keep_dtype=keep_dtype,
-                live=live and made[name].is_contiguous(),
+                live=live and traced[name].is_contiguous(),
             ),
         )
         for index, name in enumerate(names)

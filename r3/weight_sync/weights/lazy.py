@@ -55,20 +55,20 @@ def gathered(weight: Weight) -> Tensor:
         SyncError: a `LazyWeight` whose weight has changed its shape or dtype since it was listed.
     """
     if isinstance(weight, LazyWeight):
-        whole = weight.make()
-        if (whole.shape, whole.dtype) != (weight.shape, weight.dtype):
-            is_now = f"{tuple(whole.shape)} {whole.dtype}"
+        tensor = weight.make()
+        if (tensor.shape, tensor.dtype) != (weight.shape, weight.dtype):
+            is_now = f"{tuple(tensor.shape)} {tensor.dtype}"
             raise SyncError(
                 f"{weight.name}: expected {tuple(weight.shape)} {weight.dtype} as listed, got {is_now}: the model "
                 "has changed since its weights were listed; list them again"
             )
-        return whole
-    whole = weight.detach()
-    if not is_sharded(whole):
-        return whole
-    on = whole.device_mesh.device_type  # pyrefly: ignore
+        return tensor
+    tensor = weight.detach()
+    if not is_sharded(tensor):
+        return tensor
+    on = tensor.device_mesh.device_type  # pyrefly: ignore
     # Shards that FSDP keeps in main memory are gathered by the backend of the mesh's device.
-    return (whole if whole.device.type == on else whole.to(on)).full_tensor()  # pyrefly: ignore
+    return (tensor if tensor.device.type == on else tensor.to(on)).full_tensor()  # pyrefly: ignore
 
 
 def as_source(name: str, weight: Weight) -> LazyWeight:

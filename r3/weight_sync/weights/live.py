@@ -75,14 +75,14 @@ def live_weights(inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str,
     kept_in_float32 = sorted(getattr(inner, "_keep_in_fp32_modules_strict", None) or ())
     keep = re.compile("|".join(kept_in_float32).replace("*", ".*") or "(?!)")
     ignored = set(getattr(inner, "_keys_to_ignore_on_save", None) or ())
-    found = [weight for weight in _walk(inner, "", shard, keep) if weight.name not in ignored]
-    parts = [weight for weight in found if weight.source.shape != shapes.get(weight.name, weight.source.shape)]
+    weights = [weight for weight in _walk(inner, "", shard, keep) if weight.name not in ignored]
+    parts = [weight for weight in weights if weight.source.shape != shapes.get(weight.name, weight.source.shape)]
     if parts:
         raise SyncError(
             "weights have other shapes than the configuration says: are they local shards?"
             + summary(f"{w.name}: expected {tuple(shapes[w.name])}, got {tuple(w.source.shape)}" for w in parts)
         )
-    keys = {weight.name: weight.key for weight in found}
+    keys = {weight.name: weight.key for weight in weights}
     parted = [f"{n} and {of}" for n, of in tied.items() if n in keys and of in keys and keys[n] != keys[of]]
     if parted:
         raise SyncError(
@@ -90,16 +90,16 @@ def live_weights(inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str,
             f"adapter or a wrapper parted them:{summary(parted)}\nKeep them tied, or train and serve them untied"
         )
     kept: dict[Hashable, _Found] = {}
-    for weight in found:
+    for weight in weights:
         before = kept.setdefault(weight.key, weight)
         if before is not weight and before.name in tied and weight.name not in tied:
             kept[weight.key] = weight
-    lost = [f"{w.name} and {kept[w.key].name}" for w in found if kept[w.key] is not w and w.name not in tied]
+    lost = [f"{w.name} and {kept[w.key].name}" for w in weights if kept[w.key] is not w and w.name not in tied]
     if lost:
         raise SyncError(
             f"weights share a tensor, and the configuration does not say that they are tied:{summary(lost)}"
         )
-    return {weight.name: weight.source for weight in found if kept[weight.key] is weight}
+    return {weight.name: weight.source for weight in weights if kept[weight.key] is weight}
 
 
 def _walk(module: nn.Module, name: str, shard: Any, keep: re.Pattern) -> Iterator[_Found]:
@@ -138,8 +138,8 @@ def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_F
 
     def make() -> list[Tensor]:
         _reshard(shard)
-        whole = merged(module, gathered)
-        return [attrgetter(path)(whole).detach() for path in own]
+        merged_module = merged(module, gathered)
+        return [attrgetter(path)(merged_module).detach() for path in own]
 
     together = SharedMaterialization(make)
     for index, weight in enumerate(bare):

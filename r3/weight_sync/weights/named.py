@@ -61,8 +61,8 @@ def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tupl
     skeleton = _skeleton(inner)
     shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     live = live_weights(inner, shard, dict(skeleton.all_tied_weights_keys), shapes)
-    if (found := whole_of(inner)) is not None:
-        skeleton, path = found
+    if (whole_model := whole_of(inner)) is not None:
+        skeleton, path = whole_model
         skeleton._weight_conversions = published_conversions(skeleton, None)
         live = {path + name: source for name, source in live.items()}
     return checkpoint_weights(skeleton, live, fused_experts)

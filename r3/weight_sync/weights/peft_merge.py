@@ -53,24 +53,24 @@ def tuned_module(module: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def merged(module: Any, whole: Callable[[Tensor], Tensor]) -> nn.Module:
+def merged(module: Any, gather: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy of the layer that the tuner `module` was put on, its active adapters merged in as `merge_and_unload` does.
 
     Holds one layer and its adapters, whole: of fused experts, all experts of a decoder layer.
 
     Args:
         module: left as it is.
-        whole: returns the tensor whose part or whole it is given; is called for each weight, in an order of its own
-            that is the same on all ranks.
+        gather: returns the full tensor of a shard or of a whole tensor; is called for each weight, in an order of its
+            own that is the same on all ranks.
     """
-    twin: Any = _twin(module, whole)
+    twin: Any = _twin(module, gather)
     if hasattr(twin, "unload_and_optionally_merge_module"):
         return twin.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     twin.merge(safe_merge=False, adapter_names=None)
     return twin.get_base_layer()
 
 
-def _twin(module: nn.Module, whole: Callable[[Tensor], Tensor]) -> nn.Module:
+def _twin(module: nn.Module, gather: Callable[[Tensor], Tensor]) -> nn.Module:
     """A module that merges as `module` does and shares no weight with it, nor a list that says what is merged."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -81,14 +81,14 @@ def _twin(module: nn.Module, whole: Callable[[Tensor], Tensor]) -> nn.Module:
     twin.__dict__ = {k: copy.copy(v) if isinstance(v, containers) else v for k, v in module.__dict__.items()}
 
     def of(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else whole(tensor).clone()
+        return None if tensor is None else gather(tensor).clone()
 
     twin._parameters = {
         name: None if tensor is None else nn.Parameter(of(tensor), requires_grad=False)  # pyrefly: ignore
         for name, tensor in module._parameters.items()
     }
     twin._buffers = {name: of(tensor) for name, tensor in module._buffers.items()}
-    twin._modules = {name: None if child is None else _twin(child, whole) for name, child in module._modules.items()}
+    twin._modules = {name: None if child is None else _twin(child, gather) for name, child in module._modules.items()}
     return twin
 
 

@@ -31,9 +31,9 @@ def whole_of(inner: Any) -> tuple[Any, str] | None:
     if len(around) != 1:
         return None
     with torch.device("meta"):
-        whole = around[0](around[0].config_class(text_config=copy.deepcopy(inner.config)))  # pyrefly: ignore
-    paths = [name for name, module in whole.named_modules() if type(module) is part]
-    return (whole, f"{paths[0]}.") if len(paths) == 1 else None
+        whole_model = around[0](around[0].config_class(text_config=copy.deepcopy(inner.config)))  # pyrefly: ignore
+    paths = [name for name, module in whole_model.named_modules() if type(module) is part]
+    return (whole_model, f"{paths[0]}.") if len(paths) == 1 else None
 
 
 def _has_text_of(cls: Any, config: type) -> bool:

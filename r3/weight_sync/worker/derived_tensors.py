@@ -67,10 +67,10 @@ def note_origins(model: nn.Module) -> None:
                 parameters.setdefault(storage_of(tensor), (name, own, tensor))
     origins = Origins()
     for path, tensor in beside(model):
-        if (found := parameters.get(storage_of(tensor))) is None:
+        if (home := parameters.get(storage_of(tensor))) is None:
             origins.constants[path] = (layout_of(tensor), _content(tensor))
         else:
-            layer, own, parameter = found
+            layer, own, parameter = home
             offset = int(tensor.storage_offset()) - int(parameter.storage_offset())
             region = Region(size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=offset)
             origins.views[path] = View(layer=layer, parameter=own, region=region)
@@ -108,14 +108,14 @@ class DerivedTensors:
         self.views = self._parted_views()
 
     def _parted_views(self) -> dict[str, list[tuple[Tensor, View]]]:
-        found: dict[str, list[tuple[Tensor, View]]] = {}
+        parted: dict[str, list[tuple[Tensor, View]]] = {}
         origins = {} if self._origins is None else self._origins.views
         for path, tensor in beside(self._model) if origins else ():
             if (view := origins.get(path)) is not None:
                 parameter = self._modules[view.layer]._parameters.get(view.parameter)
                 if parameter is None or storage_of(parameter) != storage_of(tensor):
-                    found.setdefault(view.layer, []).append((tensor, view))
-        return found
+                    parted.setdefault(view.layer, []).append((tensor, view))
+        return parted
 
     @cached_property
     def kept_buffers(self) -> list[tuple[str, str]]:
@@ -123,7 +123,7 @@ class DerivedTensors:
         them, and they were views of parameters when the model had been built, or have been the same ever since."""
         if self._origins is None:
             return []
-        found = []
+        buffers = []
         for path in (*self._origins.views, *self._origins.constants):
             layer, _, name = path.rpartition(".")
             module = self._modules.get(layer)
@@ -131,8 +131,8 @@ class DerivedTensors:
                 continue
             constant = self._origins.constants.get(path)
             if constant is None or (module._parameters and _is_content(module._buffers[name], *constant)):
-                found.append((layer, name))
-        return found
+                buffers.append((layer, name))
+        return buffers
 
     def refresh(self, layer: str) -> None:
         """Copy into the views of `layer`'s parameters what these hold now: weights as they were loaded."""
@@ -210,8 +210,8 @@ def beside(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _content(tensor: Tensor) -> Tensor | int:
-    whole = tensor.detach().to("cpu", copy=True).contiguous()
-    return whole if whole.nbytes <= _COPIED_BYTES else digest(whole)
+    on_cpu = tensor.detach().to("cpu", copy=True).contiguous()
+    return on_cpu if on_cpu.nbytes <= _COPIED_BYTES else digest(on_cpu)
 
 
 def _is_content(tensor: Tensor, layout: TensorLayout, content: Tensor | int) -> bool:

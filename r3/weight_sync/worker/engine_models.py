@@ -57,13 +57,13 @@ class EngineModels:
         synced = lambda name, model: SyncedModel(
             name=name, model=model, vllm_config=vllm_config, derived=DerivedTensors(model, caches)
         )
-        found = cls(synced=[synced("", target)])
+        models = cls(synced=[synced("", target)])
         if draft is not None:
-            found.draft = _why_kept(target, draft, vllm_config)
-            if not found.draft:
-                found.draft = "synced"
-                found.synced.append(synced("draft model", draft))
-        return found
+            models.draft = _why_kept(target, draft, vllm_config)
+            if not models.draft:
+                models.draft = "synced"
+                models.synced.append(synced("draft model", draft))
+        return models
 
     def bracket(self, *, constants: Collection[str] = (), **options: Any) -> "EngineReload":
         """For the next sync. `constants`: see `DerivedTensors`."""
@@ -163,12 +163,12 @@ def _why_kept(target: nn.Module, draft: nn.Module, vllm_config: Any) -> str:
     return why
 
 
-def caches_in(found: Any) -> Iterator[Tensor]:
+def caches_in(caches: Any) -> Iterator[Tensor]:
     """The tensors of a model runner's caches, however they are nested."""
-    if isinstance(found, Tensor):
-        yield found
-    elif isinstance(found, dict):
-        yield from caches_in(list(found.values()))
-    elif isinstance(found, (list, tuple)):
-        for one in found:
-            yield from caches_in(one)
+    if isinstance(caches, Tensor):
+        yield caches
+    elif isinstance(caches, dict):
+        yield from caches_in(list(caches.values()))
+    elif isinstance(caches, (list, tuple)):
+        for cache in caches:
+            yield from caches_in(cache)

@@ -134,7 +134,7 @@ class WeightSyncWorker:
                     _zero(self.model_runner.kv_caches)
                 if self.model_runner.device.type == "cuda":
                     torch.cuda.synchronize(self.model_runner.device)
-                state.receiver.settle()
+                state.receiver.flush()
             sync.sealed, sync.state = sealed, SyncState.SEALED
             return {"digest": sync.sealed, "stages_s": sync.clock.stages_s}
 
@@ -178,30 +178,30 @@ class WeightSyncWorker:
 
         return self._r3_reply(abort)
 
-    def _r3_open(self, state: WorkerState, sync: ReceivedSync, given: dict[str, Any]) -> Reply:
-        offer, complete = given["offer"], given["base_version"] is None
+    def _r3_open(self, state: WorkerState, sync: ReceivedSync, request: dict[str, Any]) -> Reply:
+        offer, complete = request["offer"], request["base_version"] is None
         if offer["transport"] not in RECEIVERS:
             raise _RefusedError(f"expected a transport of {sorted(RECEIVERS)}, got {offer['transport']!r}")
-        base = state.base if given["keep_base"] else None
-        if not complete and (base is None or base.version != given["base_version"] or state.cause):
-            raise _RefusedError(f"this worker has no base of version {given['base_version']}: send a complete sync")
-        self._r3_check_quantization(given["manifest"])
-        kept = self._r3_kept(state, given)
+        base = state.base if request["keep_base"] else None
+        if not complete and (base is None or base.version != request["base_version"] or state.cause):
+            raise _RefusedError(f"this worker has no base of version {request['base_version']}: send a complete sync")
+        self._r3_check_quantization(request["manifest"])
+        kept = self._r3_kept(state, request)
         sync.kept = frozenset(layer for layers in kept.values() for layer in layers)
-        sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in given["manifest"].items()}
+        sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in request["manifest"].items()}
         if state.models is None:
             state.models = EngineModels.of(self.model_runner, self.vllm_config)
-        sync.reload = state.models.bracket(kept=sync.kept, constants=given["constants"])
+        sync.reload = state.models.bracket(kept=sync.kept, constants=request["constants"])
         if misfits := sync.reload.misfits(sync.manifest):
             raise _RefusedError(
                 f"what is sent does not fit the engine, of which no weight was touched:{summary(misfits)}"
                 + remedy(misfits, sync.manifest)
             )
-        if given["keep_base"]:
+        if request["keep_base"]:
             base = base or DeltaBase()
             base.begin(complete)
         sync.base = state.base = base
-        self._r3_join(state, given)
+        self._r3_join(state, request)
         if not isinstance(self.model_runner.execute_model, BatchGuard):
             BatchGuard(self.model_runner, lambda: state.why_no_batch)
         sync.state = SyncState.OPEN
@@ -209,9 +209,9 @@ class WeightSyncWorker:
         sync.renew()
         return {"draft": state.models.draft, "kept": kept}
 
-    def _r3_kept(self, state: WorkerState, given: dict[str, Any]) -> dict[str, list[str]]:
+    def _r3_kept(self, state: WorkerState, request: dict[str, Any]) -> dict[str, list[str]]:
         try:
-            kept = kept_layers(self.model_runner.model, given["frozen"], given["manifest"])
+            kept = kept_layers(self.model_runner.model, request["frozen"], request["manifest"])
         except ValueError as error:
             raise _RefusedError(str(error)) from error
         if state.cause:
@@ -219,7 +219,7 @@ class WeightSyncWorker:
             if spoilt:
                 raise _RefusedError(
                     f"layers to be kept may be half-loaded since a sync failed ({state.cause}): push once without "
-                    f"frozen={list(given['frozen'])}, or start the engine anew:{summary(sorted(spoilt))}"
+                    f"frozen={list(request['frozen'])}, or start the engine anew:{summary(sorted(spoilt))}"
                 )
         return kept
 

@@ -21,16 +21,16 @@ def check_finite_engine(model: nn.Module) -> list[str]:
 @torch.no_grad()
 def queue_finite_check(layers: Mapping[str, nn.Module]) -> Callable[[], list[str]]:
     """`check_finite_engine` of the model with these modules: queued on a GPU, which the answer waits for, once."""
-    found: dict[torch.device, tuple[list[tuple[Names, str]], list[Tensor]]] = {}
+    queued: dict[torch.device, tuple[list[tuple[Names, str]], list[Tensor]]] = {}
     with torch._C.DisableTorchFunctionSubclass():  # vLLM's parameters go through Python whenever they are touched
         for names, is_scale, rows in _to_check(layers):
             for problem, bad in _problems(rows, is_scale):
-                checked, flags = found.setdefault(rows.device, ([], []))
+                checked, flags = queued.setdefault(rows.device, ([], []))
                 checked.append((names, problem))
                 flags.append(bad)
 
     def wrong() -> Iterator[str]:
-        for checked, flags in found.values():
+        for checked, flags in queued.values():
             bad = iter(torch.cat(flags).tolist())
             for names, problem in checked:
                 yield from (f"{layer}.{own}".strip(".") + f": {problem}" for layer, own in names if next(bad))

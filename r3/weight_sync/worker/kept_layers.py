@@ -32,5 +32,5 @@ def kept_layers(model: Any, frozen: Iterable[str], sent: Iterable[str]) -> dict[
 def _in_engine(model: Any, path: str) -> str:
     """The engine's name for `path` of the checkpoint, with a dot at its end; empty if vLLM passes over it."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    found = [f"{path}."] if mapper is None else mapper.apply_list([f"{path}."])
-    return found[0] if found else ""
+    names = [f"{path}."] if mapper is None else mapper.apply_list([f"{path}."])
+    return names[0] if names else ""

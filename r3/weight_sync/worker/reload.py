@@ -188,7 +188,7 @@ class LayerwiseReload:
         targets = {} if self._planned is None else self._planned.targets
         # Where the plan covers everything, a layer that is not in it gets nothing in any sync.
         names = list(self.layers if self._opened else planned)
-        found = {}
+        problems = {}
         for name in names:
             layer = self.layers[name]
             info = get_layerwise_info(layer)
@@ -196,26 +196,26 @@ class LayerwiseReload:
             if name in self._kept:
                 if got or received.get(name, 0):
                     came = got + received.get(name, 0)
-                    found[name] = f"{name} ({type(layer).__name__}): to be kept, and yet {came} elements came"
+                    problems[name] = f"{name} ({type(layer).__name__}): to be kept, and yet {came} elements came"
             elif name in planned:
                 taken, expected = received.get(name, 0), planned[name].elements
                 if got or taken < expected:
                     mixed = f", and {got} that the plan does not know" if got else ""
-                    found[name] = f"{name} ({type(layer).__name__}): {taken} of {expected} elements{mixed}"
+                    problems[name] = f"{name} ({type(layer).__name__}): {taken} of {expected} elements{mixed}"
             elif info.can_load() and not is_deferred(layer):  # whose scales, where it has any, are optional
                 # Of parameters: buffers (rotary tables) are in no checkpoint.
                 expected = sum(loadable_numel(layer, n, p) for n, p in layer.named_parameters(recurse=False))
                 if got < expected:
-                    found[name] = f"{name} ({type(layer).__name__}): {got} of {expected} elements"
-        if not found:
+                    problems[name] = f"{name} ({type(layer).__name__}): {got} of {expected} elements"
+        if not problems:
             return []
         complete = {
             address(tensor)
             for name in names
-            if name not in found
+            if name not in problems
             for tensor in (targets[name].values() if name in planned else computing(self.layers[name]))
         }
-        return [text for name, text in found.items() if not self._tied(self.layers[name], complete)]
+        return [text for name, text in problems.items() if not self._tied(self.layers[name], complete)]
 
     def _tied(self, layer: nn.Module, complete: set[int]) -> bool:
         """Whether a layer that got nothing computes with the tensors of one that is complete (a tied output layer)."""
@@ -336,12 +336,12 @@ class LayerwiseReload:
         """Layer -> name -> tensor that the engine computes with."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-        found = {}
+        tensors = {}
         for name, layer in self.layers.items():
             parameters, buffers = get_layerwise_info(layer).kernel_tensors or ({}, {})
             if parameters or buffers:
-                found[name] = parameters | buffers
-        return found
+                tensors[name] = parameters | buffers
+        return tensors
 
     @contextmanager
     def _context(self) -> Iterator[None]:

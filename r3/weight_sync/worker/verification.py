@@ -28,8 +28,8 @@ def check_chunk(chunk: Chunk, names: list[str], sync: ReceivedSync) -> None:
 
 def check_content(sync: ReceivedSync, digests: dict[str, int]) -> None:
     """Everything has come with the content that was sent, and finite."""
-    found = sync.digests.result()
-    wrong = [f"{n}: expected digest {digests.get(n)}, got {d}" for n, d in found.items() if digests.get(n) != d]
+    received = sync.digests.result()
+    wrong = [f"{n}: expected digest {digests.get(n)}, got {d}" for n, d in received.items() if digests.get(n) != d]
     wrong += [f"{name}: holds NaN or infinity" for name in sync.digests.not_finite()]
     if wrong:
         raise RuntimeError(f"{len(wrong)} tensors have not come as they were sent: {'; '.join(wrong[:16])}")

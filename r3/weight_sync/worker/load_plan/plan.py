@@ -169,16 +169,16 @@ class Planned:
 
     def mismatches(self) -> list[str]:
         """Layers that are no longer laid out as the plan has them."""
-        found = []
+        problems = []
         for name, layer in self.plan.layers.items():
             held = {tensor: layout_of(t) for tensor, t in self.targets.get(name, {}).items()}
             if held != layer.layout:
-                found.append(f"{name}: expected {layer.layout}, got {held}")
-        return found
+                problems.append(f"{name}: expected {layer.layout}, got {held}")
+        return problems
 
     def whole_targets(self, chunk: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Where tensors of `chunk` go that are copied whole: by name, contiguous, with as many elements."""
-        found = {}
+        copied_to = {}
         for name, source in chunk:
             copy = self.plan.whole.get(name)
             if copy is None or self.plan.manifest[name] != (tuple(source.shape), str(source.dtype)):
@@ -186,8 +186,8 @@ class Planned:
             target = self.targets[copy.layer][copy.tensor]
             if (target.dtype, target.device) == (source.dtype, source.device):
                 all_of_it = copy.size == (target.numel(),) and target.is_contiguous()
-                found[name] = target if all_of_it else copy.target.of(target)
-        return found
+                copied_to[name] = target if all_of_it else copy.target.of(target)
+        return copied_to
 
     def take(self, chunk: Iterable[tuple[str, Tensor]], written: Container[str] = ()) -> Chunk:
         """Copy what is planned, queued on the current stream; returns the tensors that vLLM's loaders must see.

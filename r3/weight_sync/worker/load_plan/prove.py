@@ -105,7 +105,7 @@ def _evaluate(checks: Iterable[Comparison], fail: Fail) -> None:
 
 def _uncovered(model: nn.Module, records: dict[str, Record], optional: Collection[str], fail: Fail) -> bool:
     """Whether there are elements that were not loaded exactly once."""
-    found = False
+    any_uncovered = False
     for name, record in records.items():
         # Buffers that nothing is loaded into are the layer's own: rotary tables.
         may_lack = model.get_submodule(name)._buffers.keys() | set(optional)
@@ -114,9 +114,9 @@ def _uncovered(model: nn.Module, records: dict[str, Record], optional: Collectio
             if not regions and tensor in may_lack:
                 continue
             if problem := coverage_problem(regions, shape, stride):
-                found = True
+                any_uncovered = True
                 fail(name, problem)
-    return found
+    return any_uncovered
 
 
 def _layer_plan(record: Record) -> LayerPlan:

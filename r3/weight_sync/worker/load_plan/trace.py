@@ -172,10 +172,10 @@ class LoadTracer:
         if function is torch.ops.aten.copy_.default:
             self._on_copy(args[0], args[1])
             return
-        made = {storage_of(tensor) for tensor in _tensors_in(result)}
+        results = {storage_of(tensor) for tensor in _tensors_in(result)}
         for tensor in _tensors_in((args, kwargs)):
             storage = storage_of(tensor)
-            if storage in made and not function._schema.is_mutable:
+            if storage in results and not function._schema.is_mutable:
                 continue  # a view
             if (source := self._sources.get(storage)) is not None:
                 self._computed.add(source)
@@ -190,8 +190,8 @@ class LoadTracer:
     def _on_write(self, function: Any, args: tuple, kwargs: dict) -> None:
         for index, argument in enumerate(function._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[index] if index < len(args) else kwargs.get(argument.name)
-                storages = {storage_of(tensor) for tensor in _tensors_in(given)}
+                written = args[index] if index < len(args) else kwargs.get(argument.name)
+                storages = {storage_of(tensor) for tensor in _tensors_in(written)}
                 self.written |= storages
                 if self._current is None and not self._closing:
                     self.written_by_loaders |= storages
@@ -243,9 +243,9 @@ class LoadTracer:
 
     def _within(self, where: TensorKey, record: Record, view: Tensor) -> Region:
         """Which part of a layer's tensor a view of it is."""
-        whole = record.loading[where[1]] if record is self._current else self._kernel[where[0]][where[1]]
+        tensor = record.loading[where[1]] if record is self._current else self._kernel[where[0]][where[1]]
         region = _region(view)
-        return Region(size=region.size, stride=region.stride, offset=region.offset - _region(whole).offset)
+        return Region(size=region.size, stride=region.stride, offset=region.offset - _region(tensor).offset)
 
     def _target(self, storage: int) -> TensorKey | None:
         """Whose memory it is: of the layer that is loaded and processed now, or of one that lives outside of that."""
