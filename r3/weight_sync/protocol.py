@@ -1,7 +1,7 @@
 """What the sender of a sync and vLLM's workers agree on: the states of a worker, and what travels between them.
 
-A sync is a two-phase commit. Calls go to all workers of all engines at a time; what goes and comes is plain data, of
-which JSON is enough.
+A sync is a two-phase commit. Each call goes to all workers of all engines at once. Requests and replies are plain data
+that JSON can carry.
 
     call                 worker's state after it
     r3_status            as it was
@@ -13,8 +13,8 @@ which JSON is enough.
     r3_release           IDLE
     r3_abort             IDLE if no weight was touched, else POISONED: batches are refused until a sync commits
 
-The sender pauses the engine once it has reserved it and resumes it before the release, so that no two senders do so at
-a time. A sync whose sender is silent for longer than its lease is taken over by the next one.
+The sender pauses an engine after it has reserved it, and resumes it before it releases it: no two senders pause and
+    resume one engine at the same time. If a sender is silent for longer than its lease, the next one may take over.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ Manifest = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 class SyncState(str, Enum):
-    """Of a worker. Its value is what travels."""
+    """State of a worker. The value is what replies carry."""
 
     IDLE = "idle"
     RESERVED = "reserved"

@@ -1,4 +1,4 @@
-"""`AsyncLLM`, from a thread beside the event loop that it runs on."""
+"""Adapter for `AsyncLLM`, called from a thread other than that of its event loop."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence

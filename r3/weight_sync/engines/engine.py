@@ -1,4 +1,4 @@
-"""What a weight sync asks of a running engine, whatever its kind."""
+"""The interface of a running engine that a weight sync needs."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -49,7 +49,7 @@ class Engine(ABC):
 
     @abstractmethod
     def replies(self, method: str, args: Sequence[Any], timeout_s: float) -> list[Reply]:
-        """`call` of the ranks that this client reaches, unchecked."""
+        """As `call`, for the ranks that this client reaches, without the check that all have answered."""
 
     @abstractmethod
     def pause(self, timeout_s: float) -> bool:
@@ -97,7 +97,7 @@ class Engine(ABC):
         """
 
     def close(self) -> None:  # noqa: B027
-        """Give back what this adapter holds. A paused engine stays paused: its weights may be half-loaded."""
+        """Release the adapter's resources. A paused engine stays paused, since its weights may be half-loaded."""
 
 
 def require_complete(replies: Sequence[Reply], where: str, remedy: str) -> None:
@@ -141,7 +141,7 @@ def require_replies(answer: Any, where: str) -> list[Reply]:
 
 
 def failed(where: str, method: str, error: BaseException | str, dead: str | None = None) -> SyncError:
-    """What vLLM's report on a call that raised in the engine comes to; `dead` is the cause if the engine has died."""
+    """The `SyncError` for a call that raised in the engine; `dead` says why the engine died, if it did."""
     text = str(error) or type(error).__name__
     if dead is not None:
         return SyncError(f"{where}: {dead} in {method} ({text}). Start it anew, then sync")

@@ -1,4 +1,4 @@
-"""`vllm.LLM`, which has no pause of its own: it must be idle, and refuses requests while a sync is open."""
+"""Adapter for `vllm.LLM`. It has no pause: it must be idle, and refuses requests while a sync is open."""
 
 import threading
 import weakref
@@ -34,7 +34,7 @@ class _OneAtATime:
 
 
 class OfflineEngine(Engine):
-    """`vllm.LLM`, also with its engine core in this process.
+    """A `vllm.LLM`, with its engine core in this process or another.
 
     `SyncMPClient.call_utility` waits without a timeout (0.22 to 0.32), and its futures stay open when the engine core
     dies: each call waits in a thread of its own. vLLM's own timeout of `collective_rpc` is never used: what a worker

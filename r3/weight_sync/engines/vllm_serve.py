@@ -1,4 +1,4 @@
-"""A `vllm serve` process behind a URL, by the control routes of its development mode."""
+"""Adapter for a `vllm serve` process, reached by URL through the control routes of its development mode."""
 
 import json
 import time
@@ -78,7 +78,7 @@ class ServerEngine(Engine):
         self._ask("/resume", Deadline(timeout_s), {})
 
     def refuse(self, cause: str) -> None:
-        """Nothing: a server's requests wait."""
+        """Do nothing: requests to a paused server wait in its queue."""
 
     def reset_caches(self, timeout_s: float) -> None:
         deadline = Deadline(timeout_s)
@@ -114,7 +114,7 @@ class ServerEngine(Engine):
         operation: str | None = None,
         absent_ok: bool = False,
     ) -> Any:
-        """The JSON that `path` answers with, None for an empty answer; a POST where there is a `body`."""
+        """The JSON answer of `path`, None if it is empty. POST if there is a `body`, else GET."""
         with naming_proxy(self.name):
             return self._answer(path, deadline, body, operation or path.partition("?")[0], absent_ok)
 
@@ -156,7 +156,7 @@ class ServerEngine(Engine):
 
 
 class _Health:
-    """Asks the server now and then, while an answer is waited for, whether its engine lives.
+    """Asks the server from time to time, while a call waits for its answer, whether the engine is alive.
 
     vLLM's requests to an engine core that has died are never answered, and some versions do not end the server.
     """
@@ -183,7 +183,7 @@ class _Health:
 
 
 def _message(content: bytes) -> str:
-    """What an error response says, in the several forms that vLLM has given it."""
+    """The message of an error response, in any of the forms that vLLM has used."""
     text = content.decode(errors="replace")
     try:
         body = json.loads(text)

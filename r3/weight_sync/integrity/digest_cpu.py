@@ -1,4 +1,4 @@
-"""The pass of a digest over bytes in host memory: in numpy, or compiled where numba is installed."""
+"""Digests of tensors in host memory: in numpy, or compiled by numba where it is installed."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -19,12 +19,12 @@ _Pass = Callable[[np.ndarray, int, int, int], tuple[int, int]]
 
 
 def read(data: np.ndarray, mask: int, ulp: int, *, many: bool) -> tuple[int, bool]:
-    """Sum of the mixed words of uint8 `[N]`, without that of the length, and whether any lane is not finite.
+    """Sum of the mixed words of uint8 `[N]`, without the length's, and whether any value is not finite.
 
     Args:
         data: contiguous, at any address.
         mask, ulp: of the lanes in a word; 0, 0 if all values are finite.
-        many: compile the pass, if numba is installed. That takes a second once, and gives the same answer.
+        many: use the compiled loop, if numba is installed: the same result, after a second of compilation.
     """
     words_pass = (many and _compiled()) or _blockwise
     total = seen = first = 0
@@ -79,7 +79,7 @@ def _blockwise(words: np.ndarray, first: int, mask: int, ulp: int) -> tuple[int,
 
 @cache
 def _compiled() -> _Pass | None:
-    """As fast as memory, in one thread, without the interpreter's lock; None without numba."""
+    """The loop compiled by numba, which releases the GIL: one thread is as fast as memory. None without numba."""
     try:
         import numba
     except ImportError:  # also raised for a numpy that is too new for it

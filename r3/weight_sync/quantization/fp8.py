@@ -1,4 +1,4 @@
-"""Weights of a 16- or 32-bit trainer for an engine that holds them in FP8, in blocks with a scale each.
+"""Quantises weights of a 16- or 32-bit trainer for an engine that holds them in FP8, with a scale per block.
 
 sync.push(quantised(named_weights(model), engine_config), version=1)
 """
@@ -24,7 +24,7 @@ _AT_ONCE = 1 << 26
 def quantised(
     named: Iterable[tuple[str, Weight]], config: Any, *, checkpoint: str | Path | None = None
 ) -> list[tuple[str, LazyWeight]]:
-    """The weights as the engine's FP8 checkpoint has them: what it holds in FP8 as `X.weight` and `X.weight_scale_inv`.
+    """The weights in the form of the engine's FP8 checkpoint: quantised ones as `X.weight` and `X.weight_scale_inv`.
 
     Each is quantised when its turn comes, on the device where it is made. Fused experts (`fused_experts=True`) are
     quantised all at once, which is faster, and sent apart under the names of the checkpoint: vLLM 0.26 turns the scales
@@ -63,7 +63,7 @@ def quantised(
 def _quantised(
     parts: tuple[str, ...], shape: torch.Size, weight: LazyWeight, scheme: Fp8Scheme
 ) -> list[tuple[str, LazyWeight]]:
-    """The matrices `parts`, each of `shape`, which lie one after the other in `weight`, and their scales."""
+    """The matrices `parts`, each of `shape`, which are stored one after the other in `weight`, and their scales."""
     if len(shape) != 2 or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         raise SyncError(f"{weight.name}: expected a matrix of 16- or 32-bit numbers, got {tuple(shape)} {weight.dtype}")
     grid = torch.Size([-(-shape[0] // scheme.block[0]), -(-shape[1] // scheme.block[1])])

@@ -34,7 +34,7 @@ class Fp8Scheme:
     held: frozenset[str] | None = None
 
     def holds(self, name: str, shape: torch.Size) -> bool:
-        """Whether the weight `name` is FP8 in the engine's checkpoint. A norm, a router, an embedding never is.
+        """Whether the weight `name` is FP8 in the engine's checkpoint. Norms, routers and embeddings never are.
 
         Raises:
             SyncError: experts in one tensor, of which only a checkpoint can say how it holds them.
@@ -60,7 +60,8 @@ def fp8_scheme(config: Any, checkpoint: str | Path | None = None) -> Fp8Scheme:
     Args:
         config: Hugging Face configuration of the engine's model, as an object or a dictionary, or its
             `quantization_config`.
-        checkpoint: folder of the engine's checkpoint, of which only names are read; with it nothing is left to rules.
+        checkpoint: folder of the engine's checkpoint, of which only names are read; they then decide, and not the
+            rules.
 
     Raises:
         SyncError: not FP8 in blocks; a folder without safetensors files, or without scales.

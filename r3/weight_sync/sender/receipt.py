@@ -1,4 +1,4 @@
-"""What a sync that has committed says of itself."""
+"""The receipt of a committed sync."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class SyncReceipt:
         draft_model: of speculative decoding: "synced", or why it keeps the weights that it was loaded with; "" if there
             is none.
         frozen: what the caller left out: module paths of the checkpoint.
-        kept: the engine's layers that were left as they are for that, on any worker.
+        kept: the engine's layers below `frozen`, on any worker: they keep their weights.
         seconds: from begin to the last acknowledgement, caches reset and engines resumed.
         stages_s: the trainer's time by stage: pause, begin, gather (making the tensors, delta included), publish,
             transfer, digest, wait (for workers that still load the chunk before), seal, commit, resume. What lies on a

@@ -51,7 +51,7 @@ class WeightSync:
         dtype: 16-, 32- and 64-bit floating-point tensors are sent in this dtype (the engine's), None to send all as
             they are. A `LazyWeight` says for itself.
         chunk_bytes: largest chunk; one tensor that is larger is a chunk of its own. Eight times as much where it takes
-            no memory: of weights that workers on the same GPU read where they lie (`ipc`).
+            no memory: zero-copy weights that workers on the same GPU read in place (`ipc`).
         timeout_s: longest wait for any one answer of an engine. Also how long a sync may be silent before another
             sender may take over from it.
         engine_constants: patterns (`*.impl.table`) of tensors of the engine that do not derive from weights, though a
@@ -150,7 +150,7 @@ class WeightSync:
             )
 
     def close(self) -> None:
-        """Give back what the transport and the engines' adapters hold. The engines run on."""
+        """Release the resources of the transport and the engine adapters. The engines keep running."""
         self._transport.close()
         for engine in self.engines:
             engine.close()
@@ -211,7 +211,7 @@ class WeightSync:
     def _begin(
         self, sync_id: str, status: list[Reply], manifest: dict[str, list], frozen: tuple[str, ...]
     ) -> tuple[bool, list[ParallelCalls]]:
-        """Open the sync on all workers. Answers whether it is complete, and what is to be waited for."""
+        """Open the sync on all workers. Returns whether it is complete, and the calls to wait for."""
         base_version = None if self._base is None else self._base.version
         # One worker without the base, restarted perhaps, and all get everything.
         if any(reply["base_version"] != base_version or reply["cause"] for reply in status):
@@ -248,8 +248,7 @@ class WeightSync:
         chunks: Iterator[Chunk],
         progress: SyncProgress,
     ) -> None:
-        """All chunks: while the workers begin, or load some, the next are made ready, and go with one call once they
-        are free."""
+        """Send all chunks. While workers begin or load, the next chunks are staged; one call hands over all of them."""
         staged: list[StagedChunk] = []
         loading: ParallelCalls | None = None
         try:
@@ -287,7 +286,7 @@ class WeightSync:
         return True
 
     def _is_full(self, staged: list[StagedChunk]) -> bool:
-        """Whether no more chunks may wait for the workers, for the memory that they take."""
+        """Whether the staged chunks take as much memory as they may."""
         return sum(one.takes_memory for one in staged) >= self._transport.max_staged_chunks
 
     def _takes_memory(self, chunk: Chunk) -> bool:

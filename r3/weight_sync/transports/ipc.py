@@ -16,8 +16,8 @@ from r3.weight_sync.transports.transport import Chunk, Descriptor, Receiver, Tra
 
 
 class IpcTransport(Transport):
-    """Hands out handles of the chunk's tensors: nothing is packed, and a worker on the same GPU copies them into its
-    weights at once. A worker on another GPU of the host first fetches them, from GPU to GPU.
+    """Sends handles of the chunk's tensors, without packing them. A worker on the same GPU copies them straight into
+    its weights; a worker on another GPU of the host first copies them to its own GPU.
 
     Handles travel as plain numbers and hexadecimal strings: no pickle, and no setting of vLLM's that allows it.
 
@@ -219,7 +219,7 @@ class IpcReceiver(Receiver):
 
 
 class _Opened:
-    """Memory of another process, and the tensors in it: to make one takes 9 us, and a weight's comes in every sync."""
+    """Mapped memory of another process. Its tensors are kept from sync to sync, since making one takes 9 us."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._storage = storage

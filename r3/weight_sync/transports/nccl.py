@@ -1,4 +1,4 @@
-"""NCCL's broadcasts, by NCCL's own calls.
+"""NCCL broadcasts through NCCL's C API.
 
 Not by `torch.distributed`: what fails in any of its NCCL groups makes the heartbeat monitor of the process's first one
 end the process some minutes later (torch 2.11, `ProcessGroupNCCL::HeartbeatMonitor::runLoop`; the flag is one for all
@@ -27,7 +27,7 @@ _ID_BYTES = 128  # NCCL_UNIQUE_ID_BYTES
 
 
 class NcclGroup(Group):
-    """Between GPUs. What is under way is queued on a stream of its own."""
+    """A group of GPUs. Broadcasts are queued on a stream of their own."""
 
     def _connect(self, store: dist.TCPStore, offer: Descriptor) -> None:
         if self._rank == 0:
@@ -113,21 +113,21 @@ class Communicator:
         _checked(ended, self._handle)
 
     def ready(self) -> bool:
-        """Whether the last call is through. Raises what has gone wrong since, in what is under way too."""
+        """Whether the last call has completed. Raises errors of earlier calls too, and of transfers in flight."""
         state = ctypes.c_int(_SUCCESS)
         _checked(_library().ncclCommGetAsyncError(self._handle, ctypes.byref(state)), self._handle)
         _checked(state.value, self._handle)
         return state.value == _SUCCESS
 
     def abort(self) -> None:
-        """End what is under way and give everything back."""
+        """End transfers in flight and free the communicator."""
         handle, self._handle = self._handle, ctypes.c_void_p()
         if handle:
             _library().ncclCommAbort(handle)
 
 
 def unique_id() -> bytes:
-    """What rank 0 makes for a communicator, and all others need."""
+    """A new id for a communicator: rank 0 makes it, and all ranks need it."""
     new_id = _Id()
     _checked(_library().ncclGetUniqueId(ctypes.byref(new_id)))
     return bytes(new_id)

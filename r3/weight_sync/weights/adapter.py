@@ -1,4 +1,4 @@
-"""An adapter alone, for an engine that applies it by itself."""
+"""Adapter-only updates, for an engine that applies adapters itself."""
 
 import json
 import sys
@@ -73,7 +73,7 @@ def adapter_weights(model: nn.Module, *, adapter: str = "default") -> AdapterWei
 
 
 def _state(inner: nn.Module) -> dict[str, Tensor]:
-    """All tensors by the paths of their modules, by which PEFT knows its own."""
+    """All tensors by module path, the names by which PEFT finds its own."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in inner.modules():

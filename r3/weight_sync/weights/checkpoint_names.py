@@ -1,10 +1,9 @@
-"""From the names and shapes of a transformers model to those of its checkpoint, as vLLM knows them.
+"""Converts names and shapes of a transformers model to those of its checkpoint, which vLLM loads.
 
 transformers 5 fuses some weights when it loads a checkpoint (most of all: a layer's experts, into two 3-D tensors)
-and parts them again when it saves. Its own function that parts them is run here once, on tensors without data that
-remember what they were made of. What comes out as a cut of one weight is cut out of that weight when it is sent,
-without a copy; for the rest (weights that are joined or reordered) the function runs again on the real tensors of
-that group.
+and splits them again when it saves. Its own function for that is run here once, on tensors without data that record
+their origins. A result that is a view of one weight is sent as a view of it, without a copy; for the rest (weights that
+are joined or reordered) the function runs again on the real tensors of that group.
 """
 
 import copy
@@ -26,7 +25,7 @@ Named = list[tuple[str, LazyWeight]]
 
 
 class _Traced(Tensor):
-    """A tensor without data; `made_of` holds the names of the weights that it was made of."""
+    """A tensor without data that records the names of the weights that it was computed from, in `made_of`."""
 
     made_of: frozenset[str] = frozenset()
 
@@ -42,7 +41,7 @@ class _Traced(Tensor):
 
 
 def checkpoint_weights(skeleton: Any, live: dict[str, LazyWeight], fused_experts: bool) -> Named:
-    """The weights `live` of a transformers model as its checkpoint has them.
+    """The weights `live` of a transformers model, in the form of its checkpoint.
 
     Args:
         skeleton: the model's plain, unwrapped form, with its `published_conversions`; may be without data.
@@ -54,8 +53,8 @@ def checkpoint_weights(skeleton: Any, live: dict[str, LazyWeight], fused_experts
     named: Named = []
     for origins, names in _groups(traced):
         if fused_experts and _is_split_of_experts(origins, names) and _all_views(traced, names, blank[origins[0]]):
-            lie = sorted(names, key=lambda name: traced[name].storage_offset())
-            named.append((origins[0], replace(live[origins[0]], parts=tuple(lie))))
+            in_order = sorted(names, key=lambda name: traced[name].storage_offset())
+            named.append((origins[0], replace(live[origins[0]], parts=tuple(in_order))))
         elif len(origins) == 1 and _all_views(traced, names, blank[origins[0]]):
             named += _views(live[origins[0]], names, traced)
         else:
@@ -111,7 +110,7 @@ def _traced(value: Any) -> Iterator[_Traced]:
 
 
 def _groups(traced: dict[str, _Traced]) -> list[tuple[list[str], list[str]]]:
-    """(weights, tensors of the checkpoint made of them): the smallest groups that can be made each by itself."""
+    """The smallest independent groups: (weights, tensors of the checkpoint that are computed from them)."""
     groups: list[tuple[list[str], list[str]]] = []
     home: dict[str, int] = {}
     for name, tensor in traced.items():

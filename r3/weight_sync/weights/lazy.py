@@ -1,4 +1,4 @@
-"""A weight that is known before it is there: name, shape and dtype first, the tensor when its turn comes."""
+"""Lazily materialised weights: metadata now, the tensor on demand."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from r3.errors import SyncError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LazyWeight:
-    """A tensor that is made only when it is sent: gathered, merged, cut out of a larger one, or quantised.
+    """A weight that is materialised only when it is sent: gathered, merged, cut out of a larger one, or quantised.
 
     Attributes:
         name: for messages.
@@ -20,8 +20,7 @@ class LazyWeight:
             weight is sharded, every rank of its mesh must call it, in the same order.
         keep_dtype: whether a sync leaves the dtype as it is, even when it casts the other weights to the engine's.
         live: whether `make` gives the weight itself or a contiguous view of it, and makes nothing.
-        parts: of a weight that is sent in one, though the checkpoint has it in parts of one shape: their names, in the
-            order in which they lie in it.
+        parts: names of the checkpoint's tensors, of one shape, that this weight holds fused, in order.
     """
 
     name: str
@@ -37,7 +36,7 @@ Weight = Tensor | LazyWeight
 
 
 def is_live(weight: Weight) -> bool:
-    """Whether `gathered(weight)` is the weight itself, in one piece, and makes nothing."""
+    """Whether `gathered(weight)` returns the live weight itself, contiguous and without a copy."""
     if isinstance(weight, LazyWeight):
         return weight.live
     return not is_sharded(weight) and weight.is_contiguous()
@@ -81,10 +80,10 @@ def as_source(name: str, weight: Weight) -> LazyWeight:
 
 
 class SharedMaterialization:
-    """Tensors that one call makes all of, to be taken one by one; each is let go of as it is taken.
+    """Tensors that are materialised by one call and taken one by one. Each is released when it is taken.
 
-    They are made anew whenever the one that was taken first is taken again, so that a pass that stopped half way leaves
-    nothing old for the next: every pass takes them in the same order, from the start.
+    They are materialised again when the tensor that was taken first is taken again, so that a pass that stopped half
+    way leaves nothing stale for the next: every pass takes them in the same order, from the start.
     """
 
     def __init__(self, make: Callable[[], list[Tensor]]) -> None:

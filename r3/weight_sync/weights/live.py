@@ -1,4 +1,4 @@
-"""The weights of a live Hugging Face model under transformers' own names, whatever wraps the model or parts of it."""
+"""The weights of a live Hugging Face model under transformers' own names, through any wrappers."""
 
 import re
 from collections.abc import Callable, Hashable, Iterator
@@ -60,7 +60,7 @@ def hugging_face_model(model: nn.Module) -> tuple[Any, Any]:
 
 
 def live_weights(inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str, torch.Size]) -> dict[str, LazyWeight]:
-    """What a checkpoint of `inner` would hold: parameters and persistent buffers, by name, tied ones once.
+    """The weights that a checkpoint of `inner` would hold: parameters and persistent buffers, by name, tied ones once.
 
     Args:
         inner: a transformers model.
@@ -132,7 +132,7 @@ def _walk(module: nn.Module, name: str, shard: Any, keep: re.Pattern) -> Iterato
 
 
 def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_Found]:
-    """The weights of a layer with adapters, as they are once the active ones are merged."""
+    """The weights of a layer with its active adapters merged."""
     bare = sorted(_walk(tuned_module(module), name, shard, keep), key=lambda weight: weight.name)
     own = [weight.name.removeprefix(f"{name}.") for weight in bare]
 
@@ -175,6 +175,6 @@ def _reader(module: nn.Module, own: str, shard: Any) -> Callable[[], Tensor]:
 
 
 def _reshard(shard: Any) -> None:
-    """After a forward FSDP2 may leave weights gathered, in the dtype of the computation: go back to the true ones."""
+    """Reshard: after a forward FSDP2 may leave weights gathered, in the dtype of the computation."""
     if shard is not None:
         shard.reshard()

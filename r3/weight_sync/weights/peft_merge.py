@@ -19,7 +19,7 @@ def is_tuner(module: nn.Module) -> bool:
 
 
 def live_choice(module: nn.Module) -> nn.Module | None:
-    """The module that works in the place of `module`, one of PEFT's `modules_to_save`; None if it is no such wrapper.
+    """The module that PEFT's `modules_to_save` wrapper `module` runs now; None if `module` is no such wrapper.
 
     Raises:
         SyncError: a wrapper that trains part of a module.
@@ -37,7 +37,7 @@ def live_choice(module: nn.Module) -> nn.Module | None:
 
 
 def tuned_module(module: Any) -> nn.Module:
-    """The layer that a tuner was put on.
+    """The layer that the tuner wraps.
 
     Raises:
         SyncError: this kind of tuner does not merge, or there are others below it.
@@ -54,7 +54,7 @@ def tuned_module(module: Any) -> nn.Module:
 
 @torch.no_grad()
 def merged(module: Any, gather: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of the layer that the tuner `module` was put on, its active adapters merged in as `merge_and_unload` does.
+    """A copy of the layer that the tuner `module` wraps, with its active adapters merged as `merge_and_unload` does.
 
     Holds one layer and its adapters, whole: of fused experts, all experts of a decoder layer.
 
@@ -71,7 +71,7 @@ def merged(module: Any, gather: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 def _twin(module: nn.Module, gather: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A module that merges as `module` does and shares no weight with it, nor a list that says what is merged."""
+    """A copy of `module` that merges as it does, and shares neither weights nor the lists of merged adapters."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(module, FSDPModule):
@@ -93,5 +93,5 @@ def _twin(module: nn.Module, gather: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 def _peft(name: str) -> Any:
-    """A module of PEFT, if PEFT is loaded: a model that was not made by it needs none."""
+    """A module of PEFT, or None if PEFT is not loaded: the model then has no adapters."""
     return sys.modules.get(name)

@@ -1,4 +1,4 @@
-"""The text part of a larger model, whose checkpoint knows it by a path and a layout of its own."""
+"""Text-only models of multimodal families, whose checkpoints hold the text part under another path and layout."""
 
 import copy
 import sys
@@ -12,7 +12,7 @@ _HEADS = ("ForConditionalGeneration", "ForCausalLM")
 
 
 def whole_of(inner: Any) -> tuple[Any, str] | None:
-    """The model that `inner` is the text part of, without data, and where it lies in it, with a dot at the end.
+    """The multimodal model whose text part is `inner`, without data, and the path of `inner` in it, ending with a dot.
 
     None if `inner` is no part (a configuration says that of itself), or its family has several models around it: what
     an engine calls its weights is then not known here.

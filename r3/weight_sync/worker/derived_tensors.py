@@ -1,10 +1,11 @@
-"""What vLLM's layers hold besides weights, and whether a sync has brought it up to date. Runs in the engine's workers.
+"""Tensors that vLLM's layers derive from weights, and whether a sync has updated them. Runs in the engine's workers.
 
-vLLM's layerwise reload makes anew what quantisation methods and attention layers derive. Models hold more: views of a
+vLLM's layerwise reload recomputes what quantisation methods and attention layers derive. Models hold more: views of a
 weight that CPU builds pack into other memory (Mamba's `conv_weights`), copies in another precision, weights that are
-fused after loading or at the first forward. After a reload these are as they were, and nothing says so.
+fused after loading or at the first forward. A reload leaves these stale without an error.
 
-So a model is looked at three times, and each floating-point tensor that is no parameter is one of these:
+So a model is inspected when it has been built, before a bracket and after it. Each floating-point tensor that is no
+parameter is one of these:
 - a constant: there when the model had been built, and the same when its weights were loaded (rotary tables);
 - a view: it shared a parameter's memory when the model had been built. If it no longer does, it is copied anew;
 - derived: all others. The first complete sync must have made or written each of them, else it is refused by name.
@@ -59,7 +60,7 @@ class Origins:
 
 
 def note_origins(model: nn.Module) -> None:
-    """Note what `model` holds; called when it has been built, and before any weight is loaded."""
+    """Record the tensors of `model`. Called after it has been built, and before any weight is loaded."""
     parameters: dict[int, tuple[str, str, Tensor]] = {}
     for name, layer in model.named_modules():
         for own, tensor in layer._parameters.items():
@@ -86,7 +87,7 @@ def watch_construction() -> None:
 
 
 class DerivedTensors:
-    """The tensors of one model that a bracket must bring up to date besides its parameters: see the module.
+    """The tensors of one model that a bracket must update besides its parameters: see the module's docstring.
 
     Args:
         model: the worker's model. Of one that was built before `watch_construction` nothing is known, or refused.
@@ -141,7 +142,7 @@ class DerivedTensors:
 
     @contextmanager
     def refreshing(self) -> Iterator[None]:
-        """In this context, views are copied from their weights when these have been loaded, before they are packed."""
+        """Context in which views are copied from their weights when these have been loaded, before they are packed."""
         methods = [(name, self._modules[name].quant_method) for name in self.views if self.processed(name)]
         for name, method in methods:
             method.process_weights_after_loading = self._refresh_first(name, method)
@@ -165,7 +166,7 @@ class DerivedTensors:
         return hasattr(getattr(self._modules[layer], "quant_method", None), "process_weights_after_loading")
 
     def look(self) -> None:
-        """Note what there is before a bracket is opened."""
+        """Record the derived tensors before a bracket is opened."""
         self._before = {}
         if self._origins is None:
             logger.warning("Not known how this model was built: what derives from its weights is not looked at")
@@ -180,11 +181,11 @@ class DerivedTensors:
                 self._before[path] = tensor  # which keeps its storage's address from being used again
 
     def written_by(self, written: Collection[int]) -> list[str]:
-        """Paths of what `look` has noted whose memory is among `written`."""
+        """Paths of the tensors recorded by `look` whose memory is among `written`."""
         return [path for path, tensor in self._before.items() if storage_of(tensor) in written]
 
     def stale(self, written: Collection[int]) -> list[str]:
-        """What a bracket has neither made nor written since `look`, and what cannot be refreshed.
+        """Paths of tensors that a bracket has not replaced or written since `look`, or that cannot be refreshed.
 
         Args:
             written: storages that were written while the bracket was open.

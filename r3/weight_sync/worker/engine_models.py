@@ -1,4 +1,4 @@
-"""The models of one worker that a sync brings weights to: the engine's, and a draft model that is the same.
+"""The models of one worker that a sync updates: the engine's, and a draft model of the same checkpoint.
 
 Speculative decoding has a second model. One that was loaded from the same checkpoint drafts well only while it has the
 weights of the first, so it gets them in the same sync. Any other keeps what it was loaded with: what is sampled stays
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, eq=False)
 class SyncedModel:
-    """One model, and what is known of it from one sync to the next.
+    """One model, and what is kept of it from one sync to the next.
 
     Attributes:
         name: for messages; empty for the engine's own model.
@@ -39,7 +39,7 @@ class SyncedModel:
 
 @dataclass(kw_only=True, eq=False)
 class EngineModels:
-    """Those of a worker.
+    """The models of a worker.
 
     Attributes:
         synced: the engine's model first.
@@ -122,7 +122,7 @@ class EngineReload:
             bracket.finish()
 
     def commit(self) -> None:
-        """Keep what the brackets have learned for the next sync."""
+        """Keep the load plans that the brackets have learned, for the next sync."""
         for one, bracket in zip(self._models, self._brackets, strict=True):
             one.plan = bracket.learned
 
@@ -151,7 +151,7 @@ def _draft_of(runner: Any) -> Any:
 
 
 def _why_kept(target: nn.Module, draft: nn.Module, vllm_config: Any) -> str:
-    """Why a draft model cannot get the weights of the engine's; empty if it can."""
+    """Why a draft model cannot take the weights of the engine's model; empty if it can."""
     path = getattr(getattr(vllm_config.speculative_config, "draft_model_config", None), "model", None)
     if type(draft) is not type(target) or path != vllm_config.model_config.model:
         why = f"keeps the weights that it was loaded with: {type(draft).__name__} of {path} is another model"

@@ -34,7 +34,7 @@ watch_construction()
 
 
 class _RefusedError(RuntimeError):
-    """A call that was turned away before it touched a weight: the worker is as it was."""
+    """A call that was refused before it touched a weight: the worker's state is unchanged."""
 
 
 class WeightSyncWorker:
@@ -89,9 +89,9 @@ class WeightSyncWorker:
         return self._r3_reply(lambda state: self._r3_open(state, self._r3_of(state, sync_id, SyncState.RESERVED), sync))
 
     def r3_load(self, sync_id: str, index: int, chunks: list[Announced]) -> Reply:
-        """Receive `chunks`, of which the first is number `index` of the sync, load them, and finish after the last one.
+        """Receive and load `chunks`, the first of which is number `index` of the sync. The last one finishes loading.
 
-        On a GPU that is queued by the time of the answer, which says that no chunk before `index` is needed any more.
+        On a GPU loading is queued when this answers. The answer says that no chunk before `index` is needed any more.
         """
 
         def load(state: WorkerState) -> Reply:
@@ -114,7 +114,7 @@ class WeightSyncWorker:
         return self._r3_reply(load)
 
     def r3_seal(self, sync_id: str, digests: dict[str, int]) -> Reply:
-        """Check that everything has come as it was sent. Answers the digest of all."""
+        """Check that every tensor has arrived as it was sent. Answers the digest of all of them."""
 
         def seal(state: WorkerState) -> Reply:
             sync = self._r3_of(state, sync_id, SyncState.OPEN)
@@ -141,7 +141,7 @@ class WeightSyncWorker:
         return self._r3_reply(seal)
 
     def r3_commit(self, sync_id: str) -> Reply:
-        """The sealed weights are the committed ones from here on. The worker stays reserved until `r3_release`."""
+        """Commit the sealed weights. The worker stays reserved until `r3_release`."""
 
         def commit(state: WorkerState) -> Reply:
             sync = self._r3_of(state, sync_id, SyncState.SEALED)
@@ -155,7 +155,7 @@ class WeightSyncWorker:
         return self._r3_reply(commit)
 
     def r3_release(self, sync_id: str) -> Reply:
-        """The end of a sync: another may reserve this worker."""
+        """End the sync: another sender may reserve this worker."""
 
         def release(state: WorkerState) -> Reply:
             self._r3_of(state, sync_id, SyncState.COMMITTED)
@@ -165,7 +165,7 @@ class WeightSyncWorker:
         return self._r3_reply(release)
 
     def r3_abort(self, sync_id: str, cause: str) -> Reply:
-        """Give up the sync, also one that is reserved only later: the calls of a sender that ends early may cross.
+        """Abort the sync, also one whose reservation arrives later: calls of a sender that ends early may cross.
 
         The worker is poisoned, unless no weight was touched.
         """
@@ -215,11 +215,11 @@ class WeightSyncWorker:
         except ValueError as error:
             raise _RefusedError(str(error)) from error
         if state.cause:
-            spoilt = {layer for layers in kept.values() for layer in layers} - state.untouched
-            if spoilt:
+            half_loaded = {layer for layers in kept.values() for layer in layers} - state.untouched
+            if half_loaded:
                 raise _RefusedError(
                     f"layers to be kept may be half-loaded since a sync failed ({state.cause}): push once without "
-                    f"frozen={list(request['frozen'])}, or start the engine anew:{summary(sorted(spoilt))}"
+                    f"frozen={list(request['frozen'])}, or start the engine anew:{summary(sorted(half_loaded))}"
                 )
         return kept
 
@@ -257,7 +257,7 @@ class WeightSyncWorker:
         sync.chunks += 1
 
     def _r3_finish(self, sync: ReceivedSync, receiver: Receiver) -> None:
-        """Everything has come: let vLLM finish its layers. A GPU may still copy, and is not waited for."""
+        """All chunks have arrived: let vLLM finish its layers. Does not wait for copies on a GPU."""
         assert sync.reload is not None
         with sync.clock.stage("finish"):
             # What follows may wait for the device, and would without end where the other side has died.
@@ -281,7 +281,7 @@ class WeightSyncWorker:
         return state.sync
 
     def _r3_wait_for_the_call_before(self, sync: ReceivedSync) -> None:
-        """On a GPU copies are queued: this bounds how many chunks hold memory, and is what `r3_load` promises."""
+        """Wait for the previous call's copies on a GPU: bounds how many chunks hold memory, as `r3_load` promises."""
         if sync.loaded is not None:
             with sync.clock.stage("wait"):
                 wait_until(sync.loaded.query, lambda: False, sync.lease_s, "the copies of the call before")
@@ -345,6 +345,6 @@ def _drop_receiver(state: WorkerState) -> None:
 
 
 def _zero(caches: Any) -> None:
-    """Clear KV caches: what a half-loaded model wrote, NaN perhaps, outlives a reset of the prefix cache."""
+    """Clear KV caches: values that a half-loaded model wrote, perhaps NaN, survive a reset of the prefix cache."""
     for cache in caches_in(caches):
         cache.zero_()

@@ -1,4 +1,4 @@
-"""Whether what a sync announces fits the engine's model, found out before a weight is touched.
+"""Dry run of a sync: whether its manifest fits the engine's model, before a weight is touched.
 
 vLLM's own loaders are given tensors without memory, while the model's are without memory too: they cut, fuse, count and
 compare shapes as they always do, and nothing is copied. What does not fit is named with both shapes and, where it can
@@ -25,7 +25,7 @@ _MANY = 8  # problems, after which no more are looked for
 def rehearse(
     model: nn.Module, manifest: Manifest, bracket: Callable[[], Any], missing: Callable[[], list[str]]
 ) -> list[str]:
-    """What is wrong with `manifest`, one line each; what cannot be told without the numbers is left to the sync.
+    """Problems of `manifest`, one line each. What depends on the values is left to the sync itself.
 
     Args:
         model: as the engine computes with it; it is left as it was.
@@ -53,10 +53,10 @@ def rehearse(
 
 
 def likely_cause(manifest: Manifest, problems: list[str], again: Callable[[Manifest], list[str]]) -> str:
-    """What explains `problems`, if other names for the same tensors have fewer; else empty.
+    """A likely cause of `problems`: other names for the same tensors have fewer of them. Empty if there is none.
 
     Args:
-        again: the problems of another manifest.
+        again: returns the problems of another manifest.
     """
     if any("vocabulary" in problem for problem in problems):
         return ""
@@ -83,7 +83,7 @@ def likely_cause(manifest: Manifest, problems: list[str], again: Callable[[Manif
 
 
 class _Loaded:
-    """Stands in for vLLM's `get_numel_loaded`: notes which tensors of the engine a failed load was into."""
+    """Replaces vLLM's `get_numel_loaded`, and records which tensors of the engine a failed load was for."""
 
     def __init__(self, model: nn.Module, original: Callable[..., Any]) -> None:
         self._model = model
@@ -115,7 +115,7 @@ class _Loaded:
 
 
 def _feed(model: Any, manifest: Manifest, loaded: _Loaded) -> tuple[list[str], bool]:
-    """What does not fit, and whether all was looked at: all tensors of `manifest`, past each one that does not fit."""
+    """Load all tensors of `manifest`, past misfits. Returns the misfits, and whether all could be checked."""
     problems: list[str] = []
     all_seen = True
     left = list(manifest.items())
@@ -146,7 +146,7 @@ def _feed(model: Any, manifest: Manifest, loaded: _Loaded) -> tuple[list[str], b
 
 
 def _without_memory(model: nn.Module) -> None:
-    """Put tensors without memory in the place of those that vLLM's bracket leaves in theirs."""
+    """Replace the tensors that vLLM's bracket leaves in place by ones without memory."""
     from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 
     for layer in model.modules():
@@ -158,7 +158,7 @@ def _without_memory(model: nn.Module) -> None:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Give every module of `model` back what it had, and have vLLM forget the bracket."""
+    """Context after which every module of `model` has its own tensors again, and vLLM has no open bracket."""
     from vllm.model_executor.model_loader.reload import layerwise
 
     modules = list(model.modules())

@@ -1,6 +1,6 @@
 """vLLM's layerwise reload, bracketed once around a whole sync. Runs in the engine's workers.
 
-Closed here (tests take 2 and 4 out, and see a wrong result):
+Faults of vLLM's reload that are prevented here (tests without 2 and 4 see a wrong result):
 1. One bracket for the whole sync: a bracket a chunk would put every layer absent from a chunk back to its old tensors.
 2. CPU builds from 0.28: experts are prepacked only while `moe_kernel is None`, so a reload of identical weights changes
    the output. The kernel is dropped as its layer is processed; vLLM then builds it anew, and prepacks.
@@ -119,7 +119,7 @@ class LayerwiseReload:
         self._learner = LoadTracer(self._model, kernel, rearranges=rearranges)
 
     def misfits(self, manifest: Manifest) -> list[str]:
-        """What is known of `manifest` to not fit, one line each; the last one may say why. Touches nothing."""
+        """Misfits of `manifest`, one line each; the last line may give the likely cause. Touches nothing."""
         if self._plan is not None and self._plan.is_of(manifest, self._kept):
             return []
         problems = self._rehearse(manifest)
@@ -139,9 +139,9 @@ class LayerwiseReload:
             self._opened = False
 
     def whole_targets(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Memory of the engine that some of `weights` go into as they are, by name: contiguous, as many elements.
+        """Engine tensors that some of `weights` are copied into unchanged, by name: contiguous, with as many elements.
 
-        Who reads them anyway can write them there, and need not have `load` read them once more.
+        A caller that reads the weights anyway can write them there, and `load` need not read them again.
         """
         if self._planned is None:
             return {}
@@ -149,11 +149,11 @@ class LayerwiseReload:
             return self._planned.whole_targets(weights)
 
     def load(self, weights: Iterable[tuple[str, Tensor]], written: Container[str] = ()) -> None:
-        """Load some of the checkpoint's tensors. They are read by the time that the current stream gets there.
+        """Load some of the checkpoint's tensors. On a GPU this is queued on the current stream.
 
         Args:
             weights: names and tensors.
-            written: names of those that are in their `whole_targets` already.
+            written: names of weights that the caller has written to their `whole_targets`.
         """
         if self._planned is not None:
             with torch.no_grad():
@@ -180,7 +180,7 @@ class LayerwiseReload:
             raise SyncError(f"{which} {shape}: vLLM did not load it: {why}") from error
 
     def missing(self) -> list[str]:
-        """Layers that have not got all their weights, each with what it has and needs (in elements)."""
+        """Layers that lack weights, each with the number of elements received and needed."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         planned = {} if self._planned is None else self._planned.plan.layers
@@ -218,7 +218,7 @@ class LayerwiseReload:
         return [text for name, text in problems.items() if not self._tied(self.layers[name], complete)]
 
     def _tied(self, layer: nn.Module, complete: set[int]) -> bool:
-        """Whether a layer that got nothing computes with the tensors of one that is complete (a tied output layer)."""
+        """Whether a layer that received nothing shares its tensors with a complete one (a tied output layer)."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         info = get_layerwise_info(layer)
@@ -228,7 +228,7 @@ class LayerwiseReload:
         return bool(parameters) and all(address(tensor) in complete for tensor in parameters)
 
     def finish(self) -> None:
-        """Close the bracket: what got no weights gets back what it had, what derives from weights is made anew.
+        """Close the bracket. Layers that received no weights keep what they had; derived tensors are recomputed.
 
         Raises:
             SyncError: a planned layer also got tensors that the plan does not know.
@@ -269,12 +269,12 @@ class LayerwiseReload:
         finalize_layerwise_reload(self._model, self._config.model_config)
 
     def _derive(self) -> None:
-        """What vLLM makes of weights when it closes a bracket in which it has loaded none."""
+        """Recompute what vLLM derives from weights when it closes a bracket, after one in which vLLM loaded nothing."""
         for layer in filter(is_deferred, self.layers.values()):
             layer.process_weights_after_loading(self._config.model_config.dtype)  # pyrefly: ignore
 
     def _derive_besides(self) -> None:
-        """What vLLM's reload knows nothing of, and its loading of a model does."""
+        """Recompute what vLLM derives when it loads a model, but not when it reloads one."""
         self._put_aside_back()
         for name in self._derived.views:
             # What was processed may be packed; it has been copied before.
@@ -285,7 +285,7 @@ class LayerwiseReload:
         join_gates(self.layers.values())
 
     def _require_derived(self, learner: LoadTracer) -> None:
-        """Raise `SyncError` for what still derives from the weights before this bracket."""
+        """Raise `SyncError` if a tensor still derives from the weights before this bracket."""
         if self._derived.written_by(learner.written_by_loaders):
             self.learned = None  # a planned sync calls no loaders
         kept = tuple(f"{name}." for name in self._kept)
@@ -297,7 +297,7 @@ class LayerwiseReload:
             )
 
     def _set_aside(self) -> None:
-        """Take out of their layers the buffers that vLLM's bracket would lose or mark_unplannable."""
+        """Take out of their layers the buffers that vLLM's bracket would lose or overwrite."""
         for name, own in self._derived.kept_buffers:
             layer = self.layers[name]
             if (tensor := layer._buffers.pop(own, None)) is not None:
@@ -310,7 +310,7 @@ class LayerwiseReload:
             layer.register_buffer(own, tensor, persistent=False)
 
     def abandon(self) -> None:
-        """Give up: the engine's tensors are back in their places (with new, old or mixed weights); begin may follow."""
+        """Abandon the bracket: the engine's tensors are back in place, with new, old or mixed weights."""
         from vllm.model_executor.model_loader.reload.layerwise import LOADING_LAYERS, get_layerwise_info
 
         for layer in self.layers.values():
@@ -323,7 +323,8 @@ class LayerwiseReload:
         self._planned, self._learner, self._opened = None, None, False
 
     def _live_tensors(self, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-        """What the layers have, as plain tensors: vLLM's parameters go through Python whenever they are touched."""
+        """The layers' parameters and buffers as plain tensors, without the Python overhead of vLLM's parameter
+        classes."""
         aside = set(self._derived.kept_buffers)
         with torch._C.DisableTorchFunctionSubclass():
             return {
@@ -353,7 +354,7 @@ class LayerwiseReload:
 
 
 def _parts(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """`weights`, as many at once as may be copied aside; one that is larger is a part of its own."""
+    """`weights` in parts of at most the size that may be copied at once; a larger weight is a part of its own."""
     part: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in weights:
@@ -367,7 +368,7 @@ def _parts(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Te
 
 
 def _noted(weights: Iterable[tuple[str, Tensor]], at: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """`weights`, the name of the last one in `at`."""
+    """Iterate over `weights`, with the name of the current one in `at`."""
     for name, tensor in weights:
         at[:] = [name]
         yield name, tensor

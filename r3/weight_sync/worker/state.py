@@ -1,4 +1,4 @@
-"""What a worker knows of the sync that it takes part in, and of the weights that it holds."""
+"""A worker's state: the sync that it takes part in, and the weights that it holds."""
 
 import time
 import uuid

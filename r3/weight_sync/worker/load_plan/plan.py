@@ -100,11 +100,11 @@ class LoadPlan:
     kept: frozenset[str] = frozenset()  # layers that got nothing on purpose
 
     def serves(self, manifest: Manifest) -> bool:
-        """Whether every tensor of `manifest` is one of the plan's."""
+        """Whether the plan knows every tensor of `manifest`."""
         return all(self.manifest.get(name) == (tuple(shape), dtype) for name, (shape, dtype) in manifest.items())
 
     def is_of(self, manifest: Manifest, kept: frozenset[str] = frozenset()) -> bool:
-        """Whether these are the plan's tensors, all of them.
+        """Whether `manifest` has all of the plan's tensors and no others.
 
         Args:
             manifest: what will come.
@@ -113,12 +113,12 @@ class LoadPlan:
         return self.manifest.keys() == manifest.keys() and self.kept == kept and self.serves(manifest)
 
     def covers(self, manifest: Manifest, kept: frozenset[str] = frozenset()) -> bool:
-        """Whether it is the plan of these tensors, and vLLM's loaders need to see none."""
+        """Whether the plan handles all of these tensors, so that vLLM's loaders are not needed."""
         return not self.slow_sources and self.is_of(manifest, kept)
 
     @cached_property
     def whole(self) -> dict[str, Copy]:
-        """The copy of each tensor that goes as it is, in one piece, into contiguous memory."""
+        """The copy of each tensor that goes unchanged, in one piece, into contiguous memory."""
         return {
             name: copies[0]
             for name, copies in self.copies.items()
@@ -129,7 +129,7 @@ class LoadPlan:
 
     @cached_property
     def slow_sources(self) -> set[str]:
-        """Tensors that vLLM's loaders must see."""
+        """Names of the tensors that go through vLLM's loaders."""
         return self.manifest.keys() - self.copies.keys() - self.dropped
 
     def describe(self) -> dict[str, object]:
@@ -177,7 +177,7 @@ class Planned:
         return problems
 
     def whole_targets(self, chunk: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Where tensors of `chunk` go that are copied whole: by name, contiguous, with as many elements."""
+        """Targets of the tensors of `chunk` that are copied whole: by name, contiguous, with as many elements."""
         copied_to = {}
         for name, source in chunk:
             copy = self.plan.whole.get(name)
@@ -190,9 +190,9 @@ class Planned:
         return copied_to
 
     def take(self, chunk: Iterable[tuple[str, Tensor]], written: Container[str] = ()) -> Chunk:
-        """Copy what is planned, queued on the current stream; returns the tensors that vLLM's loaders must see.
+        """Queue the planned copies on the current stream. Returns the tensors that must go through vLLM's loaders.
 
-        What is in `written` is in its place already.
+        Tensors in `written` are in their places already.
         """
         rest: Chunk = []
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -213,14 +213,14 @@ class Planned:
         return rest
 
     def fill(self) -> None:
-        """Set the constants of every layer that got something: memory that slept may have lost them."""
+        """Set the constants of every layer that received weights: an engine that slept may have lost them."""
         for layer in self.received:
             for fill in self.plan.layers[layer].fills:
                 fill.region.of(self.targets[layer][fill.tensor]).fill_(fill.value)
 
 
 def _copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Small like-to-like copies in one call a kind, all others one by one."""
+    """Run small copies between equal dtypes in one call per kind, and all others one by one."""
     groups: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in pairs:
         alike = target.device == source.device and target.is_contiguous() and source.is_contiguous()
@@ -239,7 +239,7 @@ def layout_of(tensor: Tensor) -> TensorLayout:
 
 
 def coalesced(copies: Iterable[Copy]) -> list[Copy]:
-    """The same copies of one source, as few as possible: neighbours and even steps become dimensions of one copy.
+    """The copies of one source merged into as few as possible: neighbours and even steps become dimensions of one copy.
 
     The experts' w1 and w3 of a fused `[E, 2I, H]` become one copy, also where a tensor-parallel rank takes a part.
     """
@@ -252,7 +252,7 @@ def coalesced(copies: Iterable[Copy]) -> list[Copy]:
 
 
 def _canonical(copy: Copy) -> Copy:
-    """Dimensions by falling target stride, none of size 1, none that continues its neighbour."""
+    """Dimensions sorted by descending target stride, without those of size 1, contiguous neighbours merged."""
     dims = [dim for dim in zip(copy.size, copy.target_stride, copy.source_stride, strict=True) if dim[0] != 1]
     dims.sort(key=lambda dim: (-dim[1], -dim[2]))
     kept: list[tuple[int, int, int]] = []

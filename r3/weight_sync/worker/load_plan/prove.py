@@ -1,4 +1,4 @@
-"""From what was seen in a complete sync to a load plan: which layers are proved, and which tensors feed only such."""
+"""Builds a load plan from the trace of a complete sync: which layers are proved, and which tensors feed only those."""
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -26,14 +26,14 @@ def build_plan(
     slow_sources: set[str],
     rearranges: bool,
 ) -> LoadPlan:
-    """The plan. Waits for the device, once.
+    """Build the plan. Waits for the device, once.
 
     Args:
         model: whose layers they are.
         manifest: all tensors of the sync.
-        records: by layer, of all layers that got something.
+        records: by layer, of all layers that received weights.
         checks: queued comparisons.
-        links: (source, layer) of all that was copied, also of what was then left out of the records.
+        links: (source, layer) of every copy, also of those left out of the records.
         shared: groups of (layer, tensor) that are the same memory.
         optional: names of tensors that stay as they are, on every path, where nothing is loaded into them.
         slow_sources: tensors of which something was computed, or that went where it cannot be said.
@@ -81,7 +81,7 @@ def build_plan(
 
 
 def _ties(records: dict[str, Record], shared: Iterable[Collection[tuple[str, str]]]) -> Iterator[tuple[str, ...]]:
-    """Sources of which several layers load the same elements of one tensor."""
+    """Sources whose elements several layers load into the same tensor."""
     for group in shared:
         sources: dict[tuple[int, tuple[int, ...]], set[str]] = {}
         for layer, tensor in group:

@@ -81,7 +81,8 @@ class LoadTracer:
 
         Args:
             chunk: contiguous tensors that own their memory.
-            closing: vLLM closes the bracket: attention layers, processed last and at every closing, may read weights.
+            closing: vLLM is closing the bracket. Attention layers, processed last and at each close, may then read
+                weights.
         """
         from vllm.model_executor.model_loader.reload import layerwise
 
@@ -106,7 +107,7 @@ class LoadTracer:
                 setattr(layerwise, name, original)
 
     def plan(self) -> LoadPlan:
-        """What was learned. Waits for the device, once. Call after a complete sync's bracket has closed."""
+        """The load plan of a complete sync, after its bracket has closed. Waits for the device, once."""
         records = (*self._records.values(), *self._direct.values())
         links = [(source, record.layer) for record in records for source in record.copies]
         self._merge_direct()
@@ -242,19 +243,19 @@ class LoadTracer:
             record.fills.append(Fill(tensor=where[1], region=self._within(where, record, target), value=value))
 
     def _within(self, where: TensorKey, record: Record, view: Tensor) -> Region:
-        """Which part of a layer's tensor a view of it is."""
+        """The region of a layer's tensor that `view` covers."""
         tensor = record.loading[where[1]] if record is self._current else self._kernel[where[0]][where[1]]
         region = _region(view)
         return Region(size=region.size, stride=region.stride, offset=region.offset - _region(tensor).offset)
 
     def _target(self, storage: int) -> TensorKey | None:
-        """Whose memory it is: of the layer that is loaded and processed now, or of one that lives outside of that."""
+        """(layer, name) of the tensor that owns this memory; None if no layer's does."""
         if self._current is not None and (name := self._current.storages.get(storage)) is not None:
             return self._current.layer, name
         return next((place for place in self._live.get(storage, ()) if place[0] not in self._deferred), None)
 
     def _may_read(self, where: TensorKey) -> bool:
-        """Whether what is read of a layer's tensor now is read again at every closing."""
+        """Whether vLLM will read this tensor again each time it closes a bracket."""
         if self._current is None:
             return self._closing
         if self._current.layer != where[0]:
@@ -272,7 +273,7 @@ class LoadTracer:
         return record
 
     def _merge_direct(self) -> None:
-        """Add what was loaded in place, at once, to the layers' records."""
+        """Add copies that went straight into the engine's tensors to the layers' records."""
         for name, direct in self._direct.items():
             kind = type(self._model.get_submodule(name)).__name__
             layouts = {tensor: layout_of(kernel) for tensor, kernel in direct.kernel.items()}
