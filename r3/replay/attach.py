@@ -17,7 +17,7 @@ class Replay:
 
     Attributes:
         spec: layers, experts and slots of the routing that it takes.
-        last: what the last forward of this thread did, None if it was not replayed.
+        last: report on the last forward of this thread, None if it was not replayed.
         required: whether a training-mode forward without routing is an error.
     """
 

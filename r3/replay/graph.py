@@ -1,11 +1,11 @@
-"""The autograd graph of a decoder layer says which forward it is of, to whatever is repeated from inside the layer.
+"""Marks in a decoder layer's autograd graph tell recomputed code inside the layer which forward it belongs to.
 
-Checkpointing around a layer repeats its call with its keywords. Checkpointing around a part of it (its MoE block)
-repeats that part alone, in the backward pass, perhaps in another thread and after other forwards. All that is sure then
-is which node of the graph the backward pass evaluates. So a layer marks the nodes through which its inputs come, and
-the repeated code searches from the node at hand towards the inputs: each way out of the layer leads through a mark.
+Checkpointing around a layer recomputes its call with its keywords. Checkpointing around a part of it (its MoE block)
+recomputes only that part, in the backward pass, perhaps in another thread and after other forwards. Then only the graph
+node that the backward pass evaluates is known. So a layer marks the nodes that produce its inputs, and recomputed code
+searches from the current node towards the inputs: each path out of the layer leads through a mark.
 
-A mark is an entry of the node's metadata: what it holds lives as long as the graph.
+A mark is an entry of the node's metadata, and lives as long as the graph.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ UNMARKED = object()
 
 
 def mark_inputs(args: tuple, kwargs: dict, key: object, value: object) -> tuple[tuple, dict, bool]:
-    """Mark the nodes from which the inputs of a layer come.
+    """Mark the nodes that produce the inputs of a layer.
 
     Returns:
         The inputs, and whether any of them has a gradient. If none has, the layer is the first to be trained, and
@@ -66,12 +66,12 @@ def mark_outputs(output: Any, key: object, value: object) -> None:
 
 
 def evaluated_node() -> Node | None:
-    """The node that the backward pass in this thread evaluates, None outside of one."""
+    """The node that the backward pass of this thread evaluates; None outside a backward pass."""
     return torch._C._current_autograd_node()
 
 
 def packs_for_repeat() -> bool:
-    """Whether hooks take what is saved for a backward pass, as in what non-reentrant checkpointing repeats."""
+    """Whether saved-tensor hooks are active, as in code that non-reentrant checkpointing will recompute."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 

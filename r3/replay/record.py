@@ -17,15 +17,15 @@ class Recorder:
     """Records the experts that the routers choose in each forward of this thread while the context is open.
 
     Of a replayed forward it records what was replayed. A layer that checkpointing repeats is not recorded again.
-    Recorders of one model may be open inside one another, and in several threads: each has what its context saw.
+    Recorders of one model may be nested, and open in several threads: each has what ran in its context.
 
     Attributes:
         routing: `[B, S, L, K]` of the last forward, all rows valid, on the CPU.
         expert_ids: the ids of `routing`, where the model is.
         margins: float32 `[B, S, L]` of the last forward, where the model is, if asked for: the score of the K-th best
-            expert less that of the K+1-th, from 0 up, among the scores that the router's own top-k sees, with the
-            selection bias and what a group limit makes of them. Infinite where no other expert could have been chosen,
-            as with K = E.
+            expert minus that of the K+1-th, at least 0, in the scores that the router's own top-k sees: with the
+            selection bias (`e_score_correction_bias`), and masked by a group limit. Infinite where no other expert
+            could have been chosen, as with K = E.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -103,7 +103,7 @@ class Recorder:
             self._patch = None
 
     def _leave(self, activity: Activity) -> RecordedForward | None:
-        """The recording that this recorder reads, which goes with its last reader."""
+        """The recording of this recorder, which ends with its last reader."""
         recording = activity.recording
         if recording is None or self not in recording.readers:
             return None

@@ -1,7 +1,7 @@
-"""Top-k substitution: the router's own code runs, and its one top-k over the experts answers with recorded ids.
+"""Top-k substitution: the router's own code runs, and its one top-k over the experts returns recorded ids.
 
-What the router does before and after (scores, renormalisation, scale, casts) is the model's own and live, so that the
-result under a router's own choice is bit-identical to live and the gradient reaches the gate.
+Everything before and after (scores, renormalisation, scale, casts) is the model's own and live. So the result under a
+router's own ids is bit-identical to live, and the gradient reaches the gate.
 
 Shapes: T tokens, E experts, K slots, R rows that are routed live.
 """
@@ -26,12 +26,12 @@ Search = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The call of `topk` by which a router chooses: K among the E experts in the last of `dims` dimensions.
+    """The `topk` call by which a router selects K of E experts, in the last of `dims` dimensions.
 
-    The number of dimensions tells it from a top-k over groups of experts, which is `[T, groups, E / groups]`.
+    The number of dimensions distinguishes it from a top-k over groups of experts, `[T, groups, E / groups]`.
 
-    `limited` says that the router makes other top-ks, whose only use is a mask that limits this one (to the experts of
-    the best groups), so that they need not run where the choice is given.
+    `limited` says that the router's other top-ks only mask this one (to the experts of the best groups): they need not
+    run where the ids are given.
     """
 
     num_experts: int
@@ -55,7 +55,7 @@ def _arguments(args: tuple, kwargs: dict) -> tuple[Tensor, int, int]:
 
 
 def _search(func, args: tuple, kwargs: dict, **changes) -> Search:
-    """The same call of `topk`, over the last dimension of other scores, with `changes` to its arguments."""
+    """Repeat a `topk` call over the last dimension of other scores, with `changes` to its arguments."""
 
     def search(scores: Tensor):
         names = ("k", "dim", "largest", "sorted")
@@ -83,23 +83,23 @@ class TopKRecorder(TorchFunctionMode):
 
 
 class TopKSubstitution(TorchFunctionMode):
-    """Answers a router's choice with given ids, or lets it run; everything else runs as it is.
+    """Replaces a router's choice by given ids, or lets it run. All other operations run unchanged.
 
-    Values are gathered from the scores as they were before a `masked_fill`, if the choice is made on masked ones: group
-    limits (DeepSeek-V2) restrict which experts may be chosen, and say nothing about the weight of one that was.
+    If the choice is made on masked scores, values are gathered from the scores before `masked_fill`: group limits
+    (DeepSeek-V2) restrict which experts may be chosen, but do not change the weight of a chosen one.
 
     Args:
-        choice: which `topk` it is.
+        choice: the `topk` call to replace.
         ids: integer `[T, K]`, or None to let the live choice stand.
-        live: int64 `[R]`, the rows that take the live choice, or None if there are none. The router searches for the
-            best in these alone. Or bool `[T]`; it then searches in all.
+        live: int64 `[R]`, the rows that take the live choice, or None if there are none: the top-k runs on these rows
+            only. Or bool `[T]`: it then runs on all rows.
         site: the router, for errors.
-        margins: whether to note how close a live choice was, for a second `topk` over the same scores.
+        margins: whether to record the margin of live choices, which takes a second `topk` over the same scores.
 
     Attributes:
         count: number of choices seen; a router must make exactly one.
-        chosen: int64 `[..., K]`, the ids that the last choice gave.
-        margin: float32 `[T]`, of the last choice that was live in all rows, if asked for: see `margin` below.
+        chosen: int64 `[..., K]`, the ids of the last choice.
+        margin: float32 `[T]`, of the last choice that was live in all rows, if asked for: see `margin`.
 
     Raises:
         ReplayError: the router chooses for another number of tokens than there are ids for.
@@ -160,7 +160,7 @@ class TopKSubstitution(TorchFunctionMode):
 
 
 def select(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores of given experts, and their ids, in the form of `torch.topk(scores, K)`.
+    """The scores of given experts and their ids, as `torch.topk(scores, K)` would return them.
 
     A `gather`, whose backward adds to zeros: where the ids of a row are distinct, as those of a `RolloutRouting` are,
     that is the gradient of `topk`. An autograd function with a plain scatter, and a fused kernel each way, saved 0% and
@@ -197,7 +197,7 @@ def select(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_live_rows(ids: Tensor, scores: Tensor, rows: Tensor, search: Search) -> Tensor:
-    """Given ids, but the live choice in `rows`.
+    """The given ids, with the live choice in `rows`.
 
     Args:
         ids: integer `[T, K]`; what they are in `rows` does not matter.
@@ -216,9 +216,9 @@ def with_live_rows(ids: Tensor, scores: Tensor, rows: Tensor, search: Search) ->
 
 
 def search_rows(scores: Tensor, k: int, rows: Tensor | None, search: Search) -> tuple[Tensor, Tensor]:
-    """A top-k whose result matters in `rows` alone: found there, and elsewhere the first k entries, whatever they are.
+    """A top-k on `rows` only. Other rows return their first k entries, which nobody uses.
 
-    For the top-k of a group limit, which restricts a live choice and has no say in a given one.
+    For the top-k of a group limit, which restricts a live choice and does not affect given ids.
 
     Args:
         scores: floating `[T, ..., E]`.
@@ -241,12 +241,12 @@ def search_rows(scores: Tensor, k: int, rows: Tensor | None, search: Search) -> 
 
 
 def margin(scores: Tensor, k: int, search: Search) -> Tensor:
-    """How close a choice of the k best was: the k-th best score less the next one, each as the router's top-k sees it.
+    """The margin of a top-k choice: the k-th best score minus the next one, each as the router's top-k sees it.
 
     Args:
         scores: floating `[..., E]` of T tokens, those that the router chooses by; -inf on experts that it rules out.
         k: how many it chooses.
-        search: its choice, but of the best k + 1, in order.
+        search: the router's top-k, but of the best k + 1, in order.
 
     Returns:
         float32 `[T]`, detached, from 0 up. Infinite where no other expert could have been chosen: k is E, or all others
