@@ -32,7 +32,7 @@ def collect(
     prompt_start: int | Sequence[int] = 0,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> Rollouts:
-    """Turn what vLLM returned into rollouts, or say which of them were not captured rightly.
+    """Turn vLLM's outputs into checked rollouts, or say which of them were not captured correctly.
 
     Args:
         responses: each of them one of
@@ -41,15 +41,15 @@ def collect(
               dictionary or JSON text, of a request with `r3.capture.request_fields`,
             - the list of all chunks of a stream of `/inference/v1/generate`,
             - an exception, or a future that is done: as `asyncio.gather(..., return_exceptions=True)` and executors
-              give them. What failed is reported like a response that cannot be used.
+              give them. A failure is reported like a response that cannot be used.
         spec: the routing that the trainer's model can replay (`Replay.spec`): the outputs tell neither the number of
             experts nor a dense layer from a layer that always chose expert 0. None leaves routing out.
-        weight_version: the version that the engine sampled with, or one for each response. Where the engine tells by
-            itself (vLLM 0.32, after a sync that labels its weights), its word is compared.
+        weight_version: the version that the engine sampled with, or one for each response. If the engine reports
+            versions itself (vLLM 0.32, after a sync that labels its weights), the two must agree.
         prompt_start: the requests' `routed_experts_prompt_start`, or one for each response: the tokens before it have
             no rows. Where a server does not know the field (the OpenAI routes of vLLM 0.26), and so sends all rows, all
             are kept.
-        on_error: "skip" keeps the samples that are right, and says in `Rollouts.failed` what is wrong with the others.
+        on_error: "skip" keeps the valid samples, and lists in `Rollouts.failed` what is wrong with the others.
 
     Raises:
         CaptureError: no routing, a wrong number of rows, layers or slots, a layer that was never captured, expert ids
@@ -93,7 +93,7 @@ def _told(error: Exception) -> str:
 
 
 def _samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
-    """For each completion: the place of its prompt among the response's, and what reads the completion."""
+    """For each completion: the index of its prompt in the response, and a function that reads the completion."""
     if hasattr(response, "done") and hasattr(response, "exception"):
         response = _result(response)
     if isinstance(response, BaseException):
@@ -166,7 +166,7 @@ def _require_logprobs(logprobs: Sequence[float]) -> None:
 
 
 def _each(name: str, values: int | np.integer | Sequence[int | None] | None, responses: int) -> Sequence[int | None]:
-    """What was given for all responses, or for each, as one for each: integers, as of numpy as well."""
+    """One value for each response, from one value for all or a sequence; numpy integers are accepted."""
     if values is None or isinstance(values, int | np.integer):
         return [None if values is None else int(values)] * responses
     if len(values) != responses:

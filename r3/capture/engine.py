@@ -1,4 +1,4 @@
-"""Settings -> the arguments that a vLLM engine and its sampling need for capture."""
+"""The arguments that a vLLM engine and its sampling need for capture, from the settings."""
 
 import contextlib
 import signal
@@ -96,7 +96,7 @@ def running_engine(config: R3Config) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _terminated_by_exception() -> Iterator[None]:
-    """SIGTERM raises SystemExit, so that what is open is closed. Only the main thread may set signal handlers."""
+    """Let SIGTERM raise SystemExit, so that open contexts are closed. Only the main thread may set signal handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

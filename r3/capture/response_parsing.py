@@ -30,14 +30,14 @@ Read = Callable[[], Sample]
 
 
 def http_samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
-    """For each choice, in the order of their `index`: the place of its prompt among the response's, and what reads it.
+    """For each choice, by ascending `index`: the index of its prompt in the response, and a function that reads it.
 
     Several prompts in one request of `/v1/completions` are told apart by their token ids: equal ones side by side
     count as one. Without `routing` the choices' routing is not looked at.
 
     Raises:
         CaptureError: not a response of vLLM, an error that the server answered with, or a stream without a choice.
-            What reads a choice raises it for what is wrong with that one alone.
+            The function that reads a choice raises it for faults of that choice alone.
     """
     streamed = isinstance(response, list | tuple)
     bodies = _chunks(response) if streamed else [_body(response)]
@@ -63,7 +63,7 @@ def http_samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
 
 
 def _prompt(parts: Sequence[Any]) -> Any:
-    """The prompt's ids as the first of `parts` gives them that has any."""
+    """The prompt's token ids, from the first of `parts` that has any."""
     prompts = (part.get("prompt_token_ids") for part in parts if isinstance(part, Mapping))
     return next((ids for ids in prompts if not (ids is None or (isinstance(ids, list) and not ids))), None)
 
@@ -105,7 +105,7 @@ def _choices(body: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def _index(part: Any, place: int) -> int:
-    """Of a choice; its place in the list where it has none, or none that is a number."""
+    """The `index` of a choice; its place in the list if it has none, or none that is a number."""
     index = part.get("index") if isinstance(part, Mapping) else None
     return index if type(index) is int else place
 
@@ -127,7 +127,7 @@ def _chunks(lines: Sequence[Any]) -> list[Mapping[str, Any]]:
 
 
 def _joined(index: int, parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The choice that the parts of a stream amount to."""
+    """One choice, joined from the parts of a stream."""
     choice: dict[str, Any] = {"token_ids": [], "logprobs": {"content": []}, "routed_experts": None, "streamed": True}
     for part in parts:
         choice["token_ids"] += part.get("token_ids") or []
@@ -203,7 +203,7 @@ def _logprobs(logprobs: Any, token_ids: list[int]) -> list[float]:
 
 
 def _placeholder(token: Any) -> int | None:
-    """The id in `token_id:17`; None for text, which tells no id."""
+    """The id in `token_id:17`; None for text, which has no id."""
     number = str(token).removeprefix("token_id:")
     return int(number) if number != token and number.isdecimal() else None
 

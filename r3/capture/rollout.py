@@ -1,6 +1,6 @@
 """What capture returns: rollouts, and batches of them.
 
-P tokens of the prompt, G tokens after it: sampled ones, and in a conversation those that stand between its turns.
+P tokens of the prompt, G tokens after it: sampled ones, and in a conversation those between its turns.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,8 +29,9 @@ class Rollout:
             if routing was not asked for.
         finish_reason: as vLLM gives it.
         prompt_index: which of the collected outputs it belongs to; the samples of one prompt share it.
-        weight_versions: versions of the weights that took part, ascending; empty where nobody told.
-        row_versions: int32 `[P + G]`, the version that produced each row, -1 where unknown; None where nobody told.
+        weight_versions: versions of the weights that took part, ascending; empty if unknown.
+        row_versions: int32 `[P + G]`, the version that produced each row, -1 where unknown; None if no version is
+            known.
 
     Raises:
         CaptureError: parts whose lengths do not fit the tokens.
@@ -72,8 +73,8 @@ class Rollout:
     def truncate(self, max_length: int | None = None, *, max_response_length: int | None = None) -> "Rollout":
         """The rollout as if sampling had ended at a length: tokens, mask, log-probabilities, rows and versions.
 
-        What is cut has finish reason "length", and its last token no row: nothing was sampled after it any more.
-        Versions of which nothing is left took no part. A rollout that is short enough is returned as it is.
+        A truncated rollout has finish reason "length", and its last token has no row, since nothing is sampled after
+        it. Versions of which no token or row is left are dropped. A rollout that is short enough is returned unchanged.
 
         Args:
             max_length: most tokens, those of the prompt included.
@@ -125,9 +126,9 @@ class Rollout:
 
     @property
     def spans_versions(self) -> bool:
-        """Whether more than one version took part, or beside a known one rows of which nobody told.
+        """Whether more than one version took part, or a known version and rows of unknown version.
 
-        False where nobody told anything. See `r3.capture.resolve_mixed_versions`.
+        False if no version is known. See `r3.capture.resolve_mixed_versions`.
         """
         if len(self.weight_versions) != 1 or self.row_versions is None:
             return len(self.weight_versions) > 1
@@ -175,7 +176,7 @@ class RolloutBatch:
         return self._map(lambda part: part.pin_memory())
 
     def select(self, samples: slice) -> "RolloutBatch":
-        """Some of its rollouts; shares memory."""
+        """The chosen rollouts; shares memory."""
         return self._map(lambda part: part.select(samples) if isinstance(part, RolloutRouting) else part[samples])
 
     def _map(self, change: Callable[[Any], Any]) -> "RolloutBatch":
@@ -189,9 +190,9 @@ class Rollouts:
 
     Attributes:
         items: the rollouts, in the order of the outputs and of their completions.
-        spec: the routing they carry; None if none was asked for.
-        failed: what could not be used, by its place among the outputs: with `collect(on_error="skip")`, and by
-            `resolve_mixed_versions`.
+        spec: spec of their routing; None if none was asked for.
+        failed: reason why a sample could not be used, by its index among the outputs: set by `collect(on_error="skip")`
+            and `resolve_mixed_versions`.
         mixed_versions: how many rollouts span weight versions, as `resolve_mixed_versions` found them.
     """
 
@@ -216,7 +217,7 @@ class Rollouts:
         return replace(self, items=items)
 
     def batch(self, pad_token_id: int, *, pin_memory: bool = False) -> RolloutBatch:
-        """All rollouts as one right-padded batch; page-locked if `pin_memory`, its routing without a copy more.
+        """All rollouts as one right-padded batch; page-locked if `pin_memory`, without another copy of the routing.
 
         Raises:
             CaptureError: with a spec, rollouts without routing, or with that of other tokens; without one, any routing.
@@ -245,7 +246,7 @@ class Rollouts:
         return batch.pin_memory() if pin_memory else batch
 
     def _routings(self) -> list[RolloutRouting]:
-        """That of each rollout; none without a spec."""
+        """The routing of each rollout; none without a spec."""
         wrong = []
         for i, rollout in enumerate(self.items):
             part, expected = rollout.routing, self.spec and (1, len(rollout), len(self.spec.layer_ids), self.spec.top_k)

@@ -1,4 +1,4 @@
-"""vLLM's arrays of expert ids, also as they come over HTTP -> checked routing."""
+"""From vLLM's arrays of expert ids, in memory or over HTTP, to checked routing."""
 
 import binascii
 import io
@@ -54,7 +54,7 @@ def decode_npy(text: str, *, max_bytes: int) -> np.ndarray:
 
 @cache
 def _base64_decoder() -> Callable[..., bytes]:
-    """pybase64's, which vLLM depends on and which is some seven times as fast, or the standard library's."""
+    """The decoder of pybase64 (a dependency of vLLM, about seven times as fast), or of the standard library."""
     try:
         from pybase64 import b64decode
     except ImportError:
@@ -63,7 +63,7 @@ def _base64_decoder() -> Callable[..., bytes]:
 
 
 def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, dtype, and where the content starts."""
+    """Shape, dtype, and the offset at which the content starts."""
     file = io.BytesIO(data[:_MAX_HEADER_BYTES])  # a longer header ends early
     try:
         version = np.lib.format.read_magic(file)
@@ -83,7 +83,7 @@ _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 
 def row_array(rows: Any) -> np.ndarray | None:
-    """Any array-like of integers as an array; one of numpy as it is, None for None. See `checked_rows` for its content.
+    """Any array-like of integers as a numpy array; None for None. `checked_rows` checks the content.
 
     Raises:
         CaptureError: what cannot be read as an array.
@@ -178,7 +178,7 @@ def checked_rows(
 
 
 def _all_are(ids: np.ndarray, values: tuple[int, ...]) -> bool:
-    """Whether all ids are one of `values`, the same one."""
+    """Whether all ids are equal, and one of `values`."""
     return ids.min() == ids.max() and int(ids.min()) in values
 
 

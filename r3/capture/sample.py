@@ -1,4 +1,4 @@
-"""One completion as the engine gave it, before its content is checked: the same for every way to ask vLLM."""
+"""One completion of the engine before its content is checked: one form for all of vLLM's interfaces."""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -35,7 +35,7 @@ class Sample:
 
 
 def engine_sample(output: Any, completion: Any, routing: bool) -> Sample:
-    """Of a `RequestOutput` and one of its `CompletionOutput`s. Without `routing` that is not looked at.
+    """The sample of a `RequestOutput` and one of its `CompletionOutput`s. Without `routing`, its routing is ignored.
 
     Raises:
         CaptureError: what is missing, or of another type than vLLM's.
@@ -64,7 +64,7 @@ def token_list(tokens: Any, name: str) -> list[int]:
     """Token ids as a list, from any sequence, array or tensor of integers.
 
     Raises:
-        CaptureError: none, or anything but integers from 0 up.
+        CaptureError: no sequence, or values other than integers from 0 up.
     """
     values = tokens.tolist() if isinstance(tokens, np.ndarray | torch.Tensor) else tokens
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
@@ -88,7 +88,7 @@ def _logprob(place: int, token: int, entry: Any) -> float:
 
 
 def parse_version_spans(spans: Any, get: Callable[[Any, str], Any]) -> tuple[tuple[int, int], ...]:
-    """(first sampled token, version) of vLLM's spans, whose `version` is a label; nothing if a label is no number.
+    """(first sampled token, version) of each of vLLM's spans; empty if a label of a version is no number.
 
     The label is what the last sync gave the engine, "default" before one did.
 
@@ -97,7 +97,7 @@ def parse_version_spans(spans: Any, get: Callable[[Any, str], Any]) -> tuple[tup
         get: a span's field by its name.
 
     Raises:
-        CaptureError: anything else.
+        CaptureError: spans of another form.
     """
     try:
         starts_and_labels = [(get(span, "start"), get(span, "version")) for span in spans or ()]

@@ -1,7 +1,7 @@
-"""Rollouts in a file: one safetensors file, nothing pickled, and nothing believed that comes out of it.
+"""Rollouts in one safetensors file: nothing is pickled, and everything that is read is checked.
 
-Ragged parts stand end to end with their lengths beside them; routing is in the wire form, rollout after rollout. The
-names are those of `Rollout`. What is no tensor is JSON in the file's metadata.
+Ragged parts are concatenated, with their lengths in a tensor of their own; routing is in the wire form, rollout after
+rollout. The names are those of `Rollout`. Everything that is no tensor is JSON in the file's metadata.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ _PER_ROLLOUT = (
 def save_rollouts(
     rollouts: Rollouts, path: str | os.PathLike[str], *, settings: SamplingSettings | Mapping[str, Any] | None = None
 ) -> Path:
-    """Write `rollouts` to one file, which is there whole or not at all; `load_rollouts` gives the same back.
+    """Write `rollouts` to one file, atomically. `load_rollouts` reads them back.
 
     Args:
         rollouts: of any lengths, with or without routing and versions.
@@ -98,7 +98,7 @@ def save_rollouts(
 
 
 def load_rollouts(path: str | os.PathLike[str]) -> Rollouts:
-    """The rollouts of a file that `save_rollouts` wrote, all of it checked.
+    """The rollouts of a file that `save_rollouts` wrote, fully checked.
 
     Memory is bounded by a small multiple of the file's size, whatever the file claims.
 
@@ -131,7 +131,7 @@ def saved_settings(path: str | os.PathLike[str]) -> SamplingSettings:
 
 @contextlib.contextmanager
 def _blamed(file: Path) -> Iterator[None]:
-    """Whatever hostile content raises names the file."""
+    """Context in which errors of hostile content name the file."""
     try:
         yield
     except CaptureError as error:
@@ -142,7 +142,7 @@ def _blamed(file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told(where: str) -> Iterator[None]:
-    """Parts that do not fit each other name the rollout."""
+    """Context in which errors of inconsistent parts name the rollout."""
     try:
         yield
     except CaptureError as error:

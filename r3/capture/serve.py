@@ -1,6 +1,6 @@
-"""Settings -> the command line of `vllm serve`, and the fields of a request, that capture over HTTP needs.
+"""The command line of `vllm serve` and the request fields that capture over HTTP needs, from the settings.
 
-Both derive from what `r3.capture.engine` gives the offline engine, so that the two cannot drift apart.
+Both derive from the arguments that `r3.capture.engine` gives an offline engine, so that the two cannot drift apart.
 """
 
 import importlib.metadata
@@ -21,7 +21,7 @@ OPENAI_NAMES = frozenset({"n", "temperature", "top_p", "max_tokens", "seed", "st
 
 
 def server_args(config: R3Config) -> list[str]:
-    """What follows `vllm serve`: the model, and an engine like `LLM(**engine_kwargs(config))`.
+    """Arguments of `vllm serve`: the model, and an engine like `LLM(**engine_kwargs(config))`.
 
     `--generation-config vllm` is added: without it the server fills what a request leaves out from the model's
     generation_config.json, and may cut the distribution that the log-probabilities are of. So is `--enable-scale-out`
@@ -67,7 +67,7 @@ def server_command(config: R3Config) -> list[str]:
 
 
 def request_fields(config: R3Config, route: Route = "completions", prompt_start: int = 0) -> dict[str, Any]:
-    """What a request must say so that `collect` can use its response; mirrors `sampling_kwargs`.
+    """Request fields that make a response usable by `collect`; mirrors `sampling_kwargs`.
 
     Args:
         config: settings of sampling.

@@ -1,4 +1,4 @@
-"""Under what settings rollouts were sampled: what a reader of saved ones has to know to compute the same."""
+"""The settings under which rollouts were sampled, which a reader needs to recompute their log-probabilities."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,7 +23,7 @@ OPAQUE = (
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """What was set where the rollouts come from; None where it is not known.
+    """Settings of the engine and requests that sampled the rollouts; None where unknown.
 
     Attributes:
         temperature: the logits were divided by it.
@@ -36,7 +36,7 @@ class SamplingSettings:
             negative; 1.0 for none.
         logit_bias: (token id, what was added to its logit) pairs; empty for none.
         allowed_token_ids: no others were sampled; empty for all.
-        other: what else changed the distribution, in words: it cannot be computed again. Empty for nothing.
+        other: names of other changes of the distribution, which cannot be recomputed. Empty for none.
         logprobs_mode: vLLM's, "processed_logprobs" or "raw_logprobs".
         dtype: of the engine's weights, as "bfloat16".
         weight_version: the version that the trainer had when it saved them.
@@ -58,7 +58,7 @@ class SamplingSettings:
 
     @classmethod
     def of(cls, config: R3Config, *, weight_version: int | None = None) -> "SamplingSettings":
-        """Those of an engine that was made with `engine_kwargs(config)` and asked with `sampling_kwargs(config)`."""
+        """The settings of an engine made with `engine_kwargs(config)` and sampled with `sampling_kwargs(config)`."""
         return cls(
             temperature=float(config.generator.sampling_params.temperature),
             top_p=1.0,
@@ -85,7 +85,7 @@ class SamplingSettings:
         dtype: str | None = None,
         weight_version: int | None = None,
     ) -> "SamplingSettings":
-        """Those of a `vllm.SamplingParams`, of any version.
+        """The settings of a `vllm.SamplingParams`, of any vLLM version.
 
         Args:
             params: of the requests.
@@ -116,7 +116,7 @@ class SamplingSettings:
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> "SamplingSettings":
-        """The same from names and values.
+        """The settings from a mapping of names to values.
 
         Raises:
             CaptureError: an unknown name, or a value of another type or out of range.
@@ -133,7 +133,7 @@ class SamplingSettings:
         return cls(**{name: _EXPECTED[name].made(value) for name, value in present.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Names and values, without what is not known."""
+        """Names and values, without those that are unknown."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""The turns of a conversation, joined to one rollout: sampled tokens, what stands between them, and each token's row.
+"""Joins the turns of a conversation into one rollout: sampled tokens, the tokens between them, and each token's row.
 
 The row of the token that a turn sampled last exists only in the prefill of the next turn, which also has those of tool
 and template tokens. Rows of earlier tokens may come again there, computed anew or from the prefix cache.
@@ -39,8 +39,9 @@ def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "earlier", trim: int 
         A turn that an abort ended before it gave a token or a row took no part: its versions are left out.
 
     Raises:
-        CaptureError: a prompt that does not begin with the turn before it, and where they part (`stitch_runs` joins
-            what holds together); turns with and without routing, or of different layers, slots or experts.
+        CaptureError: a prompt that does not begin with the turn before it, and where they diverge (`stitch_runs` joins
+            the turns that continue each other); turns with and without routing, or of different layers, slots or
+            experts.
     """
     _require_options(overlap, trim)
     require_joinable(turns)
@@ -49,7 +50,7 @@ def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "earlier", trim: int 
 
 
 def stitch_runs(turns: Sequence[Rollout], *, overlap: Overlap = "earlier", trim: int = 0) -> list[Rollout]:
-    """`stitch` for conversations whose prompts drift: one rollout for each longest run of turns that hold together.
+    """`stitch` for conversations whose prompts drift: one rollout per longest run of turns that continue each other.
 
     Each sampled token is in exactly one of them as sampled, unless it is trimmed: a prompt that lost or changed other
     tokens of earlier turns begins a new run, and is its prompt. Rows up to the first changed token also come from turns
@@ -111,8 +112,7 @@ class _Piece(NamedTuple):
 
 
 def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap) -> Rollout:
-    """One rollout of the turns of `run`. Where they have no row, that of a turn `before` is taken, if the tokens up to
-    there are the same."""
+    """One rollout of the turns of `run`. Missing rows come from turns in `before` with the same tokens up to there."""
     ids, prompt = ids_of(run[-1]), len(run[0].prompt_ids)
     sources = [_Source(turn, shared_length(ids_of(turn), ids)) for turn in before]
     kept = [_Source(turn, kept_length(turn, after)) for turn, after in pairwise(run)] + [_Source(run[-1], len(ids))]
@@ -178,7 +178,7 @@ def _joined_rows(pieces: Sequence[_Piece], like: RolloutRouting | None) -> Rollo
 
 
 def _joined_versions(pieces: Sequence[_Piece]) -> Tensor:
-    """int32 `[S]`, -1 where no turn told."""
+    """int32 `[S]`, -1 where unknown."""
     versions = torch.full((pieces[-1].end,), -1, dtype=torch.int32)
     for turn, begin, end in pieces:
         if turn is not None and turn.row_versions is not None:
@@ -187,7 +187,7 @@ def _joined_versions(pieces: Sequence[_Piece]) -> Tensor:
 
 
 def _gave(turn: Rollout) -> bool:
-    """Whether it sampled a token or captured a row: an abort may end a turn before either."""
+    """Whether a turn sampled a token or captured a row: an abort may end it before either."""
     return bool(turn.response_mask.any()) or (turn.routing is not None and turn.routing.rows_valid > 0)
 
 

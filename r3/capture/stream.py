@@ -22,8 +22,8 @@ async def async_rollout(
 ) -> Rollouts:
     """Run one request of a `vllm.AsyncLLM` to its end, and collect its completions.
 
-    Also a request that was aborted, here or by a pause of the engine, ends with what was captured until then: its
-    finish reason is "abort".
+    A request that is aborted, here or by a pause of the engine, returns what was captured until then, with finish
+    reason "abort".
 
     Args:
         engine: a `vllm.AsyncLLM`.
@@ -31,9 +31,8 @@ async def async_rollout(
         sampling_params: with `logprobs=0` or more, cumulative outputs (vLLM's default) and any `n`.
         spec: the routing that the trainer's model can replay (`Replay.spec`); None leaves routing out.
         request_id: unique among the running requests.
-        version: says which weights the engine has, such as `lambda: sync.version`. It is asked at each output that
-            comes. An engine that is paused for a sync, and resumed after the commit, gives no output in between, so
-            that what is told is the version that sampled.
+        version: returns the engine's weight version, such as `lambda: sync.version`. It is called at each output. An
+            engine gives no output between the pause and the commit of a sync, so this is the version that sampled.
 
     Raises:
         CaptureError: as `collect`; or outputs that are not cumulative.
@@ -68,7 +67,7 @@ async def async_rollout(
 
 
 def _joined(earlier: Any, output: Any) -> Any:
-    """`output`, with the completions that ended before it: vLLM gives each completion's end once."""
+    """`output` with the completions that ended earlier: vLLM reports the end of each completion once."""
     if earlier is None:
         return output
     completions = {completion.index: completion for completion in (*earlier.outputs, *output.outputs)}

@@ -1,4 +1,4 @@
-"""Weights that change while a rollout is sampled: which version produced each row, and what becomes of such a rollout.
+"""Rollouts during which the weights changed: the version that produced each row, and how to treat such rollouts.
 
 P prompt tokens, G sampled tokens. A forward consumes a token, which gives that token's row, and samples the next one:
 the row at position P - 1 + i and sampled token i come from the same weights.
@@ -17,7 +17,7 @@ from r3.routing.types import replace_trusted
 
 
 def stamp_versions(rollout: Rollout, boundaries: Sequence[tuple[int, int]]) -> Rollout:
-    """`rollout` with the version of each row, from what a consumer of a stream noted when the weights changed.
+    """`rollout` with the version of each row, from the boundaries that the consumer of a stream recorded.
 
     Rows of the prompt have the version of the first sampled token: its prefill gave both. This holds while each sync
     empties the prefix cache, as those of r3 do; a cache that survived would give rows of an older version. The last
@@ -57,10 +57,10 @@ def stamp_versions(rollout: Rollout, boundaries: Sequence[tuple[int, int]]) -> R
 
 
 def resolve_mixed_versions(rollouts: Rollouts, policy: str) -> Rollouts:
-    """What the setting `generator.inference_engine.mixed_weight_versions` makes of rollouts that span versions.
+    """Apply the setting `generator.inference_engine.mixed_weight_versions` to rollouts that span versions.
 
     Args:
-        rollouts: those of which nobody told a version count as of one version.
+        rollouts: those of unknown version count as of one version.
         policy: "keep" leaves them as they are. "invalidate" keeps only rows of the newest version, which sampled the
             last tokens; the others, those of unknown version among them, are routed live. "drop" moves the rollouts to
             `failed`, by their place among the outputs.

@@ -29,7 +29,7 @@ STEPS_A_MESSAGE = 64
 
 @dataclass
 class _Progress:
-    """How far the rows of a request have been read.
+    """How many rows of a request have been read.
 
     Attributes:
         end: position after the last row that was read.
@@ -105,7 +105,7 @@ class CapturingScheduler:
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _r3_write(self, scheduler_output: Any, model_runner_output: Any) -> None:
-        """Keep the rows of a step."""
+        """Store the rows of a step."""
         rows = native_rows(model_runner_output)
         if rows is not None:
             assert self.r3_store is not None
@@ -182,6 +182,6 @@ class _Asynchronous(CapturingScheduler, AsyncScheduler):
 
 
 def capture_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
-    """What `scheduler_cls` names: the scheduler that fits the engine's way of scheduling."""
+    """The entry point that `scheduler_cls` names: the scheduler class that fits the engine."""
     asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
     return (_Asynchronous if asynchronous else _Synchronous)(*args, **kwargs)

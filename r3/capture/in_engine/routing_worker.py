@@ -1,4 +1,4 @@
-"""A worker that captures by hooks of its own, for engines in which vLLM refuses: `LLM(worker_cls=...)` by its name.
+"""A worker that captures by its own hooks, for engines in which vLLM refuses to capture: `LLM(worker_cls=...)`.
 
 vLLM refuses on the CPU from 0.31 (its connector needs Triton) and with pipeline parallelism. The hook that it calls
 with each router's choice is still there: this worker sets it, and gives each step's ids `[tokens, L, K]` to
@@ -64,7 +64,7 @@ def check_settings(vllm_config: Any) -> None:
 
 
 class RouterHooks:
-    """Ids of a step's tokens, as the routers of this worker chose them.
+    """Captures the expert ids of a step's tokens in the routers of this worker.
 
     The model runner's `execute_model` and `sample_tokens` are wrapped: ids of earlier pipeline stages come, and those
     of this one go, beside the hidden states; the last stage gives them all to the scheduler.
