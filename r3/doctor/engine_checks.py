@@ -1,4 +1,4 @@
-"""Checks of an engine: of its settings, by vLLM itself, and of its capture, in this process."""
+"""Checks of an engine in this process: its settings, by vLLM itself, its capture, and its agreement with the model."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from r3.weight_sync import WeightSync, engine_of
 
 
 def engine_settings(config: R3Config) -> Check:
-    """vLLM's own checks of the engine's settings: parallelism, executor, model runner, connectors."""
+    """Run vLLM's own checks of the engine's settings: parallelism, executor, model runner, connectors."""
     from vllm.engine.arg_utils import EngineArgs
 
     vllm_config: Any = EngineArgs(**engine_kwargs(config)).create_engine_config()
@@ -54,7 +54,7 @@ def capture_check(name: str, engine: Any, spec: RoutingSpec, server: Endpoint | 
 def engine_checks(
     config: R3Config, spec: RoutingSpec | None, timeout_s: float, *, arrives: bool = False
 ) -> Iterator[Check]:
-    """An engine of the settings is started here, and ended: its sync's state, its capture, and what it computes."""
+    """Start an engine of the settings, check its sync state, capture and agreement with the model, and stop it."""
     if spec is None:
         yield Check(
             name="engine",
@@ -83,7 +83,7 @@ def engine_checks(
 
 
 def agreement_check(name: str, engine: Any, config: R3Config, server: Endpoint | None = None) -> Check:
-    """Loads the model of the settings, in the engine's dtype, and scores with it what the engine samples."""
+    """Score the engine's samples with the model of the settings, loaded in the engine's dtype."""
     reach: dict[str, Any] = {} if server is None else {"timeout_s": server.timeout_s, "api_key": server.api_key}
     agreement = engine_agreement(engine, _replayed_model(config), **reach)
     accepted = config.trainer.diagnostics.accepted_engine_faults
@@ -106,7 +106,7 @@ def agreement_check(name: str, engine: Any, config: R3Config, server: Endpoint |
 
 
 def arrival_check(name: str, engine: Any, config: R3Config) -> Check:
-    """Whether each kind of weight of the model of the settings arrives."""
+    """Check that each kind of weight of the settings' model arrives in the engine."""
     dtype = getattr(torch, config.generator.inference_engine.dtype)
     with contextlib.closing(WeightSync(engine, transport="files", dtype=dtype)) as sync:
         outcome = arrival(sync, engine, _replayed_model(config))
@@ -126,7 +126,7 @@ def arrival_check(name: str, engine: Any, config: R3Config) -> Check:
 
 
 def _replayed_model(config: R3Config) -> Replay:
-    """The model of the settings in the engine's dtype, on this machine, with replay."""
+    """Load the model of the settings in the engine's dtype, on this machine, and attach replay."""
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Checks of the machine: GPUs and their driver, NCCL, shared memory, free disk, and environment variables that hurt."""
+"""Checks of the machine: GPUs and driver, NCCL, shared memory, free disk, and harmful environment variables."""
 
 import ctypes
 import shutil
@@ -29,7 +29,7 @@ INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
 def machine_checks(config: R3Config) -> Iterator[Check]:
-    """All of them."""
+    """Run all checks of the machine."""
     yield from guarded("gpus", _gpus)
     yield from guarded("nccl", _nccl)
     yield from guarded("shared memory", partial(_shared_memory, config))
@@ -82,7 +82,7 @@ def _gpus() -> Check | None:
 
 
 def _driver() -> str:
-    """The newest CUDA that the driver serves, by the driver's own word."""
+    """The newest CUDA version that the driver reports to support."""
     version = ctypes.c_int(0)
     try:
         failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -139,7 +139,7 @@ def _shared_memory(config: R3Config) -> Check:
 
 
 def _disk(config: R3Config) -> Check:
-    """Of where the run folder will be, and of temporary files."""
+    """Check the disks of the run folder and of temporary files."""
     output = Path(config.trainer.output_dir or "runs").absolute()
     folders = {str(next(path for path in (output, *output.parents) if path.exists())), tempfile.gettempdir()}
     free = {folder: shutil.disk_usage(folder).free for folder in sorted(folders)}
@@ -184,7 +184,7 @@ def _variables(environment: Mapping[str, str]) -> Check:
 
 
 def _absent(interfaces: str | None, present: list[str]) -> bool:
-    """Whether NCCL's list of interfaces names none that there is: prefixes, `=` for exact names, `^` for all others."""
+    """Whether no interface matches NCCL's list: prefixes, `=` for exact names, `^` for all others."""
     if not interfaces or interfaces.startswith("^"):
         return False
     exact = interfaces.startswith("=")

@@ -1,4 +1,4 @@
-"""Checks of a model's folder: whether it can be replayed, its weights, its tokenizer, and what it asks of sampling."""
+"""Checks of a model's folder: whether it can be replayed, its tokenizer, and its generation config."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer*.model", "vocab.*", "*.tiktoken"
 
 
 def model(path: Path, specs: list[RoutingSpec]) -> Check:
-    """Whether the folder's model can be replayed, without its weights; adds the routing that it takes to `specs`."""
+    """Check that the folder's model can be replayed, without loading weights; adds its routing spec to `specs`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,7 +51,7 @@ def generation_config(path: Path) -> Check | None:
 
 
 def tokenizer(path: Path) -> Check:
-    """Whether the folder's tokenizer loads, pads, ends, and fits the model's vocabulary."""
+    """Check that the tokenizer loads, has padding and end tokens, and fits the model's vocabulary."""
     from transformers import AutoConfig, AutoTokenizer
 
     if not any(list(path.glob(pattern)) for pattern in TOKENIZER_FILES):

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint's weights, without a model: all files there, headers readable, a sample of them finite."""
+"""Checks of a checkpoint's weights without a model: all files present, headers readable, a sample finite."""
 
 import json
 import random
@@ -14,7 +14,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def weights(path: Path) -> Check:
-    """Of the folder `path`."""
+    """Check the weights in the folder `path`."""
     expected, problems = _expected(path)
     held: dict[str, str] = {}
     dtypes: dict[str, int] = {}
@@ -53,7 +53,7 @@ def weights(path: Path) -> Check:
 
 
 def _header(file: Path) -> dict[str, str] | str:
-    """Tensor -> dtype, or why the file cannot be read."""
+    """Dtype by tensor name, or why the file cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -64,7 +64,7 @@ def _header(file: Path) -> dict[str, str] | str:
 
 
 def _expected(path: Path) -> tuple[dict[str, str], list[str]]:
-    """Tensor -> file of the index, if there is one, and what is wrong with it."""
+    """File by tensor name, from the index if there is one, and problems of the index."""
     if not (path / INDEX).is_file():
         return {}, []
     try:
@@ -75,7 +75,7 @@ def _expected(path: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def _not_finite(sample: list[tuple[Path, str]]) -> tuple[list[str], int]:
-    """Names of tensors with NaN or infinities, and how many were looked at: in random order, within the bounds."""
+    """Names of non-finite tensors, and the number checked: in random order, within limits of bytes and time."""
     from safetensors import safe_open
 
     bad: list[str] = []

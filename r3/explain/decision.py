@@ -58,9 +58,9 @@ class DecisionInputs:
     Attributes:
         evidence: scores of the tokens.
         precision: view -> float32 `[D, N]`, difference between the same model's scores in the two precisions.
-        routing: live routing against the saved rows, by how far they were moved.
-        settings: what the file says of the sampling.
-        names: of the checkpoints: the model, then the earlier ones.
+        routing: agreement of live routing with the saved rows, by shift of the rows.
+        settings: settings of sampling in the file.
+        names: paths of the checkpoints: the model, then the earlier ones.
         rollouts: number of them.
     """
 
@@ -73,7 +73,7 @@ class DecisionInputs:
 
 
 class _Decision:
-    """The steps, on what they share."""
+    """The steps of the decision, with their shared state."""
 
     def __init__(self, inputs: DecisionInputs) -> None:
         self.inputs = inputs
@@ -88,7 +88,7 @@ class _Decision:
         self.notes: list[str] = []
 
     def _floor(self, distribution: Distribution) -> float:
-        """k3 between the model's two precisions under the distribution of the table that is nearest.
+        """k3 between the model's two precisions under the nearest distribution of the table.
 
         Under a truncated one it is larger: rounding moves tokens over the boundary, and the mass that is kept jumps.
         """
@@ -140,7 +140,7 @@ class _Decision:
         return self._explanation(tokens, words.verdict(self.causes), kept)
 
     def _large(self, least: float) -> Cause:
-        """Of a large gap that no hypothesis explains: another distribution was sampled from, or other weights."""
+        """The cause of a large gap that no hypothesis explains: another sampling distribution, or other weights."""
         settings, agreement = self.inputs.settings, self.inputs.routing.get(0)
         differing = agreement.metrics()["differing_rows"] if agreement is not None and agreement.rows else None
         if settings.other:
@@ -195,9 +195,9 @@ class _Decision:
         return None
 
     def _sampled_from(self, kept: Hypothesis) -> words.Sampled | None:
-        """The distribution that the tokens themselves speak for, if it is another than the reported one.
+        """The distribution that the sampled tokens are evidence for, if it differs from the reported one.
 
-        A model that does not explain the gap cannot tell.
+        None if the model does not explain the gap: it then says nothing about the tokens.
         """
         if kept.k3 > self.precise or kept.distribution.truncated or kept.distribution.adjustment:
             return None
@@ -217,7 +217,7 @@ class _Decision:
         return max(candidates, key=lambda candidate: candidate.nats, default=None)
 
     def _rows(self, kept: Hypothesis, factor: float) -> None:
-        """Rows that do harm: replayed as they are, the gap is larger than live, or than with the rows moved."""
+        """Find faulty rows: replaying them unshifted gives a larger gap than live routing, or than shifted rows."""
         if not self.replayed or ROWS in {cause.name for cause in self.causes}:
             return
 
@@ -238,7 +238,7 @@ class _Decision:
         self.causes.insert(0, words.rows(rows if repaired else None, *figures, differing))
 
     def _versions(self, kept: Hypothesis) -> None:
-        """A stale sync that the rollouts' own versions tell."""
+        """Find a stale sync from the weight versions in the rollouts."""
         if kept.k3 <= self.precise or "stale_sync" in {cause.name for cause in self.causes}:
             return
         version = self.evidence.tokens.version
@@ -257,7 +257,7 @@ class _Decision:
             self.causes.append(words.lagging(lag, kept.k3))
 
     def _lag(self) -> int:
-        """How many versions the newest of the rollouts is behind the trainer's, where both are told."""
+        """How many versions the newest rollout is behind the trainer; 0 where either version is unknown."""
         current, version = self.inputs.settings.weight_version, self.evidence.tokens.version
         newest = int(version.max()) if len(version) else -1
         return 0 if current is None or newest < 0 else max(0, current - newest)
@@ -303,5 +303,5 @@ class _Decision:
 
 
 def decide(inputs: DecisionInputs) -> Explanation:
-    """What explains the gap."""
+    """Decide which causes explain the gap."""
     return _Decision(inputs).run()

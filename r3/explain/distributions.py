@@ -1,5 +1,5 @@
-"""Ways to make log-probabilities of logits: a temperature, and what vLLM's top-k, top-p and min-p leave of the
-distribution; before these, an adjustment of the logits.
+"""Sampling distributions, from logits to log-probabilities: adjustments, temperature, and truncation by vLLM's top-k,
+top-p and min-p.
 
 n tokens, V tokens of vocabulary, D distributions.
 """
@@ -33,9 +33,9 @@ NONE = Adjustment()
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """As vLLM makes it: logits adjusted, then over the temperature; then those of at least `min_p` times the largest
-    probability, then the `top_k` most probable (0: all), then of these the nucleus of mass `top_p`; what remains sums
-    to 1."""
+    """A sampling distribution as vLLM computes it. Logits are adjusted and divided by the temperature. Then only tokens
+    of at least `min_p` times the largest probability are kept, of these the `top_k` most probable (0: all), and of
+    these the nucleus of mass `top_p`. The rest is renormalised."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -49,7 +49,7 @@ class Distribution:
 
     @property
     def truncation(self) -> str:
-        """In words; empty if there is none."""
+        """The truncation in words; empty if there is none."""
         words = [f"min-p {self.min_p:g}"] * (self.min_p > 0)
         words += [f"top-k {self.top_k}"] * (self.top_k > 0)
         words += [f"top-p {self.top_p:g}"] * (self.top_p < 1)
@@ -61,7 +61,7 @@ class Distribution:
 
 
 def candidates(expected: Distribution, vocabulary: int) -> tuple[Distribution, ...]:
-    """All that are tried: `expected` first, then temperatures alone, ascending, then truncated and adjusted ones."""
+    """All distributions to try: `expected` first, then temperatures alone, then truncated and adjusted ones."""
     plain = Distribution(temperature=expected.temperature)
     distributions = [plain, *(Distribution(temperature=t) for t in TEMPERATURES)]
     for t in sorted({expected.temperature, *TRUNCATED_TEMPERATURES}):
@@ -103,7 +103,7 @@ def score(
     Args:
         logits: float `[n, V]`.
         labels: int64 `[n]`.
-        before: what stands before each label; needed where a distribution has an adjustment.
+        before: the tokens before each label; needed if a distribution has an adjustment.
     """
     return score_and_admit(logits, labels, distributions, before)[0]
 
@@ -111,7 +111,7 @@ def score(
 def score_and_admit(
     logits: Tensor, labels: Tensor, distributions: Sequence[Distribution], before: Before | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What `score` gives, and bool `[D, n]`, whether a distribution keeps the label."""
+    """The result of `score`, and bool `[D, n]`, whether a distribution keeps the label."""
     step = max(1, _CHUNK_BYTES // (4 * logits.shape[1]))
     parts = [
         _adjusted(logits[at : at + step].float(), labels[at : at + step], distributions, before, slice(at, at + step))
@@ -126,7 +126,7 @@ def score_and_admit(
 def _adjusted(
     logits: Tensor, labels: Tensor, distributions: Sequence[Distribution], before: Before | None, which: slice
 ) -> tuple[Tensor, Tensor]:
-    """`_score` with the logits of each adjustment."""
+    """As `_score`, with the logits of each adjustment."""
     logprobs = logits.new_empty(len(distributions), len(labels))
     inside = torch.ones_like(logprobs, dtype=torch.bool)
     compact: dict[float, tuple[Tensor, Tensor, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""What is known of the saved tokens: what was reported of each, and what each forward and distribution gives for it.
+"""Evidence on the saved tokens: the reported log-probabilities, and those that each forward and distribution gives.
 
 N sampled tokens, D distributions. d = scored - reported, nats.
 """
@@ -41,8 +41,8 @@ class ScoredTokens:
     Attributes:
         reported: float64 `[N]`, the rollouts' log-probabilities, nats.
         usable: bool `[N]`, False where what was reported is a clamp.
-        rollout: int64 `[N]`, of which rollout.
-        position: int64 `[N]`, place among its tokens.
+        rollout: int64 `[N]`, index of the rollout.
+        position: int64 `[N]`, index among the rollout's tokens.
         version: int64 `[N]`, of the weights that the token was sampled from, -1 where unknown.
     """
 
@@ -83,7 +83,7 @@ class ScoredTokens:
         return len(self.reported)
 
     def shifted(self, shift: int) -> Tensor:
-        """float64 `[N]`: what was reported for the token `shift` places on; NaN where there is none."""
+        """float64 `[N]`: the log-probability reported for the token `shift` places later; NaN where there is none."""
         reported = torch.where(self.usable, self.reported, math.nan)
         if not shift:
             return reported
@@ -115,8 +115,8 @@ def k3(d: Tensor) -> Tensor:
 def is_smaller(d: Tensor, than: Tensor, errors: float = 3.0) -> bool:
     """Whether |d| is below |than| on the tokens that both have, by so many standard errors of the mean difference.
 
-    Of absolute differences, and those cut at ten times their mean: a few tokens make up most of k3, and the standard
-    error would be mostly theirs.
+    Compares absolute differences, clipped at ten times their mean: a few tokens make up most of k3, and would dominate
+    the standard error.
     """
     most = 10 * float(than.abs().nanmean())
     difference = than.abs().clamp_max(most) - d.abs().clamp_max(most)
@@ -178,13 +178,13 @@ class Evidence:
         return self.scored(view, distribution) - self.tokens.shifted(shift)
 
     def best_temperature(self, view: ShiftedView, shift: int) -> Distribution:
-        """The temperature, alone, that leaves the least k3."""
+        """The temperature, alone, that minimises k3."""
         reported = self.tokens.shifted(shift)
         table = self.tables[view][self._grid].double()
         return Distribution(temperature=temperature_at(_minimum(table, lambda scores: float(k3(scores - reported)))))
 
     def best_adjusted(self, view: ShiftedView, shift: int) -> Distribution:
-        """The adjustment of the logits that leaves the least k3: one penalty alone, or what the settings say."""
+        """The adjustment of the logits that minimises k3: one penalty alone, or that of the settings."""
         reported = self.tokens.shifted(shift)
         plain = Distribution(temperature=self.expected.temperature)
         candidates = [replace(plain, adjustment=self.expected.adjustment)] if self.expected.adjustment else []
@@ -195,9 +195,9 @@ class Evidence:
         return min(candidates, key=lambda distribution: float(k3(self.scored(view, distribution) - reported)))
 
     def best_truncated(self, view: ShiftedView, shift: int, *, temperature: float | None = None) -> Distribution | None:
-        """The truncated distribution of the table that leaves the least k3, of all temperatures or of one.
+        """The truncated distribution of the table that minimises k3, over all temperatures or at one.
 
-        Not one that excludes what was sampled, more than rounding moves over its boundary.
+        Ignores distributions that exclude more of the sampled tokens than rounding would.
         """
         excluded = self.excluded.get(view, torch.zeros(len(self.distributions))).tolist()
         reported = self.tokens.shifted(shift)
@@ -212,7 +212,7 @@ class Evidence:
         return self.distributions[min(gaps)[1]] if gaps else None
 
     def likeliest_temperature(self, view: ShiftedView) -> "Likeliest":
-        """The temperature under which the tokens themselves are most probable."""
+        """The temperature that maximises the likelihood of the sampled tokens."""
         likelihood = self.tables[view][self._grid].double().sum(1, keepdim=True)
         place = _minimum(likelihood, lambda total: -float(total))
         temperature, most_nats = temperature_at(place), float(interpolate(likelihood, place))
@@ -226,7 +226,7 @@ class Evidence:
         )
 
     def never_sampled(self, view: ShiftedView, temperature: float) -> tuple[Distribution, float] | None:
-        """The truncation that the tokens speak for most, and how strongly.
+        """The truncation for which the sampled tokens are the strongest evidence, and the strength of that evidence.
 
         Sampled from the whole distribution, the number of tokens that a truncated one excludes has the expectation E
         of their mass. To see so few as O is less likely than exp(-(E - O + O log(O / E))), by Chernoff's bound for sums
@@ -247,7 +247,7 @@ class Evidence:
 
 
 def _minimum(table: Tensor, loss: Callable[[Tensor], float]) -> float:
-    """The place at which `loss` of the scores is least: the best of the rows, then golden sections beside it."""
+    """The place that minimises `loss` of the scores: the best row, refined by golden-section search."""
     losses = [loss(row) for row in table]
     best = min(range(len(losses)), key=losses.__getitem__)
     low, high = max(best - 1, 0), min(best + 1, len(losses) - 1)

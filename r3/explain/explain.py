@@ -1,4 +1,4 @@
-"""`explain`: scores saved rollouts with a model on this machine, and says what explains the gap."""
+"""`explain`: scores saved rollouts with a model on this machine, and finds what explains the gap."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -70,7 +70,7 @@ def explain(
     Args:
         model: folder of the checkpoint that the rollouts are thought to be from.
         rollouts: with or without routing.
-        settings: under which they were sampled. Without a temperature, 1 is supposed.
+        settings: settings under which they were sampled. An unknown temperature counts as 1.
         earlier: checkpoints that the engine may still have had.
         device: as torch names it; by default a GPU where there is one.
         limits: of the work.
@@ -128,7 +128,7 @@ def explain(
 
 
 def expected_of(settings: SamplingSettings) -> Distribution:
-    """The distribution that the settings tell, as far as it can be computed again."""
+    """The distribution of the settings, as far as it can be recomputed."""
     return Distribution(
         temperature=settings.temperature or 1.0,  # greedy: vLLM leaves the logits as they are
         top_p=settings.top_p or 1.0,

@@ -1,4 +1,4 @@
-"""The outcome's sentences."""
+"""The sentences of an explanation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -244,7 +244,7 @@ def temperature(fitted: float, expected: float, declared: float | None, without:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """A distribution that tokens speak for, in words, with the evidence for it in nats of log-likelihood."""
+    """A distribution, in words, with the sampled tokens' evidence for it in nats of log-likelihood."""
 
     text: str
     nats: float

@@ -1,4 +1,4 @@
-"""Scores of saved rollouts by a model on this machine: live, replayed, and replayed with rows moved by a position.
+"""Scores saved rollouts with a model on this machine: live, replayed, and replayed with rows shifted by a position.
 
 N sampled tokens, D distributions.
 """
@@ -27,9 +27,9 @@ class ShiftedView:
     """One way to run a forward.
 
     Attributes:
-        weights: of which checkpoint, by its place: 0 is the model in question, the others are earlier ones.
+        weights: index of the checkpoint: 0 is the model in question, the others are earlier ones.
         replayed: whether routing is replayed.
-        rows: the saved row of position t + rows is replayed for position t.
+        rows: shift of the rows: position t replays the saved row of position t + rows.
     """
 
     weights: int = 0
@@ -39,12 +39,12 @@ class ShiftedView:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What one checkpoint gave.
+    """The scores of one checkpoint.
 
     Attributes:
         table: for each view, float32 `[D, N]`, nats, on the CPU.
         excluded: for each view, float32 `[D]`, the share of the tokens that a distribution does not keep.
-        routing: live routing against the saved rows, by how far these were moved.
+        routing: agreement of live routing with the saved rows, by shift of the rows.
         masses: for each view that was asked for, float32 `[D', N]`: mass kept, negative where the token is excluded.
         vocabulary: V.
     """
@@ -57,7 +57,7 @@ class Scores:
 
 
 def open_model(path: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The checkpoint's causal language model, its logits in float32 as a trainer and an engine of r3 have them.
+    """Load the checkpoint's causal language model, with logits in float32 as in r3's trainer and engines.
 
     Raises:
         DiagnosticsError: it cannot be loaded.
@@ -92,7 +92,7 @@ def score_rollouts(
 ) -> Scores:
     """Log-probabilities of all sampled tokens of `rollouts`, in their order, in each view.
 
-    The model is gone from memory when this returns.
+    The model is freed before this returns.
 
     Args:
         path: of the checkpoint.
@@ -211,7 +211,7 @@ class _Inputs:
         )
 
     def routing(self, rows: int) -> RolloutRouting:
-        """The saved rows, moved: that of position t + rows for position t."""
+        """The saved rows, shifted: position t has the row of position t + rows."""
         assert self.rows is not None
         if not rows:
             return self.rows
@@ -222,7 +222,7 @@ class _Inputs:
 
     @torch.no_grad()
     def logits(self, model: Any, view: ShiftedView) -> Tensor:
-        """Float32 `[n, V]`, before each sampled token: the head runs for no others."""
+        """Float32 `[n, V]`, the logits for each sampled token. The head runs on these positions only."""
         head = model.get_output_embeddings()
 
         def needed(module: nn.Module, args: tuple) -> tuple:
@@ -242,13 +242,13 @@ class _Inputs:
 
 
 def _begins(sampled: Tensor) -> Tensor:
-    """int64 `[G]`: of each sampled token, where its run of sampled ones began: its request's own tokens."""
+    """int64 `[G]`: where the run of sampled tokens of each token began, which its request sampled."""
     places = torch.arange(len(sampled))
     return torch.where(sampled, 0, places + 1).cummax(0).values if len(sampled) else places
 
 
 def scored(rollout: Rollout) -> Tensor:
-    """bool `[G]`: sampled tokens that something precedes."""
+    """bool `[G]`: sampled tokens that another token precedes."""
     is_scored = rollout.response_mask.clone()
     if not rollout.prompt_ids and len(is_scored):
         is_scored[0] = False
@@ -256,7 +256,7 @@ def scored(rollout: Rollout) -> Tensor:
 
 
 def _rows(rollout: Rollout, spec: RoutingSpec) -> RolloutRouting:
-    """The rollout's routing on the CPU; without any, rows that are all routed live."""
+    """The rollout's routing on the CPU; all rows live if it has none."""
     return RolloutRouting.without_rows(spec, len(rollout)) if rollout.routing is None else rollout.routing.to("cpu")
 
 
