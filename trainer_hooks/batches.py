@@ -52,7 +52,7 @@ class StepBatch:
             yield self.select(slice(at, at + size))
 
     def rows(self, mesh: Mesh, *, size: int, packed: bool) -> Iterator["Rows"]:
-        """What this rank computes: of every `mesh.data_size`-th rollout, `size` at a time, its slice."""
+        """The rows of this rank: its slice of every `mesh.data_size`-th rollout, `size` rollouts at a time."""
         for part in self.select(slice(mesh.data_rank, None, mesh.data_size)).split(size):
             yield Rows.of(part, packed=packed).shard(mesh.sequence_rank, mesh.sequence_size)
 

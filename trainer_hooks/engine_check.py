@@ -1,4 +1,4 @@
-"""Before the first step: that the engine captures, repeats itself, and computes what the policy computes."""
+"""Check before the first step that the engine captures, repeats itself, and computes what the policy computes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_engine(config: R3Config, policy: Policy, engine: Any) -> dict[str, flo
         engine: a running `vllm.LLM` on the first rank, None on the others.
 
     Returns:
-        What was found, by flat names, the same on every rank but for `engine/repeat_nats`, which the first has.
+        Metrics by flat names, the same on every rank except `engine/repeat_nats`, which only the first rank has.
 
     Raises:
         CaptureError: capture does not work.

@@ -26,7 +26,7 @@ from trainer_hooks.step_log import StepLog
 
 
 class Task(Protocol):
-    """Prompts, and rewards for what is made of them."""
+    """A source of problems, and of rewards for their completions."""
 
     def problems(self, step: int, count: int) -> list[Any]:
         """`count` problems for `step`."""
@@ -42,10 +42,10 @@ class GRPOTrainer:
 
     Args:
         config: all settings.
-        task: where prompts and rewards come from.
-        policy: what is trained.
+        task: source of prompts and rewards.
+        policy: the policy to train.
         engine: a running `vllm.LLM` with the policy's weights, on the first rank; None on the others.
-        log: where steps are recorded, on the first rank; None on the others.
+        log: record of the steps, on the first rank; None on the others.
     """
 
     def __init__(self, config: R3Config, task: Task, policy: Policy, engine: Any, log: StepLog | None = None) -> None:
@@ -68,7 +68,7 @@ class GRPOTrainer:
         )
 
     def train(self, checked: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Run `trainer.max_steps` steps, and record each; what was `checked` before, with the first.
+        """Run `trainer.max_steps` steps, and record each. The metrics in `checked` are recorded with the first.
 
         Raises:
             AlarmError: an alarm stops the run; a `ParallelError` on the other ranks.
@@ -81,7 +81,7 @@ class GRPOTrainer:
                         self.log.add(step, {**(checked if step == 1 else {}), **metrics}, details)
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, Any] | None]:
-        """Rollouts, rewards, training, sync. Returns the step's metrics, and its details where they are due."""
+        """One step: rollouts, rewards, training, sync. Returns its metrics, and its details if they are due."""
         diagnostics = self.config.trainer.diagnostics
         clock = StageTimer()
         with clock.stage("rollout"), self.policy.barrier.guard():
@@ -162,7 +162,7 @@ class GRPOTrainer:
     def update(self, whole: StepBatch, gap: StepGap | None = None) -> dict[str, float]:
         """`updates_per_step` optimizer steps on the step's rollouts, token-weighted, with routing replayed.
 
-        `gap` takes what is computed before the first of them: later ones are of weights that did not sample.
+        `gap` collects the log-probabilities of the first step only: later ones are of weights that did not sample.
         """
         trainer, policy = self.config.trainer, self.policy
         low, high = trainer.algorithm.eps_clip_low, trainer.algorithm.eps_clip_high
@@ -206,5 +206,5 @@ class GRPOTrainer:
         }
 
     def push(self, version: int) -> SyncReceipt | None:
-        """A sync of the policy's weights into the engine; the receipt where the engine is."""
+        """Sync the policy's weights into the engine. Returns the receipt on the rank that has the engine."""
         return push_from_all_ranks(self.sync, self.policy.named_weights(), version, self.policy.barrier)
