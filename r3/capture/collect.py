@@ -57,8 +57,8 @@ def collect(
             request that failed. Names the samples. Also if no sample is right, or there are not as many weight versions
             or starts as responses.
     """
-    versions = _each("weight_version", weight_version, len(responses))
-    starts = _each("prompt_start", prompt_start, len(responses))
+    versions = _one_each("weight_version", weight_version, len(responses))
+    starts = _one_each("prompt_start", prompt_start, len(responses))
     items: list[Rollout] = []
     problems: dict[int, str] = {}
     cause: Exception | None = None
@@ -70,14 +70,16 @@ def collect(
             samples = _samples(response, routing=spec is not None)
         except Exception as error:
             cause, samples = cause or error, []
-            problems[place] = f"sample {place} (prompt {prompt}): {_told(error)}"
+            problems[place] = f"sample {place} (prompt {prompt}): {_message_of(error)}"
         for number, (within, read) in enumerate(samples):
             place = len(items) + len(problems)
             try:
                 items.append(_rollout(read(), prompt + within, spec, version, start or 0))
             except Exception as error:
                 cause = cause or error
-                problems[place] = f"sample {place} (prompt {prompt + within}, completion {number}): {_told(error)}"
+                problems[place] = (
+                    f"sample {place} (prompt {prompt + within}, completion {number}): {_message_of(error)}"
+                )
         prompt += within + 1
     if problems and (on_error == "raise" or not items):
         raise CaptureError(
@@ -88,7 +90,7 @@ def collect(
     return Rollouts(items, spec, problems)
 
 
-def _told(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     return str(error) if isinstance(error, R3Error) else f"cannot be read: {type(error).__name__}: {error}"
 
 
@@ -165,7 +167,9 @@ def _require_logprobs(logprobs: Sequence[float]) -> None:
             )
 
 
-def _each(name: str, values: int | np.integer | Sequence[int | None] | None, responses: int) -> Sequence[int | None]:
+def _one_each(
+    name: str, values: int | np.integer | Sequence[int | None] | None, responses: int
+) -> Sequence[int | None]:
     """One value for each response, from one value for all or a sequence; numpy integers are accepted."""
     if values is None or isinstance(values, int | np.integer):
         return [None if values is None else int(values)] * responses

@@ -107,7 +107,7 @@ def load_rollouts(path: str | os.PathLike[str]) -> Rollouts:
             contradicts itself: says what, of which rollout.
     """
     file = Path(path)
-    with _blamed(file):
+    with _naming_file(file):
         tensors, content = _read(file)
         spec = _spec(content.get("spec"))
         return Rollouts(
@@ -125,12 +125,12 @@ def saved_settings(path: str | os.PathLike[str]) -> SamplingSettings:
         CaptureError: as `load_rollouts`, of what is read.
     """
     file = Path(path)
-    with _blamed(file):
+    with _naming_file(file):
         return SamplingSettings.from_mapping(dict(_read(file, tensors=False)[1]["settings"]))
 
 
 @contextlib.contextmanager
-def _blamed(file: Path) -> Iterator[None]:
+def _naming_file(file: Path) -> Iterator[None]:
     """Context in which errors of hostile content name the file."""
     try:
         yield
@@ -141,7 +141,7 @@ def _blamed(file: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
+def _naming_rollout(where: str) -> Iterator[None]:
     """Context in which errors of inconsistent parts name the rollout."""
     try:
         yield
@@ -244,7 +244,7 @@ def _items(tensors: dict[str, Tensor], content: dict[str, Any], spec: RoutingSpe
             raise CaptureError(f"{where}: finish reason: expected -1 to {len(reasons) - 1}, got {reason}")
         if len(masks[i]) and int(masks[i].max()) > 1:
             raise CaptureError(f"{where}: response_mask: expected 0 and 1, got {int(masks[i].max())}")
-        with _told(where):
+        with _naming_rollout(where):
             item = Rollout(
                 prompt_ids=prompts[i].tolist(),
                 token_ids=responses[i].tolist(),

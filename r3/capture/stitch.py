@@ -117,7 +117,7 @@ def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap)
     sources = [_Source(turn, shared_length(ids_of(turn), ids)) for turn in before]
     kept = [_Source(turn, kept_length(turn, after)) for turn, after in pairwise(run)] + [_Source(run[-1], len(ids))]
     pieces = _pieces([*sources, *(kept if overlap == "later" else reversed(kept))], len(ids))
-    took_part = [*(piece.turn for piece in pieces if piece.turn is not None), *filter(_gave, run)]
+    took_part = [*(piece.turn for piece in pieces if piece.turn is not None), *filter(_took_part, run)]
     has_versions = any(turn.row_versions is not None for turn in (*took_part, *run))
 
     response_mask = torch.zeros(len(ids) - prompt, dtype=torch.bool)
@@ -150,7 +150,7 @@ def _pieces(sources: Sequence[_Source], length: int) -> list[_Piece]:
             else:
                 # No rows, yet versions: those of the tokens that were fed to the model, which the last was not. Nobody
                 # knows how far a turn came that sampled nothing, and nothing hangs on it.
-                fed = min(shared, len(turn) - 1) if _gave(turn) else 0
+                fed = min(shared, len(turn) - 1) if _took_part(turn) else 0
                 versioned = slice(fed) if turn.row_versions is None else (turn.row_versions[:fed] >= 0).nonzero()[:, 0]
                 owner[versioned] = i
     owners, counts = owner.unique_consecutive(return_counts=True)
@@ -186,7 +186,7 @@ def _joined_versions(pieces: Sequence[_Piece]) -> Tensor:
     return versions
 
 
-def _gave(turn: Rollout) -> bool:
+def _took_part(turn: Rollout) -> bool:
     """Whether a turn sampled a token or captured a row: an abort may end it before either."""
     return bool(turn.response_mask.any()) or (turn.routing is not None and turn.routing.rows_valid > 0)
 

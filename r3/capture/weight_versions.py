@@ -80,7 +80,8 @@ def resolve_mixed_versions(rollouts: Rollouts, policy: str) -> Rollouts:
     elif policy == "drop":
         places = (place for place in range(len(items) + len(failed)) if place not in rollouts.failed)
         failed |= {
-            place: f"sample {place} (prompt {rollout.prompt_index}): the weights changed meanwhile, {_told(rollout)}"
+            place: f"sample {place} (prompt {rollout.prompt_index}): the weights changed meanwhile, "
+            f"{_versions_text(rollout)}"
             for place, rollout, spans in zip(places, items, mixed, strict=True)
             if spans
         }
@@ -105,7 +106,7 @@ def _of_newest(rollout: Rollout) -> Rollout:
     return replace(rollout, routing=routing)
 
 
-def _told(rollout: Rollout) -> str:
+def _versions_text(rollout: Rollout) -> str:
     versions = ", ".join(map(str, rollout.weight_versions))
     return f"versions {versions}" if len(rollout.weight_versions) > 1 else f"version {versions} and unknown ones"
 

@@ -28,9 +28,9 @@ class Before:
     begin: Tensor
     end: Tensor
 
-    def part(self, which: slice) -> "Before":
+    def part(self, tokens: slice) -> "Before":
         """The same for a slice of the scored tokens."""
-        return Before(input_ids=self.input_ids, row=self.row[which], begin=self.begin[which], end=self.end[which])
+        return Before(input_ids=self.input_ids, row=self.row[tokens], begin=self.begin[tokens], end=self.end[tokens])
 
     def counts(self, vocabulary: int) -> tuple[Tensor, Tensor]:
         """Float `[n, V]`, twice: how often the request sampled each token, and how often it occurs before at all."""

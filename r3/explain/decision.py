@@ -144,7 +144,7 @@ class _Decision:
         settings, agreement = self.inputs.settings, self.inputs.routing.get(0)
         differing = agreement.metrics()["differing_rows"] if agreement is not None and agreement.rows else None
         if settings.other:
-            return words.told_adjustment(settings.other, least, differing)
+            return words.declared_adjustment(settings.other, least, differing)
         if differing is not None and differing <= SAME_ROUTERS:
             return words.unknown_adjustment(least, differing)
         # Settings that say that nothing was changed, or routers that chose otherwise, leave the weights alone.

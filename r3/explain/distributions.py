@@ -124,7 +124,7 @@ def score_and_admit(
 
 
 def _adjusted(
-    logits: Tensor, labels: Tensor, distributions: Sequence[Distribution], before: Before | None, which: slice
+    logits: Tensor, labels: Tensor, distributions: Sequence[Distribution], before: Before | None, tokens: slice
 ) -> tuple[Tensor, Tensor]:
     """As `_score`, with the logits of each adjustment."""
     logprobs = logits.new_empty(len(distributions), len(labels))
@@ -136,7 +136,7 @@ def _adjusted(
             logprobs[places], inside[places] = _score(logits, labels, chosen)
             continue
         assert before is not None
-        here, temperature = before.part(which), chosen[0].temperature
+        here, temperature = before.part(tokens), chosen[0].temperature
         if adjustment.of_seen and not any(d.truncated or d.temperature != temperature for d in chosen):
             if temperature not in compact:
                 compact[temperature] = here.compact(logits, labels, temperature)

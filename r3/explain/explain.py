@@ -103,8 +103,8 @@ def explain(
         masses |= {replace(view, weights=place): table for view, table in older.masses.items()}
         excluded |= {replace(view, weights=place): share for view, share in older.excluded.items()}
     # The other of the two precisions: what precision alone does.
-    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    bare = scores(model, distributions=grid, views=views[:2], dtype=other)
+    other_dtype = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    bare = scores(model, distributions=grid, views=views[:2], dtype=other_dtype)
     chosen = grid(own.vocabulary)
     evidence = Evidence(
         tokens=tokens,

@@ -104,18 +104,18 @@ def lagging(lag: int, remaining: float) -> Cause:
 def weights(least: float, correlation: float, earlier: int, lag: int, *, alone: bool, differing: float | None) -> Cause:
     """Args: `alone` whether a change of the distribution at sampling is excluded."""
     if lag:
-        which = f"their own versions say that they are {lag} behind the trainer's: a stale sync is likely. "
+        staleness = f"their own versions say that they are {lag} behind the trainer's: a stale sync is likely. "
     elif earlier:
-        which = f"none of the {earlier} earlier checkpoints fits better: not a stale sync from one of these. "
+        staleness = f"none of the {earlier} earlier checkpoints fits better: not a stale sync from one of these. "
     else:
-        which = "a stale sync and wrong weights cannot be told apart without an earlier checkpoint. "
+        staleness = "a stale sync and wrong weights cannot be told apart without an earlier checkpoint. "
     near = "near relatives, such as weights of another step" if correlation >= RELATED else "little in common"
     return Cause(
         name="weights",
-        text=f"the rollouts were sampled with other weights{'' if alone else UNTOLD}: every hypothesis leaves k3 "
-        f"{least:.2e} or more, and the probabilities correlate by {correlation:.3f} ({near})"
+        text=f"the rollouts were sampled with other weights{'' if alone else OR_CHANGED_SAMPLING}: every hypothesis "
+        f"leaves k3 {least:.2e} or more, and the probabilities correlate by {correlation:.3f} ({near})"
         f"{'' if differing is None else f'; {100 * differing:.0f}% of the live choices of experts differ'}. "
-        f"{which.strip()}",
+        f"{staleness.strip()}",
         remedy="give earlier checkpoints with --earlier; compare the digest and version that the engine's workers "
         "answer (`r3 doctor --url`) with the last sync's receipt; check that --model is the checkpoint that was served",
         figures={"k3": least, "correlation": correlation},
@@ -123,7 +123,9 @@ def weights(least: float, correlation: float, earlier: int, lag: int, *, alone: 
 
 
 CHANGES = "logit bias, allowed or bad words, structured output, a logits processor, several penalties at once"
-UNTOLD = f", or from a distribution that was changed at sampling ({CHANGES}), which cannot be told without routing"
+OR_CHANGED_SAMPLING = (
+    f", or from a distribution that was changed at sampling ({CHANGES}), which cannot be told without routing"
+)
 
 
 def adjusted(adjustment: Adjustment, declared: bool, without: float, with_it: float) -> Cause:
@@ -137,15 +139,15 @@ def adjusted(adjustment: Adjustment, declared: bool, without: float, with_it: fl
     )
 
 
-def told_adjustment(other: Sequence[str], least: float, differing: float | None) -> Cause:
+def declared_adjustment(changes: Sequence[str], least: float, differing: float | None) -> Cause:
     experts = "" if differing is None else f"; {100 * differing:.1f}% of the live choices of experts differ"
     return Cause(
         name="adjusted",
-        text=f"the file's settings say that sampling was also changed by {', '.join(other)}, which cannot be computed "
-        f"again here: k3 {least:.2e} or more remains{experts}. Whether the weights are the same cannot be told "
-        "beside it",
+        text=f"the file's settings say that sampling was also changed by {', '.join(changes)}, which cannot be "
+        f"computed again here: k3 {least:.2e} or more remains{experts}. Whether the weights are the same cannot "
+        "be told beside it",
         remedy=SAMPLE_PLAINLY,
-        figures={"k3": least, "adjustment": ", ".join(other)},
+        figures={"k3": least, "adjustment": ", ".join(changes)},
     )
 
 

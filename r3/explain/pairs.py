@@ -122,14 +122,14 @@ def _key(item: Rollout) -> tuple:
 def _logprobs(pairs: list[tuple[Rollout, Rollout]], notes: list[str]) -> dict[str, float]:
     if not pairs:
         return {}
-    one, other, mask = (
+    first, second, mask = (
         torch.cat(parts)
         for parts in zip(*((a.logprobs, b.logprobs, a.response_mask & b.response_mask) for a, b in pairs), strict=True)
     )
-    finite = one.isfinite() & other.isfinite()
+    finite = first.isfinite() & second.isfinite()
     if (mask & ~finite).any():
         notes.append(f"{int((mask & ~finite).sum())} tokens have a log-probability that is not finite: left out")
-    return LogprobSums.from_tensors(one, other, mask & finite).metrics()
+    return LogprobSums.from_tensors(first, second, mask & finite).metrics()
 
 
 def _routing(

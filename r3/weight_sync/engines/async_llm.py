@@ -124,7 +124,7 @@ class AsyncEngine(Engine):
             raise failed(self.name, operation, error, self._dead()) from error
 
     def _loop(self) -> asyncio.AbstractEventLoop:
-        loop = self._given_loop or self._found_loop()
+        loop = self._given_loop or self._find_loop()
         try:
             here = asyncio.get_running_loop()
         except RuntimeError:
@@ -141,7 +141,7 @@ class AsyncEngine(Engine):
             )
         return loop
 
-    def _found_loop(self) -> asyncio.AbstractEventLoop:
+    def _find_loop(self) -> asyncio.AbstractEventLoop:
         tasks = (self._engine.output_handler, self._engine.engine_core.resources.output_queue_task)
         for task in tasks:
             if task is not None:

@@ -98,11 +98,11 @@ class ServerEngine(Engine):
     def _shape(self, deadline: Deadline) -> tuple[int, int]:
         """(data-parallel ranks, workers of one), asked once."""
         if self._sizes is None:
-            every, one = (
+            all_workers, workers_of_one = (
                 self._ask(f"/get_world_size?include_dp={include}", deadline)["world_size"]
                 for include in ("true", "false")
             )
-            self._sizes = every // one, one
+            self._sizes = all_workers // workers_of_one, workers_of_one
         return self._sizes
 
     def _ask(

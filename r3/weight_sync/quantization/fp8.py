@@ -71,8 +71,8 @@ def _quantised(
     def make() -> list[Tensor]:
         tensors: list[Tensor] = []
         # In float32, and with what is in between, a matrix takes many times its room: not all experts at once.
-        for some in gathered(weight).reshape(-1, *shape).split(max(1, _AT_ONCE // shape.numel())):
-            numbers, scales = block_quantise(some, scheme.block, power_of_two=scheme.power_of_two)
+        for matrices in gathered(weight).reshape(-1, *shape).split(max(1, _AT_ONCE // shape.numel())):
+            numbers, scales = block_quantise(matrices, scheme.block, power_of_two=scheme.power_of_two)
             tensors += [tensor for pair in zip(numbers, scales, strict=True) for tensor in pair]
         return tensors
 

@@ -58,8 +58,8 @@ class SyncProgress:
 
     def digest_while(self, calls: list[ParallelCalls], resident: Iterator[tuple[str, Tensor]]) -> None:
         """Compute digests of `resident` tensors on the GPU while the host waits for `calls`."""
-        while not all(call.done() for call in calls) and (some := list(islice(resident, _AHEAD))):
-            self.add(some)
+        while not all(call.done() for call in calls) and (batch := list(islice(resident, _AHEAD))):
+            self.add(batch)
             time.sleep(0)  # the calls' threads have a turn
 
     def require_readable(self, tensors: Chunk) -> None:

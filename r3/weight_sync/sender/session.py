@@ -83,7 +83,8 @@ class WeightSync:
         if chunk_bytes <= 0 or timeout_s <= 0:
             raise SyncError(f"expected chunk_bytes and timeout_s above 0, got {chunk_bytes} and {timeout_s}")
         self.engines = tuple(
-            engine_of(one, on_running=on_running) for one in (engine if isinstance(engine, list | tuple) else [engine])
+            engine_of(replica, on_running=on_running)
+            for replica in (engine if isinstance(engine, list | tuple) else [engine])
         )
         """The adapters of the engines, in the order given."""
         if not self.engines:
@@ -287,7 +288,7 @@ class WeightSync:
 
     def _is_full(self, staged: list[StagedChunk]) -> bool:
         """Whether the staged chunks take as much memory as they may."""
-        return sum(one.takes_memory for one in staged) >= self._transport.max_staged_chunks
+        return sum(chunk.takes_memory for chunk in staged) >= self._transport.max_staged_chunks
 
     def _takes_memory(self, chunk: Chunk) -> bool:
         return self._base is not None or self._transport.takes_memory(chunk)
@@ -304,12 +305,12 @@ class WeightSync:
         with progress.clock.stage("transfer"):
             progress.loading = progress.chunks
             progress.chunks += len(staged)
-            loading = self._group.start("r3_load", sync_id, progress.loading, [one.announced for one in staged])
-            for index, one in enumerate(staged, progress.loading):
-                self._transfer(index, one.announced[0], loading)
+            loading = self._group.start("r3_load", sync_id, progress.loading, [chunk.announced for chunk in staged])
+            for index, chunk in enumerate(staged, progress.loading):
+                self._transfer(index, chunk.announced[0], loading)
         with progress.clock.stage("digest"):
             # Not before: the workers load meanwhile.
-            progress.add([item for one in staged for item in one.chunk])
+            progress.add([item for chunk in staged for item in chunk.chunk])
         return loading
 
     def _transfer(self, index: int, names: list[str], loading: ParallelCalls) -> None:

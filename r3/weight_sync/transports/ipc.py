@@ -63,7 +63,7 @@ class IpcTransport(Transport):
                     shared.append(self._shared(name, storage, lasts))
             tensors.append([name, str(tensor.dtype), list(tensor.shape), place, tensor.storage_offset()])
         self._published[index] = shared
-        return {"storages": [one.handle for one in shared], "tensors": tensors}
+        return {"storages": [item.handle for item in shared], "tensors": tensors}
 
     def takes_memory(self, chunk: Chunk) -> bool:
         return not all(
@@ -146,9 +146,9 @@ class IpcReceiver(Receiver):
         gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
         self._gpus = {str(gpu_uuid(gpu)): gpu.index for gpu in gpus}
         # By number, or, one of each allocation, by that: torch keeps it mapped for as long as a storage in it lives.
-        self._open: dict[int | str, _Opened] = {}
+        self._open: dict[int | str, _MappedStorage] = {}
         self._used: set[int | str] = set()
-        self._chunks: deque[list[_Opened]] = deque()
+        self._chunks: deque[list[_MappedStorage]] = deque()
         self._released = 0
         self._idle: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -184,7 +184,7 @@ class IpcReceiver(Receiver):
         self._chunks.clear()
         self._open.clear()
 
-    def _opened(self, name: str, handle: Descriptor) -> "_Opened":
+    def _opened(self, name: str, handle: Descriptor) -> "_MappedStorage":
         memory, size, offset, counter, counter_offset, event, event_sync = handle["storage"]
         key = memory if handle["number"] is None else handle["number"]
         self._used.add(key)
@@ -206,19 +206,19 @@ class IpcReceiver(Receiver):
             bytes.fromhex(event),
             event_sync,
         )
-        opened = _Opened(storage)
+        opened = _MappedStorage(storage)
         self._open.setdefault(key, opened)
         if storage.device not in self._idle:
             self._idle[storage.device] = torch.cuda.Stream(storage.device)
         return opened
 
-    def _tensor(self, opened: "_Opened | None", dtype: str, shape: list[int], offset: int) -> torch.Tensor:
+    def _tensor(self, opened: "_MappedStorage | None", dtype: str, shape: list[int], offset: int) -> torch.Tensor:
         if opened is None:
             return torch.empty(shape, dtype=dtype_of(dtype), device=self.device)
         return opened.tensor(dtype, shape, offset).to(self.device, non_blocking=True)
 
 
-class _Opened:
+class _MappedStorage:
     """Mapped memory of another process. Its tensors are kept from sync to sync, since making one takes 9 us."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:

@@ -21,7 +21,7 @@ _AROUND = (*_TRANSPARENT, "module", "base_model", "model")
 
 
 @dataclass(frozen=True)
-class _Found:
+class _NamedWeight:
     """A weight in the module tree; `key` is the same for weights that are one tensor."""
 
     name: str
@@ -89,7 +89,7 @@ def live_weights(inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str,
             "weights that are one in the engine (tie_word_embeddings) are two in this model, perhaps because an "
             f"adapter or a wrapper parted them:{summary(parted)}\nKeep them tied, or train and serve them untied"
         )
-    kept: dict[Hashable, _Found] = {}
+    kept: dict[Hashable, _NamedWeight] = {}
     for weight in weights:
         before = kept.setdefault(weight.key, weight)
         if before is not weight and before.name in tied and weight.name not in tied:
@@ -102,7 +102,7 @@ def live_weights(inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str,
     return {weight.name: weight.source for weight in weights if kept[weight.key] is weight}
 
 
-def _walk(module: nn.Module, name: str, shard: Any, keep: re.Pattern) -> Iterator[_Found]:
+def _walk(module: nn.Module, name: str, shard: Any, keep: re.Pattern) -> Iterator[_NamedWeight]:
     """The weights under `module`, which is called `name`; `shard` is the innermost FSDP module around it."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -120,18 +120,20 @@ def _walk(module: nn.Module, name: str, shard: Any, keep: re.Pattern) -> Iterato
         for own, tensor in module._parameters.items():
             if tensor is not None:
                 source = _source(prefix + own, tensor, _reader(module, own, shard), bool(keep.search(prefix + own)))
-                yield _Found(prefix + own, id(tensor), source)
+                yield _NamedWeight(prefix + own, id(tensor), source)
         for own, tensor in module._buffers.items():
             if tensor is not None and own not in module._non_persistent_buffers_set:
                 # Buffers that a checkpoint holds (the correction biases of routers) are never cast by FSDP's mixed
                 # precision: the trainer computes with what is here, and vLLM declares them float32.
-                yield _Found(prefix + own, id(tensor), _source(prefix + own, tensor, _reader(module, own, shard), True))
+                yield _NamedWeight(
+                    prefix + own, id(tensor), _source(prefix + own, tensor, _reader(module, own, shard), True)
+                )
         for own, child in module._modules.items():
             if child is not None:
                 yield from _walk(child, prefix + own, shard, keep)
 
 
-def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_Found]:
+def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_NamedWeight]:
     """The weights of a layer with its active adapters merged."""
     bare = sorted(_walk(tuned_module(module), name, shard, keep), key=lambda weight: weight.name)
     own = [weight.name.removeprefix(f"{name}.") for weight in bare]
@@ -146,7 +148,7 @@ def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_F
         take = lambda index=index: together.take(index)
         source = weight.source
         # Two layers that share a weight part when one of them is merged.
-        yield _Found(
+        yield _NamedWeight(
             weight.name,
             (id(module), index),
             LazyWeight(

@@ -24,10 +24,10 @@ def live_choice(module: nn.Module) -> nn.Module | None:
     Raises:
         SyncError: a wrapper that trains part of a module.
     """
-    other = _peft("peft.utils.other")
-    if other is None or not isinstance(module, other.AuxiliaryTrainingWrapper):
+    wrappers = _peft("peft.utils.other")
+    if wrappers is None or not isinstance(module, wrappers.AuxiliaryTrainingWrapper):
         return None
-    if not isinstance(module, other.ModulesToSaveWrapper):
+    if not isinstance(module, wrappers.ModulesToSaveWrapper):
         raise SyncError(
             f"PEFT's {type(module).__name__} cannot be merged on the fly: use modules_to_save, or LoRA of the layer"
         )

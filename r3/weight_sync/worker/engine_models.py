@@ -67,8 +67,8 @@ class EngineModels:
 
     def bracket(self, *, constants: Collection[str] = (), **options: Any) -> "EngineReload":
         """For the next sync. `constants`: see `DerivedTensors`."""
-        for one in self.synced:
-            one.derived.known_constants = constants
+        for synced in self.synced:
+            synced.derived.known_constants = constants
         return EngineReload(self.synced, **options)
 
 
@@ -78,14 +78,15 @@ class EngineReload:
     def __init__(self, models: list[SyncedModel], **options: Any) -> None:
         self._models = models
         self._brackets = [
-            LayerwiseReload(one.model, one.vllm_config, one.plan, derived=one.derived, **options) for one in models
+            LayerwiseReload(synced.model, synced.vllm_config, synced.plan, derived=synced.derived, **options)
+            for synced in models
         ]
 
     @property
     def layers(self) -> dict[str, nn.Module]:
         return {
-            f"{one.name}: {name}" if one.name else name: layer
-            for one, bracket in zip(self._models, self._brackets, strict=True)
+            f"{synced.name}: {name}" if synced.name else name: layer
+            for synced, bracket in zip(self._models, self._brackets, strict=True)
             for name, layer in bracket.layers.items()
         }
 
@@ -123,8 +124,8 @@ class EngineReload:
 
     def commit(self) -> None:
         """Keep the load plans that the brackets have learned, for the next sync."""
-        for one, bracket in zip(self._models, self._brackets, strict=True):
-            one.plan = bracket.learned
+        for synced, bracket in zip(self._models, self._brackets, strict=True):
+            synced.plan = bracket.learned
 
     def abandon(self) -> None:
         for bracket in self._brackets:
@@ -132,8 +133,8 @@ class EngineReload:
 
     def _named(self, ask: Callable[[LayerwiseReload], list[str]]) -> list[str]:
         return [
-            f"{one.name}: {text}" if one.name else text
-            for one, bracket in zip(self._models, self._brackets, strict=True)
+            f"{synced.name}: {text}" if synced.name else text
+            for synced, bracket in zip(self._models, self._brackets, strict=True)
             for text in ask(bracket)
         ]
 

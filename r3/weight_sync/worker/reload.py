@@ -172,12 +172,12 @@ class LayerwiseReload:
         at: list[str] = []
         try:
             with self._context(), self._learner.watching(kept) if self._learner else nullcontext():
-                self._model.load_weights(_noted(kept, at))
+                self._model.load_weights(_tracking_name(kept, at))
         except Exception as error:
-            which = at[-1] if at else kept[0][0]
-            shape = next(tuple(tensor.shape) for name, tensor in kept if name == which)
+            failed = at[-1] if at else kept[0][0]
+            shape = next(tuple(tensor.shape) for name, tensor in kept if name == failed)
             why = f"{type(error).__name__}: {str(error)[:400]}"
-            raise SyncError(f"{which} {shape}: vLLM did not load it: {why}") from error
+            raise SyncError(f"{failed} {shape}: vLLM did not load it: {why}") from error
 
     def missing(self) -> list[str]:
         """Layers that lack weights, each with the number of elements received and needed."""
@@ -367,7 +367,7 @@ def _parts(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Te
         yield part
 
 
-def _noted(weights: Iterable[tuple[str, Tensor]], at: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _tracking_name(weights: Iterable[tuple[str, Tensor]], at: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Iterate over `weights`, with the name of the current one in `at`."""
     for name, tensor in weights:
         at[:] = [name]
