@@ -56,6 +56,13 @@ def collect(
             out of range or repeated in a row, no token ids or log-probabilities, other weights than were given, or a
             request that failed. Names the samples. Also if no sample is right, or there are not as many weight versions
             or starts as responses.
+
+    Example:
+        >>> logprobs = {"content": [{"token": "token_id:3", "logprob": -0.5}]}
+        >>> choice = {"index": 0, "token_ids": [3], "logprobs": logprobs, "finish_reason": "stop"}
+        >>> response = {"prompt_token_ids": [1, 2], "choices": [choice]}  # of /inference/v1/generate
+        >>> collect([response], spec=None).items[0].logprobs
+        tensor([-0.5000])
     """
     versions = _one_each("weight_version", weight_version, len(responses))
     starts = _one_each("prompt_start", prompt_start, len(responses))

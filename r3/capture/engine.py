@@ -65,7 +65,15 @@ def _capture_kwargs(engine: InferenceEngineConfig) -> dict[str, Any]:
 
 
 def sampling_kwargs(config: R3Config) -> dict[str, Any]:
-    """Keyword arguments for `vllm.SamplingParams`: the whole distribution at the set temperature, with its logprobs."""
+    """Keyword arguments for `vllm.SamplingParams`: the whole distribution at the set temperature, with its logprobs.
+
+    Never raises: `R3Config` has checked the settings.
+
+    Example:
+        >>> config = R3Config.from_overrides(["generator.sampling_params.temperature=0.7"])
+        >>> sampling_kwargs(config)["temperature"], sampling_kwargs(config)["logprobs"]
+        (0.7, 0)
+    """
     sampling = config.generator.sampling_params
     return {
         "n": config.generator.n_samples_per_prompt,

@@ -66,6 +66,13 @@ def save_rollouts(
     Raises:
         CaptureError: settings of other names or types, rollouts that contradict themselves, or a file that cannot be
             written (nothing is left of it).
+
+    Example:
+        >>> sampled = {"response_mask": torch.tensor([True]), "logprobs": torch.tensor([-0.5])}
+        >>> rollout = Rollout(prompt_ids=[1, 2], token_ids=[3], routing=None, finish_reason="stop", **sampled)
+        >>> path = save_rollouts(Rollouts([rollout], None), "rollouts.safetensors")
+        >>> load_rollouts(path).items[0].token_ids
+        [3]
     """
     from safetensors.torch import save_file
 

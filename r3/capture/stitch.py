@@ -42,6 +42,13 @@ def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "earlier", trim: int 
         CaptureError: a prompt that does not begin with the turn before it, and where they diverge (`stitch_runs` joins
             the turns that continue each other); turns with and without routing, or of different layers, slots or
             experts.
+
+    Example:
+        >>> sampled = {"response_mask": torch.tensor([True]), "logprobs": torch.tensor([-0.5])}
+        >>> first = Rollout(prompt_ids=[1, 2], token_ids=[3], routing=None, finish_reason="stop", **sampled)
+        >>> second = Rollout(prompt_ids=[1, 2, 3, 4], token_ids=[5], routing=None, finish_reason="stop", **sampled)
+        >>> stitch([first, second]).response_mask  # 3 and 5 were sampled, 4 came between the turns
+        tensor([ True, False,  True])
     """
     _require_options(overlap, trim)
     require_joinable(turns)
@@ -81,6 +88,10 @@ def next_prompt_start(turns: Rollout | Sequence[Rollout], prompt_ids: Sequence[i
 
     Raises:
         CaptureError: turns without routing.
+
+    Example:
+        >>> next_prompt_start([])
+        0
     """
     turns = [turns] if isinstance(turns, Rollout) else turns
     if not turns:

@@ -70,6 +70,13 @@ def resolve_mixed_versions(rollouts: Rollouts, policy: str) -> Rollouts:
 
     Raises:
         CaptureError: an unknown policy; or every rollout was dropped.
+
+    Example:
+        >>> sampled = {"response_mask": torch.tensor([True, True]), "logprobs": torch.tensor([-0.5, -0.1])}
+        >>> rollout = Rollout(prompt_ids=[1], token_ids=[2, 3], routing=None, finish_reason="stop", **sampled)
+        >>> mixed = stamp_versions(rollout, [(0, 5), (1, 6)])  # the weights changed after the first sampled token
+        >>> resolve_mixed_versions(Rollouts([mixed], None), "keep").mixed_versions
+        1
     """
     if policy not in MIXED_VERSIONS:
         raise CaptureError(f"policy: expected one of {', '.join(MIXED_VERSIONS)}, got {policy!r}")

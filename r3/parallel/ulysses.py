@@ -283,6 +283,15 @@ def ulysses(model: nn.Module, group: dist.ProcessGroup | None = None, *, barrier
     Raises:
         ParallelError: the model mixes positions outside its attention interface, its heads cannot be split, or its
             attention cannot mask packed rows.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("examples/chain_sum_moe")
+        >>> handle = ulysses(model)
+        >>> packed = {"input_ids": torch.tensor([[5, 6, 7, 5, 6]]), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+        >>> model(**packed).logits.shape[:2]
+        torch.Size([1, 5])
+        >>> handle.detach()
     """
     return Ulysses(model, group, barrier)
 

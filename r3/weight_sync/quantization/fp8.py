@@ -40,6 +40,12 @@ def quantised(
     Raises:
         SyncError: another quantisation; a weight that the checkpoint holds in FP8 is missing; experts that checkpoints
             of this family hold in one tensor (gpt-oss, Llama 4, Qwen3-VL).
+
+    Example:
+        >>> named = [("model.layers.0.mlp.down_proj.weight", torch.ones(4, 8))]
+        >>> scheme = {"quant_method": "fp8", "weight_block_size": [2, 4]}
+        >>> [tuple(weight.shape) for _, weight in quantised(named, scheme)]  # the matrix, and a scale for each block
+        [(4, 8), (2, 2)]
     """
     scheme = fp8_scheme(config, checkpoint)
     weights = [(name, as_source(name, weight)) for name, weight in named]

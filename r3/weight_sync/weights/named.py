@@ -56,6 +56,12 @@ def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tupl
     Raises:
         SyncError: no transformers model; weights that cannot be read where they are (FSDP1, ZeRO-3); weights that the
             engine holds as one are two; adapters that cannot be merged.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> weights = dict(named_weights(AutoModelForCausalLM.from_pretrained("examples/chain_sum_moe")))
+        >>> weights["model.norm.weight"].dtype
+        torch.bfloat16
     """
     inner, shard = hugging_face_model(model)
     skeleton = _skeleton(inner)
