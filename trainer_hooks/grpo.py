@@ -85,7 +85,7 @@ class GRPOTrainer:
         diagnostics = self.config.trainer.diagnostics
         clock = StageTimer()
         with clock.stage("rollout"), self.policy.barrier.guard():
-            # The first rank has the engine, and the others wait for what it makes.
+            # The first rank has the engine; the others wait for its rollouts.
             batch, metrics = self.experience(step) if self.engine is not None else (None, {})
         with clock.stage("rollout"):
             batch = broadcast(batch)
@@ -96,7 +96,7 @@ class GRPOTrainer:
             metrics |= measured.metrics
             details = measured.details
         elif diagnostics.every:
-            # Of the side that is trained on, what the training forwards give anyway.
+            # The gap of the trained side, which the training forwards give for free.
             gap = StepGap(samples=len(batch.advantages), extreme_ratio=diagnostics.extreme_ratio)
         with clock.stage("train"):
             metrics |= self.update(batch, gap)
@@ -172,17 +172,17 @@ class GRPOTrainer:
         layers = len(policy.replay.spec.layer_ids) if policy.replay else 0
         norms = []
         for mini in whole.split(-(-len(whole.advantages) // trainer.updates_per_step)):
-            # Of all ranks, over which gradients are averaged.
+            # The tokens of all ranks, divided by the ranks over which gradients are averaged.
             tokens = int(mini.batch.response_mask.sum()) / dist.get_world_size()
             for rows in policy.rows(mini, trainer.micro_train_batch_size):
-                found = policy.logprobs(rows, replayed=replayed)
+                logprobs = policy.logprobs(rows, replayed=replayed)
                 if gap is not None and not norms:
-                    gap.add(rows, {"replayed" if replayed else "live": found.detach()})
-                loss, clipped = clipped_loss(found, rows.logprobs, rows.advantages, low=low, high=high)
+                    gap.add(rows, {"replayed" if replayed else "live": logprobs.detach()})
+                loss, clipped = clipped_loss(logprobs, rows.logprobs, rows.advantages, low=low, high=high)
                 (loss / tokens).backward()
                 totals["loss"] += float(loss.detach())
                 totals["clipped"] += float(clipped)
-                # Live ones of tokens, not of padding: `policy.replay.last` counts every row of the padded batch.
+                # Live rows of tokens only: `policy.replay.last` counts the rows of padding too.
                 last, real = policy.replay.last if policy.replay else None, int(rows.tokens.sum())
                 totals["rows_replayed"] += last.rows_replayed if last else 0
                 totals["rows_live"] += real - (last.rows_replayed if last else 0)

@@ -20,7 +20,7 @@ from r3.capture.weight_versions import stamp_versions
 from r3.errors import CaptureError, R3Error, summary
 from r3.routing import RoutingSpec
 
-# Above rounding: a log-probability of a token that is certain may be a little more than 0.
+# Tolerance for rounding: the log-probability of a certain token may be slightly above 0.
 LARGEST_LOGPROB = 1e-3
 
 
@@ -70,7 +70,7 @@ def collect(
     problems: dict[int, str] = {}
     cause: Exception | None = None
     prompt = 0
-    # Whatever is wrong with one sample, also what nobody thought of, is its own: the others are not lost with it.
+    # Any fault of one sample, even an unforeseen one, concerns that sample alone: the others are kept.
     for response, version, start in zip(responses, versions, starts, strict=True):
         place, within = len(items) + len(problems), 0
         try:

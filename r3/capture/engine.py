@@ -31,7 +31,7 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
         "tensor_parallel_size": engine.tensor_parallel_size,
         "pipeline_parallel_size": engine.pipeline_parallel_size,
         "enforce_eager": engine.enforce_eager,
-        # Those of the distribution that was sampled from, temperature included; not the raw logits'.
+        # Log-probabilities of the sampling distribution, temperature included, and not of the raw logits.
         "logprobs_mode": "processed_logprobs",
         # Logits in float32, as the trainer computes them: rounded to bfloat16, they alone are most of the gap.
         "hf_overrides": {"head_dtype": "float32"},

@@ -14,9 +14,9 @@ from r3.config import MOST_REPEAT_NATS
 from r3.errors import CaptureError
 from r3.routing import RoutingSpec
 
-# In every vocabulary, and fewer than a block of the prefix cache: each handshake is computed anew.
+# Ids of every vocabulary, and fewer than a block of the prefix cache: no handshake hits the cache.
 PROMPT_IDS = (3, 5, 7, 11, 13, 17, 19)
-# Of a token that alone is allowed, whatever is rounded.
+# Tolerance for the log-probability of a token that alone is allowed.
 CERTAIN_NATS = 1e-3
 
 

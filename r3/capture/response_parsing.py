@@ -17,7 +17,7 @@ from r3.capture.rows import decode_npy, row_array
 from r3.capture.sample import Sample, parse_version_spans, token_list
 from r3.errors import CaptureError
 
-# More than any model returns for a token: 512 layers of 32 slots of 4 bytes. And the array's header.
+# Upper bound for one token: 512 layers of 32 slots of 4 bytes, and the array's header.
 MAX_ROW_BYTES, HEADER_BYTES = 1 << 16, 1 << 12
 # What vLLM sends for minus infinity, and for a token whose log-probability it does not know.
 UNKNOWN_LOGPROB = -9999.0
@@ -53,11 +53,11 @@ def http_samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
     for index, parts in sorted(choices.items()):
         own = _prompt(parts)
         own = prompt if own is None else own
-        # Arrays do not compare to one truth.
+        # Comparing arrays gives an array, not a bool.
         equal = own is before or (isinstance(own, list) and isinstance(before, list) and own == before)
         place += not equal
         before = own
-        # Which of several with one index is which nobody knows, but how many samples they are.
+        # Several choices with one index cannot be told apart, but each counts as a sample.
         samples += [(place, partial(_sample, index, parts, own, routing, streamed))] * (1 if streamed else len(parts))
     return samples
 

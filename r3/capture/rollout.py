@@ -103,7 +103,7 @@ class Rollout:
         if rows is not None:
             versions_before, rows = set(rows.tolist()), rows[:length].clone()
             rows[-1] = -1
-            # Without a prompt, nobody knows of the first token.
+            # Without a prompt, the version of the first token is unknown.
             versions = (
                 tuple(version for version in versions if version not in versions_before - set(rows.tolist()))
                 or versions

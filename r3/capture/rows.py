@@ -70,7 +70,7 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
         if version not in _HEADERS:
             raise ValueError(f"version {version}")
         shape, fortran, dtype = _HEADERS[version](file)
-    # A header is a Python literal: what a hostile one raises, numpy does not promise.
+    # A header is a Python literal. numpy does not document what a hostile one raises.
     except Exception as error:
         raise CaptureError(f"routing: expected a .npy file, got {data[:16]!r}...: {error}") from error
     if fortran:
@@ -151,7 +151,7 @@ def checked_rows(
     right = _take_layers(captured, routed_experts, spec) and well_formed(
         captured.reshape(-1, spec.top_k), spec.num_experts, many=captured.size >= MANY_IDS
     )
-    # A layer of zeros repeats id 0, unless there is one slot: then it cannot be told from one that was captured.
+    # A layer of zeros repeats id 0, except with one slot: then it looks like a captured layer.
     blank = (0, -1) if spec.top_k > 1 else (-1,)
     never = [] if right or not rows else [i for i in spec.layer_ids if _all_are(routed_experts[:, i], blank)]
     if never:
@@ -168,7 +168,7 @@ def checked_rows(
     if right:
         counts = Counts(rows, rows * len(spec.layer_ids))
         return trusted(expert_ids, valid, spec.layer_ids, spec.num_experts, weight_version, counts)
-    # int64 holds what came, whatever its dtype; torch cannot sort all of them.
+    # int64 holds the values of every dtype; torch cannot sort all dtypes.
     wide = torch.zeros(expert_ids.shape, dtype=torch.int64)
     wide[0, start : start + rows] = torch.from_numpy(routed_experts[:, list(spec.layer_ids)].astype(np.int64))
     signed = routed_experts.dtype.kind == "i"  # the largest id of uint64 is -1 here

@@ -212,7 +212,7 @@ def _read(file: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[
                     f"expected the tensors {', '.join(sorted(_DTYPES))}; missing or unknown: "
                     f"{', '.join(sorted(names ^ _DTYPES.keys()))[:400]}"
                 )
-            # Copies: what is mapped would end the process if another one cut the file.
+            # Copies, since reading a mapped file that another process truncates would kill this one.
             loaded = {name: opened.get_tensor(name).clone() for name in names} if tensors else {}
     except SafetensorError as error:
         raise CaptureError(f"truncated, or no safetensors file: {error}") from error
@@ -282,7 +282,7 @@ def _routing(wire: Tensor, tokens: int, spec: RoutingSpec | None, stored: int) -
         return None
     if spec is None:
         raise CaptureError("routing without a spec")
-    # What compressed ids or a run of validity may claim is bounded by what the rollout needs.
+    # The claimed size of compressed ids or validity runs is bounded by what the rollout needs.
     limit = (tokens + 1) * (len(spec.layer_ids) * (spec.top_k * 4 + 1) + 1)
     try:
         return RolloutRouting.from_bytes(wire.clone().numpy().tobytes(), max_bytes=limit)

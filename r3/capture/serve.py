@@ -16,7 +16,7 @@ from r3.vllm_compat.capture import StreamsKeepRouting, server_settings
 Route = Literal["completions", "chat", "generate"]
 ROUTES: tuple[Route, ...] = ("completions", "chat", "generate")
 
-# What the OpenAI client names itself; anything else that vLLM understands travels in `extra_body`.
+# Fields that the OpenAI client has; others that vLLM understands go into `extra_body`.
 OPENAI_NAMES = frozenset({"n", "temperature", "top_p", "max_tokens", "seed", "stop", "logprobs", "top_logprobs"})
 
 

@@ -159,8 +159,8 @@ def _pieces(sources: Sequence[_Source], length: int) -> list[_Piece]:
             if turn.routing is not None:
                 owner[:shared].masked_fill_(getattr(turn.routing, has)[0, :shared].cpu(), i)
             else:
-                # No rows, yet versions: those of the tokens that were fed to the model, which the last was not. Nobody
-                # knows how far a turn came that sampled nothing, and nothing hangs on it.
+                # No rows, but versions: of the tokens that were fed to the model, all but the last. How far a turn came
+                # that sampled nothing is unknown, and does not matter.
                 fed = min(shared, len(turn) - 1) if _took_part(turn) else 0
                 versioned = slice(fed) if turn.row_versions is None else (turn.row_versions[:fed] >= 0).nonzero()[:, 0]
                 owner[versioned] = i

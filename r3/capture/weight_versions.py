@@ -40,7 +40,7 @@ def stamp_versions(rollout: Rollout, boundaries: Sequence[tuple[int, int]]) -> R
         raise CaptureError(
             "expected one turn, all of whose generated tokens were sampled; stamp turns before stitching"
         )
-    # A prefill that was aborted before its first token was still one of the first version.
+    # A prefill that was aborted before its first token still ran under the first version.
     counts = [min(count, generated) for count, _ in boundaries] + [max(generated, 1)]
     row_versions = torch.full((prompt + generated,), -1, dtype=torch.int32)
     took_part = []

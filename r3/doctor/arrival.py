@@ -24,7 +24,7 @@ from r3.weight_sync import WeightSync, named_weights
 CHANGE = 0.5
 """How much a weight is changed, as a share of its own spread."""
 _CLEAR = 4.0  # the better of two explanations is this much closer
-# The scales of what is measured: below them it is arithmetic.
+# Scales of the measures: smaller differences are rounding.
 _MEASURES = {"logprob_diff/replayed/k3": 1e-4, "logprob_diff/live/k3": 1e-4, "routing/differing_rows": 1e-2}
 
 
@@ -156,7 +156,7 @@ def _changed(weights: list[Tensor], change: float) -> Iterator[None]:
     with torch.no_grad():
         for tensor in weights:
             spread = tensor.float().std() if tensor.numel() > 1 else torch.zeros(())
-            # What is constant (norms, biases at their start) has no spread of its own.
+            # Constant weights (norms, biases at initialisation) have no spread of their own.
             size = torch.maximum(spread, 0.5 * tensor.float().abs().mean()).clamp_min(1e-2).to(tensor.device)
             noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
             tensor.add_((change * size * noise).to(tensor.dtype))

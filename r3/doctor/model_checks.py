@@ -55,7 +55,7 @@ def tokenizer(path: Path) -> Check:
     from transformers import AutoConfig, AutoTokenizer
 
     if not any(list(path.glob(pattern)) for pattern in TOKENIZER_FILES):
-        # The library makes an empty tokenizer then.
+        # Without these files the library makes an empty tokenizer.
         return Check(
             name="tokenizer",
             status="problem",

@@ -87,7 +87,7 @@ def _not_finite(sample: list[tuple[Path, str]]) -> tuple[list[str], int]:
         with safe_open(file, framework="pt") as opened:
             part = opened.get_slice(name)
             shape = part.get_shape()
-            # The head of a large tensor: it is mapped, and only what is looked at is read.
+            # The first rows of a large tensor: the file is mapped, so that only these are read.
             tensor = part[: max(1, (1 << 20) // max(1, _product(shape[1:])))] if shape else opened.get_tensor(name)
         looked, size = looked + 1, size + tensor.nbytes
         if tensor.is_floating_point() and not tensor.float().isfinite().all():

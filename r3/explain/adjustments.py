@@ -49,7 +49,7 @@ class Before:
         """
         sampled, seen = self.counts(logits.shape[1])
         own, ids = labels[:, None], self.input_ids[self.row]
-        # In a stable order, the first of equal ones is the first that stands there.
+        # With a stable sort, the first of equal ids is its first occurrence.
         ordered, order = self.input_ids.sort(dim=1, stable=True)
         again = torch.zeros_like(ordered, dtype=torch.bool)
         again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]

@@ -97,7 +97,7 @@ class _Decision:
             choices, key=lambda d: (d != distribution, abs(math.log(d.temperature / distribution.temperature)))
         )
         place = self.evidence.distributions.index(nearest)
-        # Of live and replayed the smaller: flips are in the one, and rows that are wrong would be in the other.
+        # The smaller of live and replayed: live includes routing flips, and replayed would include wrong rows.
         return min(float(k3(d[place].double())) for d in self.inputs.precision.values())
 
     def _as_trainer(self, view: ShiftedView) -> Hypothesis:
@@ -127,7 +127,7 @@ class _Decision:
             self._rows(kept, factor)
         self._versions(kept)
         remaining = kept.k3
-        # A checkpoint that was tried has its own remainder; versions that lag stand for one that was not.
+        # A checkpoint that was tried has its own remainder. Lagging versions stand for one that was not given.
         lagging = any(cause.name == "stale_sync" and "checkpoint" not in cause.figures for cause in self.causes)
         if remaining <= self.precise:
             self.causes.append(words.precision(remaining, self.floor, self.replayed))
@@ -147,7 +147,7 @@ class _Decision:
             return words.declared_adjustment(settings.other, least, differing)
         if differing is not None and differing <= SAME_ROUTERS:
             return words.unknown_adjustment(least, differing)
-        # Settings that say that nothing was changed, or routers that chose otherwise, leave the weights alone.
+        # Known settings without changes, or routers that chose differently, leave the weights as the only cause.
         alone = differing is not None or settings.other is not None
         return words.weights(
             least, self._correlation(), len(self.inputs.names) - 1, self._lag(), alone=alone, differing=differing
@@ -172,7 +172,7 @@ class _Decision:
                 declared = kept.distribution.adjustment == self.evidence.expected.adjustment
                 cause = words.adjusted(kept.distribution.adjustment, declared, gap, kept.k3)
             else:
-                continue  # a temperature, and rows, which are looked at in another way
+                continue  # a temperature and rows have rules of their own
             named.append((gap, cause))
         temperature = self._temperature(kept, without.get(TEMPERATURE))
         if temperature is not None:

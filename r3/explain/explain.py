@@ -102,7 +102,7 @@ def explain(
         tables |= {replace(view, weights=place): table for view, table in older.table.items()}
         masses |= {replace(view, weights=place): table for view, table in older.masses.items()}
         excluded |= {replace(view, weights=place): share for view, share in older.excluded.items()}
-    # The other of the two precisions: what precision alone does.
+    # The other precision, to measure the effect of precision alone.
     other_dtype = torch.bfloat16 if dtype == torch.float32 else torch.float32
     bare = scores(model, distributions=grid, views=views[:2], dtype=other_dtype)
     chosen = grid(own.vocabulary)

@@ -177,7 +177,7 @@ class _Inputs:
 
     input_ids: Tensor
     attention_mask: Tensor
-    places: Tensor  # of `input_ids` flattened: what predicts each sampled token
+    places: Tensor  # in flattened `input_ids`: the position that predicts each sampled token
     labels: Tensor
     before: Before
     rows: RolloutRouting | None

@@ -80,12 +80,12 @@ def attend(
     heads, kv_heads = query.shape[1], key.shape[1]
     require_splittable(heads, kv_heads, size, module)
     _require_known(kwargs, module)
-    # Of one rank's slice, and not needed: the mask or the bounds of the sequences say it all.
+    # These are of one rank's slice, and not needed: the mask or the bounds of the sequences replace them.
     kwargs = {name: argument for name, argument in kwargs.items() if name not in _BY_POSITION}
     changes: dict[str, Any] = {}
     if group is not None and size > 1:
         if kv_heads % size:
-            # Fewer key-value heads than ranks: as many copies of each as make the number divide.
+            # Fewer key-value heads than ranks: copy each until their number is divisible by the ranks.
             copies = math.lcm(kv_heads, size) // kv_heads
             key, value = (t.repeat_interleave(copies, dim=1) for t in (key, value))
         query, key, value = heads_for_sequence((query, key, value), group)

@@ -26,7 +26,7 @@ class RankBarrier:
         self._group = group
         self._timeout_s = timeout_s
         self._size = dist.get_world_size(group)
-        # On the CPU where the group can: the exchange then does not wait for what the device has queued.
+        # On the CPU if the group supports it: the exchange then does not wait for queued device work.
         on_cpu = "cpu" in dist.get_backend_config(group)
         self._device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 

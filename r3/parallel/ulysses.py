@@ -66,7 +66,8 @@ class Ulysses:
                 f"attention {self._implementation!r} has no mask function in transformers: packed sequences cannot be "
                 f"told apart. Expected one of {sorted(ALL_MASK_ATTENTION_FUNCTIONS)}"
             )
-        # What the model's own function sees: flash attention, for one, looks up its kernel by this name.
+        # The config that the model's own attention function gets: flash attention, for example, looks up its kernel by
+        # this name.
         self._plain_config = copy.copy(self._config)
         self._name = f"ulysses_{id(self):x}_{self._implementation}"
         self._handles: list[Any] = []
@@ -94,7 +95,7 @@ class Ulysses:
         ALL_ATTENTION_FUNCTIONS._global_mapping.pop(self._name, None)
         ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(self._name, None)
 
-    # What transformers calls.
+    # Functions that transformers calls.
 
     def _attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -127,7 +128,7 @@ class Ulysses:
             **{**kwargs, "config": self._plain_config},
         )
 
-    # Around a forward.
+    # Hooks around a forward.
 
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -164,7 +165,7 @@ class Ulysses:
         if self._activity.wide and self._activity.sequences is not None:
             batch, length = self._activity.sequences.position_ids.shape
             kwargs = kwargs | narrow(kwargs, (batch, length), self.rank, self.size)
-        # Here and not before: a vision tower has sequences of its own.
+        # Only at the decoder: a vision tower has sequences of its own.
         return args, kwargs | self._activity.bounds
 
     @torch.compiler.disable
@@ -218,7 +219,7 @@ class Ulysses:
             return
         facts = self._facts(tokens, kwargs) if problem is None else (0,) * 5
         facts_of_ranks = self._barrier.exchange(problem, facts).tolist()
-        # All ranks look at the facts of all groups: what one of them refuses, none goes on with.
+        # Every rank checks the facts of all groups, so that all ranks refuse the same forwards.
         shapes = {
             first: {(b, s) for other, b, s, *_ in facts_of_ranks if other == first} for first, *_ in facts_of_ranks
         }

@@ -69,11 +69,11 @@ class Replay:
                 f"{KEYWORD}: expected [B, S, L, K] with L = {len(layer_ids)} layers that have a router (or all "
                 f"{num_layers} decoder layers), got {tuple(expert_ids.shape)}"
             )
-        # torch takes 255 of uint8, an expert's id, for -1.
+        # torch would compare 255 in uint8, an expert's id, as equal to -1.
         missing = expert_ids == -1 if expert_ids.dtype.is_signed else torch.zeros_like(expert_ids, dtype=torch.bool)
         return RolloutRouting(expert_ids, ~missing.all(-1), layer_ids, self.spec.num_experts)
 
-    @torch.compiler.disable  # looks at values: would only break the graph
+    @torch.compiler.disable  # reads values, which would only break the graph
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         activity = self._patch.activity
         activity.report, activity.fell_back = None, False
@@ -108,7 +108,7 @@ class Replay:
         rows_live = len(ids) - routing.rows_valid
         live = ~valid if rows_live else None
         if live is not None and live.dim() == 1:
-            # With the number known, the device finds the rows and the host need not wait.
+            # With the number of rows known, the host need not wait for the device to find them.
             live = torch.nonzero_static(live, size=rows_live)[:, 0]
         report = ForwardReport(
             rows_replayed=routing.rows_valid,

@@ -34,7 +34,7 @@ def mark_inputs(args: tuple, kwargs: dict, key: object, value: object) -> tuple[
             return item
         marked = True
         node: Any = item.grad_fn
-        # A leaf, or an input of other forwards as well: it gets a node that is of this forward alone.
+        # A leaf, or also an input of other forwards: give it a node that belongs to this forward alone.
         if node is None or node.metadata.get(key, value) is not value:
             item = item.view_as(item)
             node = item.grad_fn
@@ -59,7 +59,7 @@ def mark_outputs(output: Any, key: object, value: object) -> None:
     nodes: list[Any] = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
     while nodes:
         node = nodes.pop()
-        # What a parameter's gradient goes to has nothing below it, and is of all forwards.
+        # A parameter's node has no inputs, and belongs to all forwards.
         if node.next_functions and key not in node.metadata:
             node.metadata[key] = value
             nodes.extend(below for below, _ in node.next_functions if below is not None)

@@ -191,7 +191,7 @@ class RouterPatch:
         node = evaluated_node()
         call = None if node is None else nearest_mark(node, self._activity)
         lost = call is UNMARKED and (self.replays or self.last_compiled is not None)
-        # The break that looks for the call is a graph other than that of the forward, and saves other tensors.
+        # The graph break of the lookup would make a graph other than that of the forward, which saves other tensors.
         differs = isinstance(call, ReplayContext) and compiled and packs_for_repeat()
         if lost or differs:
             why = "which torch.compile has compiled" if differs else "and nothing says which forward it is of"
@@ -331,7 +331,7 @@ class ModelPatch:
             module, key, before, extended, moved = self._changed.pop()
             module.__dict__.pop(key, None)
             moved.put_back(module)
-            # FSDP2 applied after us has subclassed our class, which then only passes on.
+            # FSDP2, applied afterwards, has subclassed our class, which from now on only calls through.
             if type(module) is extended:
                 module.__class__ = before
 
@@ -353,7 +353,7 @@ def _patched_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
     def forward(self, *args, **kwargs):
         call = kwargs.pop(KEYWORD, None)
         original = method_of(cls.forward, extended, self)
-        # Without replay, or with another attached since: it only passes on.
+        # Without replay, or with another one attached since, it only calls through.
         patch: ModelPatch | None = self.__dict__.get(_MODEL) if isinstance(self, extended) else None
         if patch is None and call is None:
             return original(self, *args, **kwargs)

@@ -88,7 +88,7 @@ class Recorder:
         self._spec = self._patch.spec
         self._thread = threading.get_ident()
         self._handles = [
-            # First, for the tokens that the caller gave: Ulysses attention may make whole rows of them.
+            # Runs first, to see the caller's tokens: Ulysses attention may widen them to whole rows.
             self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             self._model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
@@ -120,7 +120,7 @@ class Recorder:
         batch, length = tokens_of(args, kwargs).shape[:2]
         self._given = (batch, length)
         activity = self._patch.activity
-        # A recording that has this recorder already is left of a forward that was interrupted.
+        # A recording that already has this recorder is left from an interrupted forward.
         if activity.recording is None or self in activity.recording.readers:
             activity.recording = RecordedForward()
         activity.recording.readers.add(self)
@@ -140,7 +140,7 @@ class Recorder:
         self._shape = self._given
         self._chosen = [recording.chosen[index].flatten(0, -2) for index in sorted(recording.chosen)]
         margins = recording.margins if self._with_margins and recording.margins is not None else {}
-        # Of a live forward all layers have one.
+        # In a live forward all layers have a margin.
         self._margins = [margins[index] for index in sorted(margins)]
         self._routing = None
 

@@ -257,7 +257,7 @@ def margin(scores: Tensor, k: int, search: Search) -> Tensor:
         return scores.new_full((len(scores),), torch.inf, dtype=torch.float32)
     best, _ = search(scores)
     last, following = best[:, -2], best[:, -1]
-    # The difference of two bfloat16 numbers is one of float32. Two infinities are equal, and no NaN.
+    # Differences of bfloat16 numbers need float32. Two infinities have margin 0, and not NaN.
     wide = torch.promote_types(scores.dtype, torch.float32)
     apart = (last.to(wide) - following.to(wide)).abs()
     return apart.masked_fill(last == following, 0).float()

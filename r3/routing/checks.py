@@ -15,7 +15,7 @@ from r3.errors import SHOWN, RoutingError, summary
 
 _BLOCK_IDS = 1 << 24  # ids looked at in one go: bounds the extra memory
 _CACHED_BYTES = 1 << 18  # ids whose columns, and results of comparing them, stay in a core's cache
-MANY_IDS = 1 << 18  # from here on a compiled check is worth its start
+MANY_IDS = 1 << 18  # from this size a compiled check pays for its compilation
 _LONG = (torch.int64, torch.uint32, torch.uint64)
 _RUN_ROWS = 64  # mean length of runs of valid rows from which slices are faster than a gather
 
@@ -116,7 +116,7 @@ def check_rows(
     """
     if not expert_ids.numel():
         return
-    # Of one token, or of one pair: what can be valid by itself.
+    # The unit of validity: a token, or a (token, layer) pair.
     length, layers, slots = expert_ids.shape[1:]
     columns = layers if valid.dim() == 2 else 1
     rows = expert_ids.reshape(-1, columns, slots)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from r3.errors import ReplayError
 
 _PARTS = 3
-# Read outside the decoder as well, and no input of it.
+# Read outside the decoder too, but no input of it.
 _OUTPUT = {"labels", "logits_to_keep"}
 _REMEDY = (
     "pass the model's own positions. get_rope_index gives [3, B, S] of a padded batch; "
@@ -108,7 +108,7 @@ def text_positions(position_ids: Tensor) -> Tensor:
     count = torch.arange(position_ids.shape[-1], device=position_ids.device).expand(position_ids.shape[1:])
     begins = _all_zero(position_ids)
     since_begin = count - torch.where(begins, count, 0).cummax(-1).values
-    # Text has equal parts, the patches of an image all but its first have not.
+    # Text has three equal parts; patches of an image, except the first, do not.
     text, last = (position_ids == position_ids[0]).all(0), position_ids.amax(0)
     torn = ~begins
     torn[:, 1:] &= text[:, 1:] & text[:, :-1] & (last.diff() != 1)

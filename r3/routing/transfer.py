@@ -34,8 +34,8 @@ def prefetch(batches: Iterable[Batch], device: torch.device | str) -> Iterator[B
     moved = None
     for batch in batches:
         pinned = batch.pin_memory()
-        # The copy may be given memory of an earlier batch: it waits for all that was queued for that one. What the
-        # caller queues from here on, for the current batch, runs beside it.
+        # The copy may reuse memory of an earlier batch, so it waits for all work queued on that batch. Work that the
+        # caller queues from now on, for the current batch, runs in parallel.
         copying.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copying):
             following = pinned.to(device, non_blocking=True)

@@ -181,7 +181,7 @@ class RolloutRouting:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RolloutRouting":
         """The same routing on `device`, moved in the compact dtype."""
-        counts = self._counts  # counted where it is: the host need not wait for the GPU to say it
+        counts = self._counts  # counted before the move, so that the host need not wait for the GPU
         expert_ids = self.expert_ids.to(device, non_blocking=non_blocking)
         return self._with(expert_ids, self.validity.to(device, non_blocking=non_blocking), counts)
 

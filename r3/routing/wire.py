@@ -240,7 +240,7 @@ def _unpack_validity(stored: np.ndarray, rows: int, runs: bool) -> np.ndarray:
 
 
 def _compressed(ids: memoryview) -> bytes:
-    # Sequences of ids hardly repeat, and the search for them takes most of zlib's time; runs are padding's.
+    # Ids rarely repeat in sequence, and searching for repeats takes most of zlib's time; only padding has runs.
     packer = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
     return packer.compress(ids) + packer.flush()
 

@@ -107,7 +107,7 @@ def routers(model: Any) -> list[tuple[int, Any]]:
     from vllm.model_executor.layers.fused_moe.layer import MoERunner
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-    found = []
+    layer_routers = []
     for name, module in model.named_modules():
         if not isinstance(module, MoERunner):
             continue
@@ -117,12 +117,12 @@ def routers(model: Any) -> list[tuple[int, Any]]:
                 f"{name}: {type(module.router).__name__} with {type(method).__name__} chooses experts inside its "
                 "kernel, where no hook sees them; choose another MoE backend"
             )
-        found.append((int(module.layer_id), module.router))
-    if not found:
+        layer_routers.append((int(module.layer_id), module.router))
+    if not layer_routers:
         raise CaptureError(
             "the engine's model has no MoE layer, or one of its pipeline stages has none: there is nothing to capture"
         )
-    return found
+    return layer_routers
 
 
 def make_stage_buffers(runner: Any) -> None:

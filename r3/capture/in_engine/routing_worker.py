@@ -103,9 +103,9 @@ class RouterHooks:
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None, **kwargs: Any) -> Any:
         tokens = scheduler_output.total_num_scheduled_tokens
         self._step = None
-        # A layer that is not called leaves zeros, not the rows of the step before.
+        # A layer that is not called must leave zeros, and not the rows of the previous step.
         self._ids[:tokens].zero_()
-        # Dummy runs come without: vLLM makes their tensors up.
+        # Dummy runs have none: vLLM makes their tensors itself.
         earlier = None if intermediate_tensors is None else intermediate_tensors.tensors.pop(KEY, None)
         self._tokens = tokens
         try:

@@ -21,7 +21,7 @@ class SlotStore:
         self.group = group
         self.block_size = block_size
         self._ids = ids
-        # One item a row: a row is then copied as a whole.
+        # View each row as one item, so that numpy copies it as one.
         row_bytes = ids.itemsize * ids.shape[1] * ids.shape[2]
         self._rows = ids.reshape(len(ids), -1).view(np.dtype((np.void, row_bytes))).ravel()
         self._offsets = np.arange(block_size)

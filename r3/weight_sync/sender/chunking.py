@@ -86,7 +86,7 @@ class OutgoingWeights:
                 yield chunk
                 chunk, size = [], 0
             self._ungathered.popleft()
-            # What is made for the sync is made once there is room.
+            # Tensors are made for the sync only when the chunk has room.
             chunk.append((name, _whole(name, weight).to(dtype).contiguous() if tensor is None else tensor))
             size += nbytes
         if chunk:

@@ -14,7 +14,7 @@ from r3.weight_sync.sender.calls import ParallelCalls
 from r3.weight_sync.timing import StageTimer
 from r3.weight_sync.transports import Announced, Chunk
 
-_AHEAD = 64  # tensors: of few, each takes the host up to three times as long
+_AHEAD = 64  # tensors: with fewer, each takes the host up to three times as long
 
 
 class StagedChunk(NamedTuple):
@@ -60,7 +60,7 @@ class SyncProgress:
         """Compute digests of `resident` tensors on the GPU while the host waits for `calls`."""
         while not all(call.done() for call in calls) and (batch := list(islice(resident, _AHEAD))):
             self.add(batch)
-            time.sleep(0)  # the calls' threads have a turn
+            time.sleep(0)  # let the threads of the calls run
 
     def require_readable(self, tensors: Chunk) -> None:
         """Raise `SyncError` if `add` would refuse one of `tensors`."""

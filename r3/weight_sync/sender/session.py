@@ -136,8 +136,7 @@ class WeightSync:
         try:
             return self._push(outgoing, version, agree or (lambda: None))
         except Exception:
-            # Whatever went wrong here, the other ranks of sharded tensors gather all of them: they must not be left
-            # waiting for this one.
+            # Whatever failed here, the other ranks gather all sharded tensors: they must not wait for this rank.
             with contextlib.suppress(Exception):
                 outgoing.gather_rest()
             raise
@@ -163,7 +162,7 @@ class WeightSync:
         progress = SyncProgress()
         clock = progress.clock
         try:
-            # First of all: no two senders may pause and resume an engine at a time.
+            # Reserve first: no two senders may pause and resume one engine at the same time.
             reserving = self._group.start("r3_reserve", sync_id, version, self._sender, self._timeout_s)
             resident = outgoing.gpu_resident()
             with clock.stage("pause"):
@@ -214,7 +213,7 @@ class WeightSync:
     ) -> tuple[bool, list[ParallelCalls]]:
         """Open the sync on all workers. Returns whether it is complete, and the calls to wait for."""
         base_version = None if self._base is None else self._base.version
-        # One worker without the base, restarted perhaps, and all get everything.
+        # If one worker lacks the base, perhaps after a restart, all workers get a complete sync.
         if any(reply["base_version"] != base_version or reply["cause"] for reply in status):
             base_version = None
         if self._base is not None:
@@ -268,7 +267,7 @@ class WeightSync:
             self._wait_for(loading, progress)
             loading = self._hand_over(sync_id, staged, progress)
         with progress.clock.stage("digest"):
-            # The last chunks are still under way.
+            # The last chunks are still in flight.
             progress.named = progress.digests.result()
         self._wait_for(loading, progress)
 
@@ -309,7 +308,7 @@ class WeightSync:
             for index, chunk in enumerate(staged, progress.loading):
                 self._transfer(index, chunk.announced[0], loading)
         with progress.clock.stage("digest"):
-            # Not before: the workers load meanwhile.
+            # Only now, while the workers load.
             progress.add([item for chunk in staged for item in chunk.chunk])
         return loading
 
@@ -317,7 +316,7 @@ class WeightSync:
         try:
             self._transport.transfer(index, loading.failed)
         except Exception as error:
-            # What a worker says of it tells more.
+            # A worker's own error is more informative.
             if loading.wait(1.0):
                 loading.result()
             engines = ", ".join(engine.name for engine in self.engines)
@@ -352,7 +351,8 @@ class WeightSync:
             add_note(error, f"abort was not acknowledged by all: {second}")
             free = False
         if not progress.chunks and self.poisoned is None:
-            # No weight was touched: the engines that served go on, unless another sender has them now. It resumes them.
+            # No weight was touched: resume the engines that were serving, unless another sender holds them now and will
+            # resume them.
             limit_s = min(_ABORT_S, self._timeout_s)
             try:
                 ParallelCalls([partial(engine.resume, limit_s) for engine in progress.served if free]).result()

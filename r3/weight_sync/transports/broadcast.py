@@ -51,7 +51,7 @@ class BroadcastTransport(Transport):
         )
         if not kept:
             self.abort()
-            # The port is taken here and listened at from here on, so that no worker comes too early.
+            # The port is bound here, and listened on from now on, so that no worker connects too early.
             self._listener = socket.create_server((self._host, 0))
             self._offer = {
                 "transport": self.name,
@@ -67,8 +67,8 @@ class BroadcastTransport(Transport):
             self._group = self.group(self._offer, 0, self._device, self.timeout_s, self._listener)
 
     def publish(self, index: int, chunk: Chunk) -> Descriptor:
-        # What is ready and what is under way, together: one more than can be ready, for the workers answer while they
-        # still receive.
+        # Staged chunks and those in flight together: one more than may be staged, since workers answer while they still
+        # receive.
         if self._group is not None:
             self._group.flush_all_but(self.max_staged_chunks - len(self._blocks), lambda: False)
         self._blocks[index] = pack(chunk, self._device)

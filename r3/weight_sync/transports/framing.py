@@ -11,7 +11,7 @@ from r3.errors import SyncError
 from r3.weight_sync.transports.transport import Chunk
 
 _ALIGNMENT = 256
-_LARGE_BYTES = 4 << 20  # a copy of less costs little beside a message of its own
+_LARGE_BYTES = 4 << 20  # copying a smaller tensor costs less than a message of its own
 
 BlockLayout = list[list]
 """[name, dtype, shape, offset in bytes] of each tensor in a block. Plain, so that it travels with a call."""

@@ -50,7 +50,7 @@ class Group(ABC):
             store = dist.TCPStore(
                 offer["host"], offer["port"], self.size, rank == 0, timeout=limit, wait_for_workers=False, **options
             )
-            # What connects may wait without end for ranks that do not come: it begins when all are there.
+            # Connecting may wait forever for ranks that do not come, so it begins when all are here.
             store.set(f"here/{rank}", "")
             store.wait([f"here/{other}" for other in range(self.size)], limit)
             self._connect(store, offer)

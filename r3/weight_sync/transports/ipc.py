@@ -34,12 +34,12 @@ class IpcTransport(Transport):
         self._connection_id = uuid.uuid4().hex if keep_open else None
         self._numbers = itertools.count()
         self._published: dict[int, list[_SharedStorage]] = {}
-        # What the workers keep open: memory that lasts by its storage, and else one storage of each allocation.
+        # Memory that the workers keep open: by storage if it is zero-copy, else one storage per allocation.
         self._kept: dict[int | str, _SharedStorage] = {}
         self._used: set[int | str] = set()
 
     def offer(self, workers: int, connection_ids: set[str | None]) -> Descriptor:
-        # They have closed what was not used when the last sync ended, and have nothing open if they are new.
+        # The workers closed unused memory at the end of the last sync; new workers have nothing open.
         known = connection_ids == {self._connection_id}
         self._kept = {key: shared for key, shared in self._kept.items() if known and key in self._used}
         self._used = set()
@@ -47,8 +47,8 @@ class IpcTransport(Transport):
 
     def publish(self, index: int, chunk: Chunk) -> Descriptor:
         on_gpu = [(name, tensor, _on_gpu(tensor.detach())) for name, tensor in chunk]
-        # What makes the tensors may still be queued, and a worker that waits for it on its device waits without end if
-        # this process dies.
+        # Kernels that make the tensors may still be queued. A worker that waits for them on its device would wait
+        # forever if this process died.
         for device in {tensor.device for _, _, tensor in on_gpu}:
             torch.cuda.current_stream(device).synchronize()
         places: dict[int, int] = {}

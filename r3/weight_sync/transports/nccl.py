@@ -81,7 +81,7 @@ class NcclGroup(Group):
                 self._communicator.abort()
             blocks.clear()  # not before: until it has ended, a broadcast may write to its memory
 
-        # It waits for kernels that are under way.
+        # It waits for kernels in flight.
         thread = threading.Thread(target=end, args=(list(self._in_flight),), daemon=True)
         thread.start()
         self._in_flight.clear()

@@ -77,7 +77,7 @@ def published_conversions(skeleton: Any, loaded: list | None) -> list:
     from transformers.core_model_loading import PrefixChange, Transpose
 
     if loaded is None:
-        # As `save_pretrained` has it: nothing says which prefix a checkpoint had that there was none of.
+        # As `save_pretrained` does: without a checkpoint, its prefix is unknown.
         every = get_model_conversion_mapping(skeleton, add_legacy=False)
         loaded = [conversion for conversion in every if not isinstance(conversion, PrefixChange)]
     published = copy.deepcopy(loaded)
@@ -89,7 +89,7 @@ def published_conversions(skeleton: Any, loaded: list | None) -> list:
 
 
 def _checkpoint_form(skeleton: Any, named: dict[str, Any]) -> dict[str, Any]:
-    # What `save_pretrained` does with a state dict just before it writes it.
+    # The conversion that `save_pretrained` applies to a state dict before it writes it.
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(skeleton, dict(named))
@@ -171,7 +171,7 @@ def _taken(
                 name=name,
                 shape=torch.Size(traced[name].shape),
                 dtype=traced[name].dtype,
-                # Without a copy where the cut lies in one piece, as experts do.
+                # No copy if the view is contiguous, as for experts.
                 make=lambda index=index: together.take(index).contiguous(),
                 keep_dtype=keep_dtype,
                 live=live and traced[name].is_contiguous(),

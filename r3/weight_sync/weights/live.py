@@ -14,9 +14,9 @@ from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization, gathe
 from r3.weight_sync.weights.peft_merge import is_tuner, live_choice, merged, tuned_module
 from r3.wrappers import CHECKPOINTED, COMPILED, FSDP1
 
-# Modules that hold one other module and stand in its place: torch.compile, activation checkpointing.
+# Wrappers of one module: torch.compile, activation checkpointing.
 _TRANSPARENT = (COMPILED, CHECKPOINTED)
-# What a whole model may be wrapped in, from the outside in: these, DistributedDataParallel, and PEFT's two levels.
+# Wrappers of a whole model, from the outside in: these, DistributedDataParallel, and PEFT's two levels.
 _AROUND = (*_TRANSPARENT, "module", "base_model", "model")
 
 
@@ -147,7 +147,7 @@ def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_N
     for index, weight in enumerate(bare):
         take = lambda index=index: together.take(index)
         source = weight.source
-        # Two layers that share a weight part when one of them is merged.
+        # Two layers that share a weight no longer do when one of them is merged.
         yield _NamedWeight(
             weight.name,
             (id(module), index),

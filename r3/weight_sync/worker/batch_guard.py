@@ -23,7 +23,7 @@ class BatchGuard:
         runner.execute_model = self
 
     def __call__(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        # An engine that is paused may still turn empty batches over.
+        # A paused engine may still run empty batches.
         if scheduler_output.total_num_scheduled_tokens and (why := self._why_not()):
             raise SyncError(f"a batch came while the weights cannot be trusted: {why}")
         return self._execute(scheduler_output, *args, **kwargs)

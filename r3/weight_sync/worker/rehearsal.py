@@ -17,7 +17,7 @@ from r3.weight_sync.worker.load_plan.plan import Manifest
 
 logger = logging.getLogger(__name__)
 
-# What people's models have in front of names, or lack, when they send another module than the engine has.
+# Prefixes that names have or lack when another module is sent than the engine has.
 _PREFIXES = ("model.", "language_model.", "model.language_model.", "language_model.model.")
 _MANY = 8  # problems, after which no more are looked for
 
@@ -135,7 +135,7 @@ def _feed(model: Any, manifest: Manifest, loaded: _Loaded) -> tuple[list[str], b
             name, (shape, _) = left[max(fed, 1) - 1]
             text = str(error)
             if isinstance(error, NotImplementedError) or "meta tensor" in text or "meta device" in text:
-                # It looks at the numbers, which are not there: what fits is seen when they are.
+                # This loader reads values, which are missing here: the sync itself will show whether the tensor fits.
                 logger.debug("%s: vLLM cannot load it without memory: %s", name, text[:200])
                 all_seen = False
             else:

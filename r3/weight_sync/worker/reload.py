@@ -167,7 +167,7 @@ class LayerwiseReload:
             self._load_by_vllm(part)
 
     def _load_by_vllm(self, part: Iterable[tuple[str, Tensor]]) -> None:
-        # vLLM keeps what it gets until its layer is complete; the memory is the caller's.
+        # vLLM keeps references until the layer is complete, and the memory belongs to the caller: copy.
         kept = [(name, tensor.detach().clone(memory_format=torch.contiguous_format)) for name, tensor in part]
         at: list[str] = []
         try:
@@ -186,7 +186,7 @@ class LayerwiseReload:
         planned = {} if self._planned is None else self._planned.plan.layers
         received = {} if self._planned is None else self._planned.received
         targets = {} if self._planned is None else self._planned.targets
-        # Where the plan covers everything, a layer that is not in it gets nothing in any sync.
+        # If the plan covers everything, a layer outside it receives nothing in any sync.
         names = list(self.layers if self._opened else planned)
         problems = {}
         for name in names:
@@ -277,7 +277,7 @@ class LayerwiseReload:
         """Recompute what vLLM derives when it loads a model, but not when it reloads one."""
         self._put_aside_back()
         for name in self._derived.views:
-            # What was processed may be packed; it has been copied before.
+            # Processed weights may be packed; their views were copied before that.
             if not self._derived.processed(name) or (self._planned and name in self._planned.plan.layers):
                 self._derived.refresh(name)
         if callable(hook := getattr(self._model, "process_weights_after_loading", None)):

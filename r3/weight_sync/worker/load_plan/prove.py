@@ -70,7 +70,7 @@ def build_plan(
     plan = LoadPlan(
         manifest=dict(manifest),
         copies=copies,
-        # A tensor that nothing took may have come too late for a layer that vLLM closed early: then order matters.
+        # A tensor that no layer took may have arrived too late for a layer that vLLM closed early: then order matters.
         dropped=frozenset() if uncovered else frozenset(manifest.keys() - linked - slow_sources),
         layers={record.layer: _layer_plan(record) for record in proved},
         slow=slow,

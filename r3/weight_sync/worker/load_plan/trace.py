@@ -28,7 +28,7 @@ from r3.weight_sync.worker.load_plan.prove import build_plan
 
 TensorKey = tuple[str, str]  # layer, tensor
 
-# These take of a tensor its shape, dtype and device alone.
+# These operations read only a tensor's shape, dtype and device.
 SHAPE_ONLY = frozenset(
     f"aten::{name}"
     for kind in ("empty", "zeros", "ones", "full")
@@ -62,7 +62,8 @@ class LoadTracer:
                 self._live.setdefault(storage_of(tensor), []).append((layer, name))
                 if getattr(module, name, None) is tensor:
                     self._in_place.add((layer, name))
-        # Attention layers are processed at every closing, after all others; their own tensors are never planned.
+        # Attention layers are processed at each close of a bracket, after all others; their own tensors are never
+        # planned.
         self._deferred = {name for name, module in model.named_modules() if is_deferred(module)}
         self._records: dict[str, Record] = {}
         self._direct: dict[str, Record] = {}
@@ -162,7 +163,7 @@ class LoadTracer:
         finally:
             self._paused = before
 
-    # What the dispatcher sees.
+    # Callbacks of the dispatcher.
 
     def on_op(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
         """One operation that has just run."""
