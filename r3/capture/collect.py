@@ -42,13 +42,12 @@ def collect(
             - the list of all chunks of a stream of `/inference/v1/generate`,
             - an exception, or a future that is done: as `asyncio.gather(..., return_exceptions=True)` and executors
               give them. A failure is reported like a response that cannot be used.
-        spec: the routing that the trainer's model can replay (`Replay.spec`): the outputs tell neither the number of
-            experts nor a dense layer from a layer that always chose expert 0. None leaves routing out.
+        spec: the routing that the trainer's model can replay (`Replay.spec`): the outputs show neither the number of
+            experts, nor whether a layer is dense or always chose expert 0. None leaves routing out.
         weight_version: the version that the engine sampled with, or one for each response. If the engine reports
             versions itself (vLLM 0.32, after a sync that labels its weights), the two must agree.
         prompt_start: the requests' `routed_experts_prompt_start`, or one for each response: the tokens before it have
-            no rows. Where a server does not know the field (the OpenAI routes of vLLM 0.26), and so sends all rows, all
-            are kept.
+            no rows. If a server ignores the field (the OpenAI routes of vLLM 0.26) and sends all rows, all are kept.
         on_error: "skip" keeps the valid samples, and lists in `Rollouts.failed` what is wrong with the others.
 
     Raises:

@@ -1,8 +1,8 @@
 """Responses of vLLM's HTTP server -> samples.
 
-Three routes, told apart by their fields and not by a version: `/v1/completions` and `/v1/chat/completions` (objects of
-the OpenAI client, dictionaries or JSON text), and `/inference/v1/generate` (dictionaries, JSON text, or the list of the
-chunks of a finished stream). P prompt tokens, G sampled tokens.
+Three routes, distinguished by their fields and not by a version: `/v1/completions` and `/v1/chat/completions` (objects
+of the OpenAI client, dictionaries or JSON text), and `/inference/v1/generate` (dictionaries, JSON text, or the list of
+the chunks of a finished stream). P prompt tokens, G sampled tokens.
 """
 
 import json
@@ -32,8 +32,8 @@ Read = Callable[[], Sample]
 def http_samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
     """For each choice, by ascending `index`: the index of its prompt in the response, and a function that reads it.
 
-    Several prompts in one request of `/v1/completions` are told apart by their token ids: equal ones side by side
-    count as one. Without `routing` the choices' routing is not looked at.
+    Several prompts in one request of `/v1/completions` are distinguished by their token ids: equal neighbours count as
+    one. Without `routing` the choices' routing is not looked at.
 
     Raises:
         CaptureError: not a response of vLLM, an error that the server answered with, or a stream without a choice.

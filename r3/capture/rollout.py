@@ -1,4 +1,4 @@
-"""What capture returns: rollouts, and batches of them.
+"""The results of capture: rollouts, and batches of them.
 
 P tokens of the prompt, G tokens after it: sampled ones, and in a conversation those between its turns.
 """
@@ -186,7 +186,7 @@ class RolloutBatch:
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
-    """What `collect` returns: rollouts that share a routing spec.
+    """The result of `collect`: rollouts that share a routing spec.
 
     Attributes:
         items: the rollouts, in the order of the outputs and of their completions.

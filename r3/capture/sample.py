@@ -23,7 +23,7 @@ class Sample:
         logprobs: G log-probabilities of `token_ids`, nats.
         routed_experts: integer `[rows, decoder layers, K]`, None where the engine gave none.
         finish_reason: as vLLM gives it.
-        versions: (first sampled token, version of the weights from it on), where the engine tells (vLLM 0.32).
+        versions: (first sampled token, version of the weights from it on), if the engine reports them (vLLM 0.32).
     """
 
     prompt_ids: list[int]
@@ -93,7 +93,7 @@ def parse_version_spans(spans: Any, get: Callable[[Any, str], Any]) -> tuple[tup
     The label is what the last sync gave the engine, "default" before one did.
 
     Args:
-        spans: with version and start, or None where the engine does not tell.
+        spans: with version and start, or None if the engine reports none.
         get: a span's field by its name.
 
     Raises:

@@ -74,7 +74,7 @@ def request_fields(config: R3Config, route: Route = "completions", prompt_start:
         route: "completions" and "chat" give keyword arguments for `client.completions.create` and
             `client.chat.completions.create` of the OpenAI client; "generate" gives the rest of the JSON body of
             vLLM's `/inference/v1/generate`, beside `token_ids`.
-        prompt_start: rows of the tokens before it are not wanted; tell `collect` the same.
+        prompt_start: tokens before it need no rows; pass `collect` the same.
 
     Raises:
         ConfigError: another route, or a negative `prompt_start`.

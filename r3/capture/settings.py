@@ -28,8 +28,8 @@ class SamplingSettings:
     Attributes:
         temperature: the logits were divided by it.
         top_p: the nucleus's mass; 1.0 for the whole distribution.
-        top_k: only so many tokens were allowed; -1 or 0 for all.
-        min_p: tokens below so many times the most probable one's probability were left out; 0.0 for none.
+        top_k: number of most probable tokens that were kept; -1 or 0 for all.
+        min_p: least probability of kept tokens, relative to the most probable one; 0.0 keeps all.
         presence_penalty, frequency_penalty: taken from the logits of tokens sampled before, once or each time; 0.0 for
             none.
         repetition_penalty: logits of tokens seen before, the prompt's included, were divided by it, or multiplied where

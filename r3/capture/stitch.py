@@ -1,7 +1,7 @@
 """Joins the turns of a conversation into one rollout: sampled tokens, the tokens between them, and each token's row.
 
 The row of the token that a turn sampled last exists only in the prefill of the next turn, which also has those of tool
-and template tokens. Rows of earlier tokens may come again there, computed anew or from the prefix cache.
+and template tokens. It may also repeat rows of earlier tokens, recomputed or from the prefix cache.
 """
 
 from collections.abc import Sequence
@@ -151,8 +151,8 @@ def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap)
 
 
 def _pieces(sources: Sequence[_Source], length: int) -> list[_Piece]:
-    """Where the row of each of `length` tokens comes from: the last of the sources that has it in every layer, or else
-    the last that has it in some."""
+    """The source of the row of each of `length` tokens: the last turn that has it in every layer, or else the last that
+    has it in some."""
     owner = torch.full((length,), -1)
     for has in ("captured", "valid"):
         for i, (turn, shared) in enumerate(sources):

@@ -61,8 +61,8 @@ def resolve_mixed_versions(rollouts: Rollouts, policy: str) -> Rollouts:
 
     Args:
         rollouts: those of unknown version count as of one version.
-        policy: "keep" leaves them as they are. "invalidate" keeps only rows of the newest version, which sampled the
-            last tokens; the others, those of unknown version among them, are routed live. "drop" moves the rollouts to
+        policy: "keep" leaves them unchanged. "invalidate" keeps only rows of the newest version, which sampled the last
+            tokens; the others, those of unknown version among them, are routed live. "drop" moves the rollouts to
             `failed`, by their place among the outputs.
 
     Returns:

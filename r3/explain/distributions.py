@@ -242,7 +242,7 @@ class _Cumulative:
 
 
 def temperature_at(place: float) -> float:
-    """That at a place in `TEMPERATURES`, also between two."""
+    """The temperature at a place in `TEMPERATURES`, interpolated between two."""
     return TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** place
 
 

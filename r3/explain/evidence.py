@@ -54,7 +54,7 @@ class ScoredTokens:
 
     @classmethod
     def of(cls, rollouts: Rollouts) -> "ScoredTokens":
-        """Of `rollouts`.
+        """The scored tokens of `rollouts`.
 
         Raises:
             DiagnosticsError: a log-probability that is not finite.
@@ -113,7 +113,7 @@ def k3(d: Tensor) -> Tensor:
 
 
 def is_smaller(d: Tensor, than: Tensor, errors: float = 3.0) -> bool:
-    """Whether |d| is below |than| on the tokens that both have, by so many standard errors of the mean difference.
+    """Whether |d| is significantly below |than| on their common tokens, in standard errors of the mean difference.
 
     Compares absolute differences, clipped at ten times their mean: a few tokens make up most of k3, and would dominate
     the standard error.

@@ -33,7 +33,7 @@ class Limits:
     """Bounds of the work.
 
     Attributes:
-        max_tokens: sampled tokens that are scored: whole rollouts from the first on, until there are so many.
+        max_tokens: sampled tokens that are scored: whole rollouts, from the first on, up to this number.
         tokens_at_once: padded tokens in one forward.
     """
 
@@ -65,7 +65,7 @@ def explain(
     device: str | None = None,
     limits: Limits = LIMITS,
 ) -> Explanation:
-    """What explains the gap between the log-probabilities of `rollouts` and those that a model gives.
+    """Find what explains the gap between the log-probabilities of `rollouts` and those of a model.
 
     Args:
         model: folder of the checkpoint that the rollouts are thought to be from.

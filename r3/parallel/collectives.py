@@ -2,8 +2,8 @@
 
 Shapes: B batch, S positions of one rank, P ranks of the group, H heads of all ranks, h = H / P, D head dimension.
 
-What is differentiated is the sum of all ranks' losses: each backward is the exact adjoint of its forward.
-Jacobs et al. 2023 (DeepSpeed Ulysses), arXiv 2309.14509.
+Gradients are those of the sum of all ranks' losses: each backward is the exact adjoint of its forward. Jacobs et al.
+2023 (DeepSpeed Ulysses), arXiv 2309.14509.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ def sequence_for_heads(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 def gather_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`[B, S, ...]` of each rank -> `[B, P * S, ...]` on each of them.
 
-    Differentiable: the gradient is the sum of what all ranks' losses ask for. Where every rank computes the same loss
-    of the whole sequence, each must count 1 / P of it.
+    Differentiable: the gradient is summed over all ranks' losses. If every rank computes the same loss of the whole
+    sequence, each must scale it by 1 / P.
     """
     if group.size() == 1:
         return tensor

@@ -1,7 +1,7 @@
 """Whole rows around a decoder that gets one rank's slice of them.
 
-The tokens of an image may lie in several slices, and a model puts the image's features where its tokens are, all or
-none. So where there are images each rank embeds whole rows, with all their images; what reaches the decoder is cut.
+The tokens of an image may be in several slices, and a model inserts either all of an image's features or none. So with
+images each rank embeds whole rows, with all their images, and the decoder's inputs are sliced.
 
 Shapes: B batch, W positions of the whole rows, S positions of one rank.
 """
@@ -22,7 +22,7 @@ _VISUAL_MASK = "visual_pos_masks"  # bool [B, W], where deepstack's lists of fea
 
 
 def widen(args: tuple, kwargs: dict, gather: Callable[[Tensor], Tensor]) -> tuple[tuple, dict]:
-    """Arguments of a model, of this rank's slice -> of the whole rows; those that are not by token stay as they are.
+    """Gather a model's arguments from this rank's slice to whole rows. Arguments that are not by token stay unchanged.
 
     Args:
         gather: `[B, S, ...]` -> `[B, W, ...]`.
@@ -44,10 +44,10 @@ def gather_positions(position_ids: Tensor, gather: Callable[[Tensor], Tensor]) -
 
 
 def narrow(kwargs: Mapping[str, Any], shape: tuple[int, int], rank: int, size: int) -> dict[str, Any]:
-    """Keyword arguments of a decoder, of the whole rows `shape` = (B, W) -> of this rank's slice.
+    """Slice a decoder's keyword arguments from whole rows, `shape` = (B, W), to this rank's part.
 
     Raises:
-        ParallelError: a tensor that is not by token, and so cannot be cut.
+        ParallelError: a tensor that is not by token, and so cannot be sliced.
     """
     changes: dict[str, Any] = {}
     unknown = []

@@ -15,13 +15,14 @@ _BLOCKS, _CHUNKS = "blockwise_overlay", "chunked_overlay"  # of transformers.mas
 def whole_mask(
     make: Callable, sequences: Sequences, *, whole: bool, implementation: str, config: Any, **kwargs: Any
 ) -> Any:
-    """What `make`, transformers' mask function of `implementation`, makes of all positions.
+    """The mask of all positions, from `make`, transformers' mask function of `implementation`.
 
     Args:
         make: from transformers' `ALL_MASK_ATTENTION_FUNCTIONS`.
         sequences: of the whole rows `[B, S]`.
         whole: whether the model sees whole rows where it calls its mask function.
-        kwargs: with which the model calls its mask function; what tells the length of its own slice is replaced.
+        kwargs: arguments of the model's call of its mask function; those that depend on its slice's length are
+            replaced.
 
     Raises:
         ParallelError: the model adds a mask of its own, or `implementation` cannot express the mask.

@@ -1,4 +1,4 @@
-"""Ranks that learn of each other's errors before any of them goes on."""
+"""Collective error propagation: no rank continues after another one has failed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress

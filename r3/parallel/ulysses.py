@@ -1,8 +1,8 @@
 """`ulysses`: a stock Hugging Face model on packed rows, and on one rank's slice of them.
 
-Each rank runs the model on its slice of the positions. In attention alone positions meet: there the ranks exchange
+Each rank runs the model on its slice of the positions. Positions interact only in attention: there the ranks exchange
 heads for positions, run the model's own attention function on whole rows, and exchange back. Position ids that restart
-tell sequences apart; masks and FlashAttention's bounds are made from them here, for every family in the same way.
+separate sequences; masks and FlashAttention's bounds are made from them here, in the same way for every family.
 """
 
 import copy
@@ -34,7 +34,7 @@ _ROUTING = "routed_experts"
 
 
 class _Activity(threading.local):
-    """What a model does in the current thread: the sequences of the forward that runs, or a proof."""
+    """State of a model in the current thread: the sequences of the running forward, or a proof."""
 
     def __init__(self) -> None:
         self.sequences: Sequences | None = None
@@ -176,7 +176,7 @@ class Ulysses:
         return tensor if self._group is None else gather_sequence(tensor, self._group)
 
     def _problem(self, tokens: Tensor, kwargs: dict) -> str | None:
-        """What is wrong with the arguments of this rank, in words."""
+        """The problem with this rank's arguments, in words; None if there is none."""
         shape = tuple(tokens.shape[:2])
         position_ids, mask, routing = (kwargs.get(name) for name in ("position_ids", "attention_mask", _ROUTING))
         if position_ids is None or not _by_token(position_ids, shape):
@@ -324,7 +324,8 @@ def _tokens(args: tuple, kwargs: dict) -> Tensor:
 
 
 def _misplaced(sequences: Sequences) -> str | None:
-    """Says so if a sequence does not begin at position 0: slices in the wrong order, or positions of other tokens."""
+    """The problem, if a sequence does not begin at position 0: slices in the wrong order, or positions of other
+    tokens."""
     wrong = sequences.starts & (sequences.position_ids != 0)
     if sequences.padding is not None:
         wrong &= ~sequences.padding

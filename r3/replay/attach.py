@@ -151,7 +151,7 @@ def attach(model: nn.Module, *, required: bool = False) -> Replay:
         required: raise in a training-mode forward that brings no routing.
 
     Returns:
-        A handle: `.last` tells what the last forward did, `.detach()` undoes.
+        A handle: `.last` reports on the last forward, `.detach()` undoes.
 
     Raises:
         UnsupportedModelError: no routers (a dense model), or routers that cannot be replayed exactly, by name.

@@ -55,7 +55,7 @@ class Moved:
             module.__dict__[self._slot] = MethodType(getattr(extended, method), module)
 
     def put_back(self, module: nn.Module) -> None:
-        """Restore the attributes of `module`. Hooks that came or went in the meantime stay as they are now."""
+        """Restore the attributes of `module`. Hooks that were added or removed in the meantime stay so."""
         own = module.__dict__
         extended = getattr(self._extended, self._method)
         restored = self._slot is None

@@ -216,7 +216,7 @@ def with_live_rows(ids: Tensor, scores: Tensor, rows: Tensor, search: Search) ->
 
 
 def search_rows(scores: Tensor, k: int, rows: Tensor | None, search: Search) -> tuple[Tensor, Tensor]:
-    """A top-k on `rows` only. Other rows return their first k entries, which nobody uses.
+    """A top-k on `rows` only. Other rows return their first k entries, which are not used.
 
     For the top-k of a group limit, which restricts a live choice and does not affect given ids.
 

@@ -1,6 +1,6 @@
 """Checks on the content of routing: expert ids in range, and distinct within a row.
 
-Nearly all routing is right, so on the CPU a fast verdict comes first, and only where it is bad are the rows looked for.
+Nearly all routing is valid, so on the CPU a fast check comes first, and only if it fails are the bad rows searched.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Where tokens lie: padded batches `[B, S]`, packed rows `[R, N]`, and one rank's contiguous slice of either.
+"""Layouts of tokens: padded batches `[B, S]`, packed rows `[R, N]`, and one rank's contiguous slice of either.
 
 A `Packing` places token ids, masks and routing alike, so that what belongs to one token stays together.
 """

@@ -25,7 +25,7 @@ _REMEDY = (
 
 
 class ModelInputs:
-    """What a model takes beside its decoder: images, sound, their grids, and types of tokens.
+    """A model's inputs besides those of its decoder: images, sound, their grids, and token types.
 
     Attributes:
         multimodal_rope: whether the model derives positions in three parts from them (it has a `get_rope_index`).
@@ -48,9 +48,10 @@ class ModelInputs:
         return [name for name in sorted(self._names) if isinstance(kwargs.get(name), Tensor | list | tuple | dict)]
 
     def position_problem(self, kwargs: Mapping[str, Any]) -> str | None:
-        """What is wrong, in words, with the positions of a forward on `kwargs`: they do not fit the images beside them.
+        """The problem with the positions of a forward on `kwargs`, in words: they do not fit the images. None if they
+        do.
 
-        Waits for the device where types of tokens have to say whether there are images.
+        Waits for the device if token types have to show whether there are images.
         """
         position_ids = kwargs.get("position_ids")
         if not isinstance(position_ids, Tensor):
@@ -71,7 +72,7 @@ class ModelInputs:
         return None
 
     def require_positions(self, kwargs: Mapping[str, Any]) -> None:
-        """Check the positions of a forward in which transformers alone tells packed sequences apart.
+        """Check the positions of a forward in which only transformers separates packed sequences.
 
         Raises:
             ReplayError: they do not fit the images beside them, or do not show that rows are packed.
@@ -89,7 +90,7 @@ class ModelInputs:
 
 
 def is_type_ids(name: str) -> bool:
-    """Whether a keyword of this name says `[B, S]` which tokens stand for text, and which for something else."""
+    """Whether a keyword of this name has token types `[B, S]`: text, or something else."""
     return name.endswith("token_type_ids")
 
 
@@ -116,7 +117,7 @@ def text_positions(position_ids: Tensor) -> Tensor:
 
 
 def _hides_sequences(position_ids: Tensor) -> bool:
-    """Whether `[3, B, S]` are of packed rows, whose sequences transformers can only tell apart by text positions.
+    """Whether `[3, B, S]` are of packed rows, which transformers can only separate by text positions.
 
     Waits for the device.
     """

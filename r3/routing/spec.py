@@ -40,7 +40,7 @@ class RoutingSpec:
 
 
 class Parts(NamedTuple):
-    """What a `RolloutRouting` holds, checked or yet to be checked; the attributes are its own."""
+    """The attributes of a `RolloutRouting`, checked or not yet checked."""
 
     expert_ids: Tensor
     validity: Tensor

@@ -1,8 +1,8 @@
 """Delta syncs: only what changed since the version that all workers acknowledged, bit-exact.
 
-Both sides keep that version's tensors in main memory. Of a tensor that changed in few places the positions and new
-values are sent, of any other that changed the whole, of the rest nothing; the worker makes all tensors whole again, and
-from there on the sync is a complete one: every tensor is loaded and its digest compared.
+Both sides keep that version's tensors in main memory. For a tensor that changed in few places, the positions and new
+values are sent; for any other that changed, the whole tensor; for the rest, nothing. The worker restores all tensors,
+and from there on the sync is a complete one: every tensor is loaded and its digest compared.
 
 A failure ends the base on both sides: a sync without one is complete, and makes a new one.
 """

@@ -31,7 +31,7 @@ class SlotStore:
         self._ids[slots] = ids
 
     def slots(self, blocks: Sequence[int], start: int, end: int) -> np.ndarray:
-        """Slots of the positions [start, end) of a sequence that lies in `blocks`."""
+        """Slots of the positions [start, end) of a sequence stored in `blocks`."""
         first, last = start // self.block_size, -(-end // self.block_size)
         held = np.asarray(blocks[first:last], dtype=np.int64)[:, None] * self.block_size + self._offsets
         return held.ravel()[start - first * self.block_size : end - first * self.block_size]

@@ -73,7 +73,7 @@ def _serve(work: SimpleQueue) -> None:
 def answer_of(future: Future, deadline: Deadline, *, where: str, operation: str, dead: Callable[[], str | None]) -> Any:
     """The result of `future`. Raises `SyncError` when the deadline has passed, or `dead` says why the engine died.
 
-    An answer that comes later is dropped. Exceptions of the future itself come as they are.
+    A later answer is dropped. Exceptions of the future itself are raised unchanged.
     """
     while True:
         done, _ = wait_for_any([future], timeout=min(POLL_S, deadline.left_s))

@@ -32,8 +32,8 @@ class Engine(ABC):
 
         Args:
             method: of the worker extension. Replies are dictionaries with at least "rank"; those with an "error" are
-                returned like any other. "world_size" (workers of one engine core), "dp_rank" and "dp_size" are added
-                where the worker does not tell them.
+                returned like any other. "world_size" (workers of one engine core), "dp_rank" and "dp_size" are added if
+                the worker does not report them.
             args: None, bool, int, float, str, lists, and dictionaries with str keys: what JSON carries. Integers from
                 -2^63 to 2^64 - 1 arrive exact on every way, whatever is usual for JSON: both ends are Python, and
                 msgpack inside vLLM has these limits.
@@ -82,7 +82,7 @@ class Engine(ABC):
     def reset_caches(self, timeout_s: float) -> None:
         """Empty the prefix cache (and a KV connector's); of multimodal models also the processor's and the encoder's.
 
-        Requests that a pause has frozen lose their keys and values, and are computed anew.
+        Requests that a pause has frozen lose their keys and values, which are then recomputed.
 
         Raises:
             SyncError: vLLM did not reset it on every rank, no answer in time, or the engine died.

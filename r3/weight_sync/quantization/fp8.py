@@ -28,7 +28,7 @@ def quantised(
 
     Each is quantised when its turn comes, on the device where it is made. Fused experts (`fused_experts=True`) are
     quantised all at once, which is faster, and sent apart under the names of the checkpoint: vLLM 0.26 turns the scales
-    of fused ones by mistake. Those that stay as they are stay fused.
+    of fused ones by mistake. Experts that are not quantised stay fused.
 
     Args:
         named: checkpoint names and weights, as `named_weights` gives them.

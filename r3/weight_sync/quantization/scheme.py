@@ -23,7 +23,7 @@ class Fp8Scheme:
 
     Attributes:
         block: rows and columns that share a scale.
-        ignored: modules that are left as they are, by their names in the checkpoint.
+        ignored: modules that are not quantised, by their names in the checkpoint.
         power_of_two: whether scales are powers of two (UE8M0).
         held: names of the weights that are FP8, if a checkpoint says; None to go by `ignored`.
     """

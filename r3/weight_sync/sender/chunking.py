@@ -1,4 +1,4 @@
-"""What a sync sends: the manifest, whole tensors in the engine's dtype, and chunks of them."""
+"""The outgoing weights of a sync: the manifest, whole tensors in the engine's dtype, and chunks of them."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -116,7 +116,7 @@ def module_paths(frozen: Sequence[str]) -> tuple[str, ...]:
 
 
 def unfrozen(named: Iterable[tuple[str, Weight]], frozen: Sequence[str]) -> Iterator[tuple[str, Weight]]:
-    """Those of `named` that are neither one of the paths in `frozen` nor below one."""
+    """The weights in `named` that are not at or below a path in `frozen`."""
     below = tuple(f"{path}." for path in module_paths(frozen))
     return ((name, weight) for name, weight in named if not f"{name}.".startswith(below))
 

@@ -1,4 +1,4 @@
-"""What a sync has sent so far."""
+"""Progress of a sync: what has been sent so far."""
 
 import time
 from collections.abc import Iterator

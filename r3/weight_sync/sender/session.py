@@ -125,8 +125,8 @@ class WeightSync:
             version: above every version committed before.
             frozen: module paths of the checkpoint (`["model.visual"]`) below which the engine keeps what it has; what
                 `named_tensors` has there is not sent. All else must be complete.
-            agree: called when all workers hold all weights and before any commits; what it raises ends the sync. Here
-                ranks that gather together tell each other that each has.
+            agree: called when all workers hold all weights, before any commits; an exception from it aborts the sync.
+                Ranks that gather together use it to agree that all have succeeded.
 
         Raises:
             SyncError: the sync did not commit everywhere; says which worker and why. The engines are then poisoned

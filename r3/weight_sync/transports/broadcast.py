@@ -1,8 +1,7 @@
 """One broadcast to all workers of all engines: gloo for CPU, NCCL for GPUs.
 
-Trainer and workers form a group of their own, apart from every other that they have: rank 0 is the trainer. It is kept
-from sync to sync while all members still have it, and made anew otherwise: after a failure, or when a worker was
-restarted.
+Trainer and workers form a separate group, in which rank 0 is the trainer. It is kept from sync to sync while all
+members still have it. Otherwise, after a failure or when a worker was restarted, a new one is made.
 """
 
 import socket

@@ -23,8 +23,8 @@ class IpcTransport(Transport):
 
     Args:
         keep_open: the workers keep the trainer's memory mapped from sync to sync, and need not open each allocation
-            again. What the trainer frees is then free once the next two syncs have begun: False where the trainer
-            leaves the GPU to the engine in between.
+            again. Memory that the trainer frees is then released only when the next two syncs have begun: use False if
+            the trainer leaves the GPU to the engine in between.
     """
 
     name = "ipc"
@@ -239,7 +239,7 @@ def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _counter() -> tuple[bytes, int, torch.UntypedStorage]:
-    """Where workers count what they let go of, which nobody reads, and the storage that it is of."""
+    """The counter on which workers release memory, which is never read, and its storage."""
     storage = torch.empty(1, device="cuda").untyped_storage()
     _, _, _, _, handle, offset, _, _ = storage._share_cuda_()
     return handle, offset, storage

@@ -4,7 +4,7 @@ Not by `torch.distributed`: what fails in any of its NCCL groups makes the heart
 end the process some minutes later (torch 2.11, `ProcessGroupNCCL::HeartbeatMonitor::runLoop`; the flag is one for all
 groups, whatever TORCH_NCCL_DUMP_ON_TIMEOUT says). A sync that failed would end a trainer, or an engine's worker.
 
-The communicator does not block: no call waits for a peer, and `abort` ends what is under way at any time.
+The communicator does not block: no call waits for a peer, and `abort` ends transfers in flight at any time.
 """
 
 import ctypes

@@ -7,12 +7,12 @@ nothing but plain dictionaries, which travel with the calls of the sync (so: str
     offer = transport.offer(...)
     call begin(offer)               ->        receiver = RECEIVERS[offer["transport"]](offer, rank, device, timeout_s)
     transport.join(stop)            <->       (joins meanwhile)
-    where = transport.publish(i, chunk)       (of as many chunks as are ready; of the first while the workers join)
+    where = transport.publish(i, chunk)       (of each staged chunk; of the first while the workers join)
     call load(i, [where, ...])      ->        chunk = receiver.receive(where), one after the other
     transport.transfer(i, stop)     <->       (receives meanwhile)
     transport.release(i)            <-        answer to a call with chunk i at its start, or to the seal
                                               (before which: receiver.release(i))
-    transport.flush(stop)          <->       receiver.flush()
+    transport.flush(stop)           <->       receiver.flush()
 
 `join`, `transfer` and `flush` deadlock if one side comes and the other never does: they end at `timeout_s`, or as soon
 as `stop()` is true, which says that a worker has answered and will not come. After any failure both sides abort, and
@@ -58,7 +58,7 @@ class Transport(ABC):
     worker_gpus: Collection[str | None] = ()
 
     def offer(self, workers: int, connection_ids: set[str | None]) -> Descriptor:
-        """What the workers need to join: at least {"transport": name}.
+        """The data that workers need to join: at least {"transport": name}.
 
         Args:
             workers: how many will join, of all engines.

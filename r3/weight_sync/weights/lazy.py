@@ -18,7 +18,7 @@ class LazyWeight:
         shape, dtype: of what `make` returns.
         make: returns the tensor, which may be a view of the live weight: read it, do not write to it. Where the
             weight is sharded, every rank of its mesh must call it, in the same order.
-        keep_dtype: whether a sync leaves the dtype as it is, even when it casts the other weights to the engine's.
+        keep_dtype: whether a sync keeps the dtype, even if it casts the other weights to the engine's.
         live: whether `make` gives the weight itself or a contiguous view of it, and makes nothing.
         parts: names of the checkpoint's tensors, of one shape, that this weight holds fused, in order.
     """

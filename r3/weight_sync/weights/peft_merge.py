@@ -59,7 +59,7 @@ def merged(module: Any, gather: Callable[[Tensor], Tensor]) -> nn.Module:
     Holds one layer and its adapters, whole: of fused experts, all experts of a decoder layer.
 
     Args:
-        module: left as it is.
+        module: the tuner, which is not changed.
         gather: returns the full tensor of a shard or of a whole tensor; is called for each weight, in an order of its
             own that is the same on all ranks.
     """

@@ -7,7 +7,7 @@ fused after loading or at the first forward. A reload leaves these stale without
 So a model is inspected when it has been built, before a bracket and after it. Each floating-point tensor that is no
 parameter is one of these:
 - a constant: there when the model had been built, and the same when its weights were loaded (rotary tables);
-- a view: it shared a parameter's memory when the model had been built. If it no longer does, it is copied anew;
+- a view: it shared a parameter's memory when the model had been built. If it no longer does, it is copied again;
 - derived: all others. The first complete sync must have made or written each of them, else it is refused by name.
 
 Not seen: integers, and what a kernel of its own writes that PyTorch's dispatcher knows nothing of (refused then, though
@@ -81,7 +81,7 @@ def note_origins(model: nn.Module) -> None:
 def watch_construction() -> None:
     """Have `note_origins` called on every model that vLLM builds in this process from here on.
 
-    Where this vLLM has no such point nothing is known of its models, and a warning says so.
+    If this vLLM has no hook for it, nothing is known of its models, and a warning says so.
     """
     on_model_built(note_origins, _KEY)
 
@@ -90,7 +90,8 @@ class DerivedTensors:
     """The tensors of one model that a bracket must update besides its parameters: see the module's docstring.
 
     Args:
-        model: the worker's model. Of one that was built before `watch_construction` nothing is known, or refused.
+        model: the worker's model. If it was built before `watch_construction`, nothing is known of it, and nothing
+            refused.
         caches: storages of the caches of keys, values and states, which are no weights.
         constants: patterns of paths (`*.scale`) that are known to be none of the weights' business.
 

@@ -1,8 +1,8 @@
 """Dry run of a sync: whether its manifest fits the engine's model, before a weight is touched.
 
 vLLM's own loaders are given tensors without memory, while the model's are without memory too: they cut, fuse, count and
-compare shapes as they always do, and nothing is copied. What does not fit is named with both shapes and, where it can
-be told, the likely cause.
+compare shapes as they always do, and nothing is copied. Misfits are reported with both shapes and, if it can be
+inferred, the likely cause.
 """
 
 import logging

@@ -3,16 +3,17 @@
 Faults of vLLM's reload that are prevented here (tests without 2 and 4 see a wrong result):
 1. One bracket for the whole sync: a bracket a chunk would put every layer absent from a chunk back to its old tensors.
 2. CPU builds from 0.28: experts are prepacked only while `moe_kernel is None`, so a reload of identical weights changes
-   the output. The kernel is dropped as its layer is processed; vLLM then builds it anew, and prepacks.
+   the output. The kernel is dropped as its layer is processed; vLLM then rebuilds it, and prepacks.
 3. A part of a fused layer is loaded without complaint: what is missing is found before the bracket closes.
 4. A bracket that never closed is given up before the next one begins, with all that it has counted and kept: vLLM's
    `initialize_layerwise_reload` passes over layers that are being loaded, and a layer would close early.
 5. Router and shared-expert gate, joined once by `MoERunner`, are joined again when the bracket closes.
-6. What else layers derive from weights, or view, is made anew or refused by name (`worker.derived_tensors`).
+6. Other tensors that derive from weights, or are views of them, are recomputed or refused by name
+   (`worker.derived_tensors`).
 
 The first complete sync also learns a load plan (`worker.load_plan`); with it, later ones copy straight into the
-engine's tensors, and only what could not be proved goes through vLLM's loaders. Where nothing is left for these, vLLM's
-bracket is not opened: its layers stay where they are, and what derives from weights is made anew at the end.
+engine's tensors, and only what could not be proved goes through vLLM's loaders. If nothing is left for the loaders,
+vLLM's bracket is not opened: its layers stay in place, and derived tensors are recomputed at the end.
 """
 
 import logging
@@ -46,8 +47,8 @@ class LayerwiseReload:
         vllm_config: the worker's configuration; set as current around every call, as vLLM's loaders expect.
         plan: what an earlier bracket on this model `learned`. Without one, or with one of other tensors, this bracket
             goes through vLLM's loaders and learns.
-        derived: the model's, from one bracket to the next; by default made anew.
-        kept: layers that get nothing on purpose, and keep what they have.
+        derived: the model's, from one bracket to the next; by default a new one.
+        kept: layers that receive nothing on purpose, and keep what they have.
 
     Attributes:
         layers: the model's modules, by name.

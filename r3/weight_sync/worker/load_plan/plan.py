@@ -1,8 +1,8 @@
 """A load plan: which region of which checkpoint tensor goes to which region of which of the engine's tensors.
 
-vLLM's loaders cut a fused expert tensor into hundreds of small copies, each through Python. Where they do nothing but
-copy, and nothing is done to the weights afterwards, a few large copies give the same bits. What they do is recorded,
-and proved, in the first sync (`load_plan.trace`); here are the record, its compression and its use.
+vLLM's loaders cut a fused expert tensor into hundreds of small copies, each through Python. If they only copy, and the
+weights are not processed afterwards, a few large copies give the same bits. The copies are recorded and proved in the
+first sync (`load_plan.trace`); this module has the plan, its compression and its use.
 
 All offsets and strides are in elements. Sources are contiguous; targets have the layout that was proved.
 """
@@ -85,7 +85,7 @@ class LayerPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadPlan:
-    """What one worker learned in a complete sync of `manifest`. Another worker's plan is of no use to it.
+    """The plan that one worker learned in a complete sync of `manifest`. It is of no use to another worker.
 
     A source is planned (in `copies`), dropped (vLLM takes no part of it on this worker) or slow (all others: vLLM's
     loaders must see it). A layer in `layers` is fed by planned sources alone, one in `slow` by slow ones alone.

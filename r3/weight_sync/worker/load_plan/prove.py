@@ -35,7 +35,7 @@ def build_plan(
         checks: queued comparisons.
         links: (source, layer) of every copy, also of those left out of the records.
         shared: groups of (layer, tensor) that are the same memory.
-        optional: names of tensors that stay as they are, on every path, where nothing is loaded into them.
+        optional: names of tensors that keep their values, on every path, if nothing is loaded into them.
         slow_sources: tensors of which something was computed, or that went where it cannot be said.
         rearranges: experts move between ranks as the engine runs.
     """
