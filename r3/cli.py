@@ -1,4 +1,4 @@
-"""The command line: `r3 demo`, `r3 settings`, `r3 doctor`, `r3 compare`, `r3 report`."""
+"""The command line: `r3 demo`, `r3 settings`, `r3 doctor`, `r3 explain`, `r3 compare`, `r3 report`."""
 
 import argparse
 import contextlib
@@ -82,48 +82,46 @@ def doctor(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def compare(args: argparse.Namespace) -> None:
-    if args.model is None and args.rollout is None:
-        _compare_paths(args)
-        return
-    if args.paths or args.model is None or args.rollout is None:
-        raise R3Error(f"compare: expected --model with --rollout and no other paths, or two paths; {COMPARE_USES}")
+def explain(args: argparse.Namespace) -> None:
     from r3.diagnostics.run_folder import json_values
     from r3.explain import Limits, explain_file, explanation_lines
 
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     limits = Limits(max_tokens=args.max_tokens)
     with _stdout_to_stderr():
-        found = explain_file(args.model, args.rollout, earlier=args.earlier, device=args.device, limits=limits)
-    print(json.dumps(json_values(found.to_dict()), indent=2) if args.json else "\n".join(explanation_lines(found)))
-    if found.wrong:
+        explanation = explain_file(args.model, args.rollout, earlier=args.earlier, device=args.device, limits=limits)
+    if args.json:
+        print(json.dumps(json_values(explanation.to_dict()), indent=2))
+    else:
+        print("\n".join(explanation_lines(explanation)))
+    if explanation.wrong:
         sys.exit(1)
 
 
-COMPARE_USES = "two run folders, two files of saved rollouts, or --model PATH --rollout FILE"
-
-
-def _compare_paths(args: argparse.Namespace) -> None:
-    """Two run folders, or two files."""
-    if len(args.paths) != 2 or args.earlier:
-        raise R3Error(f"compare: expected {COMPARE_USES}; got {len(args.paths)} paths")
+def compare(args: argparse.Namespace) -> None:
+    first, second = args.paths
     missing = [str(path) for path in args.paths if not path.exists()]
     if missing:
         raise R3Error(f"compare: no such file or folder: {', '.join(missing)}")
-    a, b = args.paths
-    if a.is_dir() and b.is_dir():
+    if first.is_dir() and second.is_dir():
         from r3.report import write_comparison
 
-        written = str(write_comparison(a, b))
-        print(json.dumps({"wrong": False, "path": written}) if args.json else written)
+        page = str(write_comparison(first, second))
+        print(json.dumps({"wrong": False, "path": page}) if args.json else page)
         return
-    if a.is_dir() or b.is_dir():
-        raise R3Error(f"compare: expected {COMPARE_USES}; got a folder and a file: {a}, {b}")
+    if first.is_dir() or second.is_dir():
+        raise R3Error(
+            "compare: expected two run folders, or two files of saved rollouts; got a folder and a file: "
+            f"{first}, {second}"
+        )
     from r3.diagnostics.run_folder import json_values
     from r3.explain import compare_files, pair_lines
 
-    found = compare_files(a, b)
-    print(json.dumps(json_values(found.to_dict()), indent=2) if args.json else "\n".join(pair_lines(found)))
+    comparison = compare_files(first, second)
+    if args.json:
+        print(json.dumps(json_values(comparison.to_dict()), indent=2))
+    else:
+        print("\n".join(pair_lines(comparison)))
 
 
 def report(args: argparse.Namespace) -> None:
@@ -167,17 +165,25 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--json", action="store_true", help="print the results as JSON")
     sub.set_defaults(run_command=doctor)
 
-    sub = commands.add_parser(
-        "compare", help="say what explains the gap of saved rollouts to a model, or set two runs or dumps side by side"
-    )
-    sub.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="two run folders, or two files of rollouts")
-    sub.add_argument("--model", metavar="PATH", help="score the rollouts with this checkpoint")
-    sub.add_argument("--rollout", metavar="FILE", type=Path, help="rollouts that r3.capture.save_rollouts wrote")
+    sub = commands.add_parser("explain", help="find what explains the gap between saved rollouts and a model")
+    sub.add_argument("--model", metavar="PATH", required=True, help="score the rollouts with this checkpoint")
     sub.add_argument(
-        "--earlier", metavar="CHECKPOINT", action="append", default=[], help="that the engine may have had"
+        "--rollout", metavar="FILE", type=Path, required=True, help="rollouts that r3.capture.save_rollouts wrote"
+    )
+    sub.add_argument(
+        "--earlier",
+        metavar="CHECKPOINT",
+        action="append",
+        default=[],
+        help="an older checkpoint that the engine may still have had; may be repeated",
     )
     sub.add_argument("--max-tokens", type=int, default=16384, help="sampled tokens that are scored (default 16384)")
     sub.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    sub.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    sub.set_defaults(run_command=explain)
+
+    sub = commands.add_parser("compare", help="set two runs, or two files of saved rollouts, side by side")
+    sub.add_argument("paths", nargs=2, type=Path, metavar="PATH", help="two run folders, or two files of rollouts")
     sub.add_argument("--json", action="store_true", help="print the outcome as JSON")
     sub.set_defaults(run_command=compare)
 

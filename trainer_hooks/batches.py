@@ -52,7 +52,7 @@ class StepBatch:
             yield self.select(slice(at, at + size))
 
     def rows(self, mesh: Mesh, *, size: int, packed: bool) -> Iterator["Rows"]:
-        """What this rank computes: of every `mesh.data_size`-th rollout, `size` at a time, its slice."""
+        """The rows of this rank: its slice of every `mesh.data_size`-th rollout, `size` rollouts at a time."""
         for part in self.select(slice(mesh.data_rank, None, mesh.data_size)).split(size):
             yield Rows.of(part, packed=packed).shard(mesh.sequence_rank, mesh.sequence_size)
 
@@ -150,7 +150,7 @@ def broadcast(whole: StepBatch | None) -> StepBatch:
     if dist.get_world_size() == 1:
         assert whole is not None
         return whole
-    found = [whole]
-    dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
-    assert found[0] is not None
-    return found[0]
+    holder = [whole]
+    dist.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
+    assert holder[0] is not None
+    return holder[0]

@@ -1,4 +1,4 @@
-"""Before the first step: that the engine captures, repeats itself, and computes what the policy computes."""
+"""Check before the first step that the engine captures, repeats itself, and computes what the policy computes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_engine(config: R3Config, policy: Policy, engine: Any) -> dict[str, flo
         engine: a running `vllm.LLM` on the first rank, None on the others.
 
     Returns:
-        What was found, by flat names, the same on every rank but for `engine/repeat_nats`, which the first has.
+        Metrics by flat names, the same on every rank except `engine/repeat_nats`, which only the first rank has.
 
     Raises:
         CaptureError: capture does not work.
@@ -34,7 +34,7 @@ def check_engine(config: R3Config, policy: Policy, engine: Any) -> dict[str, flo
     """
     diagnostics, limits = config.trainer.diagnostics, config.generator.inference_engine
     accepted = diagnostics.accepted_engine_faults
-    whole, apart = None, None
+    batch, apart = None, None
     with policy.barrier.guard():
         if engine is not None:
             spec = policy.replay.spec if policy.replay else None
@@ -50,12 +50,12 @@ def check_engine(config: R3Config, policy: Policy, engine: Any) -> dict[str, flo
                 max_tokens=min(SAMPLED_TOKENS, limits.max_model_len - length),
                 temperature=policy.temperature,
             )
-            whole, apart = StepBatch.of(answers.rollouts.batch(0), torch.zeros(count)), answers.repeat_nats
+            batch, apart = StepBatch.of(answers.rollouts.batch(0), torch.zeros(count)), answers.repeat_nats
     size = config.trainer.micro_train_batch_size
-    measured = measure(policy, broadcast(whole), size=size, extreme_ratio=diagnostics.extreme_ratio, details=False)
-    found = EngineAgreement.from_metrics(family_of(policy.model), measured.metrics, repeat_nats=apart)
+    measured = measure(policy, broadcast(batch), size=size, extreme_ratio=diagnostics.extreme_ratio, details=False)
+    agreement = EngineAgreement.from_metrics(family_of(policy.model), measured.metrics, repeat_nats=apart)
     with policy.barrier.guard():
-        found.require(accepted)
-        for name, text in found.faults().items():
+        agreement.require(accepted)
+        for name, text in agreement.faults().items():
             logger.warning("accepted: %s: %s", name, text)
-    return found.metrics()
+    return agreement.metrics()

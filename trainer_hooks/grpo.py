@@ -26,7 +26,7 @@ from trainer_hooks.step_log import StepLog
 
 
 class Task(Protocol):
-    """Prompts, and rewards for what is made of them."""
+    """A source of problems, and of rewards for their completions."""
 
     def problems(self, step: int, count: int) -> list[Any]:
         """`count` problems for `step`."""
@@ -42,10 +42,10 @@ class GRPOTrainer:
 
     Args:
         config: all settings.
-        task: where prompts and rewards come from.
-        policy: what is trained.
+        task: source of prompts and rewards.
+        policy: the policy to train.
         engine: a running `vllm.LLM` with the policy's weights, on the first rank; None on the others.
-        log: where steps are recorded, on the first rank; None on the others.
+        log: record of the steps, on the first rank; None on the others.
     """
 
     def __init__(self, config: R3Config, task: Task, policy: Policy, engine: Any, log: StepLog | None = None) -> None:
@@ -69,7 +69,7 @@ class GRPOTrainer:
         )
 
     def train(self, checked: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Run `trainer.max_steps` steps, and record each; what was `checked` before, with the first.
+        """Run `trainer.max_steps` steps, and record each. The metrics in `checked` are recorded with the first.
 
         Raises:
             AlarmError: an alarm stops the run; a `ParallelError` on the other ranks.
@@ -82,25 +82,25 @@ class GRPOTrainer:
                         self.log.add(step, {**(checked if step == 1 else {}), **metrics}, details)
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, Any] | None]:
-        """Rollouts, rewards, training, sync. Returns the step's metrics, and its details where they are due."""
+        """One step: rollouts, rewards, training, sync. Returns its metrics, and its details if they are due."""
         diagnostics = self.config.trainer.diagnostics
         clock = StageTimer()
         with clock.stage("rollout"), self.policy.barrier.guard():
-            # The first rank has the engine, and the others wait for what it makes.
-            whole, metrics = self.experience(step) if self.engine is not None else (None, {})
+            # The first rank has the engine; the others wait for its rollouts.
+            batch, metrics = self.experience(step) if self.engine is not None else (None, {})
         with clock.stage("rollout"):
-            whole = broadcast(whole)
+            batch = broadcast(batch)
         details, gap = None, None
         if diagnostics.measures(step):
             with clock.stage("measure"):
-                measured = self.measure(whole, details=diagnostics.details(step))
+                measured = self.measure(batch, details=diagnostics.details(step))
             metrics |= measured.metrics
             details = measured.details
         elif diagnostics.every:
-            # Of the side that is trained on, what the training forwards give anyway.
-            gap = StepGap(samples=len(whole.advantages), extreme_ratio=diagnostics.extreme_ratio)
+            # The gap of the trained side, which the training forwards give for free.
+            gap = StepGap(samples=len(batch.advantages), extreme_ratio=diagnostics.extreme_ratio)
         with clock.stage("train"):
-            metrics |= self.update(whole, gap)
+            metrics |= self.update(batch, gap)
         if gap is not None:
             metrics |= gap.reduced().metrics()
         with clock.stage("sync"):
@@ -163,7 +163,7 @@ class GRPOTrainer:
     def update(self, whole: StepBatch, gap: StepGap | None = None) -> dict[str, float]:
         """`updates_per_step` optimizer steps on the step's rollouts, token-weighted, with routing replayed.
 
-        `gap` takes what is computed before the first of them: later ones are of weights that did not sample.
+        `gap` collects the log-probabilities of the first step only: later ones are of weights that did not sample.
         """
         trainer, policy = self.config.trainer, self.policy
         low, high = trainer.algorithm.eps_clip_low, trainer.algorithm.eps_clip_high
@@ -173,17 +173,17 @@ class GRPOTrainer:
         layers = len(policy.replay.spec.layer_ids) if policy.replay else 0
         norms = []
         for mini in whole.split(-(-len(whole.advantages) // trainer.updates_per_step)):
-            # Of all ranks, over which gradients are averaged.
+            # The tokens of all ranks, divided by the ranks over which gradients are averaged.
             tokens = int(mini.batch.response_mask.sum()) / dist.get_world_size()
             for rows in policy.rows(mini, trainer.micro_train_batch_size):
-                found = policy.logprobs(rows, replayed=replayed)
+                logprobs = policy.logprobs(rows, replayed=replayed)
                 if gap is not None and not norms:
-                    gap.add(rows, {"replayed" if replayed else "live": found.detach()})
-                loss, clipped = clipped_loss(found, rows.logprobs, rows.advantages, low=low, high=high)
+                    gap.add(rows, {"replayed" if replayed else "live": logprobs.detach()})
+                loss, clipped = clipped_loss(logprobs, rows.logprobs, rows.advantages, low=low, high=high)
                 (loss / tokens).backward()
                 totals["loss"] += float(loss.detach())
                 totals["clipped"] += float(clipped)
-                # Live ones of tokens, not of padding: `policy.replay.last` counts every row of the padded batch.
+                # Live rows of tokens only: `policy.replay.last` counts the rows of padding too.
                 last, real = policy.replay.last if policy.replay else None, int(rows.tokens.sum())
                 totals["rows_replayed"] += last.rows_replayed if last else 0
                 totals["rows_live"] += real - (last.rows_replayed if last else 0)
@@ -207,5 +207,5 @@ class GRPOTrainer:
         }
 
     def push(self, version: int) -> SyncReceipt | None:
-        """A sync of the policy's weights into the engine; the receipt where the engine is."""
+        """Sync the policy's weights into the engine. Returns the receipt on the rank that has the engine."""
         return push_from_all_ranks(self.sync, self.policy.named_weights(), version, self.policy.barrier)

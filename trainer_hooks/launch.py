@@ -23,14 +23,14 @@ from trainer_hooks.step_log import StepLog
 
 
 def train(config: R3Config, task: Task) -> Path:
-    """The whole job: process group, policy, engine, loop, report. Returns the run folder.
+    """Run the whole job: process group, policy, engine, loop, report. Returns the run folder.
 
-    Nothing is left running, also after Ctrl-C or an exception.
+    All processes that it started have ended when it returns, also after Ctrl-C or an exception.
 
     Raises:
         ConfigError: settings that contradict each other, before anything is started.
         UnsupportedModelError: the model cannot be replayed.
-        CaptureError, SyncError: what went wrong, in the step in which it did.
+        CaptureError, SyncError: capture or a sync failed; raised in the step in which it did.
         AlarmError: the engine differs from the trainer before the first step, or a metric is beyond a bound of
             `trainer.diagnostics.alarms` that stops the run.
     """
@@ -54,7 +54,7 @@ def train(config: R3Config, task: Task) -> Path:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """The default process group of the ranks that a launcher started, or of this process alone, unless there is one."""
+    """Context with a default process group: an existing one, or of the launcher's ranks or this process alone."""
     if dist.is_initialized():
         yield
         return

@@ -72,5 +72,5 @@ class Policy:
         return prefetch(whole.rows(self.mesh, size=size, packed=self.packed), self.device)
 
     def named_weights(self) -> list[tuple[str, LazyWeight]]:
-        """All weights by the names of a checkpoint; sharded ones are gathered when their turn comes."""
+        """All weights by the names of a checkpoint; sharded ones are gathered when they are sent."""
         return named_weights(self.model, fused_experts=self.fused_experts)

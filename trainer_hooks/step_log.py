@@ -51,7 +51,7 @@ class StepLog:
         self.alarms.check(step, metrics)
 
     def save(self, step: int, rollouts: Rollouts) -> None:
-        """Save the rollouts of a step under `rollouts/` in the run folder, as `r3 compare --rollout` reads them."""
+        """Save the rollouts of a step under `rollouts/` in the run folder, as `r3 explain --rollout` reads them."""
         settings = SamplingSettings.of(self.config, weight_version=step - 1)
         path = self.folder.path / "rollouts" / f"step-{step:06d}.safetensors"
         path.parent.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from r3.capture.saved import load_rollouts, save_rollouts, saved_settings
 from r3.capture.serve import request_fields, server_args, server_command
 from r3.capture.settings import SamplingSettings
 from r3.capture.stitch import next_prompt_start, stitch, stitch_runs
-from r3.capture.stream import rollout
+from r3.capture.stream import async_rollout
 from r3.capture.weight_versions import resolve_mixed_versions, stamp_versions
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "RolloutBatch",
     "Rollouts",
     "SamplingSettings",
+    "async_rollout",
     "collect",
     "compare_overlap",
     "engine_kwargs",
@@ -32,7 +33,6 @@ __all__ = [
     "next_prompt_start",
     "request_fields",
     "resolve_mixed_versions",
-    "rollout",
     "running_engine",
     "sampling_kwargs",
     "save_rollouts",

@@ -15,7 +15,7 @@ Request = tuple[Sequence[int], dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What came back.
+    """An engine's responses.
 
     Attributes:
         engine: `vllm.LLM`, or the URL.
@@ -48,7 +48,7 @@ def ask(engine: Any, requests: Sequence[Request], *, timeout_s: float = 60.0, ap
 
 
 def repeat_nats(first: Iterable[Rollout], second: Iterable[Rollout]) -> float:
-    """Mean over tokens of |difference| between two greedy answers, up to the token where they part.
+    """Mean |difference| of log-probabilities between two greedy answers, up to and with the first token that differs.
 
     That token counts: the largest log-probabilities of two distributions are never further apart than the
     distributions are.

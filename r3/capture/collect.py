@@ -20,7 +20,7 @@ from r3.capture.weight_versions import stamp_versions
 from r3.errors import CaptureError, R3Error, summary
 from r3.routing import RoutingSpec
 
-# Above rounding: a log-probability of a token that is certain may be a little more than 0.
+# Tolerance for rounding: the log-probability of a certain token may be slightly above 0.
 LARGEST_LOGPROB = 1e-3
 
 
@@ -32,7 +32,7 @@ def collect(
     prompt_start: int | Sequence[int] = 0,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> Rollouts:
-    """Turn what vLLM returned into rollouts, or say which of them were not captured rightly.
+    """Turn vLLM's outputs into checked rollouts, or say which of them were not captured correctly.
 
     Args:
         responses: each of them one of
@@ -41,43 +41,51 @@ def collect(
               dictionary or JSON text, of a request with `r3.capture.request_fields`,
             - the list of all chunks of a stream of `/inference/v1/generate`,
             - an exception, or a future that is done: as `asyncio.gather(..., return_exceptions=True)` and executors
-              give them. What failed is reported like a response that cannot be used.
-        spec: the routing that the trainer's model can replay (`Replay.spec`): the outputs tell neither the number of
-            experts nor a dense layer from a layer that always chose expert 0. None leaves routing out.
-        weight_version: the version that the engine sampled with, or one for each response. Where the engine tells by
-            itself (vLLM 0.32, after a sync that labels its weights), its word is compared.
+              give them. A failure is reported like a response that cannot be used.
+        spec: the routing that the trainer's model can replay (`Replay.spec`): the outputs show neither the number of
+            experts, nor whether a layer is dense or always chose expert 0. None leaves routing out.
+        weight_version: the version that the engine sampled with, or one for each response. If the engine reports
+            versions itself (vLLM 0.32, after a sync that labels its weights), the two must agree.
         prompt_start: the requests' `routed_experts_prompt_start`, or one for each response: the tokens before it have
-            no rows. Where a server does not know the field (the OpenAI routes of vLLM 0.26), and so sends all rows, all
-            are kept.
-        on_error: "skip" keeps the samples that are right, and says in `Rollouts.failed` what is wrong with the others.
+            no rows. If a server ignores the field (the OpenAI routes of vLLM 0.26) and sends all rows, all are kept.
+        on_error: "skip" keeps the valid samples, and lists in `Rollouts.failed` what is wrong with the others.
 
     Raises:
         CaptureError: no routing, a wrong number of rows, layers or slots, a layer that was never captured, expert ids
             out of range or repeated in a row, no token ids or log-probabilities, other weights than were given, or a
             request that failed. Names the samples. Also if no sample is right, or there are not as many weight versions
             or starts as responses.
+
+    Example:
+        >>> logprobs = {"content": [{"token": "token_id:3", "logprob": -0.5}]}
+        >>> choice = {"index": 0, "token_ids": [3], "logprobs": logprobs, "finish_reason": "stop"}
+        >>> response = {"prompt_token_ids": [1, 2], "choices": [choice]}  # of /inference/v1/generate
+        >>> collect([response], spec=None).items[0].logprobs
+        tensor([-0.5000])
     """
-    versions = _each("weight_version", weight_version, len(responses))
-    starts = _each("prompt_start", prompt_start, len(responses))
+    versions = _one_each("weight_version", weight_version, len(responses))
+    starts = _one_each("prompt_start", prompt_start, len(responses))
     items: list[Rollout] = []
     problems: dict[int, str] = {}
     cause: Exception | None = None
     prompt = 0
-    # Whatever is wrong with one sample, also what nobody thought of, is its own: the others are not lost with it.
+    # Any fault of one sample, even an unforeseen one, concerns that sample alone: the others are kept.
     for response, version, start in zip(responses, versions, starts, strict=True):
         place, within = len(items) + len(problems), 0
         try:
-            found = _samples(response, routing=spec is not None)
+            samples = _samples(response, routing=spec is not None)
         except Exception as error:
-            cause, found = cause or error, []
-            problems[place] = f"sample {place} (prompt {prompt}): {_told(error)}"
-        for number, (within, read) in enumerate(found):
+            cause, samples = cause or error, []
+            problems[place] = f"sample {place} (prompt {prompt}): {_message_of(error)}"
+        for number, (within, read) in enumerate(samples):
             place = len(items) + len(problems)
             try:
                 items.append(_rollout(read(), prompt + within, spec, version, start or 0))
             except Exception as error:
                 cause = cause or error
-                problems[place] = f"sample {place} (prompt {prompt + within}, completion {number}): {_told(error)}"
+                problems[place] = (
+                    f"sample {place} (prompt {prompt + within}, completion {number}): {_message_of(error)}"
+                )
         prompt += within + 1
     if problems and (on_error == "raise" or not items):
         raise CaptureError(
@@ -88,12 +96,12 @@ def collect(
     return Rollouts(items, spec, problems)
 
 
-def _told(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     return str(error) if isinstance(error, R3Error) else f"cannot be read: {type(error).__name__}: {error}"
 
 
 def _samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
-    """For each completion: the place of its prompt among the response's, and what reads the completion."""
+    """For each completion: the index of its prompt in the response, and a function that reads the completion."""
     if hasattr(response, "done") and hasattr(response, "exception"):
         response = _result(response)
     if isinstance(response, BaseException):
@@ -135,7 +143,7 @@ def _rollout(
             complete=complete,
             weight_version=weight_version,
         )
-    made = Rollout(
+    rollout = Rollout(
         prompt_ids=sample.prompt_ids,
         token_ids=sample.token_ids,
         response_mask=torch.ones(len(sample.token_ids), dtype=torch.bool),
@@ -147,13 +155,13 @@ def _rollout(
         row_versions=None if weight_version is None else torch.full((tokens,), weight_version, dtype=torch.int32),
     )
     if not sample.versions:
-        return made
+        return rollout
     if weight_version is not None and {version for _, version in sample.versions} != {weight_version}:
         raise CaptureError(
             f"weight_version: expected {weight_version}, but the engine says that it sampled with "
             f"{', '.join(f'{version} from token {start}' for start, version in sample.versions)}"
         )
-    return stamp_versions(made, sample.versions)
+    return stamp_versions(rollout, sample.versions)
 
 
 def _require_logprobs(logprobs: Sequence[float]) -> None:
@@ -165,10 +173,12 @@ def _require_logprobs(logprobs: Sequence[float]) -> None:
             )
 
 
-def _each(name: str, given: int | np.integer | Sequence[int | None] | None, responses: int) -> Sequence[int | None]:
-    """What was given for all responses, or for each, as one for each: integers, as of numpy as well."""
-    if given is None or isinstance(given, int | np.integer):
-        return [None if given is None else int(given)] * responses
-    if len(given) != responses:
-        raise CaptureError(f"{name}: expected one for each of {responses} responses, got {len(given)}")
-    return given
+def _one_each(
+    name: str, values: int | np.integer | Sequence[int | None] | None, responses: int
+) -> Sequence[int | None]:
+    """One value for each response, from one value for all or a sequence; numpy integers are accepted."""
+    if values is None or isinstance(values, int | np.integer):
+        return [None if values is None else int(values)] * responses
+    if len(values) != responses:
+        raise CaptureError(f"{name}: expected one for each of {responses} responses, got {len(values)}")
+    return values

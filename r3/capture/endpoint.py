@@ -1,4 +1,4 @@
-"""One vLLM server behind a URL, asked with nothing but the standard library: for checks, not for rollouts."""
+"""Client of one vLLM server by the standard library alone: for checks, not for rollouts."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from r3.proxy import naming_proxy
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A server of which every answer is JSON, empty, or an error in plain words.
+    """A server. Each request returns its JSON, None for an empty answer, or raises an error in plain words.
 
     Attributes:
         url: `http://host:port`, with or without `/v1` at its end.
@@ -28,7 +28,7 @@ class Endpoint:
         return base_url(self.url)
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON that `path` answers with, None for an empty answer; a POST where there is a `body`.
+        """The JSON answer of `path`, None if it is empty. POST if there is a `body`, else GET.
 
         Raises:
             CaptureError: no answer in time, an error status with what the server said, or no JSON; with the proxy of
@@ -45,8 +45,8 @@ class Endpoint:
         try:
             content = HttpClient(base=self.base, api_key=self.api_key).send(path, data, self.timeout_s)
         except StatusError as error:
-            said = error.content[:500].decode(errors="replace")
-            raise CaptureError(f"{url} answered with status {error.status}: {said or error.reason}") from error
+            message = error.content[:500].decode(errors="replace")
+            raise CaptureError(f"{url} answered with status {error.status}: {message or error.reason}") from error
         except (*FAILURES, ValueError) as error:
             cause = cause_of(error)
             waited = f" in {self.timeout_s:g} s" if isinstance(cause, TimeoutError) else ""
@@ -60,24 +60,24 @@ class Endpoint:
             raise CaptureError(f"{url}: expected JSON, got {content[:80]!r}: is this a vLLM server?") from error
 
     def version(self) -> str:
-        """The server's vLLM.
+        """The server's vLLM version.
 
         Raises:
             CaptureError: as `ask`, or not a vLLM server.
         """
-        found = self.ask("/version")
-        if not isinstance(found, dict) or not isinstance(found.get("version"), str):
-            raise CaptureError(f"{self.base}/version: expected vLLM's, got {found!r:.80}: is this a vLLM server?")
-        return found["version"]
+        answer = self.ask("/version")
+        if not isinstance(answer, dict) or not isinstance(answer.get("version"), str):
+            raise CaptureError(f"{self.base}/version: expected vLLM's, got {answer!r:.80}: is this a vLLM server?")
+        return answer["version"]
 
     def model(self) -> str:
-        """The name by which the server's first model is asked for.
+        """The name of the server's first model, as requests need it.
 
         Raises:
             CaptureError: as `ask`, or no model.
         """
-        found = self.ask("/v1/models")
+        answer = self.ask("/v1/models")
         try:
-            return str(found["data"][0]["id"])
+            return str(answer["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
-            raise CaptureError(f"{self.base}/v1/models: expected a list of models, got {found!r:.80}") from error
+            raise CaptureError(f"{self.base}/v1/models: expected a list of models, got {answer!r:.80}") from error

@@ -1,4 +1,4 @@
-"""Settings -> the arguments that a vLLM engine and its sampling need for capture."""
+"""The arguments that a vLLM engine and its sampling need for capture, from the settings."""
 
 import contextlib
 import signal
@@ -31,7 +31,7 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
         "tensor_parallel_size": engine.tensor_parallel_size,
         "pipeline_parallel_size": engine.pipeline_parallel_size,
         "enforce_eager": engine.enforce_eager,
-        # Those of the distribution that was sampled from, temperature included; not the raw logits'.
+        # Log-probabilities of the sampling distribution, temperature included, and not of the raw logits.
         "logprobs_mode": "processed_logprobs",
         # Logits in float32, as the trainer computes them: rounded to bfloat16, they alone are most of the gap.
         "hf_overrides": {"head_dtype": "float32"},
@@ -65,7 +65,15 @@ def _capture_kwargs(engine: InferenceEngineConfig) -> dict[str, Any]:
 
 
 def sampling_kwargs(config: R3Config) -> dict[str, Any]:
-    """Keyword arguments for `vllm.SamplingParams`: the whole distribution at the set temperature, with its logprobs."""
+    """Keyword arguments for `vllm.SamplingParams`: the whole distribution at the set temperature, with its logprobs.
+
+    Never raises: `R3Config` has checked the settings.
+
+    Example:
+        >>> config = R3Config.from_overrides(["generator.sampling_params.temperature=0.7"])
+        >>> sampling_kwargs(config)["temperature"], sampling_kwargs(config)["logprobs"]
+        (0.7, 0)
+    """
     sampling = config.generator.sampling_params
     return {
         "n": config.generator.n_samples_per_prompt,
@@ -96,7 +104,7 @@ def running_engine(config: R3Config) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _terminated_by_exception() -> Iterator[None]:
-    """SIGTERM raises SystemExit, so that what is open is closed. Only the main thread may set signal handlers."""
+    """Let SIGTERM raise SystemExit, so that open contexts are closed. Only the main thread may set signal handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""A short exchange with an engine or a server that proves, before anything is trained, that capture works."""
+"""A short exchange with an engine or a server that proves, before training, that capture works."""
 
 import time
 from collections.abc import Sequence
@@ -14,24 +14,24 @@ from r3.config import MOST_REPEAT_NATS
 from r3.errors import CaptureError
 from r3.routing import RoutingSpec
 
-# In every vocabulary, and fewer than a block of the prefix cache: each handshake is computed anew.
+# Ids of every vocabulary, and fewer than a block of the prefix cache: no handshake hits the cache.
 PROMPT_IDS = (3, 5, 7, 11, 13, 17, 19)
-# Of a token that alone is allowed, whatever is rounded.
+# Tolerance for the log-probability of a token that alone is allowed.
 CERTAIN_NATS = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Handshake:
-    """What an exchange has shown.
+    """The result of a handshake.
 
     Attributes:
         engine: `vllm.LLM`, or the URL.
         vllm_version: of the engine.
         model: as the engine calls it.
         prompt_tokens, sampled_tokens: of the request.
-        rows: rows of routing that came and were right: all but the last token's.
+        rows: rows of routing that were received and valid: all but the last token's.
         layers: decoder layers that have a router, of `decoder_layers`.
-        experts, top_k: of the trainer, which the rows fit.
+        experts, top_k: of the trainer's model, which the rows fit.
         repeat_nats: mean over the sampled tokens of how far a second answer is from the first.
         seconds: of the whole exchange.
     """
@@ -60,19 +60,19 @@ def handshake(
     timeout_s: float = 60.0,
     api_key: str | None = None,
 ) -> Handshake:
-    """Sample a few tokens greedily, and one that is forced, and check all that training will rely on.
+    """Sample a few tokens greedily, and one that is forced, and check everything that training relies on.
 
-    Token ids, log-probabilities and rows come and fit each other; rows are complete, distinct and in range; every layer
-    that the trainer replays was captured, and none besides; the log-probabilities are those of the distribution that
-    is sampled from (where one token alone is allowed, its log-probability is 0); the engine repeats itself. Whether it
-    computes what the trainer computes is for `r3.doctor.engine_agreement` to say.
+    Token ids, log-probabilities and rows are there and consistent; rows are complete, distinct and in range; exactly
+    the layers that the trainer replays were captured; the log-probabilities are those of the distribution that is
+    sampled from (where one token alone is allowed, its log-probability is 0); the engine repeats itself.
+    `r3.doctor.engine_agreement` checks whether it computes what the trainer computes.
 
     Args:
         engine: a `vllm.LLM`, or the URL of a server (`http://host:port`).
         spec: the routing that the trainer's model can replay (`Replay.spec`).
         prompt_ids: ids in the model's vocabulary.
         max_tokens: tokens to sample.
-        most_repeat_nats: how far two greedy answers may be apart, a token; None for any distance.
+        most_repeat_nats: largest mean difference between two greedy answers, nats a token; None for any.
         timeout_s: of each of a server's answers; an engine in this process has no timeout.
         api_key: of a server that wants one.
 
@@ -120,7 +120,7 @@ def handshake(
 
 
 def _require(sampled: Rollout, certain: Rollout, prompt_ids: list[int], max_tokens: int, spec: RoutingSpec) -> None:
-    """What `collect` cannot know: what was sent, and that rows of one slot are not all 0."""
+    """Check what `collect` cannot: the prompt that was sent, and that rows of one slot are not all 0."""
     if sampled.prompt_ids != prompt_ids:
         raise CaptureError(f"prompt_token_ids: expected those that were sent, {prompt_ids}, got {sampled.prompt_ids}")
     if len(sampled.token_ids) != max_tokens:  # the server may limit it

@@ -1,4 +1,4 @@
-"""How rows that several turns of a conversation captured compare with each other."""
+"""Agreement of rows that several turns of a conversation captured for the same token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from r3.errors import CaptureError
 
 @dataclass(frozen=True, kw_only=True)
 class OverlapReport:
-    """Rows that later turns captured again, against the first capture of the same token.
+    """Comparison of rows that later turns captured again with the first capture of the same token.
 
     Attributes:
         rows: captured again; a token that k turns captured counts k - 1 times.

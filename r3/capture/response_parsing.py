@@ -1,8 +1,8 @@
 """Responses of vLLM's HTTP server -> samples.
 
-Three routes, told apart by their fields and not by a version: `/v1/completions` and `/v1/chat/completions` (objects of
-the OpenAI client, dictionaries or JSON text), and `/inference/v1/generate` (dictionaries, JSON text, or the list of the
-chunks of a finished stream). P prompt tokens, G sampled tokens.
+Three routes, distinguished by their fields and not by a version: `/v1/completions` and `/v1/chat/completions` (objects
+of the OpenAI client, dictionaries or JSON text), and `/inference/v1/generate` (dictionaries, JSON text, or the list of
+the chunks of a finished stream). P prompt tokens, G sampled tokens.
 """
 
 import json
@@ -17,7 +17,7 @@ from r3.capture.rows import decode_npy, row_array
 from r3.capture.sample import Sample, parse_version_spans, token_list
 from r3.errors import CaptureError
 
-# More than any model returns for a token: 512 layers of 32 slots of 4 bytes. And the array's header.
+# Upper bound for one token: 512 layers of 32 slots of 4 bytes, and the array's header.
 MAX_ROW_BYTES, HEADER_BYTES = 1 << 16, 1 << 12
 # What vLLM sends for minus infinity, and for a token whose log-probability it does not know.
 UNKNOWN_LOGPROB = -9999.0
@@ -30,14 +30,14 @@ Read = Callable[[], Sample]
 
 
 def http_samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
-    """For each choice, in the order of their `index`: the place of its prompt among the response's, and what reads it.
+    """For each choice, by ascending `index`: the index of its prompt in the response, and a function that reads it.
 
-    Several prompts in one request of `/v1/completions` are told apart by their token ids: equal ones side by side
-    count as one. Without `routing` the choices' routing is not looked at.
+    Several prompts in one request of `/v1/completions` are distinguished by their token ids: equal neighbours count as
+    one. Without `routing` the choices' routing is not looked at.
 
     Raises:
         CaptureError: not a response of vLLM, an error that the server answered with, or a stream without a choice.
-            What reads a choice raises it for what is wrong with that one alone.
+            The function that reads a choice raises it for faults of that choice alone.
     """
     streamed = isinstance(response, list | tuple)
     bodies = _chunks(response) if streamed else [_body(response)]
@@ -48,24 +48,24 @@ def http_samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
             choices.setdefault(_index(part, place), []).append(part)
     if streamed and not choices:
         raise CaptureError(f"the stream of {len(response)} chunks has no end: {LOST}")
-    found: list[tuple[int, Read]] = []
+    samples: list[tuple[int, Read]] = []
     place, before = -1, object()
     for index, parts in sorted(choices.items()):
         own = _prompt(parts)
         own = prompt if own is None else own
-        # Arrays do not compare to one truth.
+        # Comparing arrays gives an array, not a bool.
         equal = own is before or (isinstance(own, list) and isinstance(before, list) and own == before)
         place += not equal
         before = own
-        # Which of several with one index is which nobody knows, but how many samples they are.
-        found += [(place, partial(_sample, index, parts, own, routing, streamed))] * (1 if streamed else len(parts))
-    return found
+        # Several choices with one index cannot be told apart, but each counts as a sample.
+        samples += [(place, partial(_sample, index, parts, own, routing, streamed))] * (1 if streamed else len(parts))
+    return samples
 
 
 def _prompt(parts: Sequence[Any]) -> Any:
-    """The prompt's ids as the first of `parts` gives them that has any."""
-    given = (part.get("prompt_token_ids") for part in parts if isinstance(part, Mapping))
-    return next((ids for ids in given if not (ids is None or (isinstance(ids, list) and not ids))), None)
+    """The prompt's token ids, from the first of `parts` that has any."""
+    prompts = (part.get("prompt_token_ids") for part in parts if isinstance(part, Mapping))
+    return next((ids for ids in prompts if not (ids is None or (isinstance(ids, list) and not ids))), None)
 
 
 STREAMED = (
@@ -90,8 +90,8 @@ def _body(response: Any) -> Mapping[str, Any]:
         )
     failure = response.get("error") or (response if response.get("object") == "error" else None)
     if failure:
-        said = failure.get("message", failure) if isinstance(failure, Mapping) else failure
-        raise CaptureError(f"the server answered with an error: {said}")
+        message = failure.get("message", failure) if isinstance(failure, Mapping) else failure
+        raise CaptureError(f"the server answered with an error: {message}")
     return response
 
 
@@ -105,7 +105,7 @@ def _choices(body: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def _index(part: Any, place: int) -> int:
-    """Of a choice; its place in the list where it has none, or none that is a number."""
+    """The `index` of a choice; its place in the list if it has none, or none that is a number."""
     index = part.get("index") if isinstance(part, Mapping) else None
     return index if type(index) is int else place
 
@@ -127,15 +127,15 @@ def _chunks(lines: Sequence[Any]) -> list[Mapping[str, Any]]:
 
 
 def _joined(index: int, parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The choice that the parts of a stream amount to."""
-    whole: dict[str, Any] = {"token_ids": [], "logprobs": {"content": []}, "routed_experts": None, "streamed": True}
+    """One choice, joined from the parts of a stream."""
+    choice: dict[str, Any] = {"token_ids": [], "logprobs": {"content": []}, "routed_experts": None, "streamed": True}
     for part in parts:
-        whole["token_ids"] += part.get("token_ids") or []
-        whole["logprobs"]["content"] += (part.get("logprobs") or {}).get("content") or []
-        whole |= {name: part[name] for name in CARRIED if part.get(name) is not None}
-    if "finish_reason" not in whole:
+        choice["token_ids"] += part.get("token_ids") or []
+        choice["logprobs"]["content"] += (part.get("logprobs") or {}).get("content") or []
+        choice |= {name: part[name] for name in CARRIED if part.get(name) is not None}
+    if "finish_reason" not in choice:
         raise CaptureError(f"the stream of {len(parts)} parts has no end for choices [{index}]: {LOST}")
-    return whole
+    return choice
 
 
 def _sample(index: int, parts: Sequence[Any], prompt: Any, routing: bool, streamed: bool) -> Sample:
@@ -160,32 +160,34 @@ def _sample(index: int, parts: Sequence[Any], prompt: Any, routing: bool, stream
     )
 
 
-def _ids(found: Any, name: str) -> list[int]:
-    if found is None:
+def _ids(ids: Any, name: str) -> list[int]:
+    if ids is None:
         raise CaptureError(
             f"no {name}, and text may be tokenized otherwise. Ask with return_token_ids=True (in extra_body of the "
             f"OpenAI client); {REMEDY}. Where /inference/v1/generate does not know it, put the ids that were sent "
             "into the response as prompt_token_ids"
         )
-    return token_list(found, name)
+    return token_list(ids, name)
 
 
-def _logprobs(found: Any, token_ids: list[int]) -> list[float]:
-    if not found and token_ids:
+def _logprobs(logprobs: Any, token_ids: list[int]) -> list[float]:
+    if not logprobs and token_ids:
         raise CaptureError(
             "no log-probabilities: ask for them with logprobs=0 (completions), logprobs=True and top_logprobs=0 (chat) "
             f"or sampling_params.logprobs=0 (generate); {REMEDY}"
         )
     try:
-        if "token_logprobs" in (found or {}):
-            tokens, values = list(found["tokens"]), list(found["token_logprobs"])
+        if "token_logprobs" in (logprobs or {}):
+            tokens, values = list(logprobs["tokens"]), list(logprobs["token_logprobs"])
         else:
-            entries = (found or {}).get("content") or []
+            entries = (logprobs or {}).get("content") or []
             tokens = [entry.get("token_id", entry.get("token")) for entry in entries]
             values = [entry["logprob"] for entry in entries]
         missing = [i for i, value in enumerate(values) if value is None or value <= UNKNOWN_LOGPROB]
     except (AttributeError, KeyError, TypeError) as error:
-        raise CaptureError(f"logprobs: expected those of an OpenAI route or of generate, got {found!r:.80}") from error
+        raise CaptureError(
+            f"logprobs: expected those of an OpenAI route or of generate, got {logprobs!r:.80}"
+        ) from error
     if not len(values) == len(tokens) == len(token_ids):
         raise CaptureError(
             f"expected a log-probability of each of {len(token_ids)} sampled tokens, got {len(values)} of "
@@ -201,7 +203,7 @@ def _logprobs(found: Any, token_ids: list[int]) -> list[float]:
 
 
 def _placeholder(token: Any) -> int | None:
-    """The id in `token_id:17`; None for text, which tells no id."""
+    """The id in `token_id:17`; None for text, which has no id."""
     number = str(token).removeprefix("token_id:")
     return int(number) if number != token and number.isdecimal() else None
 

@@ -1,6 +1,6 @@
-"""What capture returns: rollouts, and batches of them.
+"""The results of capture: rollouts, and batches of them.
 
-P tokens of the prompt, G tokens after it: sampled ones, and in a conversation those that stand between its turns.
+P tokens of the prompt, G tokens after it: sampled ones, and in a conversation those between its turns.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,8 +29,9 @@ class Rollout:
             if routing was not asked for.
         finish_reason: as vLLM gives it.
         prompt_index: which of the collected outputs it belongs to; the samples of one prompt share it.
-        weight_versions: versions of the weights that took part, ascending; empty where nobody told.
-        row_versions: int32 `[P + G]`, the version that produced each row, -1 where unknown; None where nobody told.
+        weight_versions: versions of the weights that took part, ascending; empty if unknown.
+        row_versions: int32 `[P + G]`, the version that produced each row, -1 where unknown; None if no version is
+            known.
 
     Raises:
         CaptureError: parts whose lengths do not fit the tokens.
@@ -72,8 +73,8 @@ class Rollout:
     def truncate(self, max_length: int | None = None, *, max_response_length: int | None = None) -> "Rollout":
         """The rollout as if sampling had ended at a length: tokens, mask, log-probabilities, rows and versions.
 
-        What is cut has finish reason "length", and its last token no row: nothing was sampled after it any more.
-        Versions of which nothing is left took no part. A rollout that is short enough is returned as it is.
+        A truncated rollout has finish reason "length", and its last token has no row, since nothing is sampled after
+        it. Versions of which no token or row is left are dropped. A rollout that is short enough is returned unchanged.
 
         Args:
             max_length: most tokens, those of the prompt included.
@@ -83,25 +84,30 @@ class Rollout:
             CaptureError: no limit, a negative one, or no room for a token after the prompt.
         """
         limits = {"max_length": max_length, "max_response_length": max_response_length}
-        given = {name: limit for name, limit in limits.items() if limit is not None}
-        if not given or min(given.values()) < 0:
+        set_limits = {name: limit for name, limit in limits.items() if limit is not None}
+        if not set_limits or min(set_limits.values()) < 0:
             raise CaptureError(f"expected max_length or max_response_length from 0 up, got {limits}")
         prompt = len(self.prompt_ids)
-        length = min(len(self), *(limit + (prompt if name != "max_length" else 0) for name, limit in given.items()))
+        length = min(
+            len(self), *(limit + (prompt if name != "max_length" else 0) for name, limit in set_limits.items())
+        )
         if length == len(self):
             return self
         if length <= prompt:
             raise CaptureError(
                 f"expected room for a token after the prompt of {prompt} tokens (prompt {self.prompt_index}), got "
-                f"{' and '.join(f'{name}={limit}' for name, limit in given.items())}: raise it, or leave the rollout "
-                "out"
+                f"{' and '.join(f'{name}={limit}' for name, limit in set_limits.items())}: raise it, or leave "
+                "the rollout out"
             )
         routing, rows, versions = self.routing, self.row_versions, self.weight_versions
         if rows is not None:
-            told, rows = set(rows.tolist()), rows[:length].clone()
+            versions_before, rows = set(rows.tolist()), rows[:length].clone()
             rows[-1] = -1
-            # Without a prompt, nobody knows of the first token.
-            versions = tuple(version for version in versions if version not in told - set(rows.tolist())) or versions
+            # Without a prompt, the version of the first token is unknown.
+            versions = (
+                tuple(version for version in versions if version not in versions_before - set(rows.tolist()))
+                or versions
+            )
         if routing is not None:
             expert_ids, valid = routing.expert_ids[:, :length].clone(), routing.valid[:, :length].clone()
             expert_ids[:, -1], valid[:, -1] = 0, False
@@ -120,16 +126,16 @@ class Rollout:
 
     @property
     def spans_versions(self) -> bool:
-        """Whether more than one version took part, or beside a known one rows of which nobody told.
+        """Whether more than one version took part, or a known version and rows of unknown version.
 
-        False where nobody told anything. See `r3.capture.resolve_mixed_versions`.
+        False if no version is known. See `r3.capture.resolve_mixed_versions`.
         """
         if len(self.weight_versions) != 1 or self.row_versions is None:
             return len(self.weight_versions) > 1
         # Without routing, the tokens that were fed to the model: all but the last.
-        told = self.row_versions
-        has_row = slice(len(self) - 1) if self.routing is None else self.routing.captured[0].to(told.device)
-        return bool((told[has_row] < 0).any())
+        row_versions = self.row_versions
+        has_row = slice(len(self) - 1) if self.routing is None else self.routing.captured[0].to(row_versions.device)
+        return bool((row_versions[has_row] < 0).any())
 
     @property
     def weight_version(self) -> int | None:
@@ -170,7 +176,7 @@ class RolloutBatch:
         return self._map(lambda part: part.pin_memory())
 
     def select(self, samples: slice) -> "RolloutBatch":
-        """Some of its rollouts; shares memory."""
+        """The chosen rollouts; shares memory."""
         return self._map(lambda part: part.select(samples) if isinstance(part, RolloutRouting) else part[samples])
 
     def _map(self, change: Callable[[Any], Any]) -> "RolloutBatch":
@@ -180,13 +186,13 @@ class RolloutBatch:
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
-    """What `collect` returns: rollouts that share a routing spec.
+    """The result of `collect`: rollouts that share a routing spec.
 
     Attributes:
         items: the rollouts, in the order of the outputs and of their completions.
-        spec: the routing they carry; None if none was asked for.
-        failed: what could not be used, by its place among the outputs: with `collect(on_error="skip")`, and by
-            `resolve_mixed_versions`.
+        spec: spec of their routing; None if none was asked for.
+        failed: reason why a sample could not be used, by its index among the outputs: set by `collect(on_error="skip")`
+            and `resolve_mixed_versions`.
         mixed_versions: how many rollouts span weight versions, as `resolve_mixed_versions` found them.
     """
 
@@ -211,7 +217,7 @@ class Rollouts:
         return replace(self, items=items)
 
     def batch(self, pad_token_id: int, *, pin_memory: bool = False) -> RolloutBatch:
-        """All rollouts as one right-padded batch; page-locked if `pin_memory`, its routing without a copy more.
+        """All rollouts as one right-padded batch; page-locked if `pin_memory`, without another copy of the routing.
 
         Raises:
             CaptureError: with a spec, rollouts without routing, or with that of other tokens; without one, any routing.
@@ -240,7 +246,7 @@ class Rollouts:
         return batch.pin_memory() if pin_memory else batch
 
     def _routings(self) -> list[RolloutRouting]:
-        """That of each rollout; none without a spec."""
+        """The routing of each rollout; none without a spec."""
         wrong = []
         for i, rollout in enumerate(self.items):
             part, expected = rollout.routing, self.spec and (1, len(rollout), len(self.spec.layer_ids), self.spec.top_k)

@@ -1,4 +1,4 @@
-"""vLLM's arrays of expert ids, also as they come over HTTP -> checked routing."""
+"""From vLLM's arrays of expert ids, in memory or over HTTP, to checked routing."""
 
 import binascii
 import io
@@ -54,7 +54,7 @@ def decode_npy(text: str, *, max_bytes: int) -> np.ndarray:
 
 @cache
 def _base64_decoder() -> Callable[..., bytes]:
-    """pybase64's, which vLLM depends on and which is some seven times as fast, or the standard library's."""
+    """The decoder of pybase64 (a dependency of vLLM, about seven times as fast), or of the standard library."""
     try:
         from pybase64 import b64decode
     except ImportError:
@@ -63,14 +63,14 @@ def _base64_decoder() -> Callable[..., bytes]:
 
 
 def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, dtype, and where the content starts."""
+    """Shape, dtype, and the offset at which the content starts."""
     file = io.BytesIO(data[:_MAX_HEADER_BYTES])  # a longer header ends early
     try:
         version = np.lib.format.read_magic(file)
         if version not in _HEADERS:
             raise ValueError(f"version {version}")
         shape, fortran, dtype = _HEADERS[version](file)
-    # A header is a Python literal: what a hostile one raises, numpy does not promise.
+    # A header is a Python literal. numpy does not document what a hostile one raises.
     except Exception as error:
         raise CaptureError(f"routing: expected a .npy file, got {data[:16]!r}...: {error}") from error
     if fortran:
@@ -82,21 +82,21 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def row_array(found: Any) -> np.ndarray | None:
-    """Any array-like of integers as an array; one of numpy as it is, None for None. See `checked_rows` for its content.
+def row_array(rows: Any) -> np.ndarray | None:
+    """Any array-like of integers as a numpy array; None for None. `checked_rows` checks the content.
 
     Raises:
         CaptureError: what cannot be read as an array.
     """
-    if found is None or isinstance(found, np.ndarray):
-        return found
+    if rows is None or isinstance(rows, np.ndarray):
+        return rows
     try:
-        if isinstance(found, torch.Tensor):
-            return found.detach().cpu().numpy()
-        return np.asarray(found)
+        if isinstance(rows, torch.Tensor):
+            return rows.detach().cpu().numpy()
+        return np.asarray(rows)
     except Exception as error:  # an array-like of another library may raise anything
         raise CaptureError(
-            f"routing: expected an array of integers [rows, decoder layers, top_k], got {type(found).__name__}: {error}"
+            f"routing: expected an array of integers [rows, decoder layers, top_k], got {type(rows).__name__}: {error}"
         ) from error
 
 
@@ -151,7 +151,7 @@ def checked_rows(
     right = _take_layers(captured, routed_experts, spec) and well_formed(
         captured.reshape(-1, spec.top_k), spec.num_experts, many=captured.size >= MANY_IDS
     )
-    # A layer of zeros repeats id 0, unless there is one slot: then it cannot be told from one that was captured.
+    # A layer of zeros repeats id 0, except with one slot: then it looks like a captured layer.
     blank = (0, -1) if spec.top_k > 1 else (-1,)
     never = [] if right or not rows else [i for i in spec.layer_ids if _all_are(routed_experts[:, i], blank)]
     if never:
@@ -168,7 +168,7 @@ def checked_rows(
     if right:
         counts = Counts(rows, rows * len(spec.layer_ids))
         return trusted(expert_ids, valid, spec.layer_ids, spec.num_experts, weight_version, counts)
-    # int64 holds what came, whatever its dtype; torch cannot sort all of them.
+    # int64 holds the values of every dtype; torch cannot sort all dtypes.
     wide = torch.zeros(expert_ids.shape, dtype=torch.int64)
     wide[0, start : start + rows] = torch.from_numpy(routed_experts[:, list(spec.layer_ids)].astype(np.int64))
     signed = routed_experts.dtype.kind == "i"  # the largest id of uint64 is -1 here
@@ -178,7 +178,7 @@ def checked_rows(
 
 
 def _all_are(ids: np.ndarray, values: tuple[int, ...]) -> bool:
-    """Whether all ids are one of `values`, the same one."""
+    """Whether all ids are equal, and one of `values`."""
     return ids.min() == ids.max() and int(ids.min()) in values
 
 

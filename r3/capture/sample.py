@@ -1,4 +1,4 @@
-"""One completion as the engine gave it, before its content is checked: the same for every way to ask vLLM."""
+"""One completion of the engine before its content is checked: one form for all of vLLM's interfaces."""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +23,7 @@ class Sample:
         logprobs: G log-probabilities of `token_ids`, nats.
         routed_experts: integer `[rows, decoder layers, K]`, None where the engine gave none.
         finish_reason: as vLLM gives it.
-        versions: (first sampled token, version of the weights from it on), where the engine tells (vLLM 0.32).
+        versions: (first sampled token, version of the weights from it on), if the engine reports them (vLLM 0.32).
     """
 
     prompt_ids: list[int]
@@ -35,7 +35,7 @@ class Sample:
 
 
 def engine_sample(output: Any, completion: Any, routing: bool) -> Sample:
-    """Of a `RequestOutput` and one of its `CompletionOutput`s. Without `routing` that is not looked at.
+    """The sample of a `RequestOutput` and one of its `CompletionOutput`s. Without `routing`, its routing is ignored.
 
     Raises:
         CaptureError: what is missing, or of another type than vLLM's.
@@ -60,15 +60,15 @@ def engine_sample(output: Any, completion: Any, routing: bool) -> Sample:
     )
 
 
-def token_list(found: Any, name: str) -> list[int]:
+def token_list(tokens: Any, name: str) -> list[int]:
     """Token ids as a list, from any sequence, array or tensor of integers.
 
     Raises:
-        CaptureError: none, or anything but integers from 0 up.
+        CaptureError: no sequence, or values other than integers from 0 up.
     """
-    values = found.tolist() if isinstance(found, np.ndarray | torch.Tensor) else found
+    values = tokens.tolist() if isinstance(tokens, np.ndarray | torch.Tensor) else tokens
     if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
-        raise CaptureError(f"{name}: expected a list of integers, got {found!r:.80}")
+        raise CaptureError(f"{name}: expected a list of integers, got {tokens!r:.80}")
     ids = list(values)
     if any(kind is not int for kind in set(map(type, ids))):
         ids = [int(token) if isinstance(token, np.integer) else token for token in ids]
@@ -88,21 +88,21 @@ def _logprob(place: int, token: int, entry: Any) -> float:
 
 
 def parse_version_spans(spans: Any, get: Callable[[Any, str], Any]) -> tuple[tuple[int, int], ...]:
-    """(first sampled token, version) of vLLM's spans, whose `version` is a label; nothing if a label is no number.
+    """(first sampled token, version) of each of vLLM's spans; empty if a label of a version is no number.
 
     The label is what the last sync gave the engine, "default" before one did.
 
     Args:
-        spans: with version and start, or None where the engine does not tell.
+        spans: with version and start, or None if the engine reports none.
         get: a span's field by its name.
 
     Raises:
-        CaptureError: anything else.
+        CaptureError: spans of another form.
     """
     try:
-        found = [(get(span, "start"), get(span, "version")) for span in spans or ()]
-        if not all(label.isdecimal() for _, label in found):
+        starts_and_labels = [(get(span, "start"), get(span, "version")) for span in spans or ()]
+        if not all(label.isdecimal() for _, label in starts_and_labels):
             return ()
-        return tuple((operator.index(start), int(label)) for start, label in found)
+        return tuple((operator.index(start), int(label)) for start, label in starts_and_labels)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CaptureError(f"weight_versions: expected spans with version and start, got {spans!r:.80}") from error

@@ -1,7 +1,7 @@
-"""Rollouts in a file: one safetensors file, nothing pickled, and nothing believed that comes out of it.
+"""Rollouts in one safetensors file: nothing is pickled, and everything that is read is checked.
 
-Ragged parts stand end to end with their lengths beside them; routing is in the wire form, rollout after rollout. The
-names are those of `Rollout`. What is no tensor is JSON in the file's metadata.
+Ragged parts are concatenated, with their lengths in a tensor of their own; routing is in the wire form, rollout after
+rollout. The names are those of `Rollout`. Everything that is no tensor is JSON in the file's metadata.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ _PER_ROLLOUT = (
 def save_rollouts(
     rollouts: Rollouts, path: str | os.PathLike[str], *, settings: SamplingSettings | Mapping[str, Any] | None = None
 ) -> Path:
-    """Write `rollouts` to one file, which is there whole or not at all; `load_rollouts` gives the same back.
+    """Write `rollouts` to one file, atomically. `load_rollouts` reads them back.
 
     Args:
         rollouts: of any lengths, with or without routing and versions.
@@ -66,6 +66,13 @@ def save_rollouts(
     Raises:
         CaptureError: settings of other names or types, rollouts that contradict themselves, or a file that cannot be
             written (nothing is left of it).
+
+    Example:
+        >>> sampled = {"response_mask": torch.tensor([True]), "logprobs": torch.tensor([-0.5])}
+        >>> rollout = Rollout(prompt_ids=[1, 2], token_ids=[3], routing=None, finish_reason="stop", **sampled)
+        >>> path = save_rollouts(Rollouts([rollout], None), "rollouts.safetensors")
+        >>> load_rollouts(path).items[0].token_ids
+        [3]
     """
     from safetensors.torch import save_file
 
@@ -98,7 +105,7 @@ def save_rollouts(
 
 
 def load_rollouts(path: str | os.PathLike[str]) -> Rollouts:
-    """The rollouts of a file that `save_rollouts` wrote, all of it checked.
+    """The rollouts of a file that `save_rollouts` wrote, fully checked.
 
     Memory is bounded by a small multiple of the file's size, whatever the file claims.
 
@@ -107,7 +114,7 @@ def load_rollouts(path: str | os.PathLike[str]) -> Rollouts:
             contradicts itself: says what, of which rollout.
     """
     file = Path(path)
-    with _blamed(file):
+    with _naming_file(file):
         tensors, content = _read(file)
         spec = _spec(content.get("spec"))
         return Rollouts(
@@ -125,13 +132,13 @@ def saved_settings(path: str | os.PathLike[str]) -> SamplingSettings:
         CaptureError: as `load_rollouts`, of what is read.
     """
     file = Path(path)
-    with _blamed(file):
+    with _naming_file(file):
         return SamplingSettings.from_mapping(dict(_read(file, tensors=False)[1]["settings"]))
 
 
 @contextlib.contextmanager
-def _blamed(file: Path) -> Iterator[None]:
-    """Whatever hostile content raises names the file."""
+def _naming_file(file: Path) -> Iterator[None]:
+    """Context in which errors of hostile content name the file."""
     try:
         yield
     except CaptureError as error:
@@ -141,8 +148,8 @@ def _blamed(file: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
-    """Parts that do not fit each other name the rollout."""
+def _naming_rollout(where: str) -> Iterator[None]:
+    """Context in which errors of inconsistent parts name the rollout."""
     try:
         yield
     except CaptureError as error:
@@ -173,10 +180,10 @@ def _tensors(rollouts: Rollouts, reasons: dict[str, int]) -> dict[str, Tensor]:
         "row_versions": [row for row in rows if row is not None],
     }
     wire = bytearray(b"".join(wires))
-    found = {name: torch.tensor(values, dtype=_DTYPES[name]) for name, values in lists.items()}
-    found |= {name: _joined(values, _DTYPES[name]) for name, values in parts.items()}
-    found["routing"] = torch.frombuffer(wire, dtype=torch.uint8) if wire else torch.empty(0, dtype=torch.uint8)
-    return found
+    tensors = {name: torch.tensor(values, dtype=_DTYPES[name]) for name, values in lists.items()}
+    tensors |= {name: _joined(values, _DTYPES[name]) for name, values in parts.items()}
+    tensors["routing"] = torch.frombuffer(wire, dtype=torch.uint8) if wire else torch.empty(0, dtype=torch.uint8)
+    return tensors
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -205,8 +212,8 @@ def _read(file: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[
                     f"expected the tensors {', '.join(sorted(_DTYPES))}; missing or unknown: "
                     f"{', '.join(sorted(names ^ _DTYPES.keys()))[:400]}"
                 )
-            # Copies: what is mapped would end the process if another one cut the file.
-            found = {name: opened.get_tensor(name).clone() for name in names} if tensors else {}
+            # Copies, since reading a mapped file that another process truncates would kill this one.
+            loaded = {name: opened.get_tensor(name).clone() for name in names} if tensors else {}
     except SafetensorError as error:
         raise CaptureError(f"truncated, or no safetensors file: {error}") from error
     except OSError as error:
@@ -216,12 +223,12 @@ def _read(file: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[
         raise CaptureError(f"content: expected an object, got {type(content).__name__}")
     problems = [
         f"{name}: expected {_DTYPES[name]} [n], got {tensor.dtype} {tuple(tensor.shape)}"
-        for name, tensor in found.items()
+        for name, tensor in loaded.items()
         if tensor.dtype != _DTYPES[name] or tensor.dim() != 1
     ]
     if problems:
         raise CaptureError(f"tensors:{summary(problems)}")
-    return found, content
+    return loaded, content
 
 
 def _items(tensors: dict[str, Tensor], content: dict[str, Any], spec: RoutingSpec | None) -> Iterator[Rollout]:
@@ -244,7 +251,7 @@ def _items(tensors: dict[str, Tensor], content: dict[str, Any], spec: RoutingSpe
             raise CaptureError(f"{where}: finish reason: expected -1 to {len(reasons) - 1}, got {reason}")
         if len(masks[i]) and int(masks[i].max()) > 1:
             raise CaptureError(f"{where}: response_mask: expected 0 and 1, got {int(masks[i].max())}")
-        with _told(where):
+        with _naming_rollout(where):
             item = Rollout(
                 prompt_ids=prompts[i].tolist(),
                 token_ids=responses[i].tolist(),
@@ -275,7 +282,7 @@ def _routing(wire: Tensor, tokens: int, spec: RoutingSpec | None, stored: int) -
         return None
     if spec is None:
         raise CaptureError("routing without a spec")
-    # What compressed ids or a run of validity may claim is bounded by what the rollout needs.
+    # The claimed size of compressed ids or validity runs is bounded by what the rollout needs.
     limit = (tokens + 1) * (len(spec.layer_ids) * (spec.top_k * 4 + 1) + 1)
     try:
         return RolloutRouting.from_bytes(wire.clone().numpy().tobytes(), max_bytes=limit)
@@ -298,14 +305,14 @@ def _require_consistent(where: str, item: Rollout, spec: RoutingSpec | None) -> 
         raise CaptureError(f"{where}:{summary(problems)}")
 
 
-def _spec(given: Any) -> RoutingSpec | None:
-    if given is None:
+def _spec(saved: Any) -> RoutingSpec | None:
+    if saved is None:
         return None
     names = ("num_layers", "num_experts", "top_k")
-    layers = {name: tuple(_integer({name: v}, name) for v in given[name]) for name in ("layer_ids", "table_layers")}
-    numbers = {name: _integer(given, name) for name in names}
-    if set(given) != {*layers, *numbers} or any(not 0 < value < 1 << 31 for value in numbers.values()):
-        raise CaptureError(f"spec: expected positive {', '.join(names)} and lists of layers, got {str(given)[:200]}")
+    layers = {name: tuple(_integer({name: v}, name) for v in saved[name]) for name in ("layer_ids", "table_layers")}
+    numbers = {name: _integer(saved, name) for name in names}
+    if set(saved) != {*layers, *numbers} or any(not 0 < value < 1 << 31 for value in numbers.values()):
+        raise CaptureError(f"spec: expected positive {', '.join(names)} and lists of layers, got {str(saved)[:200]}")
     return RoutingSpec(
         layer_ids=layers["layer_ids"],
         num_layers=numbers["num_layers"],
@@ -315,8 +322,8 @@ def _spec(given: Any) -> RoutingSpec | None:
     )
 
 
-def _integer(given: Mapping[str, Any], name: str) -> int:
-    value = given[name]
+def _integer(saved: Mapping[str, Any], name: str) -> int:
+    value = saved[name]
     if isinstance(value, bool) or not isinstance(value, int):
         raise CaptureError(f"{name}: expected an integer, got {value!r:.80}")
     return value

@@ -1,6 +1,6 @@
-"""Settings -> the command line of `vllm serve`, and the fields of a request, that capture over HTTP needs.
+"""The command line of `vllm serve` and the request fields that capture over HTTP needs, from the settings.
 
-Both derive from what `r3.capture.engine` gives the offline engine, so that the two cannot drift apart.
+Both derive from the arguments that `r3.capture.engine` gives an offline engine, so that the two cannot drift apart.
 """
 
 import importlib.metadata
@@ -16,12 +16,12 @@ from r3.vllm_compat.capture import StreamsKeepRouting, server_settings
 Route = Literal["completions", "chat", "generate"]
 ROUTES: tuple[Route, ...] = ("completions", "chat", "generate")
 
-# What the OpenAI client names itself; anything else that vLLM understands travels in `extra_body`.
+# Fields that the OpenAI client has; others that vLLM understands go into `extra_body`.
 OPENAI_NAMES = frozenset({"n", "temperature", "top_p", "max_tokens", "seed", "stop", "logprobs", "top_logprobs"})
 
 
 def server_args(config: R3Config) -> list[str]:
-    """What follows `vllm serve`: the model, and an engine like `LLM(**engine_kwargs(config))`.
+    """Arguments of `vllm serve`: the model, and an engine like `LLM(**engine_kwargs(config))`.
 
     `--generation-config vllm` is added: without it the server fills what a request leaves out from the model's
     generation_config.json, and may cut the distribution that the log-probabilities are of. So is `--enable-scale-out`
@@ -67,14 +67,14 @@ def server_command(config: R3Config) -> list[str]:
 
 
 def request_fields(config: R3Config, route: Route = "completions", prompt_start: int = 0) -> dict[str, Any]:
-    """What a request must say so that `collect` can use its response; mirrors `sampling_kwargs`.
+    """Request fields that make a response usable by `collect`; mirrors `sampling_kwargs`.
 
     Args:
         config: settings of sampling.
         route: "completions" and "chat" give keyword arguments for `client.completions.create` and
             `client.chat.completions.create` of the OpenAI client; "generate" gives the rest of the JSON body of
             vLLM's `/inference/v1/generate`, beside `token_ids`.
-        prompt_start: rows of the tokens before it are not wanted; tell `collect` the same.
+        prompt_start: tokens before it need no rows; pass `collect` the same.
 
     Raises:
         ConfigError: another route, or a negative `prompt_start`.

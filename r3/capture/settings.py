@@ -1,4 +1,4 @@
-"""Under what settings rollouts were sampled: what a reader of saved ones has to know to compute the same."""
+"""The settings under which rollouts were sampled, which a reader needs to recompute their log-probabilities."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,20 +23,20 @@ OPAQUE = (
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """What was set where the rollouts come from; None where it is not known.
+    """Settings of the engine and requests that sampled the rollouts; None where unknown.
 
     Attributes:
         temperature: the logits were divided by it.
         top_p: the nucleus's mass; 1.0 for the whole distribution.
-        top_k: only so many tokens were allowed; -1 or 0 for all.
-        min_p: tokens below so many times the most probable one's probability were left out; 0.0 for none.
+        top_k: number of most probable tokens that were kept; -1 or 0 for all.
+        min_p: least probability of kept tokens, relative to the most probable one; 0.0 keeps all.
         presence_penalty, frequency_penalty: taken from the logits of tokens sampled before, once or each time; 0.0 for
             none.
         repetition_penalty: logits of tokens seen before, the prompt's included, were divided by it, or multiplied where
             negative; 1.0 for none.
         logit_bias: (token id, what was added to its logit) pairs; empty for none.
         allowed_token_ids: no others were sampled; empty for all.
-        other: what else changed the distribution, in words: it cannot be computed again. Empty for nothing.
+        other: names of other changes of the distribution, which cannot be recomputed. Empty for none.
         logprobs_mode: vLLM's, "processed_logprobs" or "raw_logprobs".
         dtype: of the engine's weights, as "bfloat16".
         weight_version: the version that the trainer had when it saved them.
@@ -58,7 +58,7 @@ class SamplingSettings:
 
     @classmethod
     def of(cls, config: R3Config, *, weight_version: int | None = None) -> "SamplingSettings":
-        """Those of an engine that was made with `engine_kwargs(config)` and asked with `sampling_kwargs(config)`."""
+        """The settings of an engine made with `engine_kwargs(config)` and sampled with `sampling_kwargs(config)`."""
         return cls(
             temperature=float(config.generator.sampling_params.temperature),
             top_p=1.0,
@@ -85,7 +85,7 @@ class SamplingSettings:
         dtype: str | None = None,
         weight_version: int | None = None,
     ) -> "SamplingSettings":
-        """Those of a `vllm.SamplingParams`, of any version.
+        """The settings of a `vllm.SamplingParams`, of any vLLM version.
 
         Args:
             params: of the requests.
@@ -116,24 +116,24 @@ class SamplingSettings:
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> "SamplingSettings":
-        """The same from names and values.
+        """The settings from a mapping of names to values.
 
         Raises:
             CaptureError: an unknown name, or a value of another type or out of range.
         """
         known = {item.name for item in fields(cls)}
         problems = [f"{name!r}: expected one of {', '.join(sorted(known))}" for name in sorted(given.keys() - known)]
-        found = {name: value for name, value in given.items() if name in known and value is not None}
-        for name, value in found.items():
+        present = {name: value for name, value in given.items() if name in known and value is not None}
+        for name, value in present.items():
             expected = _EXPECTED[name]
             if isinstance(value, bool) or not isinstance(value, expected.types) or not expected.holds(value):
                 problems.append(f"{name}: expected {expected.words}, got {value!r:.80}")
         if problems:
             raise CaptureError(f"settings of saved rollouts:{summary(problems)}")
-        return cls(**{name: _EXPECTED[name].made(value) for name, value in found.items()})
+        return cls(**{name: _EXPECTED[name].made(value) for name, value in present.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Names and values, without what is not known."""
+        """Names and values, without those that are unknown."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 

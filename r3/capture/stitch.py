@@ -1,7 +1,7 @@
-"""The turns of a conversation, joined to one rollout: sampled tokens, what stands between them, and each token's row.
+"""Joins the turns of a conversation into one rollout: sampled tokens, the tokens between them, and each token's row.
 
 The row of the token that a turn sampled last exists only in the prefill of the next turn, which also has those of tool
-and template tokens. Rows of earlier tokens may come again there, computed anew or from the prefix cache.
+and template tokens. It may also repeat rows of earlier tokens, recomputed or from the prefix cache.
 """
 
 from collections.abc import Sequence
@@ -39,8 +39,16 @@ def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "earlier", trim: int 
         A turn that an abort ended before it gave a token or a row took no part: its versions are left out.
 
     Raises:
-        CaptureError: a prompt that does not begin with the turn before it, and where they part (`stitch_runs` joins
-            what holds together); turns with and without routing, or of different layers, slots or experts.
+        CaptureError: a prompt that does not begin with the turn before it, and where they diverge (`stitch_runs` joins
+            the turns that continue each other); turns with and without routing, or of different layers, slots or
+            experts.
+
+    Example:
+        >>> sampled = {"response_mask": torch.tensor([True]), "logprobs": torch.tensor([-0.5])}
+        >>> first = Rollout(prompt_ids=[1, 2], token_ids=[3], routing=None, finish_reason="stop", **sampled)
+        >>> second = Rollout(prompt_ids=[1, 2, 3, 4], token_ids=[5], routing=None, finish_reason="stop", **sampled)
+        >>> stitch([first, second]).response_mask  # 3 and 5 were sampled, 4 came between the turns
+        tensor([ True, False,  True])
     """
     _require_options(overlap, trim)
     require_joinable(turns)
@@ -49,7 +57,7 @@ def stitch(turns: Sequence[Rollout], *, overlap: Overlap = "earlier", trim: int 
 
 
 def stitch_runs(turns: Sequence[Rollout], *, overlap: Overlap = "earlier", trim: int = 0) -> list[Rollout]:
-    """`stitch` for conversations whose prompts drift: one rollout for each longest run of turns that hold together.
+    """`stitch` for conversations whose prompts drift: one rollout per longest run of turns that continue each other.
 
     Each sampled token is in exactly one of them as sampled, unless it is trimmed: a prompt that lost or changed other
     tokens of earlier turns begins a new run, and is its prompt. Rows up to the first changed token also come from turns
@@ -80,6 +88,10 @@ def next_prompt_start(turns: Rollout | Sequence[Rollout], prompt_ids: Sequence[i
 
     Raises:
         CaptureError: turns without routing.
+
+    Example:
+        >>> next_prompt_start([])
+        0
     """
     turns = [turns] if isinstance(turns, Rollout) else turns
     if not turns:
@@ -111,14 +123,13 @@ class _Piece(NamedTuple):
 
 
 def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap) -> Rollout:
-    """One rollout of the turns of `run`. Where they have no row, that of a turn `before` is taken, if the tokens up to
-    there are the same."""
+    """One rollout of the turns of `run`. Missing rows come from turns in `before` with the same tokens up to there."""
     ids, prompt = ids_of(run[-1]), len(run[0].prompt_ids)
     sources = [_Source(turn, shared_length(ids_of(turn), ids)) for turn in before]
     kept = [_Source(turn, kept_length(turn, after)) for turn, after in pairwise(run)] + [_Source(run[-1], len(ids))]
     pieces = _pieces([*sources, *(kept if overlap == "later" else reversed(kept))], len(ids))
-    took_part = [*(piece.turn for piece in pieces if piece.turn is not None), *filter(_gave, run)]
-    told = any(turn.row_versions is not None for turn in (*took_part, *run))
+    took_part = [*(piece.turn for piece in pieces if piece.turn is not None), *filter(_took_part, run)]
+    has_versions = any(turn.row_versions is not None for turn in (*took_part, *run))
 
     response_mask = torch.zeros(len(ids) - prompt, dtype=torch.bool)
     logprobs = torch.zeros(len(ids) - prompt)
@@ -135,24 +146,24 @@ def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap)
         finish_reason=run[-1].finish_reason,
         prompt_index=run[0].prompt_index,
         weight_versions=tuple(sorted({version for turn in took_part for version in turn.weight_versions})),
-        row_versions=_joined_versions(pieces) if told else None,
+        row_versions=_joined_versions(pieces) if has_versions else None,
     )
 
 
 def _pieces(sources: Sequence[_Source], length: int) -> list[_Piece]:
-    """Where the row of each of `length` tokens comes from: the last of the sources that has it in every layer, or else
-    the last that has it in some."""
+    """The source of the row of each of `length` tokens: the last turn that has it in every layer, or else the last that
+    has it in some."""
     owner = torch.full((length,), -1)
     for has in ("captured", "valid"):
         for i, (turn, shared) in enumerate(sources):
             if turn.routing is not None:
                 owner[:shared].masked_fill_(getattr(turn.routing, has)[0, :shared].cpu(), i)
             else:
-                # No rows, yet versions: those of the tokens that were fed to the model, which the last was not. Nobody
-                # knows how far a turn came that sampled nothing, and nothing hangs on it.
-                fed = min(shared, len(turn) - 1) if _gave(turn) else 0
-                told = slice(fed) if turn.row_versions is None else (turn.row_versions[:fed] >= 0).nonzero()[:, 0]
-                owner[told] = i
+                # No rows, but versions: of the tokens that were fed to the model, all but the last. How far a turn came
+                # that sampled nothing is unknown, and does not matter.
+                fed = min(shared, len(turn) - 1) if _took_part(turn) else 0
+                versioned = slice(fed) if turn.row_versions is None else (turn.row_versions[:fed] >= 0).nonzero()[:, 0]
+                owner[versioned] = i
     owners, counts = owner.unique_consecutive(return_counts=True)
     bounds = [0, *counts.cumsum(0).tolist()]
     turns = [sources[i].turn if i >= 0 else None for i in owners.tolist()]
@@ -178,7 +189,7 @@ def _joined_rows(pieces: Sequence[_Piece], like: RolloutRouting | None) -> Rollo
 
 
 def _joined_versions(pieces: Sequence[_Piece]) -> Tensor:
-    """int32 `[S]`, -1 where no turn told."""
+    """int32 `[S]`, -1 where unknown."""
     versions = torch.full((pieces[-1].end,), -1, dtype=torch.int32)
     for turn, begin, end in pieces:
         if turn is not None and turn.row_versions is not None:
@@ -186,8 +197,8 @@ def _joined_versions(pieces: Sequence[_Piece]) -> Tensor:
     return versions
 
 
-def _gave(turn: Rollout) -> bool:
-    """Whether it sampled a token or captured a row: an abort may end a turn before either."""
+def _took_part(turn: Rollout) -> bool:
+    """Whether a turn sampled a token or captured a row: an abort may end it before either."""
     return bool(turn.response_mask.any()) or (turn.routing is not None and turn.routing.rows_valid > 0)
 
 

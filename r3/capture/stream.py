@@ -11,7 +11,7 @@ from r3.errors import CaptureError
 from r3.routing import RoutingSpec
 
 
-async def rollout(
+async def async_rollout(
     engine: Any,
     prompt: Any,
     sampling_params: Any,
@@ -22,8 +22,8 @@ async def rollout(
 ) -> Rollouts:
     """Run one request of a `vllm.AsyncLLM` to its end, and collect its completions.
 
-    Also a request that was aborted, here or by a pause of the engine, ends with what was captured until then: its
-    finish reason is "abort".
+    A request that is aborted, here or by a pause of the engine, returns what was captured until then, with finish
+    reason "abort".
 
     Args:
         engine: a `vllm.AsyncLLM`.
@@ -31,9 +31,8 @@ async def rollout(
         sampling_params: with `logprobs=0` or more, cumulative outputs (vLLM's default) and any `n`.
         spec: the routing that the trainer's model can replay (`Replay.spec`); None leaves routing out.
         request_id: unique among the running requests.
-        version: says which weights the engine has, such as `lambda: sync.version`. It is asked at each output that
-            comes. An engine that is paused for a sync, and resumed after the commit, gives no output in between, so
-            that what is told is the version that sampled.
+        version: returns the engine's weight version, such as `lambda: sync.version`. It is called at each output. An
+            engine gives no output between the pause and the commit of a sync, so this is the version that sampled.
 
     Raises:
         CaptureError: as `collect`; or outputs that are not cumulative.
@@ -45,30 +44,30 @@ async def rollout(
         )
     last: Any = None
     arrived: dict[int, int] = {}
-    told: dict[int, list[tuple[int, int]]] = {}
+    version_starts: dict[int, list[tuple[int, int]]] = {}
     async for output in engine.generate(prompt, sampling_params, request_id):
         now = None if version is None else version()
         for completion in output.outputs:
             before, arrived[completion.index] = arrived.get(completion.index, 0), len(completion.token_ids)
-            boundaries = told.setdefault(completion.index, [])
+            boundaries = version_starts.setdefault(completion.index, [])
             if now is not None and (not boundaries or boundaries[-1][1] != now):
                 boundaries.append((before, now))
         last = _joined(last, output)
     if last is None:
         raise CaptureError(f"request {request_id}: the engine ended it without an output")
-    found = collect([last], spec, prompt_start=sampling_params.routed_experts_prompt_start or 0)
+    rollouts = collect([last], spec, prompt_start=sampling_params.routed_experts_prompt_start or 0)
     if version is None:
-        return found
+        return rollouts
     completions = [completion.index for completion in last.outputs]
     stamped = [
-        stamp_versions(item, told[index]) if told[index] else item
-        for item, index in zip(found, completions, strict=True)
+        stamp_versions(item, version_starts[index]) if version_starts[index] else item
+        for item, index in zip(rollouts, completions, strict=True)
     ]
-    return replace(found, items=stamped)
+    return replace(rollouts, items=stamped)
 
 
 def _joined(earlier: Any, output: Any) -> Any:
-    """`output`, with the completions that ended before it: vLLM gives each completion's end once."""
+    """`output` with the completions that ended earlier: vLLM reports the end of each completion once."""
     if earlier is None:
         return output
     completions = {completion.index: completion for completion in (*earlier.outputs, *output.outputs)}

@@ -1,4 +1,4 @@
-"""What the turns of a conversation must have in common to be joined, and where they part."""
+"""Checks that the turns of a conversation can be joined, and finds where they diverge."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ def kept_length(before: Rollout, after: Rollout) -> int:
 
 
 def drift(before: Rollout, after: Rollout, trim: int) -> int | None:
-    """Position at which the prompt of `after` parts from the tokens of `before`; None if it begins with all of them.
+    """Position at which the prompt of `after` diverges from the tokens of `before`; None if it begins with all of them.
 
     Also None if all that it lacks are at most `trim` tokens at the end of `before`, sampled in its last turn.
     """

@@ -1,4 +1,4 @@
-"""Weights that change while a rollout is sampled: which version produced each row, and what becomes of such a rollout.
+"""Rollouts during which the weights changed: the version that produced each row, and how to treat such rollouts.
 
 P prompt tokens, G sampled tokens. A forward consumes a token, which gives that token's row, and samples the next one:
 the row at position P - 1 + i and sampled token i come from the same weights.
@@ -17,7 +17,7 @@ from r3.routing.types import replace_trusted
 
 
 def stamp_versions(rollout: Rollout, boundaries: Sequence[tuple[int, int]]) -> Rollout:
-    """`rollout` with the version of each row, from what a consumer of a stream noted when the weights changed.
+    """`rollout` with the version of each row, from the boundaries that the consumer of a stream recorded.
 
     Rows of the prompt have the version of the first sampled token: its prefill gave both. This holds while each sync
     empties the prefix cache, as those of r3 do; a cache that survived would give rows of an older version. The last
@@ -40,7 +40,7 @@ def stamp_versions(rollout: Rollout, boundaries: Sequence[tuple[int, int]]) -> R
         raise CaptureError(
             "expected one turn, all of whose generated tokens were sampled; stamp turns before stitching"
         )
-    # A prefill that was aborted before its first token was still one of the first version.
+    # A prefill that was aborted before its first token still ran under the first version.
     counts = [min(count, generated) for count, _ in boundaries] + [max(generated, 1)]
     row_versions = torch.full((prompt + generated,), -1, dtype=torch.int32)
     took_part = []
@@ -57,12 +57,12 @@ def stamp_versions(rollout: Rollout, boundaries: Sequence[tuple[int, int]]) -> R
 
 
 def resolve_mixed_versions(rollouts: Rollouts, policy: str) -> Rollouts:
-    """What the setting `generator.inference_engine.mixed_weight_versions` makes of rollouts that span versions.
+    """Apply the setting `generator.inference_engine.mixed_weight_versions` to rollouts that span versions.
 
     Args:
-        rollouts: those of which nobody told a version count as of one version.
-        policy: "keep" leaves them as they are. "invalidate" keeps only rows of the newest version, which sampled the
-            last tokens; the others, those of unknown version among them, are routed live. "drop" moves the rollouts to
+        rollouts: those of unknown version count as of one version.
+        policy: "keep" leaves them unchanged. "invalidate" keeps only rows of the newest version, which sampled the last
+            tokens; the others, those of unknown version among them, are routed live. "drop" moves the rollouts to
             `failed`, by their place among the outputs.
 
     Returns:
@@ -70,6 +70,13 @@ def resolve_mixed_versions(rollouts: Rollouts, policy: str) -> Rollouts:
 
     Raises:
         CaptureError: an unknown policy; or every rollout was dropped.
+
+    Example:
+        >>> sampled = {"response_mask": torch.tensor([True, True]), "logprobs": torch.tensor([-0.5, -0.1])}
+        >>> rollout = Rollout(prompt_ids=[1], token_ids=[2, 3], routing=None, finish_reason="stop", **sampled)
+        >>> mixed = stamp_versions(rollout, [(0, 5), (1, 6)])  # the weights changed after the first sampled token
+        >>> resolve_mixed_versions(Rollouts([mixed], None), "keep").mixed_versions
+        1
     """
     if policy not in MIXED_VERSIONS:
         raise CaptureError(f"policy: expected one of {', '.join(MIXED_VERSIONS)}, got {policy!r}")
@@ -80,7 +87,8 @@ def resolve_mixed_versions(rollouts: Rollouts, policy: str) -> Rollouts:
     elif policy == "drop":
         places = (place for place in range(len(items) + len(failed)) if place not in rollouts.failed)
         failed |= {
-            place: f"sample {place} (prompt {rollout.prompt_index}): the weights changed meanwhile, {_told(rollout)}"
+            place: f"sample {place} (prompt {rollout.prompt_index}): the weights changed meanwhile, "
+            f"{_versions_text(rollout)}"
             for place, rollout, spans in zip(places, items, mixed, strict=True)
             if spans
         }
@@ -95,17 +103,17 @@ def resolve_mixed_versions(rollouts: Rollouts, policy: str) -> Rollouts:
 
 def _of_newest(rollout: Rollout) -> Rollout:
     """`rollout` with only the rows of the newest version that took part valid."""
-    routing, told = rollout.routing, rollout.row_versions
+    routing, row_versions = rollout.routing, rollout.row_versions
     if routing is None:
         return rollout
     newest = rollout.weight_versions[-1]
-    kept = torch.zeros(1, len(rollout), dtype=torch.bool) if told is None else (told == newest)[None]
+    kept = torch.zeros(1, len(rollout), dtype=torch.bool) if row_versions is None else (row_versions == newest)[None]
     kept_routing = routing.only(kept.to(routing.device))
     routing = replace_trusted(routing, kept_routing.expert_ids, kept_routing.validity, weight_version=newest)
     return replace(rollout, routing=routing)
 
 
-def _told(rollout: Rollout) -> str:
+def _versions_text(rollout: Rollout) -> str:
     versions = ", ".join(map(str, rollout.weight_versions))
     return f"versions {versions}" if len(rollout.weight_versions) > 1 else f"version {versions} and unknown ones"
 

@@ -38,12 +38,12 @@ WATCHED = (
     Watched(
         name="k3",
         keys=_either_side("k3"),
-        remedy="r3 compare --model --rollout on a saved rollout says what the gap comes from",
+        remedy="r3 explain --model --rollout on a saved rollout says what the gap comes from",
     ),
     Watched(
         name="extreme_frac",
         keys=_either_side("extreme_frac"),
-        remedy="the report's worst tokens show where; r3 compare --model --rollout says what it comes from",
+        remedy="the report's worst tokens show where; r3 explain --model --rollout says what it comes from",
     ),
     Watched(
         name="coverage",

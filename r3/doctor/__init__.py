@@ -1,6 +1,6 @@
-"""Checks of a machine, an environment, a model folder, a server and an engine: what would stop a run, in plain words.
+"""Checks of a machine, an environment, a model folder, a server and an engine, for whatever would stop a run.
 
-Each check stands alone: one that fails stops no other.
+Checks are independent: a failed one stops no other.
 """
 
 from collections.abc import Iterator
@@ -45,20 +45,20 @@ def examine(
     timeout_s: float = 60.0,
     api_key: str | None = None,
 ) -> Iterator[Check]:
-    """All checks that apply, one by one as they are done.
+    """Run all checks that apply, and yield each result as it is known.
 
     Args:
         config: settings. Without `trainer.policy.model.path`, nothing that needs a model is checked.
         url: of a server to check (`http://host:port`).
-        engine: start an engine of the settings in this process, check its capture and what it computes: takes as long
-            as an engine does.
-        sync: weights are to be synced into the server: without its control routes that is a problem.
-        agreement: score with the model of the settings, on this machine, what the server samples: both must have the
-            same weights. An engine that is started here is always compared.
-        arrives: sync each kind of weight alone into the engine that is started here (`engine`), and see that it changes
-            what the engine computes: some twenty to forty syncs.
-        timeout_s: of each of the server's answers.
-        api_key: of a server that wants one.
+        engine: start an engine of the settings in this process, and check its capture and its outputs. Takes as long as
+            an engine takes to start.
+        sync: weights will be synced into the server: missing control routes are then a problem.
+        agreement: score the server's samples with the model of the settings, on this machine. Both must have the same
+            weights. An engine that is started here is always compared.
+        arrives: sync each kind of weight alone into the engine that is started here (`engine`), and check that the
+            engine's outputs change: twenty to forty syncs.
+        timeout_s: timeout of each request to the server.
+        api_key: key of the server, if it needs one.
     """
     for name, check in ENVIRONMENT.items():
         yield from guarded(name, check)
@@ -78,9 +78,9 @@ def examine(
     yield from guarded("settings", partial(run_settings, config))
     path, spec = config.trainer.policy.model.path, None
     if path:
-        found: list[RoutingSpec] = []
-        yield from guarded("model", partial(model, Path(path), found))
-        spec = found[0] if found else None
+        specs: list[RoutingSpec] = []
+        yield from guarded("model", partial(model, Path(path), specs))
+        spec = specs[0] if specs else None
         yield from guarded("weights", partial(weights, Path(path)))
         yield from guarded("tokenizer", partial(tokenizer, Path(path)))
         yield from guarded("generation config", partial(generation_config, Path(path)))

@@ -1,8 +1,8 @@
-"""Whether every weight that a sync brings changes what the engine computes, as it changes what the trainer computes.
+"""Checks that every synced weight changes the engine's outputs as it changes the trainer's.
 
-A sync compares what was sent with what came. It cannot see what an engine computes with: a copy of a weight that a
-layer keeps aside stays as it was, and nothing says so. So one kind of weight at a time is changed, synced alone, and
-what the engine then samples is scored by the trainer's model with the change and without.
+A sync compares what was sent with what was received. It cannot see which tensors the engine computes with: if a layer
+keeps a copy of a weight, the copy stays stale without an error. So this changes and syncs one kind of weight at a time,
+and scores the engine's samples by the trainer's model with and without the change.
 """
 
 import re
@@ -24,7 +24,7 @@ from r3.weight_sync import WeightSync, named_weights
 CHANGE = 0.5
 """How much a weight is changed, as a share of its own spread."""
 _CLEAR = 4.0  # the better of two explanations is this much closer
-# The scales of what is measured: below them it is arithmetic.
+# Scales of the measures: smaller differences are rounding.
 _MEASURES = {"logprob_diff/replayed/k3": 1e-4, "logprob_diff/live/k3": 1e-4, "routing/differing_rows": 1e-2}
 
 
@@ -35,9 +35,10 @@ class KindArrival:
     Attributes:
         kind: the name, with `*` for numbers.
         weights: how many there are.
-        arrived: whether the engine follows the change. None if the change is too small to be told from arithmetic.
-        with_change, without: k3 with routing replayed, nats a token, of what the engine sampled, scored by the
-            trainer's model with the change and without.
+        arrived: whether the engine follows the change. None if the change is too small to be distinguished from
+            rounding.
+        with_change, without: k3 of the engine's samples, nats a token, with routing replayed, scored by the trainer's
+            model with and without the change.
     """
 
     kind: str
@@ -52,8 +53,8 @@ class Arrival:
     """All kinds of weights of a model.
 
     Attributes:
-        kinds: in the order of the model.
-        version: of the weights as they were, which the engine has again.
+        kinds: one for each kind of weight, in the order of the model.
+        version: version of the unchanged weights, which the engine has again.
     """
 
     kinds: tuple[KindArrival, ...]
@@ -62,20 +63,20 @@ class Arrival:
     @property
     def stale(self) -> tuple[str, ...]:
         """Kinds that do not arrive."""
-        return tuple(found.kind for found in self.kinds if found.arrived is False)
+        return tuple(kind.kind for kind in self.kinds if kind.arrived is False)
 
     @property
     def untold(self) -> tuple[str, ...]:
-        """Kinds of which nothing can be said."""
-        return tuple(found.kind for found in self.kinds if found.arrived is None)
+        """Kinds for which the check is inconclusive."""
+        return tuple(kind.kind for kind in self.kinds if kind.arrived is None)
 
     def require(self) -> None:
         """Raise `SyncError` if a kind of weight does not arrive."""
         if self.stale:
             lines = [
-                f"{found.kind}: k3 {found.with_change:.2g} with the change, {found.without:.2g} without it"
-                for found in self.kinds
-                if found.arrived is False
+                f"{kind.kind}: k3 {kind.with_change:.2g} with the change, {kind.without:.2g} without it"
+                for kind in self.kinds
+                if kind.arrived is False
             ]
             raise SyncError(
                 f"{len(lines)} kinds of weights do not change what the engine computes, though their syncs committed: "
@@ -96,17 +97,17 @@ def arrival(
 ) -> Arrival:
     """Change, sync and compare each kind of weight alone; then sync the weights as they were.
 
-    Takes a sync, an answer to a few prompts and four forwards for each kind, some twenty to forty of them.
+    Takes a sync, an answer to a few prompts and four forwards for each kind. A model has twenty to forty kinds.
 
     Args:
-        sync: into the engine. The first sync that it makes here is of the weights as they are.
+        sync: weight sync into the engine. Its first push here is of the unchanged weights.
         engine: a `vllm.LLM`, or the URL of a server.
-        replay: what `attach` returned for the trainer's model, whole on this process. Its weights are changed in place
-            and put back, bit for bit.
+        replay: what `attach` returned for the trainer's model, which is unsharded. Its weights are changed in place and
+            restored bit for bit.
         prompts: token ids; by default random ones.
-        max_tokens: tokens that are sampled for each prompt.
-        change: how much a weight is changed, as a share of its own spread.
-        progress: is told each kind as its turn comes.
+        max_tokens: tokens to sample for each prompt.
+        change: size of the change, as a share of the weight's own spread.
+        progress: called with the name of each kind before it is checked.
 
     Raises:
         SyncError: a sync that does not commit.
@@ -138,24 +139,24 @@ def arrival(
 
 
 def _kinds(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Floating-point weights that a checkpoint holds, by name with `*` for numbers; each tensor once."""
+    """The floating-point weights of a checkpoint, by name with `*` for numbers; each tensor once."""
     persistent = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
-    found: dict[str, list[Tensor]] = {}
+    kinds: dict[str, list[Tensor]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) in persistent and tensor.is_floating_point():
-            found.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(tensor)
-    return found
+            kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(tensor)
+    return kinds
 
 
 @contextmanager
 def _changed(weights: list[Tensor], change: float) -> Iterator[None]:
-    """In this context, noise is added to `weights`."""
+    """Context in which noise is added to `weights`."""
     before = [tensor.detach().clone() for tensor in weights]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in weights:
             spread = tensor.float().std() if tensor.numel() > 1 else torch.zeros(())
-            # What is constant (norms, biases at their start) has no spread of its own.
+            # Constant weights (norms, biases at initialisation) have no spread of their own.
             size = torch.maximum(spread, 0.5 * tensor.float().abs().mean()).clamp_min(1e-2).to(tensor.device)
             noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
             tensor.add_((change * size * noise).to(tensor.dtype))
@@ -168,7 +169,7 @@ def _changed(weights: list[Tensor], change: float) -> Iterator[None]:
 
 
 def _judge(kind: str, weights: int, after: dict[str, float], before: dict[str, float]) -> KindArrival:
-    """By whichever measure tells the change and its absence furthest apart."""
+    """Judge by the measure that separates the change and its absence most clearly."""
     apart = {name: (after[name] + least) / (before[name] + least) for name, least in _MEASURES.items() if name in after}
     clearest = max(apart.values(), key=lambda ratio: max(ratio, 1 / ratio))
     arrived = None if 1 / _CLEAR < clearest < _CLEAR else clearest < 1

@@ -1,4 +1,4 @@
-"""`Check`, and how one is made of code that may raise anything."""
+"""`Check`, the result of one check, and `guarded`, which runs code that may raise anything."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ Status = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: of the thing.
-        status: "problem" is what a run would fail on, or be wrong with.
-        detail: what was found.
-        remedy: what to do, unless all is well.
+        name: name of what was checked.
+        status: "problem" if a run would fail or be wrong.
+        detail: the finding.
+        remedy: what to do; empty if nothing is wrong.
     """
 
     name: str
@@ -27,16 +27,16 @@ class Check:
 
 
 def guarded(name: str, check: Callable[[], Check | None]) -> Iterator[Check]:
-    """The check's result; what it raises is a problem. Foreign code runs in it, so that it may raise anything."""
+    """The check's result. An exception becomes a problem: checks run foreign code, which may raise anything."""
     try:
-        found = check()
+        result = check()
     except R3Error as error:
         yield Check(name=name, status="problem", detail=str(error))
     except Exception as error:
         yield Check(name=name, status="problem", detail=f"{type(error).__name__}: {brief(error)}")
     else:
-        if found is not None:
-            yield found
+        if result is not None:
+            yield result
 
 
 def brief(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The same tokens through an engine and the trainer's model: what the engine sampled, scored by both.
+"""Agreement of an engine and the trainer's model on the same tokens: the engine's samples, scored by both.
 
 B prompts, S positions.
 """
@@ -24,10 +24,10 @@ LARGEST_ID = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What an engine gave.
+    """An engine's answers.
 
     Attributes:
-        rollouts: sampled at some temperature, with routing if it is captured.
+        rollouts: sampled answers, with routing if it is captured.
         repeat_nats: mean over tokens of how far a second answer at temperature 0 is from the first.
     """
 
@@ -44,9 +44,9 @@ def engine_agreement(
     timeout_s: float = 60.0,
     api_key: str | None = None,
 ) -> EngineAgreement:
-    """Sample from the engine, score what it sampled with the trainer's model, and compare.
+    """Sample from the engine, score its samples with the trainer's model, and compare.
 
-    To be called when both should have the same weights: at the start, or after a sync.
+    Call it when both should have the same weights: at the start, or after a sync.
 
     Args:
         engine: a `vllm.LLM`, or the URL of a server, started as `r3.capture.engine_kwargs` or `server_args` say.
@@ -78,7 +78,7 @@ def ask_twice(
     timeout_s: float = 60.0,
     api_key: str | None = None,
 ) -> Answers:
-    """Answers at `temperature`, to be scored, and twice at temperature 0, to be compared with each other.
+    """Sample at `temperature`, to be scored, and twice at temperature 0, to be compared with each other.
 
     Raises:
         CaptureError: no answer, or one that cannot be used.
@@ -95,7 +95,7 @@ def ask_twice(
 @torch.no_grad()
 def score(model: nn.Module, rollouts: Rollouts) -> dict[str, float]:
     """Flat metrics of the gap between `model` and `rollouts`, by the names of `metrics.jsonl`: live, and replayed if
-    the rollouts have routing. Leaves the model in the mode in which it was.
+    the rollouts have routing. Keeps the model's train or eval mode.
 
     Args:
         model: with replay attached, if the rollouts have routing; whole on this process.
@@ -107,8 +107,8 @@ def score(model: nn.Module, rollouts: Rollouts) -> dict[str, float]:
     mask = batch.response_mask[:, 1:]
 
     def gap(logits: torch.Tensor) -> dict[str, float]:
-        found = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
-        return LogprobSums.from_tensors(found, batch.logprobs[:, 1:], mask).metrics()
+        logprobs = torch.log_softmax(logits[:, :-1].float(), -1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        return LogprobSums.from_tensors(logprobs, batch.logprobs[:, 1:], mask).metrics()
 
     training = model.training
     model.eval()
@@ -131,7 +131,7 @@ def score(model: nn.Module, rollouts: Rollouts) -> dict[str, float]:
 
 
 def probe_prompts(model: nn.Module, *, count: int = PROMPTS, length: int = PROMPT_TOKENS) -> list[list[int]]:
-    """Random ids, the same at every call, without those that the model's configuration gives a meaning."""
+    """Random token ids, the same at every call, without the special tokens of the model's configuration."""
     configs: list[Any] = [model.config, model.config.get_text_config()]  # pyrefly: ignore
     special: set[int] = set()
     for config in configs:

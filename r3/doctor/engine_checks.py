@@ -1,4 +1,4 @@
-"""Checks of an engine: of its settings, by vLLM itself, and of its capture, in this process."""
+"""Checks of an engine in this process: its settings, by vLLM itself, its capture, and its agreement with the model."""
 
 import contextlib
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ from r3.weight_sync import WeightSync, engine_of
 
 
 def engine_settings(config: R3Config) -> Check:
-    """vLLM's own checks of the engine's settings: parallelism, executor, model runner, connectors."""
+    """Run vLLM's own checks of the engine's settings: parallelism, executor, model runner, connectors."""
     from vllm.engine.arg_utils import EngineArgs
 
-    made: Any = EngineArgs(**engine_kwargs(config)).create_engine_config()
-    parallel = made.parallel_config
+    vllm_config: Any = EngineArgs(**engine_kwargs(config)).create_engine_config()
+    parallel = vllm_config.parallel_config
     detail = (
         f"accepted by vLLM: tensor parallel {parallel.tensor_parallel_size}, executor "
         f"{parallel.distributed_executor_backend}, model runner "
-        f"{'V2' if getattr(made, 'use_v2_model_runner', False) else 'V1'}"
+        f"{'V2' if getattr(vllm_config, 'use_v2_model_runner', False) else 'V1'}"
     )
     if config.generator.inference_engine.enable_return_routed_experts:
         return Check(name="engine settings", status="ok", detail=detail)
@@ -54,7 +54,7 @@ def capture_check(name: str, engine: Any, spec: RoutingSpec, server: Endpoint | 
 def engine_checks(
     config: R3Config, spec: RoutingSpec | None, timeout_s: float, *, arrives: bool = False
 ) -> Iterator[Check]:
-    """An engine of the settings is started here, and ended: its sync's state, its capture, and what it computes."""
+    """Start an engine of the settings, check its sync state, capture and agreement with the model, and stop it."""
     if spec is None:
         yield Check(
             name="engine",
@@ -74,24 +74,24 @@ def engine_checks(
             captured = capture_check("engine", started[0], spec)
             return replace(captured, detail=f"{captured.detail}; {state.detail}")
 
-        (found,) = guarded("engine", start)
-        yield found
-        if found.status == "ok":
+        (engine_check,) = guarded("engine", start)
+        yield engine_check
+        if engine_check.status == "ok":
             yield from guarded("engine agreement", partial(agreement_check, "engine agreement", started[0], config))
-        if found.status == "ok" and arrives:
+        if engine_check.status == "ok" and arrives:
             yield from guarded("engine weights", partial(arrival_check, "engine weights", started[0], config))
 
 
 def agreement_check(name: str, engine: Any, config: R3Config, server: Endpoint | None = None) -> Check:
-    """Loads the model of the settings, in the engine's dtype, and scores with it what the engine samples."""
+    """Score the engine's samples with the model of the settings, loaded in the engine's dtype."""
     reach: dict[str, Any] = {} if server is None else {"timeout_s": server.timeout_s, "api_key": server.api_key}
-    found = engine_agreement(engine, _replayed_model(config), **reach)
+    agreement = engine_agreement(engine, _replayed_model(config), **reach)
     accepted = config.trainer.diagnostics.accepted_engine_faults
-    faults = found.faults()
+    faults = agreement.faults()
     detail = (
-        f"{found.family}, {found.tokens} sampled tokens: k3 {found.k3_replayed:.2g} replayed and {found.k3_live:.2g} "
-        f"live, {100 * (found.differing_rows or 0):.1f}% of choices differ, {found.repeat_nats:.2g} nats between two "
-        "answers to the same prompt"
+        f"{agreement.family}, {agreement.tokens} sampled tokens: k3 {agreement.k3_replayed:.2g} replayed and "
+        f"{agreement.k3_live:.2g} live, {100 * (agreement.differing_rows or 0):.1f}% of choices differ, "
+        f"{agreement.repeat_nats:.2g} nats between two answers to the same prompt"
     )
     if not faults:
         return Check(name=name, status="ok", detail=detail)
@@ -106,25 +106,27 @@ def agreement_check(name: str, engine: Any, config: R3Config, server: Endpoint |
 
 
 def arrival_check(name: str, engine: Any, config: R3Config) -> Check:
-    """Whether each kind of weight of the model of the settings arrives."""
+    """Check that each kind of weight of the settings' model arrives in the engine."""
     dtype = getattr(torch, config.generator.inference_engine.dtype)
     with contextlib.closing(WeightSync(engine, transport="files", dtype=dtype)) as sync:
-        found = arrival(sync, engine, _replayed_model(config))
-    untold = f"; too small a change to tell: {', '.join(found.untold)}" if found.untold else ""
-    if not found.stale:
+        outcome = arrival(sync, engine, _replayed_model(config))
+    untold = f"; too small a change to tell: {', '.join(outcome.untold)}" if outcome.untold else ""
+    if not outcome.stale:
         return Check(
-            name=name, status="ok", detail=f"{len(found.kinds)} kinds, none of them stale after its sync{untold}"
+            name=name,
+            status="ok",
+            detail=f"{len(outcome.kinds)} kinds, none of them stale after its sync{untold}",
         )
     return Check(
         name=name,
         status="problem",
-        detail=f"the engine goes on with old weights after a sync that commits, of {', '.join(found.stale)}{untold}",
+        detail=f"the engine goes on with old weights after a sync that commits, of {', '.join(outcome.stale)}{untold}",
         remedy="start a new engine for each version of such a model (docs/reference/weight-sync.md)",
     )
 
 
 def _replayed_model(config: R3Config) -> Replay:
-    """The model of the settings in the engine's dtype, on this machine, with replay."""
+    """Load the model of the settings in the engine's dtype, on this machine, and attach replay."""
     from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Checks of the machine: GPUs and their driver, NCCL, shared memory, free disk, and environment variables that hurt."""
+"""Checks of the machine: GPUs and driver, NCCL, shared memory, free disk, and harmful environment variables."""
 
 import ctypes
 import shutil
@@ -29,7 +29,7 @@ INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 
 def machine_checks(config: R3Config) -> Iterator[Check]:
-    """All of them."""
+    """Run all checks of the machine."""
     yield from guarded("gpus", _gpus)
     yield from guarded("nccl", _nccl)
     yield from guarded("shared memory", partial(_shared_memory, config))
@@ -59,18 +59,18 @@ def _gpus() -> Check | None:
             remedy="a driver at least as new as torch's CUDA, and CUDA_VISIBLE_DEVICES that names a GPU; a container "
             "has to be started with its GPUs",
         )
-    found, weak, full = [], [], []
+    names, weak, full = [], [], []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         capability = (properties.major, properties.minor)
         memory = f"{total / 2**30:.0f} GiB, {free / 2**30:.0f} free"
-        found.append(f"{properties.name} ({memory}, capability {properties.major}.{properties.minor})")
+        names.append(f"{properties.name} ({memory}, capability {properties.major}.{properties.minor})")
         if capability < BFLOAT16_CAPABILITY:
             weak.append(str(index))
         if free < total / 2:
             full.append(str(index))
-    detail = f"{len(found)}: {', '.join(found)}; {versions}"
+    detail = f"{len(names)}: {', '.join(names)}; {versions}"
     if weak:
         detail += f"; GPU {', '.join(weak)} has no bfloat16 (below capability 8.0)"
     if full:
@@ -82,7 +82,7 @@ def _gpus() -> Check | None:
 
 
 def _driver() -> str:
-    """The newest CUDA that the driver serves, by the driver's own word."""
+    """The newest CUDA version that the driver reports to support."""
     version = ctypes.c_int(0)
     try:
         failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -139,7 +139,7 @@ def _shared_memory(config: R3Config) -> Check:
 
 
 def _disk(config: R3Config) -> Check:
-    """Of where the run folder will be, and of temporary files."""
+    """Check the disks of the run folder and of temporary files."""
     output = Path(config.trainer.output_dir or "runs").absolute()
     folders = {str(next(path for path in (output, *output.parents) if path.exists())), tempfile.gettempdir()}
     free = {folder: shutil.disk_usage(folder).free for folder in sorted(folders)}
@@ -155,13 +155,17 @@ def _disk(config: R3Config) -> Check:
     )
 
 
-def _variables(given: Mapping[str, str]) -> Check:
-    hurting = [f"{name}={given[name]}: {why}" for name, why in HARMFUL.items() if given.get(name, "0") not in ("", "0")]
+def _variables(environment: Mapping[str, str]) -> Check:
+    hurting = [
+        f"{name}={environment[name]}: {why}"
+        for name, why in HARMFUL.items()
+        if environment.get(name, "0") not in ("", "0")
+    ]
     known = [name for _, name in socket.if_nameindex()]
     missing = [
-        f"{name}={given[name]}: this host has {', '.join(known)}"
+        f"{name}={environment[name]}: this host has {', '.join(known)}"
         for name in INTERFACES
-        if _absent(given.get(name), known)
+        if _absent(environment.get(name), known)
     ]
     if missing:
         return Check(
@@ -179,13 +183,13 @@ def _variables(given: Mapping[str, str]) -> Check:
     )
 
 
-def _absent(given: str | None, known: list[str]) -> bool:
-    """Whether NCCL's list of interfaces names none that there is: prefixes, `=` for exact names, `^` for all others."""
-    if not given or given.startswith("^"):
+def _absent(interfaces: str | None, present: list[str]) -> bool:
+    """Whether no interface matches NCCL's list: prefixes, `=` for exact names, `^` for all others."""
+    if not interfaces or interfaces.startswith("^"):
         return False
-    exact = given.startswith("=")
-    wanted = given.lstrip("=").split(",")
-    return not any(name == want or (not exact and name.startswith(want)) for name in known for want in wanted)
+    exact = interfaces.startswith("=")
+    wanted = interfaces.lstrip("=").split(",")
+    return not any(name == want or (not exact and name.startswith(want)) for name in present for want in wanted)
 
 
 def _gib(size: int) -> str:

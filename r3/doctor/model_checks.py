@@ -1,4 +1,4 @@
-"""Checks of a model's folder: whether it can be replayed, its weights, its tokenizer, and what it asks of sampling."""
+"""Checks of a model's folder: whether it can be replayed, its tokenizer, and its generation config."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ NEUTRAL = {"temperature": {1}, "top_k": {0, -1}, "top_p": {1}, "min_p": {0}, "re
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer*.model", "vocab.*", "*.tiktoken", "tekken.json", "tokenization_*.py")
 
 
-def model(path: Path, found: list[RoutingSpec]) -> Check:
-    """Whether the folder's model can be replayed, without its weights; adds the routing that it takes to `found`."""
+def model(path: Path, specs: list[RoutingSpec]) -> Check:
+    """Check that the folder's model can be replayed, without loading weights; adds its routing spec to `specs`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -29,7 +29,7 @@ def model(path: Path, found: list[RoutingSpec]) -> Check:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     spec = attach(model).spec
-    found.append(spec)
+    specs.append(spec)
     detail = f"{type(model).__name__}: {len(spec.layer_ids)} of {spec.num_layers} decoder layers have a router, "
     return Check(name="model", status="ok", detail=f"{detail}{spec.top_k} of {spec.num_experts} experts")
 
@@ -38,8 +38,8 @@ def generation_config(path: Path) -> Check | None:
     file = path / "generation_config.json"
     if not file.is_file():
         return None
-    given = {name: value for name, value in json.loads(file.read_text()).items() if name in NEUTRAL}
-    changing = {name: value for name, value in given.items() if value not in NEUTRAL[name] | {None}}
+    values = {name: value for name, value in json.loads(file.read_text()).items() if name in NEUTRAL}
+    changing = {name: value for name, value in values.items() if value not in NEUTRAL[name] | {None}}
     if not changing:
         return Check(name="generation config", status="ok", detail="changes nothing about sampling")
     return Check(
@@ -51,11 +51,11 @@ def generation_config(path: Path) -> Check | None:
 
 
 def tokenizer(path: Path) -> Check:
-    """Whether the folder's tokenizer loads, pads, ends, and fits the model's vocabulary."""
+    """Check that the tokenizer loads, has padding and end tokens, and fits the model's vocabulary."""
     from transformers import AutoConfig, AutoTokenizer
 
     if not any(list(path.glob(pattern)) for pattern in TOKENIZER_FILES):
-        # The library makes an empty tokenizer then.
+        # Without these files the library makes an empty tokenizer.
         return Check(
             name="tokenizer",
             status="problem",

@@ -1,4 +1,4 @@
-"""Checks of what is installed: Python, torch, transformers, and optional packages."""
+"""Checks of the installed packages: Python, torch, transformers, and optional packages."""
 
 import importlib.metadata
 import importlib.util
@@ -55,7 +55,7 @@ def _package(name: str, least: str) -> Check:
 
 
 def _torchvision() -> Check | None:
-    """A CUDA build of it beside a CPU build of torch breaks imports of transformers."""
+    """Check torchvision's build: a CUDA build with a CPU build of torch breaks imports of transformers."""
     if importlib.util.find_spec("torchvision") is None:
         return None
     try:
@@ -71,7 +71,7 @@ def _torchvision() -> Check | None:
 
 
 def optional_packages() -> Iterator[Check]:
-    """Each that is installed, and one line on those that are not."""
+    """One check for each installed optional package, and one line for those that are absent."""
     absent = []
     for package, (module, purpose) in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:

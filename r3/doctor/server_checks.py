@@ -14,12 +14,12 @@ from r3.weight_sync import engine_of
 
 
 def server_checks(server: Endpoint, spec: RoutingSpec | None, *, sync: bool) -> Iterator[Check]:
-    """All of them, those after the first only if it answers.
+    """Run all checks of a server; those after the first only if it answers.
 
     Args:
-        server: to ask.
-        spec: of the trainer's model; without, capture is not checked.
-        sync: whether weights are to be synced into it, so that it is a problem if that cannot be.
+        server: the server to check.
+        spec: routing spec of the trainer's model; without it, capture is not checked.
+        sync: whether weights will be synced into it; if they cannot, that is a problem.
     """
     yield from guarded("server proxy", partial(_proxy, server))
     (health,) = guarded("server", partial(_health, server))
@@ -43,7 +43,7 @@ def server_checks(server: Endpoint, spec: RoutingSpec | None, *, sync: bool) -> 
 
 
 def _proxy(server: Endpoint) -> Check | None:
-    """Whether a proxy of the environment stands between; none is no check."""
+    """Warn of a proxy of the environment between r3 and the server; no result if there is none."""
     between, others = proxy_of(server.base), proxy_of_others(server.base)
     if between is not None:
         detail = f"requests to {server.base} go through {between}: rollouts, routing and weight syncs alike"
@@ -63,7 +63,7 @@ def _health(server: Endpoint) -> Check:
 
 
 def _routes(server: Endpoint, controls: list[bool]) -> Check:
-    """Adds to `controls` whether the control routes are there."""
+    """Check the server's routes; adds to `controls` whether it has the control routes."""
     paths = set(server.ask("/openapi.json")["paths"])
     controls.append("/collective_rpc" in paths)
     lacking = []

@@ -1,4 +1,4 @@
-"""The check of a run's settings, against each other and against this machine and model."""
+"""Check of a run's settings against each other, this machine and the model."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from r3.errors import summary
 
 
 def run_settings(config: R3Config) -> Check:
-    """What would stop a run of these settings here, or make it another one than was meant.
+    """Check for settings that would stop a run here, or silently change its meaning.
 
     Raises:
         ConfigError: settings that contradict each other.

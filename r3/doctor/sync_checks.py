@@ -1,11 +1,11 @@
-"""The check of an engine's weights: whether its workers can be synced into, and how the last sync left them."""
+"""Check of an engine's weights: whether its workers can be synced, and their state after the last sync."""
 
 from r3.doctor.check import Check
 from r3.weight_sync import Engine
 
 
 def sync_state(name: str, engine: Engine, timeout_s: float) -> Check:
-    """What the workers' extension answers.
+    """Check the state that the workers' extension reports.
 
     Raises:
         SyncError: no control routes, no extension, or no answer: with the remedy.

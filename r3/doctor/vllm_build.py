@@ -1,4 +1,4 @@
-"""Checks of the vLLM that is installed, and of any vLLM's version."""
+"""Checks of the installed vLLM, and of the version of any vLLM."""
 
 import importlib.metadata
 import logging
@@ -18,7 +18,7 @@ CAPTURED = {
 
 
 def vllm_builds() -> list[str]:
-    """Packages that bring the module `vllm`."""
+    """Installed packages that contain the module `vllm`."""
     return sorted(set(importlib.metadata.packages_distributions().get("vllm", ())))
 
 

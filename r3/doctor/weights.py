@@ -1,4 +1,4 @@
-"""Checks of a checkpoint's weights, without a model: all files there, headers readable, a sample of them finite."""
+"""Checks of a checkpoint's weights without a model: all files present, headers readable, a sample finite."""
 
 import json
 import random
@@ -14,7 +14,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def weights(path: Path) -> Check:
-    """Of the folder `path`."""
+    """Check the weights in the folder `path`."""
     expected, problems = _expected(path)
     held: dict[str, str] = {}
     dtypes: dict[str, int] = {}
@@ -27,11 +27,11 @@ def weights(path: Path) -> Check:
     ]
     sample: list[tuple[Path, str]] = []
     for file in files:
-        found = _header(file)
-        if isinstance(found, str):
-            problems.append(found)
+        dtype_of = _header(file)
+        if isinstance(dtype_of, str):
+            problems.append(dtype_of)
             continue
-        for name, dtype in found.items():
+        for name, dtype in dtype_of.items():
             held[name] = file.name
             dtypes[dtype] = dtypes.get(dtype, 0) + 1
             sample.append((file, name))
@@ -53,7 +53,7 @@ def weights(path: Path) -> Check:
 
 
 def _header(file: Path) -> dict[str, str] | str:
-    """Tensor -> dtype, or why the file cannot be read."""
+    """Dtype by tensor name, or why the file cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -64,18 +64,18 @@ def _header(file: Path) -> dict[str, str] | str:
 
 
 def _expected(path: Path) -> tuple[dict[str, str], list[str]]:
-    """Tensor -> file of the index, if there is one, and what is wrong with it."""
+    """File by tensor name, from the index if there is one, and problems of the index."""
     if not (path / INDEX).is_file():
         return {}, []
     try:
-        found = json.loads((path / INDEX).read_text())["weight_map"]
-        return {str(name): str(file) for name, file in found.items()}, []
+        weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}, []
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, [f"{INDEX}: expected an object with weight_map: {type(error).__name__}: {error}"]
 
 
 def _not_finite(sample: list[tuple[Path, str]]) -> tuple[list[str], int]:
-    """Names of tensors with NaN or infinities, and how many were looked at: in random order, within the bounds."""
+    """Names of non-finite tensors, and the number checked: in random order, within limits of bytes and time."""
     from safetensors import safe_open
 
     bad: list[str] = []
@@ -87,7 +87,7 @@ def _not_finite(sample: list[tuple[Path, str]]) -> tuple[list[str], int]:
         with safe_open(file, framework="pt") as opened:
             part = opened.get_slice(name)
             shape = part.get_shape()
-            # The head of a large tensor: it is mapped, and only what is looked at is read.
+            # The first rows of a large tensor: the file is mapped, so that only these are read.
             tensor = part[: max(1, (1 << 20) // max(1, _product(shape[1:])))] if shape else opened.get_tensor(name)
         looked, size = looked + 1, size + tensor.nbytes
         if tensor.is_floating_point() and not tensor.float().isfinite().all():

@@ -1,4 +1,4 @@
-"""`r3 compare`: what explains the gap between saved rollouts and a model, and how two files of rollouts differ."""
+"""`r3 explain`: what explains the gap between saved rollouts and a model; and `compare_files`: how two files differ."""
 
 from r3.explain.explain import Limits, explain, explain_file
 from r3.explain.outcome import Cause, Explanation, Tried

@@ -1,4 +1,4 @@
-"""Changes of the logits before the temperature, as vLLM makes them: penalties, a bias, a list of allowed tokens.
+"""Adjustments of the logits before the temperature, as vLLM makes them: penalties, a bias, a list of allowed tokens.
 
 n tokens, V tokens of vocabulary, B rollouts, S their longest.
 """
@@ -18,7 +18,7 @@ class Before:
 
     Attributes:
         input_ids: int64 `[B, S]`.
-        row: int64 `[n]`, of which rollout.
+        row: int64 `[n]`, index of the rollout.
         begin: int64 `[n]`, position of the first token that the same request sampled.
         end: int64 `[n]`, position of the token itself.
     """
@@ -28,12 +28,12 @@ class Before:
     begin: Tensor
     end: Tensor
 
-    def part(self, which: slice) -> "Before":
-        """That of some of the tokens."""
-        return Before(input_ids=self.input_ids, row=self.row[which], begin=self.begin[which], end=self.end[which])
+    def part(self, tokens: slice) -> "Before":
+        """The same for a slice of the scored tokens."""
+        return Before(input_ids=self.input_ids, row=self.row[tokens], begin=self.begin[tokens], end=self.end[tokens])
 
     def counts(self, vocabulary: int) -> tuple[Tensor, Tensor]:
-        """Float `[n, V]`: how often each token was sampled by the request, and how often it stands before at all."""
+        """Float `[n, V]`, twice: how often the request sampled each token, and how often it occurs before at all."""
         ids = self.input_ids[self.row]
         position = torch.arange(ids.shape[1], device=ids.device)
         before = position < self.end[:, None]
@@ -42,14 +42,14 @@ class Before:
         return sampled, nothing.scatter_add(1, ids, before.float())
 
     def compact(self, logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(logits, sampled, seen) as `counts` has them, in few columns: penalties change only tokens that were seen.
+        """(logits, sampled, seen) as in `counts`, in few columns, since penalties change only tokens that were seen.
 
-        Column 0 is the label's, column 1 stands for the mass at `temperature` of all that were not seen, and the others
-        are of the seen ones, each once.
+        Column 0 is the label's, column 1 has the mass at `temperature` of all tokens that were not seen, and the others
+        are the seen tokens, each once.
         """
         sampled, seen = self.counts(logits.shape[1])
         own, ids = labels[:, None], self.input_ids[self.row]
-        # In a stable order, the first of equal ones is the first that stands there.
+        # With a stable sort, the first of equal ids is its first occurrence.
         ordered, order = self.input_ids.sort(dim=1, stable=True)
         again = torch.zeros_like(ordered, dtype=torch.bool)
         again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
@@ -58,15 +58,15 @@ class Before:
         unseen = logits.masked_fill((seen > 0).scatter(1, own, True), -math.inf)
         mass = temperature * (unseen / temperature).logsumexp(1, keepdim=True)
         columns = torch.cat([own, own, ids], dim=1)
-        found = [part.gather(1, columns) for part in (logits, sampled, seen)]
-        found[0][:, 1:2], found[1][:, 1], found[2][:, 1] = mass, 0, 0
-        found[0][:, 2:].masked_fill_(~kept, -math.inf)
-        return found[0], found[1], found[2]
+        gathered = [part.gather(1, columns) for part in (logits, sampled, seen)]
+        gathered[0][:, 1:2], gathered[1][:, 1], gathered[2][:, 1] = mass, 0, 0
+        gathered[0][:, 2:].masked_fill_(~kept, -math.inf)
+        return gathered[0], gathered[1], gathered[2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adjustment:
-    """What `SamplingParams` of the same names do to the logits."""
+    """An adjustment of the logits by the `SamplingParams` of the same names."""
 
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -87,7 +87,7 @@ class Adjustment:
 
     @property
     def of_seen(self) -> bool:
-        """Whether it changes no token but those that were seen."""
+        """Whether it changes only tokens that were seen."""
         return not self.logit_bias and not self.allowed_token_ids
 
     def _penalties(self) -> Sequence[tuple[str, float, float]]:
@@ -98,7 +98,7 @@ class Adjustment:
         )
 
     def applied(self, logits: Tensor, labels: Tensor, sampled: Tensor, seen: Tensor) -> Tensor:
-        """The changed logits, `[n, V]`. A label that was not allowed is left as it is: it was sampled, after all.
+        """The adjusted logits, `[n, V]`. A label that is not allowed keeps its logit, since it was sampled.
 
         Args:
             logits: float32 `[n, V]`.
@@ -125,11 +125,11 @@ class Adjustment:
 
 @dataclass(frozen=True, kw_only=True)
 class AdjustmentFamily:
-    """One penalty alone, at evenly spaced values, of which others are interpolated.
+    """One penalty alone, at evenly spaced values, between which others are interpolated.
 
     Attributes:
         name: of the penalty.
-        least, step: the first value, and the distance of the next; of the logarithms if `logarithmic`.
+        least, step: the first value and the step to the next; of the logarithm if `logarithmic`.
         count: of values.
     """
 
@@ -140,17 +140,17 @@ class AdjustmentFamily:
     logarithmic: bool = False
 
     def at(self, place: float) -> Adjustment:
-        """That at a place between 0 and `count` - 1."""
+        """The adjustment at a place between 0 and `count` - 1."""
         value = self.least + self.step * place
-        given: dict[str, Any] = {self.name: math.exp(value) if self.logarithmic else value}
-        return Adjustment(**given)
+        penalty: dict[str, Any] = {self.name: math.exp(value) if self.logarithmic else value}
+        return Adjustment(**penalty)
 
     @property
     def grid(self) -> list[Adjustment]:
         return [self.at(place) for place in range(self.count)]
 
     def place(self, adjustment: Adjustment) -> float | None:
-        """Where it lies; None if it is of another kind."""
+        """Place of an adjustment on the grid; None if it is of another kind."""
         value = getattr(adjustment, self.name)
         if adjustment != replace(Adjustment(), **{self.name: value}):
             return None

@@ -52,15 +52,15 @@ FLOOR_NATS = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
-    """What the decision is made of.
+class DecisionInputs:
+    """What the decision is based on.
 
     Attributes:
         evidence: scores of the tokens.
         precision: view -> float32 `[D, N]`, difference between the same model's scores in the two precisions.
-        routing: live routing against the saved rows, by how far they were moved.
-        settings: what the file says of the sampling.
-        names: of the checkpoints: the model, then the earlier ones.
+        routing: agreement of live routing with the saved rows, by shift of the rows.
+        settings: settings of sampling in the file.
+        names: paths of the checkpoints: the model, then the earlier ones.
         rollouts: number of them.
     """
 
@@ -73,22 +73,22 @@ class Given:
 
 
 class _Decision:
-    """The steps, on what they share."""
+    """The steps of the decision, with their shared state."""
 
-    def __init__(self, given: Given) -> None:
-        self.given = given
-        self.evidence = given.evidence
-        self.found = list(hypotheses(given.evidence))
-        self.replayed = any(view.replayed for view in given.evidence.tables)
-        plain = Distribution(temperature=given.evidence.expected.temperature)
-        fits = min(self.found, key=lambda h: h.k3).distribution
+    def __init__(self, inputs: DecisionInputs) -> None:
+        self.inputs = inputs
+        self.evidence = inputs.evidence
+        self.hypotheses = list(hypotheses(inputs.evidence))
+        self.replayed = any(view.replayed for view in inputs.evidence.tables)
+        plain = Distribution(temperature=inputs.evidence.expected.temperature)
+        fits = min(self.hypotheses, key=lambda h: h.k3).distribution
         self.floor = max(FLOOR_NATS, self._floor(plain), self._floor(fits))
         self.live = self._as_trainer(ShiftedView())
         self.causes: list[Cause] = []
         self.notes: list[str] = []
 
     def _floor(self, distribution: Distribution) -> float:
-        """k3 between the model's two precisions under the distribution of the table that is nearest.
+        """k3 between the model's two precisions under the nearest distribution of the table.
 
         Under a truncated one it is larger: rounding moves tokens over the boundary, and the mass that is kept jumps.
         """
@@ -97,11 +97,11 @@ class _Decision:
             choices, key=lambda d: (d != distribution, abs(math.log(d.temperature / distribution.temperature)))
         )
         place = self.evidence.distributions.index(nearest)
-        # Of live and replayed the smaller: flips are in the one, and rows that are wrong would be in the other.
-        return min(float(k3(d[place].double())) for d in self.given.precision.values())
+        # The smaller of live and replayed: live includes routing flips, and replayed would include wrong rows.
+        return min(float(k3(d[place].double())) for d in self.inputs.precision.values())
 
     def _as_trainer(self, view: ShiftedView) -> Hypothesis:
-        return next(h for h in self.found if h.view == view and not h.shift and not h.causes - {ROUTING, ROWS})
+        return next(h for h in self.hypotheses if h.view == view and not h.shift and not h.causes - {ROUTING, ROWS})
 
     @property
     def precise(self) -> float:
@@ -117,9 +117,9 @@ class _Decision:
             self.notes.append(words.NO_ROUTING)
         if tokens < MIN_TOKENS:
             return self._explanation(tokens, words.too_few(tokens, MIN_TOKENS), None)
-        best = min(h.k3 for h in self.found)
+        best = min(h.k3 for h in self.hypotheses)
         factor = FACTOR if best <= self.precise else FACTOR_UNEXPLAINED
-        kept, needed = needed_causes(self.found, floor=self.floor, factor=factor)
+        kept, needed = needed_causes(self.hypotheses, floor=self.floor, factor=factor)
         if best >= OTHER_WEIGHTS_NATS:
             kept, needed = self._as_trainer(ShiftedView(replayed=self.replayed)), []
         self._name(kept, needed)
@@ -127,30 +127,30 @@ class _Decision:
             self._rows(kept, factor)
         self._versions(kept)
         remaining = kept.k3
-        # A checkpoint that was tried has its own remainder; versions that lag stand for one that was not.
-        told = any(cause.name == "stale_sync" and "checkpoint" not in cause.figures for cause in self.causes)
+        # A checkpoint that was tried has its own remainder. Lagging versions stand for one that was not given.
+        lagging = any(cause.name == "stale_sync" and "checkpoint" not in cause.figures for cause in self.causes)
         if remaining <= self.precise:
             self.causes.append(words.precision(remaining, self.floor, self.replayed))
-        elif best >= OTHER_WEIGHTS_NATS and not told:
-            self.causes.append(self._large(min(h.k3 for h in self.found)))
-        elif not told:
+        elif best >= OTHER_WEIGHTS_NATS and not lagging:
+            self.causes.append(self._large(min(h.k3 for h in self.hypotheses)))
+        elif not lagging:
             self.causes.append(
-                words.unexplained(remaining, self.floor, self._lag(), len(self.given.names) - 1, self.replayed)
+                words.unexplained(remaining, self.floor, self._lag(), len(self.inputs.names) - 1, self.replayed)
             )
         return self._explanation(tokens, words.verdict(self.causes), kept)
 
     def _large(self, least: float) -> Cause:
-        """Of a large gap that no hypothesis explains: another distribution was sampled from, or other weights."""
-        settings, agreement = self.given.settings, self.given.routing.get(0)
+        """The cause of a large gap that no hypothesis explains: another sampling distribution, or other weights."""
+        settings, agreement = self.inputs.settings, self.inputs.routing.get(0)
         differing = agreement.metrics()["differing_rows"] if agreement is not None and agreement.rows else None
         if settings.other:
-            return words.told_adjustment(settings.other, least, differing)
+            return words.declared_adjustment(settings.other, least, differing)
         if differing is not None and differing <= SAME_ROUTERS:
             return words.unknown_adjustment(least, differing)
-        # Settings that say that nothing was changed, or routers that chose otherwise, leave the weights alone.
+        # Known settings without changes, or routers that chose differently, leave the weights as the only cause.
         alone = differing is not None or settings.other is not None
         return words.weights(
-            least, self._correlation(), len(self.given.names) - 1, self._lag(), alone=alone, differing=differing
+            least, self._correlation(), len(self.inputs.names) - 1, self._lag(), alone=alone, differing=differing
         )
 
     def _name(self, kept: Hypothesis, needed: Sequence[Needed]) -> None:
@@ -161,18 +161,18 @@ class _Decision:
         named: list[tuple[float, Cause]] = []
         for name, gap in without.items():
             if name == ROUTING:
-                cause = words.routing(gap, kept.k3, self.given.routing.get(kept.view.rows))
+                cause = words.routing(gap, kept.k3, self.inputs.routing.get(kept.view.rows))
             elif name == WEIGHTS:
-                cause = words.stale(self.given.names[kept.view.weights], gap, kept.k3)
+                cause = words.stale(self.inputs.names[kept.view.weights], gap, kept.k3)
             elif name == LOGPROBS:
                 cause = words.shifted_logprobs(kept.shift, gap, kept.k3)
             elif name == TRUNCATION:
                 cause = words.renormalised(kept.distribution, gap, kept.k3)
             elif name == ADJUSTMENT:
-                told = kept.distribution.adjustment == self.evidence.expected.adjustment
-                cause = words.adjusted(kept.distribution.adjustment, told, gap, kept.k3)
+                declared = kept.distribution.adjustment == self.evidence.expected.adjustment
+                cause = words.adjusted(kept.distribution.adjustment, declared, gap, kept.k3)
             else:
-                continue  # a temperature, and rows, which are looked at in another way
+                continue  # a temperature and rows have rules of their own
             named.append((gap, cause))
         temperature = self._temperature(kept, without.get(TEMPERATURE))
         if temperature is not None:
@@ -181,7 +181,7 @@ class _Decision:
 
     def _temperature(self, kept: Hypothesis, without: float | None) -> Cause | None:
         """A temperature mistake, or log-probabilities of another distribution than the tokens were sampled from."""
-        expected, reported, settings = self.evidence.expected, kept.distribution, self.given.settings
+        expected, reported, settings = self.evidence.expected, kept.distribution, self.inputs.settings
         sampled = self._sampled_from(kept)
         declared_raw = settings.logprobs_mode == RAW and (
             (without is not None and abs(math.log(reported.temperature)) < NOTICED)
@@ -195,29 +195,29 @@ class _Decision:
         return None
 
     def _sampled_from(self, kept: Hypothesis) -> words.Sampled | None:
-        """The distribution that the tokens themselves speak for, if it is another than the reported one.
+        """The distribution that the sampled tokens are evidence for, if it differs from the reported one.
 
-        A model that does not explain the gap cannot tell.
+        None if the model does not explain the gap: it then says nothing about the tokens.
         """
         if kept.k3 > self.precise or kept.distribution.truncated or kept.distribution.adjustment:
             return None
         evidence, reported = self.evidence, kept.distribution.temperature
-        found: list[words.Sampled] = []
+        candidates: list[words.Sampled] = []
         likeliest = evidence.likeliest_temperature(kept.view)
         nats = likeliest.nats - float(evidence.scored(kept.view, kept.distribution).sum())
         if nats >= LIKELIER_NATS and abs(math.log(likeliest.temperature / reported)) >= NOTICED:
             text = f"temperature {likeliest.temperature:.2f} ({likeliest.low:.2f} to {likeliest.high:.2f})"
             figures = {"sampled_temperature": likeliest.temperature}
             figures |= {"sampled_temperature_low": likeliest.low, "sampled_temperature_high": likeliest.high}
-            found.append(words.Sampled(text=text, nats=nats, figures=figures))
+            candidates.append(words.Sampled(text=text, nats=nats, figures=figures))
         near = min((1.0, evidence.expected.temperature), key=lambda t: abs(math.log(t / reported)))
         excluded = evidence.never_sampled(kept.view, near)
         if excluded is not None and excluded[1] >= EXCLUDED_NATS and abs(math.log(near / reported)) < NOTICED:
-            found.append(words.Sampled(text=f"{excluded[0]}, or so", nats=excluded[1], figures={}))
-        return max(found, key=lambda candidate: candidate.nats, default=None)
+            candidates.append(words.Sampled(text=f"{excluded[0]}, or so", nats=excluded[1], figures={}))
+        return max(candidates, key=lambda candidate: candidate.nats, default=None)
 
     def _rows(self, kept: Hypothesis, factor: float) -> None:
-        """Rows that do harm: replayed as they are, the gap is larger than live, or than with the rows moved."""
+        """Find faulty rows: replaying them unshifted gives a larger gap than live routing, or than shifted rows."""
         if not self.replayed or ROWS in {cause.name for cause in self.causes}:
             return
 
@@ -234,11 +234,11 @@ class _Decision:
             return
         repaired = float(k3(moved[rows])) <= factor * max(float(k3(live)), self.floor)
         figures = float(k3(as_saved)), float(k3(live)), float(k3(moved[rows]))
-        differing = {at: sums.metrics()["differing_rows"] for at, sums in self.given.routing.items()}
+        differing = {at: sums.metrics()["differing_rows"] for at, sums in self.inputs.routing.items()}
         self.causes.insert(0, words.rows(rows if repaired else None, *figures, differing))
 
     def _versions(self, kept: Hypothesis) -> None:
-        """A stale sync that the rollouts' own versions tell."""
+        """Find a stale sync from the weight versions in the rollouts."""
         if kept.k3 <= self.precise or "stale_sync" in {cause.name for cause in self.causes}:
             return
         version = self.evidence.tokens.version
@@ -257,8 +257,8 @@ class _Decision:
             self.causes.append(words.lagging(lag, kept.k3))
 
     def _lag(self) -> int:
-        """How many versions the newest of the rollouts is behind the trainer's, where both are told."""
-        current, version = self.given.settings.weight_version, self.evidence.tokens.version
+        """How many versions the newest rollout is behind the trainer; 0 where either version is unknown."""
+        current, version = self.inputs.settings.weight_version, self.evidence.tokens.version
         newest = int(version.max()) if len(version) else -1
         return 0 if current is None or newest < 0 else max(0, current - newest)
 
@@ -276,7 +276,7 @@ class _Decision:
         figures["precision"] = self.floor
         return Explanation(
             tokens=tokens,
-            rollouts=self.given.rollouts,
+            rollouts=self.inputs.rollouts,
             verdict=verdict,
             causes=tuple(self.causes),
             k3=figures,
@@ -287,18 +287,21 @@ class _Decision:
 
     def _tried(self) -> tuple[Tried, ...]:
         best: dict[frozenset[str], Hypothesis] = {}
-        for h in self.found:
+        for h in self.hypotheses:
             if h.causes not in best or h.k3 < best[h.causes].k3:
                 best[h.causes] = h
         ranked = sorted(best.values(), key=lambda h: (h.k3, len(h.causes)))
         return tuple(
             Tried(
-                text=words.hypothesis(h, self.given.names), causes=tuple(sorted(h.causes)), k3=h.k3, abs_mean=h.abs_mean
+                text=words.hypothesis(h, self.inputs.names),
+                causes=tuple(sorted(h.causes)),
+                k3=h.k3,
+                abs_mean=h.abs_mean,
             )
             for h in ranked
         )
 
 
-def decide(given: Given) -> Explanation:
-    """What explains the gap."""
-    return _Decision(given).run()
+def decide(inputs: DecisionInputs) -> Explanation:
+    """Decide which causes explain the gap."""
+    return _Decision(inputs).run()

@@ -1,5 +1,5 @@
-"""Ways to make log-probabilities of logits: a temperature, and what vLLM's top-k, top-p and min-p leave of the
-distribution; before these, an adjustment of the logits.
+"""Sampling distributions, from logits to log-probabilities: adjustments, temperature, and truncation by vLLM's top-k,
+top-p and min-p.
 
 n tokens, V tokens of vocabulary, D distributions.
 """
@@ -33,9 +33,9 @@ NONE = Adjustment()
 
 @dataclass(frozen=True, kw_only=True)
 class Distribution:
-    """As vLLM makes it: logits adjusted, then over the temperature; then those of at least `min_p` times the largest
-    probability, then the `top_k` most probable (0: all), then of these the nucleus of mass `top_p`; what remains sums
-    to 1."""
+    """A sampling distribution as vLLM computes it. Logits are adjusted and divided by the temperature. Then only tokens
+    of at least `min_p` times the largest probability are kept, of these the `top_k` most probable (0: all), and of
+    these the nucleus of mass `top_p`. The rest is renormalised."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -49,7 +49,7 @@ class Distribution:
 
     @property
     def truncation(self) -> str:
-        """In words; empty if there is none."""
+        """The truncation in words; empty if there is none."""
         words = [f"min-p {self.min_p:g}"] * (self.min_p > 0)
         words += [f"top-k {self.top_k}"] * (self.top_k > 0)
         words += [f"top-p {self.top_p:g}"] * (self.top_p < 1)
@@ -61,18 +61,22 @@ class Distribution:
 
 
 def candidates(expected: Distribution, vocabulary: int) -> tuple[Distribution, ...]:
-    """All that are tried: `expected` first, then temperatures alone, ascending, then truncated and adjusted ones."""
+    """All distributions to try: `expected` first, then temperatures alone, then truncated and adjusted ones."""
     plain = Distribution(temperature=expected.temperature)
-    found = [plain, *(Distribution(temperature=t) for t in TEMPERATURES)]
+    distributions = [plain, *(Distribution(temperature=t) for t in TEMPERATURES)]
     for t in sorted({expected.temperature, *TRUNCATED_TEMPERATURES}):
-        found += [Distribution(temperature=t, top_p=p) for p in TOP_P]
-        found += [Distribution(temperature=t, top_k=k) for k in TOP_K if k < vocabulary]
-        found += [Distribution(temperature=t, min_p=p) for p in MIN_P]
+        distributions += [Distribution(temperature=t, top_p=p) for p in TOP_P]
+        distributions += [Distribution(temperature=t, top_k=k) for k in TOP_K if k < vocabulary]
+        distributions += [Distribution(temperature=t, min_p=p) for p in MIN_P]
         if expected.truncated:
-            found.append(replace(expected, temperature=t, adjustment=NONE))
-    found += [replace(plain, adjustment=adjustment) for family in FAMILIES for adjustment in family.grid]
-    found += [replace(plain, adjustment=expected.adjustment), expected]
-    return tuple(dict.fromkeys(found[1:])) if plain in found[1:] else (plain, *dict.fromkeys(found[1:]))
+            distributions.append(replace(expected, temperature=t, adjustment=NONE))
+    distributions += [replace(plain, adjustment=adjustment) for family in FAMILIES for adjustment in family.grid]
+    distributions += [replace(plain, adjustment=expected.adjustment), expected]
+    return (
+        tuple(dict.fromkeys(distributions[1:]))
+        if plain in distributions[1:]
+        else (plain, *dict.fromkeys(distributions[1:]))
+    )
 
 
 def exclusions(expected: Distribution, vocabulary: int) -> tuple[Distribution, ...]:
@@ -99,7 +103,7 @@ def score(
     Args:
         logits: float `[n, V]`.
         labels: int64 `[n]`.
-        before: what stands before each label; needed where a distribution has an adjustment.
+        before: the tokens before each label; needed if a distribution has an adjustment.
     """
     return score_and_admit(logits, labels, distributions, before)[0]
 
@@ -107,7 +111,7 @@ def score(
 def score_and_admit(
     logits: Tensor, labels: Tensor, distributions: Sequence[Distribution], before: Before | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What `score` gives, and bool `[D, n]`, whether a distribution keeps the label."""
+    """The result of `score`, and bool `[D, n]`, whether a distribution keeps the label."""
     step = max(1, _CHUNK_BYTES // (4 * logits.shape[1]))
     parts = [
         _adjusted(logits[at : at + step].float(), labels[at : at + step], distributions, before, slice(at, at + step))
@@ -120,47 +124,47 @@ def score_and_admit(
 
 
 def _adjusted(
-    logits: Tensor, labels: Tensor, distributions: Sequence[Distribution], before: Before | None, which: slice
+    logits: Tensor, labels: Tensor, distributions: Sequence[Distribution], before: Before | None, tokens: slice
 ) -> tuple[Tensor, Tensor]:
-    """`_score` with the logits of each adjustment."""
-    found = logits.new_empty(len(distributions), len(labels))
-    inside = torch.ones_like(found, dtype=torch.bool)
+    """As `_score`, with the logits of each adjustment."""
+    logprobs = logits.new_empty(len(distributions), len(labels))
+    inside = torch.ones_like(logprobs, dtype=torch.bool)
     compact: dict[float, tuple[Tensor, Tensor, Tensor]] = {}
     for adjustment, places in _by(distributions, lambda d: d.adjustment).items():
         chosen = [distributions[place] for place in places]
         if not adjustment:
-            found[places], inside[places] = _score(logits, labels, chosen)
+            logprobs[places], inside[places] = _score(logits, labels, chosen)
             continue
         assert before is not None
-        here, temperature = before.part(which), chosen[0].temperature
+        here, temperature = before.part(tokens), chosen[0].temperature
         if adjustment.of_seen and not any(d.truncated or d.temperature != temperature for d in chosen):
             if temperature not in compact:
                 compact[temperature] = here.compact(logits, labels, temperature)
             columns, *counts = compact[temperature]
-            found[places] = _score(adjustment.applied(columns, labels * 0, *counts), labels * 0, chosen)[0]
+            logprobs[places] = _score(adjustment.applied(columns, labels * 0, *counts), labels * 0, chosen)[0]
         else:
             changed = adjustment.applied(logits, labels, *here.counts(logits.shape[1]))
-            found[places], inside[places] = _score(changed, labels, chosen)
-    return found, inside
+            logprobs[places], inside[places] = _score(changed, labels, chosen)
+    return logprobs, inside
 
 
 def _score(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> tuple[Tensor, Tensor]:
     own = logits.gather(1, labels[:, None])
     ordered = _Ordered.of(logits, own) if any(d.truncated for d in distributions) else None
-    found = logits.new_empty(len(distributions), len(labels))
-    inside = torch.ones_like(found, dtype=torch.bool)
+    logprobs = logits.new_empty(len(distributions), len(labels))
+    inside = torch.ones_like(logprobs, dtype=torch.bool)
     for temperature, places in _by(distributions, lambda d: d.temperature).items():
         total = (logits / temperature).logsumexp(1, keepdim=True)
         plain = (own / temperature - total)[:, 0]
         cumulative = ordered.cumulative(temperature, total) if ordered is not None else None
         for place in places:
             distribution = distributions[place]
-            found[place] = plain
+            logprobs[place] = plain
             if distribution.truncated:
                 assert cumulative is not None
                 kept, inside[place] = cumulative.kept(distribution)
-                found[place] = plain - kept.log()
-    return found, inside
+                logprobs[place] = plain - kept.log()
+    return logprobs, inside
 
 
 def signed_mass(logits: Tensor, labels: Tensor, distributions: Sequence[Distribution]) -> Tensor:
@@ -171,20 +175,20 @@ def signed_mass(logits: Tensor, labels: Tensor, distributions: Sequence[Distribu
     """
     logits = logits.float()
     ordered = _Ordered.of(logits, logits.gather(1, labels[:, None]))
-    found = logits.new_empty(len(distributions), len(labels))
+    masses = logits.new_empty(len(distributions), len(labels))
     for temperature, places in _by(distributions, lambda d: d.temperature).items():
         cumulative = ordered.cumulative(temperature, (logits / temperature).logsumexp(1, keepdim=True))
         for place in places:
             kept, inside = cumulative.kept(distributions[place])
-            found[place] = torch.where(inside, kept, -kept)
-    return found
+            masses[place] = torch.where(inside, kept, -kept)
+    return masses
 
 
 def _by(distributions: Sequence[Distribution], key: Callable[[Distribution], Key]) -> dict[Key, list[int]]:
-    found: dict[Key, list[int]] = {}
+    places: dict[Key, list[int]] = {}
     for place, distribution in enumerate(distributions):
-        found.setdefault(key(distribution), []).append(place)
-    return found
+        places.setdefault(key(distribution), []).append(place)
+    return places
 
 
 @dataclass(frozen=True)
@@ -238,7 +242,7 @@ class _Cumulative:
 
 
 def temperature_at(place: float) -> float:
-    """That at a place in `TEMPERATURES`, also between two."""
+    """The temperature at a place in `TEMPERATURES`, interpolated between two."""
     return TEMPERATURES[0] * (TEMPERATURES[1] / TEMPERATURES[0]) ** place
 
 

@@ -1,4 +1,4 @@
-"""What is known of the saved tokens: what was reported of each, and what each forward and distribution gives for it.
+"""Evidence on the saved tokens: the reported log-probabilities, and those that each forward and distribution gives.
 
 N sampled tokens, D distributions. d = scored - reported, nats.
 """
@@ -41,8 +41,8 @@ class ScoredTokens:
     Attributes:
         reported: float64 `[N]`, the rollouts' log-probabilities, nats.
         usable: bool `[N]`, False where what was reported is a clamp.
-        rollout: int64 `[N]`, of which rollout.
-        position: int64 `[N]`, place among its tokens.
+        rollout: int64 `[N]`, index of the rollout.
+        position: int64 `[N]`, index among the rollout's tokens.
         version: int64 `[N]`, of the weights that the token was sampled from, -1 where unknown.
     """
 
@@ -54,7 +54,7 @@ class ScoredTokens:
 
     @classmethod
     def of(cls, rollouts: Rollouts) -> "ScoredTokens":
-        """Of `rollouts`.
+        """The scored tokens of `rollouts`.
 
         Raises:
             DiagnosticsError: a log-probability that is not finite.
@@ -71,7 +71,7 @@ class ScoredTokens:
                 parts["version"].append(torch.full_like(position, only))
             else:
                 parts["version"].append(item.row_versions.long()[position + len(item.prompt_ids) - 1])
-        joined = {name: torch.cat(found) if found else torch.empty(0).long() for name, found in parts.items()}
+        joined = {name: torch.cat(tensors) if tensors else torch.empty(0).long() for name, tensors in parts.items()}
         reported = joined["reported"].double()
         bad = (~reported.isfinite() & ~reported.isneginf()).nonzero()[:, 0].tolist()
         if bad:
@@ -83,16 +83,16 @@ class ScoredTokens:
         return len(self.reported)
 
     def shifted(self, shift: int) -> Tensor:
-        """float64 `[N]`: what was reported for the token `shift` places on; NaN where there is none."""
-        found = torch.where(self.usable, self.reported, math.nan)
+        """float64 `[N]`: the log-probability reported for the token `shift` places later; NaN where there is none."""
+        reported = torch.where(self.usable, self.reported, math.nan)
         if not shift:
-            return found
-        moved = torch.full_like(found, math.nan)
+            return reported
+        moved = torch.full_like(reported, math.nan)
         here, there = (
             (slice(None, -shift), slice(shift, None)) if shift > 0 else (slice(-shift, None), slice(None, shift))
         )
         beside = (self.rollout[here] == self.rollout[there]) & (self.position[here] + shift == self.position[there])
-        moved[here] = torch.where(beside, found[there], math.nan)
+        moved[here] = torch.where(beside, reported[there], math.nan)
         return moved
 
 
@@ -113,10 +113,10 @@ def k3(d: Tensor) -> Tensor:
 
 
 def is_smaller(d: Tensor, than: Tensor, errors: float = 3.0) -> bool:
-    """Whether |d| is below |than| on the tokens that both have, by so many standard errors of the mean difference.
+    """Whether |d| is significantly below |than| on their common tokens, in standard errors of the mean difference.
 
-    Of absolute differences, and those cut at ten times their mean: a few tokens make up most of k3, and the standard
-    error would be mostly theirs.
+    Compares absolute differences, clipped at ten times their mean: a few tokens make up most of k3, and would dominate
+    the standard error.
     """
     most = 10 * float(than.abs().nanmean())
     difference = than.abs().clamp_max(most) - d.abs().clamp_max(most)
@@ -178,30 +178,30 @@ class Evidence:
         return self.scored(view, distribution) - self.tokens.shifted(shift)
 
     def best_temperature(self, view: ShiftedView, shift: int) -> Distribution:
-        """The temperature, alone, that leaves the least k3."""
+        """The temperature, alone, that minimises k3."""
         reported = self.tokens.shifted(shift)
         table = self.tables[view][self._grid].double()
         return Distribution(temperature=temperature_at(_minimum(table, lambda scores: float(k3(scores - reported)))))
 
     def best_adjusted(self, view: ShiftedView, shift: int) -> Distribution:
-        """The adjustment of the logits that leaves the least k3: one penalty alone, or what the settings say."""
+        """The adjustment of the logits that minimises k3: one penalty alone, or that of the settings."""
         reported = self.tokens.shifted(shift)
         plain = Distribution(temperature=self.expected.temperature)
-        found = [replace(plain, adjustment=self.expected.adjustment)] if self.expected.adjustment else []
+        candidates = [replace(plain, adjustment=self.expected.adjustment)] if self.expected.adjustment else []
         for family in FAMILIES:
             table = self.tables[view][self._family(family)].double()
             place = _minimum(table, lambda scores: float(k3(scores - reported)))
-            found.append(replace(plain, adjustment=family.at(place)))
-        return min(found, key=lambda distribution: float(k3(self.scored(view, distribution) - reported)))
+            candidates.append(replace(plain, adjustment=family.at(place)))
+        return min(candidates, key=lambda distribution: float(k3(self.scored(view, distribution) - reported)))
 
     def best_truncated(self, view: ShiftedView, shift: int, *, temperature: float | None = None) -> Distribution | None:
-        """The truncated distribution of the table that leaves the least k3, of all temperatures or of one.
+        """The truncated distribution of the table that minimises k3, over all temperatures or at one.
 
-        Not one that excludes what was sampled, more than rounding moves over its boundary.
+        Ignores distributions that exclude more of the sampled tokens than rounding would.
         """
         excluded = self.excluded.get(view, torch.zeros(len(self.distributions))).tolist()
         reported = self.tokens.shifted(shift)
-        found = [
+        gaps = [
             (float(k3(self.tables[view][place].double() - reported)), place)
             for place, distribution in enumerate(self.distributions)
             if distribution.truncated
@@ -209,19 +209,24 @@ class Evidence:
             and excluded[place] <= EXCLUDED
             and temperature in (None, distribution.temperature)
         ]
-        return self.distributions[min(found)[1]] if found else None
+        return self.distributions[min(gaps)[1]] if gaps else None
 
     def likeliest_temperature(self, view: ShiftedView) -> "Likeliest":
-        """The temperature under which the tokens themselves are most probable."""
+        """The temperature that maximises the likelihood of the sampled tokens."""
         likelihood = self.tables[view][self._grid].double().sum(1, keepdim=True)
         place = _minimum(likelihood, lambda total: -float(total))
-        found, best = temperature_at(place), float(interpolate(likelihood, place))
+        temperature, most_nats = temperature_at(place), float(interpolate(likelihood, place))
         steps = [TEMPERATURES[0] * (TEMPERATURES[-1] / TEMPERATURES[0]) ** (i / 400) for i in range(401)]
-        near = [t for t in steps if float(interpolate(likelihood, place_of(t))) >= best - WITHIN_NATS]
-        return Likeliest(temperature=found, low=min(near, default=found), high=max(near, default=found), nats=best)
+        near = [t for t in steps if float(interpolate(likelihood, place_of(t))) >= most_nats - WITHIN_NATS]
+        return Likeliest(
+            temperature=temperature,
+            low=min(near, default=temperature),
+            high=max(near, default=temperature),
+            nats=most_nats,
+        )
 
     def never_sampled(self, view: ShiftedView, temperature: float) -> tuple[Distribution, float] | None:
-        """The truncation that the tokens speak for most, and how strongly.
+        """The truncation for which the sampled tokens are the strongest evidence, and the strength of that evidence.
 
         Sampled from the whole distribution, the number of tokens that a truncated one excludes has the expectation E
         of their mass. To see so few as O is less likely than exp(-(E - O + O log(O / E))), by Chernoff's bound for sums
@@ -242,7 +247,7 @@ class Evidence:
 
 
 def _minimum(table: Tensor, loss: Callable[[Tensor], float]) -> float:
-    """The place at which `loss` of the scores is least: the best of the rows, then golden sections beside it."""
+    """The place that minimises `loss` of the scores: the best row, refined by golden-section search."""
     losses = [loss(row) for row in table]
     best = min(range(len(losses)), key=losses.__getitem__)
     low, high = max(best - 1, 0), min(best + 1, len(losses) - 1)

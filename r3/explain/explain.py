@@ -1,4 +1,4 @@
-"""`explain`: scores saved rollouts with a model on this machine, and says what explains the gap."""
+"""`explain`: scores saved rollouts with a model on this machine, and finds what explains the gap."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ import torch
 from r3.capture import Rollouts, SamplingSettings, load_rollouts, saved_settings
 from r3.errors import DiagnosticsError
 from r3.explain.adjustments import Adjustment
-from r3.explain.decision import Given, decide
+from r3.explain.decision import DecisionInputs, decide
 from r3.explain.distributions import Distribution, candidates, exclusions
 from r3.explain.evidence import Evidence, ScoredTokens
 from r3.explain.outcome import Explanation
@@ -33,7 +33,7 @@ class Limits:
     """Bounds of the work.
 
     Attributes:
-        max_tokens: sampled tokens that are scored: whole rollouts from the first on, until there are so many.
+        max_tokens: sampled tokens that are scored: whole rollouts, from the first on, up to this number.
         tokens_at_once: padded tokens in one forward.
     """
 
@@ -65,12 +65,12 @@ def explain(
     device: str | None = None,
     limits: Limits = LIMITS,
 ) -> Explanation:
-    """What explains the gap between the log-probabilities of `rollouts` and those that a model gives.
+    """Find what explains the gap between the log-probabilities of `rollouts` and those of a model.
 
     Args:
         model: folder of the checkpoint that the rollouts are thought to be from.
         rollouts: with or without routing.
-        settings: under which they were sampled. Without a temperature, 1 is supposed.
+        settings: settings under which they were sampled. An unknown temperature counts as 1.
         earlier: checkpoints that the engine may still have had.
         device: as torch names it; by default a GPU where there is one.
         limits: of the work.
@@ -93,18 +93,18 @@ def explain(
     own = scores(model, distributions=grid, views=views, dtype=dtype, excluding=excluding)
     tables, masses, excluded, names = dict(own.table), dict(own.masses), dict(own.excluded), [model, *earlier]
     for place, checkpoint in enumerate(earlier, start=1):
-        found: Scores = scores(checkpoint, distributions=grid, views=views, dtype=dtype, excluding=excluding)
-        if found.vocabulary != own.vocabulary:
+        older: Scores = scores(checkpoint, distributions=grid, views=views, dtype=dtype, excluding=excluding)
+        if older.vocabulary != own.vocabulary:
             raise DiagnosticsError(
-                f"{checkpoint}: expected a vocabulary of {own.vocabulary} as {model} has, got {found.vocabulary}: not "
+                f"{checkpoint}: expected a vocabulary of {own.vocabulary} as {model} has, got {older.vocabulary}: not "
                 "an earlier checkpoint of it"
             )
-        tables |= {replace(view, weights=place): table for view, table in found.table.items()}
-        masses |= {replace(view, weights=place): table for view, table in found.masses.items()}
-        excluded |= {replace(view, weights=place): share for view, share in found.excluded.items()}
-    # The other of the two precisions: what precision alone does.
-    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    bare = scores(model, distributions=grid, views=views[:2], dtype=other)
+        tables |= {replace(view, weights=place): table for view, table in older.table.items()}
+        masses |= {replace(view, weights=place): table for view, table in older.masses.items()}
+        excluded |= {replace(view, weights=place): share for view, share in older.excluded.items()}
+    # The other precision, to measure the effect of precision alone.
+    other_dtype = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    bare = scores(model, distributions=grid, views=views[:2], dtype=other_dtype)
     chosen = grid(own.vocabulary)
     evidence = Evidence(
         tokens=tokens,
@@ -116,7 +116,7 @@ def explain(
         excluded=excluded,
     )
     return decide(
-        Given(
+        DecisionInputs(
             evidence=evidence,
             precision={view: own.table[view] - table for view, table in bare.table.items()},
             routing=own.routing,
@@ -128,7 +128,7 @@ def explain(
 
 
 def expected_of(settings: SamplingSettings) -> Distribution:
-    """The distribution that the settings tell, as far as it can be computed again."""
+    """The distribution of the settings, as far as it can be recomputed."""
     return Distribution(
         temperature=settings.temperature or 1.0,  # greedy: vLLM leaves the logits as they are
         top_p=settings.top_p or 1.0,

@@ -1,7 +1,7 @@
-"""Hypotheses: alternative scorings of the same tokens, each with the causes that it supposes.
+"""Hypotheses: alternative scorings of the same tokens, each with the causes that it assumes.
 
-The mechanism is one: every hypothesis leaves a gap, and a cause holds if the best hypothesis without it leaves a much
-larger gap than the best with it.
+Every hypothesis leaves a gap. A cause holds if the best hypothesis without it leaves a much larger gap than the best
+with it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,14 +29,14 @@ ROUTING, ROWS, LOGPROBS, WEIGHTS, TEMPERATURE, TRUNCATION, ADJUSTMENT = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Hypothesis:
-    """How the tokens' log-probabilities may have come about.
+    """One way in which the reported log-probabilities may have been computed.
 
     Attributes:
         view: weights and routing.
-        shift: the log-probability of the token `shift` places on stands beside a token.
-        distribution: of which the log-probabilities were reported.
-        causes: what is supposed beyond live routing, the model's weights, and the expected distribution.
-        d: float64 `[N]`, scored less reported, nats; NaN where nothing stands beside a token.
+        shift: each token has the log-probability of the token `shift` places later.
+        distribution: the distribution of the reported log-probabilities.
+        causes: assumptions beyond live routing, the model's weights and the expected distribution.
+        d: float64 `[N]`, scored - reported, nats; NaN where the shift leaves a token without a value.
     """
 
     view: ShiftedView
@@ -56,10 +56,10 @@ class Hypothesis:
 
 
 def hypotheses(evidence: Evidence) -> Iterator[Hypothesis]:
-    """All of them: each view, shift and kind of distribution, of the last the best that fits."""
+    """All hypotheses: each view, shift and kind of distribution, with the best-fitting distribution of its kind."""
     expected = evidence.expected
     for view, shift in product(evidence.tables, SHIFTS):
-        given: list[tuple[Distribution | None, set[str]]] = [
+        fitted: list[tuple[Distribution | None, set[str]]] = [
             (Distribution(temperature=expected.temperature), set()),
             (evidence.best_temperature(view, shift), {TEMPERATURE}),
             (evidence.best_truncated(view, shift, temperature=expected.temperature), {TRUNCATION}),
@@ -67,7 +67,7 @@ def hypotheses(evidence: Evidence) -> Iterator[Hypothesis]:
             (evidence.best_adjusted(view, shift), {ADJUSTMENT}),
         ]
         if expected.adjustment and expected.truncated:
-            given.append((expected, {ADJUSTMENT, TRUNCATION}))
+            fitted.append((expected, {ADJUSTMENT, TRUNCATION}))
         causes = {
             name
             for name, supposed in (
@@ -78,8 +78,8 @@ def hypotheses(evidence: Evidence) -> Iterator[Hypothesis]:
             )
             if supposed
         }
-        for distribution, more in given:
-            if distribution is None or (more == {TRUNCATION, TEMPERATURE} and distribution == given[2][0]):
+        for distribution, more in fitted:
+            if distribution is None or (more == {TRUNCATION, TEMPERATURE} and distribution == fitted[2][0]):
                 continue
             yield Hypothesis(
                 view=view,
@@ -90,9 +90,9 @@ def hypotheses(evidence: Evidence) -> Iterator[Hypothesis]:
             )
 
 
-def best(found: Iterable[Hypothesis], allowed: frozenset[str]) -> Hypothesis:
-    """The one that leaves the least gap, of those that suppose nothing else than `allowed`; then the simplest."""
-    fitting = [hypothesis for hypothesis in found if hypothesis.causes <= allowed]
+def best(hypotheses: Iterable[Hypothesis], allowed: frozenset[str]) -> Hypothesis:
+    """The hypothesis with the smallest gap that assumes only `allowed` causes; of equal ones the simplest."""
+    fitting = [hypothesis for hypothesis in hypotheses if hypothesis.causes <= allowed]
     return min(fitting, key=lambda hypothesis: (hypothesis.k3, len(hypothesis.causes)))
 
 
@@ -102,8 +102,8 @@ class Needed:
 
     Attributes:
         name: of the cause.
-        without: the best hypothesis that does without it.
-        significant: whether more than a few tokens say so.
+        without: the best hypothesis without it.
+        significant: whether the difference is significant over all tokens.
     """
 
     name: str
@@ -111,24 +111,24 @@ class Needed:
     significant: bool
 
 
-def needed_causes(found: list[Hypothesis], *, floor: float, factor: float) -> tuple[Hypothesis, list[Needed]]:
-    """Prune the best hypothesis: causes go, the least needed first, as long as little is lost.
+def needed_causes(hypotheses: list[Hypothesis], *, floor: float, factor: float) -> tuple[Hypothesis, list[Needed]]:
+    """Prune the causes of the best hypothesis greedily, least important first, as long as the gap stays small.
 
     A cause stays if without it the gap is more than `factor` times the best one's, and of the floor. It is significant
     if the difference is more than three standard errors.
 
     Args:
-        found: all hypotheses.
+        hypotheses: all hypotheses.
         floor: k3 below which differences mean nothing, nats.
         factor: see above.
 
     Returns:
         The best hypothesis with only the causes that stay, and these, the most needed first.
     """
-    kept = best(found, frozenset(name for h in found for name in h.causes))
+    kept = best(hypotheses, frozenset(name for h in hypotheses for name in h.causes))
     limit = factor * max(kept.k3, floor)
     while True:
-        rivals = [(best(found, kept.causes - {name}), name) for name in sorted(kept.causes)]
+        rivals = [(best(hypotheses, kept.causes - {name}), name) for name in sorted(kept.causes)]
         rivals.sort(key=lambda rival: (rival[0].k3, len(rival[0].causes)))
         if not rivals:
             return kept, []
@@ -142,7 +142,7 @@ def needed_causes(found: list[Hypothesis], *, floor: float, factor: float) -> tu
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Pearson's, of the probabilities that two log-probabilities `[N]` stand for, where both are known."""
+    """Pearson correlation of the probabilities of two log-probabilities `[N]`, where both are known."""
     both = a.isfinite() & b.isfinite()
     if both.sum() < 2:
         return float("nan")

@@ -1,4 +1,4 @@
-"""The outcome's sentences."""
+"""The sentences of an explanation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,18 +104,18 @@ def lagging(lag: int, remaining: float) -> Cause:
 def weights(least: float, correlation: float, earlier: int, lag: int, *, alone: bool, differing: float | None) -> Cause:
     """Args: `alone` whether a change of the distribution at sampling is excluded."""
     if lag:
-        which = f"their own versions say that they are {lag} behind the trainer's: a stale sync is likely. "
+        staleness = f"their own versions say that they are {lag} behind the trainer's: a stale sync is likely. "
     elif earlier:
-        which = f"none of the {earlier} earlier checkpoints fits better: not a stale sync from one of these. "
+        staleness = f"none of the {earlier} earlier checkpoints fits better: not a stale sync from one of these. "
     else:
-        which = "a stale sync and wrong weights cannot be told apart without an earlier checkpoint. "
+        staleness = "a stale sync and wrong weights cannot be told apart without an earlier checkpoint. "
     near = "near relatives, such as weights of another step" if correlation >= RELATED else "little in common"
     return Cause(
         name="weights",
-        text=f"the rollouts were sampled with other weights{'' if alone else UNTOLD}: every hypothesis leaves k3 "
-        f"{least:.2e} or more, and the probabilities correlate by {correlation:.3f} ({near})"
+        text=f"the rollouts were sampled with other weights{'' if alone else OR_CHANGED_SAMPLING}: every hypothesis "
+        f"leaves k3 {least:.2e} or more, and the probabilities correlate by {correlation:.3f} ({near})"
         f"{'' if differing is None else f'; {100 * differing:.0f}% of the live choices of experts differ'}. "
-        f"{which.strip()}",
+        f"{staleness.strip()}",
         remedy="give earlier checkpoints with --earlier; compare the digest and version that the engine's workers "
         "answer (`r3 doctor --url`) with the last sync's receipt; check that --model is the checkpoint that was served",
         figures={"k3": least, "correlation": correlation},
@@ -123,29 +123,31 @@ def weights(least: float, correlation: float, earlier: int, lag: int, *, alone: 
 
 
 CHANGES = "logit bias, allowed or bad words, structured output, a logits processor, several penalties at once"
-UNTOLD = f", or from a distribution that was changed at sampling ({CHANGES}), which cannot be told without routing"
+OR_CHANGED_SAMPLING = (
+    f", or from a distribution that was changed at sampling ({CHANGES}), which cannot be told without routing"
+)
 
 
-def adjusted(found: Adjustment, told: bool, without: float, with_it: float) -> Cause:
-    source = "which the file's settings say" if told else "which fits best"
+def adjusted(adjustment: Adjustment, declared: bool, without: float, with_it: float) -> Cause:
+    source = "which the file's settings say" if declared else "which fits best"
     return Cause(
         name="adjusted",
-        text=f"the logits were changed at sampling by {found}, {source}, while the trainer scores the model's own; "
-        f"{_times(without, with_it)}",
+        text=f"the logits were changed at sampling by {adjustment}, {source}, while the trainer scores the model's "
+        f"own; {_times(without, with_it)}",
         remedy=SAMPLE_PLAINLY,
-        figures={"adjustment": str(found), "k3_without": without, "k3_with": with_it},
+        figures={"adjustment": str(adjustment), "k3_without": without, "k3_with": with_it},
     )
 
 
-def told_adjustment(other: Sequence[str], least: float, differing: float | None) -> Cause:
+def declared_adjustment(changes: Sequence[str], least: float, differing: float | None) -> Cause:
     experts = "" if differing is None else f"; {100 * differing:.1f}% of the live choices of experts differ"
     return Cause(
         name="adjusted",
-        text=f"the file's settings say that sampling was also changed by {', '.join(other)}, which cannot be computed "
-        f"again here: k3 {least:.2e} or more remains{experts}. Whether the weights are the same cannot be told "
-        "beside it",
+        text=f"the file's settings say that sampling was also changed by {', '.join(changes)}, which cannot be "
+        f"computed again here: k3 {least:.2e} or more remains{experts}. Whether the weights are the same cannot "
+        "be told beside it",
         remedy=SAMPLE_PLAINLY,
-        figures={"k3": least, "adjustment": ", ".join(other)},
+        figures={"k3": least, "adjustment": ", ".join(changes)},
     )
 
 
@@ -212,39 +214,39 @@ def rows(shift: int | None, as_saved: float, live: float, moved: float, differin
     )
 
 
-def renormalised(found: Distribution, without: float, with_it: float) -> Cause:
-    what = found.truncation
+def renormalised(distribution: Distribution, without: float, with_it: float) -> Cause:
+    truncation = distribution.truncation
     return Cause(
         name="renormalised",
-        text=f"processed log-probabilities: they are renormalised over what {what} (about) leaves, while the trainer "
-        f"scores the whole distribution; {_times(without, with_it)}",
+        text=f"processed log-probabilities: they are renormalised over what {truncation} (about) leaves, while the "
+        f"trainer scores the whole distribution; {_times(without, with_it)}",
         remedy="sample with top_p=1, top_k=-1 and min_p=0 (r3.capture.sampling_kwargs does), or renormalise in the "
         "trainer too",
         figures={
-            "top_p": found.top_p,
-            "top_k": found.top_k,
-            "min_p": found.min_p,
+            "top_p": distribution.top_p,
+            "top_k": distribution.top_k,
+            "min_p": distribution.min_p,
             "k3_without": without,
             "k3_with": with_it,
         },
     )
 
 
-def temperature(found: float, expected: float, declared: float | None, without: float, with_it: float) -> Cause:
+def temperature(fitted: float, expected: float, declared: float | None, without: float, with_it: float) -> Cause:
     source = "which the file's settings say" if declared is not None else "for want of settings in the file"
     return Cause(
         name="temperature",
-        text=f"the log-probabilities are those of temperature {found:.2f}; the model was scored at {expected:g}, "
+        text=f"the log-probabilities are those of temperature {fitted:.2f}; the model was scored at {expected:g}, "
         f"{source}; {_times(without, with_it)}",
-        remedy=f"one side has another temperature than the other: divide the trainer's logits by {found:.2f} if that "
+        remedy=f"one side has another temperature than the other: divide the trainer's logits by {fitted:.2f} if that "
         "was asked of the engine, else look at what the requests, or the checkpoint's generation_config.json, set",
-        figures={"temperature": found, "expected": expected, "k3_without": without, "k3_with": with_it},
+        figures={"temperature": fitted, "expected": expected, "k3_without": without, "k3_with": with_it},
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """A distribution that tokens speak for, in words, with the evidence for it in nats of log-likelihood."""
+    """A distribution, in words, with the sampled tokens' evidence for it in nats of log-likelihood."""
 
     text: str
     nats: float
@@ -262,28 +264,28 @@ def raw(
     if without is not None:
         figures["k3_without"] = without
     if sampled is None:
-        told = f"the file's settings say that {expected} was asked for"
+        sampling = f"the file's settings say that {expected} was asked for"
         figures["sampled"] = str(expected)
     else:
-        told = f"the tokens themselves speak for {sampled.text} (evidence of {sampled.nats:.0f} nats in all)"
+        sampling = f"the tokens themselves speak for {sampled.text} (evidence of {sampled.nats:.0f} nats in all)"
         figures |= {"sampled": sampled.text, **sampled.figures}
     return Cause(
         name="raw_logprobs",
-        text=f"raw log-probabilities: they are those of {reported}, and {told}. Ratios taken from them are not those "
-        "of the distribution that was sampled from",
+        text=f"raw log-probabilities: they are those of {reported}, and {sampling}. Ratios taken from them are not "
+        "those of the distribution that was sampled from",
         remedy="start the engine with logprobs_mode=processed_logprobs (r3.capture.engine_kwargs and server_args do)",
         figures=figures,
     )
 
 
-def hypothesis(found: Hypothesis, names: Sequence[str]) -> str:
-    parts = ["replayed" if found.view.replayed else "live"]
-    if found.view.weights:
-        parts.append(f"weights of {names[found.view.weights]}")
-    if found.view.rows:
-        parts.append(f"rows moved by {-found.view.rows:+d}")
-    if found.shift:
-        parts.append(f"log-probabilities moved by {-found.shift:+d}")
-    if found.causes & {"temperature", "renormalised", "adjusted"}:
-        parts.append(str(found.distribution))
+def hypothesis(tried: Hypothesis, names: Sequence[str]) -> str:
+    parts = ["replayed" if tried.view.replayed else "live"]
+    if tried.view.weights:
+        parts.append(f"weights of {names[tried.view.weights]}")
+    if tried.view.rows:
+        parts.append(f"rows moved by {-tried.view.rows:+d}")
+    if tried.shift:
+        parts.append(f"log-probabilities moved by {-tried.shift:+d}")
+    if tried.causes & {"temperature", "renormalised", "adjusted"}:
+        parts.append(str(tried.distribution))
     return ", ".join(parts)

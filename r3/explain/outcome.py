@@ -1,4 +1,4 @@
-"""What `r3 compare` found, as data: causes, figures, and whether something is wrong."""
+"""The outcome of `r3 explain` as data: causes, figures, and whether something is wrong."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,8 +13,8 @@ class Cause:
 
     Attributes:
         name: one of `r3.explain.CAUSES`.
-        text: what was found, in words, with figures.
-        remedy: what to do; empty where nothing is to be done.
+        text: the finding in words, with figures.
+        remedy: what to do; empty if nothing needs to be done.
         figures: the numbers of the text.
     """
 
@@ -34,7 +34,7 @@ class Tried:
 
     Attributes:
         text: in words.
-        causes: what it supposes.
+        causes: the causes that it assumes.
         k3: gap that it leaves, nats a token.
         abs_mean: mean absolute difference that it leaves, nats.
     """
@@ -53,12 +53,12 @@ class Explanation:
         tokens: how many sampled tokens were compared.
         rollouts: of how many rollouts.
         verdict: one sentence.
-        causes: what holds, the largest part of the gap first; "precision" is what remains of a gap that is explained.
+        causes: the causes found, the largest part of the gap first; "precision" is the remainder of an explained gap.
         k3: mean of exp(d) - 1 - d in nats, by what it is of: "live" and "replayed" as the trainer scores, "remaining"
             under the best explanation, and "precision", between the model's own scores in bfloat16 and float32.
         correlation: of the probabilities, scored as the trainer does and reported.
         tried: the best hypothesis for each set of causes, the smallest gap first.
-        notes: what else was seen, and what could not be looked at.
+        notes: other observations, and what could not be checked.
     """
 
     tokens: int
@@ -72,12 +72,12 @@ class Explanation:
 
     @property
     def wrong(self) -> bool:
-        """Whether something is to be done: any cause but routing and precision, or none that could be told."""
+        """Whether something is wrong: any cause but routing and precision, or no cause could be found."""
         return not self.causes or any(cause.wrong for cause in self.causes)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the causes."""
+        """Names of the causes."""
         return tuple(cause.name for cause in self.causes)
 
     def to_dict(self) -> dict[str, Any]:

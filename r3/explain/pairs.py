@@ -1,4 +1,4 @@
-"""Two files of rollouts side by side: the same tokens scored or routed twice, or two samples of different tokens."""
+"""Compares two files of rollouts: the same tokens scored or routed twice, or different tokens."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from r3.routing.validity import in_one_form
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """What one file holds.
+    """Summary of one file.
 
     Attributes:
         rollouts, tokens: numbers of them; tokens are sampled ones.
@@ -63,7 +63,7 @@ class PairComparison:
         same_tokens: rollouts whose prompt and sampled tokens are the same in both.
         logprobs: `LogprobSums.metrics()` of these, first less second (`k3`: of the second to the first); empty without.
         routing: `RoutingSums.metrics()` of these where both have valid rows; empty without.
-        notes: what could not be compared.
+        notes: parts that could not be compared.
     """
 
     a: Side
@@ -75,7 +75,7 @@ class PairComparison:
 
     @property
     def wrong(self) -> bool:
-        """Never: two files may differ, and which of them is right is not known."""
+        """Always False: two files may differ, and it is not known which is right."""
         return False
 
     @property
@@ -122,14 +122,14 @@ def _key(item: Rollout) -> tuple:
 def _logprobs(pairs: list[tuple[Rollout, Rollout]], notes: list[str]) -> dict[str, float]:
     if not pairs:
         return {}
-    one, other, mask = (
+    first, second, mask = (
         torch.cat(parts)
         for parts in zip(*((a.logprobs, b.logprobs, a.response_mask & b.response_mask) for a, b in pairs), strict=True)
     )
-    finite = one.isfinite() & other.isfinite()
+    finite = first.isfinite() & second.isfinite()
     if (mask & ~finite).any():
         notes.append(f"{int((mask & ~finite).sum())} tokens have a log-probability that is not finite: left out")
-    return LogprobSums.from_tensors(one, other, mask & finite).metrics()
+    return LogprobSums.from_tensors(first, second, mask & finite).metrics()
 
 
 def _routing(

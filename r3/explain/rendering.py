@@ -1,4 +1,4 @@
-"""What `r3 compare` prints."""
+"""The text that `r3 explain` and `r3 compare FILE FILE` print."""
 
 from collections.abc import Iterator
 

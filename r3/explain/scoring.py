@@ -1,4 +1,4 @@
-"""Scores of saved rollouts by a model on this machine: live, replayed, and replayed with rows moved by a position.
+"""Scores saved rollouts with a model on this machine: live, replayed, and replayed with rows shifted by a position.
 
 N sampled tokens, D distributions.
 """
@@ -27,9 +27,9 @@ class ShiftedView:
     """One way to run a forward.
 
     Attributes:
-        weights: of which checkpoint, by its place: 0 is the model in question, the others are earlier ones.
+        weights: index of the checkpoint: 0 is the model in question, the others are earlier ones.
         replayed: whether routing is replayed.
-        rows: the saved row of position t + rows is replayed for position t.
+        rows: shift of the rows: position t replays the saved row of position t + rows.
     """
 
     weights: int = 0
@@ -39,12 +39,12 @@ class ShiftedView:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What one checkpoint gave.
+    """The scores of one checkpoint.
 
     Attributes:
         table: for each view, float32 `[D, N]`, nats, on the CPU.
         excluded: for each view, float32 `[D]`, the share of the tokens that a distribution does not keep.
-        routing: live routing against the saved rows, by how far these were moved.
+        routing: agreement of live routing with the saved rows, by shift of the rows.
         masses: for each view that was asked for, float32 `[D', N]`: mass kept, negative where the token is excluded.
         vocabulary: V.
     """
@@ -57,7 +57,7 @@ class Scores:
 
 
 def open_model(path: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The checkpoint's causal language model, its logits in float32 as a trainer and an engine of r3 have them.
+    """Load the checkpoint's causal language model, with logits in float32 as in r3's trainer and engines.
 
     Raises:
         DiagnosticsError: it cannot be loaded.
@@ -92,7 +92,7 @@ def score_rollouts(
 ) -> Scores:
     """Log-probabilities of all sampled tokens of `rollouts`, in their order, in each view.
 
-    The model is gone from memory when this returns.
+    The model is freed before this returns.
 
     Args:
         path: of the checkpoint.
@@ -139,11 +139,11 @@ def score_rollouts(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     empty = torch.empty(len(chosen), 0)
-    tables = {view: torch.cat(found, dim=1) if found else empty for view, found in parts.items()}
+    tables = {view: torch.cat(batches, dim=1) if batches else empty for view, batches in parts.items()}
     return Scores(
         table=tables,
         excluded={view: count / max(1, tables[view].shape[1]) for view, count in outside.items()},
-        masses={view: torch.cat(found, dim=1) for view, found in masses.items() if found},
+        masses={view: torch.cat(batches, dim=1) for view, batches in masses.items() if batches},
         routing={rows: sum(sums[1:], sums[0]) for rows, sums in agreement.items() if sums},
         vocabulary=vocabulary,
     )
@@ -177,7 +177,7 @@ class _Inputs:
 
     input_ids: Tensor
     attention_mask: Tensor
-    places: Tensor  # of `input_ids` flattened: what predicts each sampled token
+    places: Tensor  # in flattened `input_ids`: the position that predicts each sampled token
     labels: Tensor
     before: Before
     rows: RolloutRouting | None
@@ -211,7 +211,7 @@ class _Inputs:
         )
 
     def routing(self, rows: int) -> RolloutRouting:
-        """The saved rows, moved: that of position t + rows for position t."""
+        """The saved rows, shifted: position t has the row of position t + rows."""
         assert self.rows is not None
         if not rows:
             return self.rows
@@ -222,7 +222,7 @@ class _Inputs:
 
     @torch.no_grad()
     def logits(self, model: Any, view: ShiftedView) -> Tensor:
-        """Float32 `[n, V]`, before each sampled token: the head runs for no others."""
+        """Float32 `[n, V]`, the logits for each sampled token. The head runs on these positions only."""
         head = model.get_output_embeddings()
 
         def needed(module: nn.Module, args: tuple) -> tuple:
@@ -230,10 +230,10 @@ class _Inputs:
             return (hidden.to(next(module.parameters()).dtype), *args[1:])
 
         handle = head.register_forward_pre_hook(needed)
-        given = {"routed_experts": self.routing(view.rows)} if view.replayed else {}
+        replay = {"routed_experts": self.routing(view.rows)} if view.replayed else {}
         try:
             return (
-                model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False, **given)
+                model(input_ids=self.input_ids, attention_mask=self.attention_mask, use_cache=False, **replay)
                 .logits[0]
                 .float()
             )
@@ -242,21 +242,21 @@ class _Inputs:
 
 
 def _begins(sampled: Tensor) -> Tensor:
-    """int64 `[G]`: of each sampled token, where its run of sampled ones began: its request's own tokens."""
+    """int64 `[G]`: where the run of sampled tokens of each token began, which its request sampled."""
     places = torch.arange(len(sampled))
     return torch.where(sampled, 0, places + 1).cummax(0).values if len(sampled) else places
 
 
 def scored(rollout: Rollout) -> Tensor:
-    """bool `[G]`: sampled tokens that something precedes."""
-    found = rollout.response_mask.clone()
-    if not rollout.prompt_ids and len(found):
-        found[0] = False
-    return found
+    """bool `[G]`: sampled tokens that another token precedes."""
+    is_scored = rollout.response_mask.clone()
+    if not rollout.prompt_ids and len(is_scored):
+        is_scored[0] = False
+    return is_scored
 
 
 def _rows(rollout: Rollout, spec: RoutingSpec) -> RolloutRouting:
-    """The rollout's routing on the CPU; without any, rows that are all routed live."""
+    """The rollout's routing on the CPU; all rows live if it has none."""
     return RolloutRouting.without_rows(spec, len(rollout)) if rollout.routing is None else rollout.routing.to("cpu")
 
 

@@ -80,12 +80,12 @@ def attend(
     heads, kv_heads = query.shape[1], key.shape[1]
     require_splittable(heads, kv_heads, size, module)
     _require_known(kwargs, module)
-    # Of one rank's slice, and not needed: the mask or the bounds of the sequences say it all.
-    kwargs = {name: given for name, given in kwargs.items() if name not in _BY_POSITION}
+    # These are of one rank's slice, and not needed: the mask or the bounds of the sequences replace them.
+    kwargs = {name: argument for name, argument in kwargs.items() if name not in _BY_POSITION}
     changes: dict[str, Any] = {}
     if group is not None and size > 1:
         if kv_heads % size:
-            # Fewer key-value heads than ranks: as many copies of each as make the number divide.
+            # Fewer key-value heads than ranks: copy each until their number is divisible by the ranks.
             copies = math.lcm(kv_heads, size) // kv_heads
             key, value = (t.repeat_interleave(copies, dim=1) for t in (key, value))
         query, key, value = heads_for_sequence((query, key, value), group)
@@ -122,7 +122,7 @@ def require_splittable(heads: int, kv_heads: int, size: int, module: nn.Module) 
 
 def _require_known(kwargs: dict[str, Any], module: nn.Module) -> None:
     known = {"s_aux", *_BY_POSITION, *_VARLEN}
-    unknown = sorted(name for name, given in kwargs.items() if isinstance(given, Tensor) and name not in known)
+    unknown = sorted(name for name, argument in kwargs.items() if isinstance(argument, Tensor) and name not in known)
     if unknown:
         raise ParallelError(
             f"{type(module).__name__} passes tensors to its attention whose split over heads and positions is not "

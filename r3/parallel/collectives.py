@@ -2,8 +2,8 @@
 
 Shapes: B batch, S positions of one rank, P ranks of the group, H heads of all ranks, h = H / P, D head dimension.
 
-What is differentiated is the sum of all ranks' losses: each backward is the exact adjoint of its forward.
-Jacobs et al. 2023 (DeepSpeed Ulysses), arXiv 2309.14509.
+Gradients are those of the sum of all ranks' losses: each backward is the exact adjoint of its forward. Jacobs et al.
+2023 (DeepSpeed Ulysses), arXiv 2309.14509.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ def heads_for_sequence(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> l
     positions. H and D may differ from tensor to tensor; all travel in one exchange."""
     size = group.size()
     parts = [t.unflatten(1, (size, -1)).permute(1, 0, 3, 2, 4).flatten(3) for t in tensors]  # [P, B, S, h * D]
-    got = _exchange(torch.cat(parts, dim=-1), group)
-    whole = got.split([part.shape[-1] for part in parts], dim=-1)
+    received = _exchange(torch.cat(parts, dim=-1), group)
+    exchanged = received.split([part.shape[-1] for part in parts], dim=-1)
     return [
         # [P, B, S, h, D] -> [B, h, P, S, D]
         part.unflatten(3, (-1, t.shape[-1])).permute(1, 3, 0, 2, 4).flatten(2, 3)
-        for part, t in zip(whole, tensors, strict=True)
+        for part, t in zip(exchanged, tensors, strict=True)
     ]
 
 
@@ -38,8 +38,8 @@ def sequence_for_heads(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 def gather_sequence(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`[B, S, ...]` of each rank -> `[B, P * S, ...]` on each of them.
 
-    Differentiable: the gradient is the sum of what all ranks' losses ask for. Where every rank computes the same loss
-    of the whole sequence, each must count 1 / P of it.
+    Differentiable: the gradient is summed over all ranks' losses. If every rank computes the same loss of the whole
+    sequence, each must scale it by 1 / P.
     """
     if group.size() == 1:
         return tensor

@@ -1,7 +1,7 @@
 """Whole rows around a decoder that gets one rank's slice of them.
 
-The tokens of an image may lie in several slices, and a model puts the image's features where its tokens are, all or
-none. So where there are images each rank embeds whole rows, with all their images; what reaches the decoder is cut.
+The tokens of an image may be in several slices, and a model inserts either all of an image's features or none. So with
+images each rank embeds whole rows, with all their images, and the decoder's inputs are sliced.
 
 Shapes: B batch, W positions of the whole rows, S positions of one rank.
 """
@@ -22,15 +22,15 @@ _VISUAL_MASK = "visual_pos_masks"  # bool [B, W], where deepstack's lists of fea
 
 
 def widen(args: tuple, kwargs: dict, gather: Callable[[Tensor], Tensor]) -> tuple[tuple, dict]:
-    """Arguments of a model, of this rank's slice -> of the whole rows; those that are not by token stay as they are.
+    """Gather a model's arguments from this rank's slice to whole rows. Arguments that are not by token stay unchanged.
 
     Args:
         gather: `[B, S, ...]` -> `[B, W, ...]`.
     """
     changes = {}
-    for name, given in kwargs.items():
-        if isinstance(given, Tensor) and (name in _BY_TOKEN or is_type_ids(name)):
-            changes[name] = gather_positions(given, gather) if name == "position_ids" else gather(given)
+    for name, argument in kwargs.items():
+        if isinstance(argument, Tensor) and (name in _BY_TOKEN or is_type_ids(name)):
+            changes[name] = gather_positions(argument, gather) if name == "position_ids" else gather(argument)
     if args and isinstance(args[0], Tensor):  # the tokens
         args = (gather(args[0]), *args[1:])
     return args, kwargs | changes
@@ -44,30 +44,30 @@ def gather_positions(position_ids: Tensor, gather: Callable[[Tensor], Tensor]) -
 
 
 def narrow(kwargs: Mapping[str, Any], shape: tuple[int, int], rank: int, size: int) -> dict[str, Any]:
-    """Keyword arguments of a decoder, of the whole rows `shape` = (B, W) -> of this rank's slice.
+    """Slice a decoder's keyword arguments from whole rows, `shape` = (B, W), to this rank's part.
 
     Raises:
-        ParallelError: a tensor that is not by token, and so cannot be cut.
+        ParallelError: a tensor that is not by token, and so cannot be sliced.
     """
     changes: dict[str, Any] = {}
     unknown = []
-    for name, given in kwargs.items():
-        if name == _MASK and not (isinstance(given, Tensor) and given.dim() == 2):
+    for name, argument in kwargs.items():
+        if name == _MASK and not (isinstance(argument, Tensor) and argument.dim() == 2):
             continue  # made from the gathered positions, for whole rows
-        if isinstance(given, Tensor) and given.dim():
-            dim = given.dim() - 1 if name == "position_ids" else 1
-            if given.dim() > dim and given.shape[dim] == shape[1] and given.shape[dim - 1] in (1, shape[0]):
-                changes[name] = shard(given, rank, size, dim=dim)
+        if isinstance(argument, Tensor) and argument.dim():
+            dim = argument.dim() - 1 if name == "position_ids" else 1
+            if argument.dim() > dim and argument.shape[dim] == shape[1] and argument.shape[dim - 1] in (1, shape[0]):
+                changes[name] = shard(argument, rank, size, dim=dim)
             else:
-                unknown.append(f"{name} {tuple(given.shape)}")
-        elif isinstance(given, list | tuple) and any(isinstance(part, Tensor) for part in given):
+                unknown.append(f"{name} {tuple(argument.shape)}")
+        elif isinstance(argument, list | tuple) and any(isinstance(part, Tensor) for part in argument):
             visual = kwargs.get(_VISUAL_MASK)
-            if visual is None or any(len(part) != int(visual.sum()) for part in given):
+            if visual is None or any(len(part) != int(visual.sum()) for part in argument):
                 unknown.append(name)
             else:
                 mine = torch.zeros_like(visual)
                 shard(mine, rank, size).fill_(True)
-                changes[name] = type(given)(part[mine[visual]] for part in given)
+                changes[name] = type(argument)(part[mine[visual]] for part in argument)
     if unknown:
         raise ParallelError(
             "the decoder gets tensors beside the images whose split over positions is not known: " + ", ".join(unknown)

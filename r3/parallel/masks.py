@@ -15,13 +15,14 @@ _BLOCKS, _CHUNKS = "blockwise_overlay", "chunked_overlay"  # of transformers.mas
 def whole_mask(
     make: Callable, sequences: Sequences, *, whole: bool, implementation: str, config: Any, **kwargs: Any
 ) -> Any:
-    """What `make`, transformers' mask function of `implementation`, makes of all positions.
+    """The mask of all positions, from `make`, transformers' mask function of `implementation`.
 
     Args:
         make: from transformers' `ALL_MASK_ATTENTION_FUNCTIONS`.
         sequences: of the whole rows `[B, S]`.
         whole: whether the model sees whole rows where it calls its mask function.
-        kwargs: with which the model calls its mask function; what tells the length of its own slice is replaced.
+        kwargs: arguments of the model's call of its mask function; those that depend on its slice's length are
+            replaced.
 
     Raises:
         ParallelError: the model adds a mask of its own, or `implementation` cannot express the mask.
@@ -44,12 +45,12 @@ def whole_mask(
             f"{implementation} cannot mask chunks: expected at most attention_chunk_size = {chunk} positions, got "
             f"{length}; use sdpa, eager or flex_attention"
         )
-    given = {"q_length": length, "kv_length": length, "q_offset": 0, "kv_offset": 0, "attention_mask": None}
+    all_positions = {"q_length": length, "kv_length": length, "q_offset": 0, "kv_offset": 0, "attention_mask": None}
     if not sequences.one_a_row:
         positions = sequences.position_ids if _CHUNKS in patterns else None
         kwargs["mask_function"] = within_sequences(kwargs["mask_function"], positions, sequences.index)
         kwargs["allow_is_causal_skip"] = False
-    return make(**{**kwargs, **given, "batch_size": batch, "config": config})
+    return make(**{**kwargs, **all_positions, "batch_size": batch, "config": config})
 
 
 def within_sequences(mask_function: Callable, position_ids: Tensor | None, index: Tensor) -> Callable:

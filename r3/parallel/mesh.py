@@ -51,6 +51,13 @@ def make_mesh(device_type: str, sequence_parallel_size: int = 1) -> Mesh:
 
     Raises:
         ParallelError: the groups do not divide the ranks.
+
+    Example:
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = make_mesh("cpu")
+        >>> mesh.data_size, mesh.sequence_size
+        (1, 1)
+        >>> dist.destroy_process_group()
     """
     world = dist.get_world_size()
     if sequence_parallel_size < 1 or world % sequence_parallel_size:
@@ -71,6 +78,9 @@ def shard_parameters(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype) 
         model: a transformers model with float32 parameters, on its device.
         mesh: from `make_mesh`.
         param_dtype: of forward and backward; gradients are reduced in float32.
+
+    Raises:
+        ParallelError: accelerate did not shard the model with FSDP2.
     """
     device_type = mesh.device_mesh.device_type
     low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Ranks that learn of each other's errors before any of them goes on."""
+"""Collective error propagation: no rank continues after another one has failed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +26,7 @@ class RankBarrier:
         self._group = group
         self._timeout_s = timeout_s
         self._size = dist.get_world_size(group)
-        # On the CPU where the group can: the exchange then does not wait for what the device has queued.
+        # On the CPU if the group supports it: the exchange then does not wait for queued device work.
         on_cpu = "cpu" in dist.get_backend_config(group)
         self._device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
@@ -45,19 +45,19 @@ class RankBarrier:
             work = dist.all_gather(everyone, mine, group=self._group, async_op=True)
             assert work is not None
             work.wait(timedelta(seconds=self._timeout_s))
-            found = torch.stack(everyone).cpu()
+            gathered = torch.stack(everyone).cpu()
         except RuntimeError as error:
             raise ParallelError(
                 f"rank {dist.get_rank()}: expected all {self._size} ranks of the group to come here within "
                 f"{self._timeout_s:g} s, they did not: one has ended, or waits elsewhere ({error})"
             ) from error
-        if found[:, 0].any():
+        if gathered[:, 0].any():
             messages: list[str | None] = [None] * self._size
             dist.all_gather_object(messages, problem, group=self._group)
             ranks = dist.get_process_group_ranks(self._group)
             failed = [f"rank {rank}: {text}" for rank, text in zip(ranks, messages, strict=True) if text is not None]
             raise ParallelError(f"{len(failed)} of {self._size} ranks cannot go on:{summary(failed)}")
-        return found[:, 1:]
+        return gathered[:, 1:]
 
     @contextmanager
     def guard(self) -> Iterator[None]:

@@ -13,8 +13,8 @@ class Sequences:
 
     Args:
         position_ids: int64 `[B, S]`; a sequence goes on for as long as they rise by one.
-        padding: bool `[B, S]`, True where there is no token: each such position is a sequence of its own. None if
-            there is no padding, or position ids tell it (0 on each).
+        padding: bool `[B, S]`, True where there is no token: each such position is a sequence of its own. None if there
+            is no padding, or position ids mark it (0 on each).
     """
 
     position_ids: Tensor

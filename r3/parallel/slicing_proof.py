@@ -1,4 +1,4 @@
-"""Proof that positions meet in attention alone: what a slice of the sequence can be computed from."""
+"""Proof that positions interact in attention alone, so that a slice of the sequence can be computed by itself."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ _LENGTH = 6
 
 
 def prove_local(model: nn.Module) -> None:
-    """Run `model` on a few tokens while its attention lets no positions meet, and look whether any do.
+    """Run `model` on a few tokens with attention that isolates positions, and check that no positions interact.
 
     The gradient of one position's output must be exactly zero in all other positions' embeddings. Convolutions, state
     space layers and linear attention fail this; so does anything else that looks at neighbours.
@@ -22,7 +22,7 @@ def prove_local(model: nn.Module) -> None:
         model: with an attention function under which each position sees itself alone.
 
     Raises:
-        ParallelError: positions meet elsewhere.
+        ParallelError: positions interact elsewhere.
     """
     outermost = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     embedding = outermost.get_input_embeddings()

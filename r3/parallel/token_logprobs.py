@@ -21,6 +21,10 @@ def next_tokens(input_ids: Tensor, position_ids: Tensor) -> Tensor:
         input_ids: `[B, S]`.
         position_ids: `[B, S]`, restarting with each sequence and on padding; or `[4, B, S]` or `[3, B, S]` of a model
             with multimodal rope.
+
+    Example:
+        >>> next_tokens(torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 1, 0, 1]]))  # two packed sequences
+        tensor([[   6, -100,    8, -100]])
     """
     position_ids = text_positions(position_ids)
     labels = input_ids.long().roll(-1, dims=1)
@@ -43,8 +47,8 @@ def token_logprobs(logits: Tensor, labels: Tensor, *, temperature: float = 1.0) 
     if labels.dtype != torch.int64:
         raise ParallelError(f"labels: expected torch.int64, got {labels.dtype}; use labels.long()")
     wanted = labels != IGNORED
-    found = -F.cross_entropy(logits[wanted].float() / temperature, labels[wanted], reduction="none")
-    return torch.zeros(labels.shape, dtype=found.dtype, device=found.device).masked_scatter(wanted, found)
+    logprobs = -F.cross_entropy(logits[wanted].float() / temperature, labels[wanted], reduction="none")
+    return torch.zeros(labels.shape, dtype=logprobs.dtype, device=logprobs.device).masked_scatter(wanted, logprobs)
 
 
 def mean_over_ranks(total: Tensor, count: Tensor | float, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """`ulysses`: a stock Hugging Face model on packed rows, and on one rank's slice of them.
 
-Each rank runs the model on its slice of the positions. In attention alone positions meet: there the ranks exchange
+Each rank runs the model on its slice of the positions. Positions interact only in attention: there the ranks exchange
 heads for positions, run the model's own attention function on whole rows, and exchange back. Position ids that restart
-tell sequences apart; masks and FlashAttention's bounds are made from them here, for every family in the same way.
+separate sequences; masks and FlashAttention's bounds are made from them here, in the same way for every family.
 """
 
 import copy
@@ -34,7 +34,7 @@ _ROUTING = "routed_experts"
 
 
 class _Activity(threading.local):
-    """What a model does in the current thread: the sequences of the forward that runs, or a proof."""
+    """State of a model in the current thread: the sequences of the running forward, or a proof."""
 
     def __init__(self) -> None:
         self.sequences: Sequences | None = None
@@ -66,7 +66,8 @@ class Ulysses:
                 f"attention {self._implementation!r} has no mask function in transformers: packed sequences cannot be "
                 f"told apart. Expected one of {sorted(ALL_MASK_ATTENTION_FUNCTIONS)}"
             )
-        # What the model's own function sees: flash attention, for one, looks up its kernel by this name.
+        # The config that the model's own attention function gets: flash attention, for example, looks up its kernel by
+        # this name.
         self._plain_config = copy.copy(self._config)
         self._name = f"ulysses_{id(self):x}_{self._implementation}"
         self._handles: list[Any] = []
@@ -94,7 +95,7 @@ class Ulysses:
         ALL_ATTENTION_FUNCTIONS._global_mapping.pop(self._name, None)
         ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(self._name, None)
 
-    # What transformers calls.
+    # Functions that transformers calls.
 
     def _attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -127,7 +128,7 @@ class Ulysses:
             **{**kwargs, "config": self._plain_config},
         )
 
-    # Around a forward.
+    # Hooks around a forward.
 
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -139,8 +140,8 @@ class Ulysses:
         position_ids, padding = kwargs["position_ids"], kwargs.get("attention_mask")
         position_ids = position_ids.expand(*position_ids.shape[:-2], *tokens.shape[:2])
         text = text_positions(gather_positions(position_ids, self._gather))
-        whole = Sequences(text, None if padding is None else ~self._gather(padding.to(torch.uint8)).bool())
-        self._require_in_order(whole)
+        sequences = Sequences(text, None if padding is None else ~self._gather(padding.to(torch.uint8)).bool())
+        self._require_in_order(sequences)
         changes: dict[str, Any] = {"use_cache": False}
         if position_ids.dim() == 3:
             mine = slice(self.rank * tokens.shape[1], (self.rank + 1) * tokens.shape[1])
@@ -149,11 +150,11 @@ class Ulysses:
         changes["attention_mask"] = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         self._activity.bounds = {}
         if "flash" in self._implementation:
-            bounds, longest = whole.cu_seqlens
+            bounds, longest = sequences.cu_seqlens
             self._activity.bounds = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
             self._activity.bounds |= {"max_length_q": longest, "max_length_k": longest}
         self._activity.wide = self.size > 1 and bool(self._inputs.given(kwargs))
-        self._activity.sequences = whole
+        self._activity.sequences = sequences
         return args, kwargs | changes
 
     @torch.compiler.disable
@@ -164,7 +165,7 @@ class Ulysses:
         if self._activity.wide and self._activity.sequences is not None:
             batch, length = self._activity.sequences.position_ids.shape
             kwargs = kwargs | narrow(kwargs, (batch, length), self.rank, self.size)
-        # Here and not before: a vision tower has sequences of its own.
+        # Only at the decoder: a vision tower has sequences of its own.
         return args, kwargs | self._activity.bounds
 
     @torch.compiler.disable
@@ -175,7 +176,7 @@ class Ulysses:
         return tensor if self._group is None else gather_sequence(tensor, self._group)
 
     def _problem(self, tokens: Tensor, kwargs: dict) -> str | None:
-        """What is wrong with the arguments of this rank, in words."""
+        """The problem with this rank's arguments, in words; None if there is none."""
         shape = tuple(tokens.shape[:2])
         position_ids, mask, routing = (kwargs.get(name) for name in ("position_ids", "attention_mask", _ROUTING))
         if position_ids is None or not _by_token(position_ids, shape):
@@ -217,25 +218,27 @@ class Ulysses:
                 raise ParallelError(problem)
             return
         facts = self._facts(tokens, kwargs) if problem is None else (0,) * 5
-        found = self._barrier.exchange(problem, facts).tolist()
-        # All ranks look at the facts of all groups: what one of them refuses, none goes on with.
-        shapes = {first: {(b, s) for other, b, s, *_ in found if other == first} for first, *_ in found}
+        facts_of_ranks = self._barrier.exchange(problem, facts).tolist()
+        # Every rank checks the facts of all groups, so that all ranks refuse the same forwards.
+        shapes = {
+            first: {(b, s) for other, b, s, *_ in facts_of_ranks if other == first} for first, *_ in facts_of_ranks
+        }
         torn = {first: sorted(seen) for first, seen in shapes.items() if len(seen) > 1}
         if torn:
             raise ParallelError(
                 "expected slices of one shape [B, S] on all ranks of a Ulysses group, got "
                 + "; ".join(f"{seen} in the group of rank {first}" for first, seen in torn.items())
             )
-        if len({(first, beside) for first, *_, beside, _ in found}) > len(shapes):
+        if len({(first, beside) for first, *_, beside, _ in facts_of_ranks}) > len(shapes):
             raise ParallelError(
                 "expected on all ranks of a Ulysses group the images of the whole rows, or none, and position ids of "
                 "one kind; got others on some ranks. Pass pixel_values and what belongs to them unsliced"
             )
-        if len({kind for *_, kind in found}) > 1:
+        if len({kind for *_, kind in facts_of_ranks}) > 1:
             raise ParallelError(f"expected {_ROUTING} of one kind (layers, slots, experts) or none on all ranks")
 
-    def _require_in_order(self, whole: Sequences) -> None:
-        problem = _misplaced(whole)
+    def _require_in_order(self, sequences: Sequences) -> None:
+        problem = _misplaced(sequences)
         if self._barrier is not None:
             self._barrier.exchange(problem)
         elif problem is not None:
@@ -281,6 +284,15 @@ def ulysses(model: nn.Module, group: dist.ProcessGroup | None = None, *, barrier
     Raises:
         ParallelError: the model mixes positions outside its attention interface, its heads cannot be split, or its
             attention cannot mask packed rows.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("examples/chain_sum_moe")
+        >>> handle = ulysses(model)
+        >>> packed = {"input_ids": torch.tensor([[5, 6, 7, 5, 6]]), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+        >>> model(**packed).logits.shape[:2]
+        torch.Size([1, 5])
+        >>> handle.detach()
     """
     return Ulysses(model, group, barrier)
 
@@ -304,22 +316,23 @@ def _number(value: Any) -> int:
 
 
 def _tokens(args: tuple, kwargs: dict) -> Tensor:
-    given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
-    found = next((tokens for tokens in given if tokens is not None), None)
-    if found is None:
+    candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]]
+    tokens = next((candidate for candidate in candidates if candidate is not None), None)
+    if tokens is None:
         raise ParallelError("expected input_ids or inputs_embeds, got neither")
-    return found
+    return tokens
 
 
-def _misplaced(whole: Sequences) -> str | None:
-    """Says so if a sequence does not begin at position 0: slices in the wrong order, or positions of other tokens."""
-    wrong = whole.starts & (whole.position_ids != 0)
-    if whole.padding is not None:
-        wrong &= ~whole.padding
+def _misplaced(sequences: Sequences) -> str | None:
+    """The problem, if a sequence does not begin at position 0: slices in the wrong order, or positions of other
+    tokens."""
+    wrong = sequences.starts & (sequences.position_ids != 0)
+    if sequences.padding is not None:
+        wrong &= ~sequences.padding
     if not wrong.any():
         return None
     where = [
-        f"row {row}, position {at}: {int(whole.position_ids[row, at])}" for row, at in wrong.nonzero()[:4].tolist()
+        f"row {row}, position {at}: {int(sequences.position_ids[row, at])}" for row, at in wrong.nonzero()[:4].tolist()
     ]
     return (
         "position_ids: expected each sequence of the gathered rows to begin at 0 and to rise by one. Slices in another "

@@ -17,7 +17,7 @@ class Replay:
 
     Attributes:
         spec: layers, experts and slots of the routing that it takes.
-        last: what the last forward of this thread did, None if it was not replayed.
+        last: report on the last forward of this thread, None if it was not replayed.
         required: whether a training-mode forward without routing is an error.
     """
 
@@ -69,16 +69,16 @@ class Replay:
                 f"{KEYWORD}: expected [B, S, L, K] with L = {len(layer_ids)} layers that have a router (or all "
                 f"{num_layers} decoder layers), got {tuple(expert_ids.shape)}"
             )
-        # torch takes 255 of uint8, an expert's id, for -1.
+        # torch would compare 255 in uint8, an expert's id, as equal to -1.
         missing = expert_ids == -1 if expert_ids.dtype.is_signed else torch.zeros_like(expert_ids, dtype=torch.bool)
         return RolloutRouting(expert_ids, ~missing.all(-1), layer_ids, self.spec.num_experts)
 
-    @torch.compiler.disable  # looks at values: would only break the graph
+    @torch.compiler.disable  # reads values, which would only break the graph
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         activity = self._patch.activity
         activity.report, activity.fell_back = None, False
-        given = kwargs.get(KEYWORD)
-        if given is None:
+        argument = kwargs.get(KEYWORD)
+        if argument is None:
             if self.required and model.training:
                 raise ReplayError(
                     f"training forward of {type(model).__name__} without `{KEYWORD}`: replay is required. Pass the "
@@ -86,7 +86,7 @@ class Replay:
                 )
             return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
         self._inputs.require_positions(kwargs)
-        routing = given if isinstance(given, RolloutRouting) else self.routing(given)
+        routing = argument if isinstance(argument, RolloutRouting) else self.routing(argument)
         return args, {**kwargs, KEYWORD: self._call(routing, tokens_of(args, kwargs))}
 
     def _call(self, routing: RolloutRouting, tokens: Tensor) -> ReplayContext:
@@ -108,7 +108,7 @@ class Replay:
         rows_live = len(ids) - routing.rows_valid
         live = ~valid if rows_live else None
         if live is not None and live.dim() == 1:
-            # With the number known, the device finds the rows and the host need not wait.
+            # With the number of rows known, the host need not wait for the device to find them.
             live = torch.nonzero_static(live, size=rows_live)[:, 0]
         report = ForwardReport(
             rows_replayed=routing.rows_valid,
@@ -151,7 +151,7 @@ def attach(model: nn.Module, *, required: bool = False) -> Replay:
         required: raise in a training-mode forward that brings no routing.
 
     Returns:
-        A handle: `.last` tells what the last forward did, `.detach()` undoes.
+        A handle: `.last` reports on the last forward, `.detach()` undoes.
 
     Raises:
         UnsupportedModelError: no routers (a dense model), or routers that cannot be replayed exactly, by name.

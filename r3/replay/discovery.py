@@ -1,4 +1,4 @@
-"""Where the routers of a model are: found in the live module tree, with the decoder layer that holds each.
+"""Finds the routers of a model in the live module tree, with the decoder layer that holds each.
 
 A router is the child `gate` or `router` of a module that has a child `experts`; this holds for nearly every family of
 transformers, and for remote code that follows them. `r3.replay.families` knows the others.
@@ -22,7 +22,7 @@ ROUTE = "route_tokens_to_experts"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RouterSite:
-    """One router, and where it chooses.
+    """One router, and the method in which it selects experts.
 
     Attributes:
         name: path of the router in the model.
@@ -47,8 +47,8 @@ class RouterMap:
 
     Attributes:
         sites: those that replay has to reach, by ascending decoder layer.
-        layers: all decoder layers, with a router or without.
-        table_layers: indices of those that choose by token id, ascending.
+        layers: all decoder layers, with or without a router.
+        table_layers: indices of layers that select experts by token id, ascending.
     """
 
     sites: tuple[RouterSite, ...]
@@ -96,7 +96,7 @@ def _layer_list(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:
 
 
 def _of_decoder(model: nn.Module, lists: dict[nn.ModuleList, list[RouterSite]]) -> nn.ModuleList:
-    """The one list of decoder layers that has routers; a vision tower may have another."""
+    """The list of decoder layers that has routers; a vision tower may have a list of its own."""
     if len(lists) > 1:
         outermost = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
         if outermost is not None:

@@ -1,11 +1,11 @@
-"""The autograd graph of a decoder layer says which forward it is of, to whatever is repeated from inside the layer.
+"""Marks in a decoder layer's autograd graph tell recomputed code inside the layer which forward it belongs to.
 
-Checkpointing around a layer repeats its call with its keywords. Checkpointing around a part of it (its MoE block)
-repeats that part alone, in the backward pass, perhaps in another thread and after other forwards. All that is sure then
-is which node of the graph the backward pass evaluates. So a layer marks the nodes through which its inputs come, and
-the repeated code searches from the node at hand towards the inputs: each way out of the layer leads through a mark.
+Checkpointing around a layer recomputes its call with its keywords. Checkpointing around a part of it (its MoE block)
+recomputes only that part, in the backward pass, perhaps in another thread and after other forwards. Then only the graph
+node that the backward pass evaluates is known. So a layer marks the nodes that produce its inputs, and recomputed code
+searches from the current node towards the inputs: each path out of the layer leads through a mark.
 
-A mark is an entry of the node's metadata: what it holds lives as long as the graph.
+A mark is an entry of the node's metadata, and lives as long as the graph.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ UNMARKED = object()
 
 
 def mark_inputs(args: tuple, kwargs: dict, key: object, value: object) -> tuple[tuple, dict, bool]:
-    """Mark the nodes from which the inputs of a layer come.
+    """Mark the nodes that produce the inputs of a layer.
 
     Returns:
         The inputs, and whether any of them has a gradient. If none has, the layer is the first to be trained, and
@@ -28,21 +28,21 @@ def mark_inputs(args: tuple, kwargs: dict, key: object, value: object) -> tuple[
     """
     marked = False
 
-    def mark(given: Any) -> Any:
+    def mark(item: Any) -> Any:
         nonlocal marked
-        if not (isinstance(given, Tensor) and given.requires_grad):
-            return given
+        if not (isinstance(item, Tensor) and item.requires_grad):
+            return item
         marked = True
-        node: Any = given.grad_fn
-        # A leaf, or an input of other forwards as well: it gets a node that is of this forward alone.
+        node: Any = item.grad_fn
+        # A leaf, or also an input of other forwards: give it a node that belongs to this forward alone.
         if node is None or node.metadata.get(key, value) is not value:
-            given = given.view_as(given)
-            node = given.grad_fn
+            item = item.view_as(item)
+            node = item.grad_fn
         node.metadata[key] = value
-        return given
+        return item
 
-    args = tuple(mark(given) for given in args)
-    kwargs = {name: mark(given) for name, given in kwargs.items()}
+    args = tuple(mark(item) for item in args)
+    kwargs = {name: mark(item) for name, item in kwargs.items()}
     return args, kwargs, marked
 
 
@@ -59,19 +59,19 @@ def mark_outputs(output: Any, key: object, value: object) -> None:
     nodes: list[Any] = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
     while nodes:
         node = nodes.pop()
-        # What a parameter's gradient goes to has nothing below it, and is of all forwards.
+        # A parameter's node has no inputs, and belongs to all forwards.
         if node.next_functions and key not in node.metadata:
             node.metadata[key] = value
             nodes.extend(below for below, _ in node.next_functions if below is not None)
 
 
 def evaluated_node() -> Node | None:
-    """The node that the backward pass in this thread evaluates, None outside of one."""
+    """The node that the backward pass of this thread evaluates; None outside a backward pass."""
     return torch._C._current_autograd_node()
 
 
 def packs_for_repeat() -> bool:
-    """Whether hooks take what is saved for a backward pass, as in what non-reentrant checkpointing repeats."""
+    """Whether saved-tensor hooks are active, as in code that non-reentrant checkpointing will recompute."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 

@@ -1,8 +1,8 @@
-"""Methods that somebody has put on a module itself: they win over its class, which is what replay extends.
+"""Methods that were set on a module instance: they take precedence over its class, which is what replay extends.
 
 accelerate's hooks (`device_map`, offload) do so, and keep the method that was there as `_old_forward`; so do kernel
-patches and timers. Replay goes below accelerate's hooks and above everything else: what was on the module is moved
-aside, and the extended class runs it. So hooks may come and go while replay is attached.
+patches and timers. Replay goes below accelerate's hooks and above everything else: the instance's method is moved
+aside, and the extended class calls it. So hooks may come and go while replay is attached.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ _ASIDE = "_r3_own"
 
 
 def _slot(module: nn.Module, method: str) -> str | None:
-    """The attribute of `module` that its own `method` is in, below accelerate's hooks; None if it has none."""
+    """The attribute of `module` that holds its own `method`, below accelerate's hooks; None if it has none."""
     for name in (_BELOW_HOOK, method) if method == "forward" else (method,):
         if name in module.__dict__:
             return name
@@ -28,14 +28,14 @@ def _slot(module: nn.Module, method: str) -> str | None:
 
 
 class Moved:
-    """What was moved aside of one module, so that its class, extended since, runs.
+    """The methods of one module that were moved aside, so that its extended class runs.
 
-    It is kept on the module by the extended class: a method that somebody took from the module while replay was
-    attached still finds what it is to run after replay was detached, or attached anew.
+    The extended class keeps it on the module: a reference to the method that was taken while replay was attached still
+    works after replay is detached, or attached again.
 
     Args:
         module: of class `extended`.
-        method: which of its methods was extended.
+        method: the method that was extended.
         before: its class before.
     """
 
@@ -55,7 +55,7 @@ class Moved:
             module.__dict__[self._slot] = MethodType(getattr(extended, method), module)
 
     def put_back(self, module: nn.Module) -> None:
-        """Leave `module` with the attributes that it had, under hooks that came or without those that went since."""
+        """Restore the attributes of `module`. Hooks that were added or removed in the meantime stay so."""
         own = module.__dict__
         extended = getattr(self._extended, self._method)
         restored = self._slot is None
@@ -78,7 +78,7 @@ class Moved:
 
 
 def method_of(original: Callable, extended: type, module: nn.Module) -> Callable:
-    """`original`, or in its place a function that runs what was moved aside of `module` for its class `extended`."""
+    """`original`, or a function that calls the method of `module` that was moved aside for its class `extended`."""
     aside = module.__dict__.get(_ASIDE)
     if aside is None or extended not in aside:
         return original
@@ -90,9 +90,9 @@ def _run_aside(extended: type, module: nn.Module, *args, **kwargs):
 
 
 def code_of(module: nn.Module, method: str) -> Callable | None:
-    """The function that does the work of `module`'s `method`, to be run with another `self`.
+    """The function behind `module`'s `method`, to be called with another `self`.
 
-    That is the class's, or one that is bound to the module in its place; what only wraps either is looked through.
+    That is the class's function, or one bound to the module instead; wrappers around either are skipped.
 
     Returns:
         None if the module's own method is not bound to it and wraps nothing that is.
@@ -118,22 +118,22 @@ def code_of(module: nn.Module, method: str) -> Callable | None:
 
 
 def _wrapped(value: Any) -> list[Any]:
-    """What a callable may call."""
-    found = [getattr(value, "__wrapped__", None)]
+    """The callables that a wrapper may call."""
+    held = [getattr(value, "__wrapped__", None)]
     if isinstance(value, FunctionType):
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # not filled yet
-                found.append(cell.cell_contents)
-        found += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+                held.append(cell.cell_contents)
+        held += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     elif isinstance(value, partial):
-        found += [value.func, *value.args, *value.keywords.values()]
+        held += [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, MethodType):
-        found.append(value.__func__)
-    return [item for item in found if callable(item) and not isinstance(item, nn.Module)]
+        held.append(value.__func__)
+    return [item for item in held if callable(item) and not isinstance(item, nn.Module)]
 
 
 def set_aside(module: nn.Module) -> list[Any]:
-    """What `on_copy` drops, and had better not be copied: it may hold on to all weights, or to the whole model."""
+    """Attributes that `on_copy` drops, so that they are not copied: they may reference all weights, or the model."""
     return [module.__dict__[name] for name in (*_OF_FORWARD, _ASIDE) if name in module.__dict__]
 
 

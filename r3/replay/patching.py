@@ -1,10 +1,9 @@
-"""Replay and recording share one way into a model: the classes of its decoder layers and routers are extended.
+"""Replay and recording patch a model in the same way: they extend the classes of its decoder layers and routers.
 
-Each is changed to a subclass, as FSDP2 does it. A layer's `forward` takes the keyword `routed_experts` out, which makes
-its call the current one of this thread for as long as the layer runs; the method in which a router chooses looks it up.
-Because this happens inside `forward`, gradient checkpointing, which saves and repeats the call of `forward` with its
-keywords, repeats it with the same ids, whatever ran in between. Where a part of a layer alone is repeated, the graph of
-the layer says which call it was (`r3.replay.graph`).
+The class of each is replaced by a subclass, as FSDP2 does. A layer's `forward` removes the keyword `routed_experts` and
+makes its call the current one of this thread while the layer runs; the router's method looks it up. Because this
+happens inside `forward`, gradient checkpointing, which repeats the call with its keywords, repeats it with the same
+ids. If only a part of a layer is recomputed, the layer's autograd graph tells which call it was (`r3.replay.graph`).
 """
 
 import threading
@@ -39,13 +38,13 @@ def tokens_of(args: tuple, kwargs: dict) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardReport:
-    """What one replayed forward did.
+    """Report on one replayed forward.
 
     Attributes:
         rows_replayed: rows (tokens) replayed in every layer.
         rows_live: the other rows, padding among them.
         pairs_replayed, pairs_live: the same by (token, layer): rows that lack some layers are replayed in the others.
-        routers: those that fired.
+        routers: number of routers that ran.
     """
 
     rows_replayed: int
@@ -63,8 +62,8 @@ class ReplayContext:
     Attributes:
         ids: integer `[T, L, K]`, a column for each router of the model.
         live: int64 `[R]`, the rows that are routed live, or None if there are none; bool `[T, L]` where layers differ.
-        report: what it will have done when all routers have replayed it.
-        forward_id: what routers keep to say that they replayed it; the context itself would keep its ids in memory.
+        report: the forward's report, complete when all routers have replayed it.
+        forward_id: kept by routers that replayed it; keeping the context itself would keep its ids in memory.
     """
 
     def __init__(self, ids: Tensor, live: Tensor | None, report: ForwardReport) -> None:
@@ -75,19 +74,19 @@ class ReplayContext:
 
 
 class ForwardId:
-    """Stands for a call; `open` until its forward has ended (checkpointing repeats layers afterwards)."""
+    """Identity of a forward; `open` until it has ended (checkpointing repeats layers afterwards)."""
 
     def __init__(self) -> None:
         self.open = True
 
 
 class RecordedForward:
-    """What is recorded of one forward, by the column of a router.
+    """The recording of one forward, by column of a router.
 
     Attributes:
-        readers: the recorders that it is for.
-        chosen: int64 `[..., K]`, the ids that each router gave.
-        margins: float32 `[T]`, how close each live choice was; None if nobody asked.
+        readers: the recorders that want it.
+        chosen: int64 `[..., K]`, the ids that each router selected.
+        margins: float32 `[T]`, margin of each live choice; None if no reader asked.
     """
 
     def __init__(self) -> None:
@@ -97,12 +96,11 @@ class RecordedForward:
 
 
 class _Outside:
-    """Stands in the place of a call where no layer runs."""
+    """The current call while no layer runs."""
 
 
 class Activity(threading.local):
-    """What a model does in the current thread: the call of the layer that runs (None if it is live), the recording that
-    records its routers, the report of its last forward.
+    """State of a model in this thread: the current call (None if it is live), the recording, and the last report.
 
     A copy of it, as `copy.deepcopy` of a patched model makes, is idle.
     """
@@ -129,10 +127,10 @@ class Activity(threading.local):
 
 
 class _Carrier(TorchFunctionMode):
-    """Carries the current call in code that torch.compile traces.
+    """Carries the current call through code that torch.compile traces.
 
-    What such code writes into a `threading.local` is lost at a graph break; the stack of modes, per thread as well, is
-    restored. (In eager code a mode would cost a Python call for each operation of the layer.)
+    Its writes to a `threading.local` are lost at a graph break; the stack of modes is restored. (In eager code a mode
+    would cost a Python call for each operation of the layer.)
     """
 
     def __init__(self, activity: Activity, call: ReplayContext | None) -> None:
@@ -155,17 +153,16 @@ class _LastCall(threading.local):
 
 
 class RouterPatch:
-    """What the method in which a router chooses finds on its module.
+    """The patch that a router's method finds on its module.
 
-    torch.compile traces `run` once for all layers: what differs from one to the next is a tensor or passed on unread,
-    and that the router was replayed is noted without reading what was noted before.
+    torch.compile traces `run` once for all layers: what differs between them is a tensor or passed on unread.
 
     Attributes:
         site: the router.
         index: its column in the ids of a call; `column` is the same as a tensor `[1]`.
-        choice: how it chooses.
-        last: the call that it replayed last.
-        replays: whether it has ever replayed one.
+        choice: the `topk` call by which it selects experts.
+        last: id of the forward that it replayed last.
+        replays: whether it has ever replayed a forward.
     """
 
     def __init__(self, site: RouterSite, index: int, choice: Choice, activity: Activity) -> None:
@@ -190,11 +187,11 @@ class RouterPatch:
 
     @torch.compiler.disable
     def _repeated(self, *, compiled: bool) -> ReplayContext | None:
-        """The call of the forward of which a backward pass repeats a part, if it does."""
+        """The call of the forward that a backward pass is recomputing in part; None outside of that."""
         node = evaluated_node()
         call = None if node is None else nearest_mark(node, self._activity)
         lost = call is UNMARKED and (self.replays or self.last_compiled is not None)
-        # The break that looks for the call is a graph other than that of the forward, and saves other tensors.
+        # The graph break of the lookup would make a graph other than that of the forward, which saves other tensors.
         differs = isinstance(call, ReplayContext) and compiled and packs_for_repeat()
         if lost or differs:
             why = "which torch.compile has compiled" if differs else "and nothing says which forward it is of"
@@ -224,7 +221,7 @@ class RouterPatch:
         return of_layers[:, self.index]
 
     def run(self, original, module: nn.Module, args: tuple, kwargs: dict):
-        """Run `original`, the method of `module` that chooses, under the call and the recording of this thread."""
+        """Run `original`, the router's method of `module`, under the call and the recording of this thread."""
         call, recording = self._call(), self._activity.recording
         if call is None and recording is None:
             return original(module, *args, **kwargs)
@@ -257,7 +254,7 @@ class ModelPatch:
     Attributes:
         spec: layers, experts and slots of the routing that describes the model.
         routers: its routers, by ascending decoder layer.
-        activity: what it does in the current thread.
+        activity: its state in the current thread.
         replayed: whether replay is one of the users.
     """
 
@@ -282,7 +279,7 @@ class ModelPatch:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelPatch":
-        """The patch of `model`, with one user more.
+        """The patch of `model`, with one more user.
 
         Raises:
             UnsupportedModelError: no routers, or routers that cannot be replayed exactly, by name.
@@ -300,13 +297,13 @@ class ModelPatch:
         return patch
 
     def to(self, device: torch.device) -> None:
-        """Have what compiled code reads on `device`."""
+        """Move tensors that compiled code reads to `device`."""
         for router in self.routers:
             if router.column.device != device:
                 router.column = router.column.to(device)
 
     def release(self) -> None:
-        """One user less; the last one leaves the model as it was."""
+        """Remove one user; the last one restores the model."""
         self.users -= 1
         if not self.users:
             self._remove()
@@ -334,7 +331,7 @@ class ModelPatch:
             module, key, before, extended, moved = self._changed.pop()
             module.__dict__.pop(key, None)
             moved.put_back(module)
-            # FSDP2 applied after us has subclassed our class, which then only passes on.
+            # FSDP2, applied afterwards, has subclassed our class, which from now on only calls through.
             if type(module) is extended:
                 module.__class__ = before
 
@@ -351,12 +348,12 @@ def _subclass(cls: type[nn.Module], method: str, replacement) -> type[nn.Module]
 
 
 def _patched_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
-    """Subclass of a decoder layer's class whose forward takes the keyword out and makes its call the current one."""
+    """Subclass of a decoder layer's class whose forward removes the keyword and makes its call the current one."""
 
     def forward(self, *args, **kwargs):
         call = kwargs.pop(KEYWORD, None)
         original = method_of(cls.forward, extended, self)
-        # Without replay, or with another attached since: it only passes on.
+        # Without replay, or with another one attached since, it only calls through.
         patch: ModelPatch | None = self.__dict__.get(_MODEL) if isinstance(self, extended) else None
         if patch is None and call is None:
             return original(self, *args, **kwargs)

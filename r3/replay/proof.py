@@ -24,11 +24,11 @@ _TOKENS = 64
 
 
 class _NotReplayable(Exception):
-    """Why a router does not pass."""
+    """The reason why a router fails the proof."""
 
 
 def _fresh(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """A random tensor on the CPU in the place of `tensor`, which may be sharded or on meta."""
+    """A random CPU tensor of the shape and dtype of `tensor`, which may be sharded or on meta."""
     if not tensor.is_floating_point():
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
     values = torch.randn(tensor.shape, generator=generator)
@@ -63,7 +63,7 @@ def _random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def _bare_copy(owner: nn.Module, router: nn.Module, replica: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy of a block without the (large) modules in it, `router` apart, whose `replica` takes its place."""
+    """A copy of a block without its (large) modules, except `router`, which is replaced by `replica`."""
     bare = copy.copy(owner)
     bare.__dict__["_modules"] = {name: replica for name, child in owner.named_children() if unwrapped(child) is router}
     for kind in ("_parameters", "_buffers"):
@@ -74,7 +74,7 @@ def _bare_copy(owner: nn.Module, router: nn.Module, replica: nn.Module, generato
 
 
 def _trial(site: RouterSite, generator: torch.Generator) -> tuple[nn.Module, Callable[[], Any]]:
-    """A random copy of a router, and a function that makes it choose for `_TOKENS` random tokens."""
+    """A random copy of a router, and a function that runs it on `_TOKENS` random tokens."""
     router = _random_copy(site.router, generator)
     gate = next((p for p in router.parameters() if p.dim() == 2), None)
     if gate is None:
@@ -86,8 +86,11 @@ def _trial(site: RouterSite, generator: torch.Generator) -> tuple[nn.Module, Cal
         if block is None:
             return output
         route = getattr(block, ROUTE)
-        given = {"hidden_states": hidden, "router_logits": output[0] if isinstance(output, tuple) else output}
-        return route(*(given[name] for name in inspect.signature(route).parameters))
+        arguments_by_name = {
+            "hidden_states": hidden,
+            "router_logits": output[0] if isinstance(output, tuple) else output,
+        }
+        return route(*(arguments_by_name[name] for name in inspect.signature(route).parameters))
 
     hidden = torch.randn(_TOKENS, gate.shape[1], generator=generator).to(gate.dtype)
     bias = torch.randn(gate.shape[0], generator=generator)
@@ -103,7 +106,7 @@ def _trial(site: RouterSite, generator: torch.Generator) -> tuple[nn.Module, Cal
 
 
 def _failure(run: Callable[..., Any], arguments: tuple[Tensor, ...]) -> str:
-    """Why `run` does not take `arguments`; empty if it does."""
+    """Why `run` fails on `arguments`; empty if it does not."""
     try:
         run(*arguments)
     except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
@@ -112,7 +115,7 @@ def _failure(run: Callable[..., Any], arguments: tuple[Tensor, ...]) -> str:
 
 
 def _leaves(output: Any) -> list[Tensor]:
-    """All tensors of an output, lists of numbers among them."""
+    """All tensors of an output; lists of numbers count as tensors."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, (tuple, list)):
@@ -123,15 +126,15 @@ def _leaves(output: Any) -> list[Tensor]:
 
 
 def _reached(weights: list[Tensor], router: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """The parameters to which a gradient of `weights` comes, with it."""
+    """The non-zero gradients of `weights`, by parameter."""
     named = {name: p for name, p in router.named_parameters() if p.requires_grad}
     weights = [w for w in weights if w.requires_grad]
     if not weights:
         return {}
     # A random direction, because weights that are renormalised have a constant sum.
     directions = [torch.randn(w.shape, generator=generator).to(w.dtype) for w in weights]
-    found = torch.autograd.grad(weights, list(named.values()), directions, allow_unused=True)
-    return {name: g for name, g in zip(named, found, strict=True) if g is not None and bool((g != 0).any())}
+    gradients = torch.autograd.grad(weights, list(named.values()), directions, allow_unused=True)
+    return {name: g for name, g in zip(named, gradients, strict=True) if g is not None and bool((g != 0).any())}
 
 
 def _prove(site: RouterSite, generator: torch.Generator) -> Choice:
@@ -186,7 +189,7 @@ def _prove(site: RouterSite, generator: torch.Generator) -> Choice:
 
 
 def _limits_only(choice: Choice, site: RouterSite, trials: Iterable[Tensor], run: Callable[[], Any]) -> bool:
-    """Whether the router's other top-ks can be left out of replayed rows, all or every other, with the same result."""
+    """Whether the router's result is the same when its other top-ks skip replayed rows: all, or every other."""
     for ids, live in itertools.product(trials, (None, torch.arange(0, _TOKENS, 2))):
         outputs = []
         for limited in (False, True):
@@ -200,7 +203,7 @@ def _limits_only(choice: Choice, site: RouterSite, trials: Iterable[Tensor], run
 @torch.inference_mode(False)
 @torch.enable_grad()
 def prove(site: RouterSite) -> Choice:
-    """Show that top-k substitution replays the router of `site` exactly; returns how it chooses.
+    """Prove that top-k substitution replays the router of `site` exactly; returns the `topk` call by which it selects.
 
     Under its own live ids all outputs are bit-identical to live. Under foreign ids, the ids come back as given, every
     weight is non-zero, and the gradient of the weights reaches each parameter that it reaches live.
@@ -218,7 +221,7 @@ def prove(site: RouterSite) -> Choice:
 
 
 def _kind(site: RouterSite) -> tuple:
-    """What routers that are proved by one of them have in common."""
+    """Key of routers that one proof covers: class, shapes and settings."""
     shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in site.router.named_parameters())
     codes = tuple(code_of(module, "forward") for module in site.router.modules())
     return type(site.router), type(site.owner), site.method, code_of(site.owner, site.method), codes, shapes

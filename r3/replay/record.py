@@ -17,15 +17,15 @@ class Recorder:
     """Records the experts that the routers choose in each forward of this thread while the context is open.
 
     Of a replayed forward it records what was replayed. A layer that checkpointing repeats is not recorded again.
-    Recorders of one model may be open inside one another, and in several threads: each has what its context saw.
+    Recorders of one model may be nested, and open in several threads: each has what ran in its context.
 
     Attributes:
         routing: `[B, S, L, K]` of the last forward, all rows valid, on the CPU.
         expert_ids: the ids of `routing`, where the model is.
         margins: float32 `[B, S, L]` of the last forward, where the model is, if asked for: the score of the K-th best
-            expert less that of the K+1-th, from 0 up, among the scores that the router's own top-k sees, with the
-            selection bias and what a group limit makes of them. Infinite where no other expert could have been chosen,
-            as with K = E.
+            expert minus that of the K+1-th, at least 0, in the scores that the router's own top-k sees: with the
+            selection bias (`e_score_correction_bias`), and masked by a group limit. Infinite where no other expert
+            could have been chosen, as with K = E.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -88,7 +88,7 @@ class Recorder:
         self._spec = self._patch.spec
         self._thread = threading.get_ident()
         self._handles = [
-            # First, for the tokens that the caller gave: Ulysses attention may make whole rows of them.
+            # Runs first, to see the caller's tokens: Ulysses attention may widen them to whole rows.
             self._model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             self._model.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
@@ -103,7 +103,7 @@ class Recorder:
             self._patch = None
 
     def _leave(self, activity: Activity) -> RecordedForward | None:
-        """The recording that this recorder reads, which goes with its last reader."""
+        """The recording of this recorder, which ends with its last reader."""
         recording = activity.recording
         if recording is None or self not in recording.readers:
             return None
@@ -120,7 +120,7 @@ class Recorder:
         batch, length = tokens_of(args, kwargs).shape[:2]
         self._given = (batch, length)
         activity = self._patch.activity
-        # A recording that has this recorder already is left of a forward that was interrupted.
+        # A recording that already has this recorder is left from an interrupted forward.
         if activity.recording is None or self in activity.recording.readers:
             activity.recording = RecordedForward()
         activity.recording.readers.add(self)
@@ -140,7 +140,7 @@ class Recorder:
         self._shape = self._given
         self._chosen = [recording.chosen[index].flatten(0, -2) for index in sorted(recording.chosen)]
         margins = recording.margins if self._with_margins and recording.margins is not None else {}
-        # Of a live forward all layers have one.
+        # In a live forward all layers have a margin.
         self._margins = [margins[index] for index in sorted(margins)]
         self._routing = None
 

@@ -1,7 +1,7 @@
-"""Top-k substitution: the router's own code runs, and its one top-k over the experts answers with recorded ids.
+"""Top-k substitution: the router's own code runs, and its one top-k over the experts returns recorded ids.
 
-What the router does before and after (scores, renormalisation, scale, casts) is the model's own and live, so that the
-result under a router's own choice is bit-identical to live and the gradient reaches the gate.
+Everything before and after (scores, renormalisation, scale, casts) is the model's own and live. So the result under a
+router's own ids is bit-identical to live, and the gradient reaches the gate.
 
 Shapes: T tokens, E experts, K slots, R rows that are routed live.
 """
@@ -26,12 +26,12 @@ Search = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The call of `topk` by which a router chooses: K among the E experts in the last of `dims` dimensions.
+    """The `topk` call by which a router selects K of E experts, in the last of `dims` dimensions.
 
-    The number of dimensions tells it from a top-k over groups of experts, which is `[T, groups, E / groups]`.
+    The number of dimensions distinguishes it from a top-k over groups of experts, `[T, groups, E / groups]`.
 
-    `limited` says that the router makes other top-ks, whose only use is a mask that limits this one (to the experts of
-    the best groups), so that they need not run where the choice is given.
+    `limited` says that the router's other top-ks only mask this one (to the experts of the best groups): they need not
+    run where the ids are given.
     """
 
     num_experts: int
@@ -47,15 +47,15 @@ class Choice:
 
 def _arguments(args: tuple, kwargs: dict) -> tuple[Tensor, int, int]:
     """(input, k, dim) of a `topk` call, however it was spelled."""
-    given = len(args)
-    scores = args[0] if given else kwargs["input"]
-    k = args[1] if given > 1 else kwargs["k"]
-    dim = args[2] if given > 2 else kwargs.get("dim", -1)
+    count = len(args)
+    scores = args[0] if count else kwargs["input"]
+    k = args[1] if count > 1 else kwargs["k"]
+    dim = args[2] if count > 2 else kwargs.get("dim", -1)
     return scores, k, dim if dim >= 0 else dim + scores.dim()
 
 
 def _search(func, args: tuple, kwargs: dict, **changes) -> Search:
-    """The same call of `topk`, over the last dimension of other scores, with `changes` to its arguments."""
+    """Repeat a `topk` call over the last dimension of other scores, with `changes` to its arguments."""
 
     def search(scores: Tensor):
         names = ("k", "dim", "largest", "sorted")
@@ -83,23 +83,23 @@ class TopKRecorder(TorchFunctionMode):
 
 
 class TopKSubstitution(TorchFunctionMode):
-    """Answers a router's choice with given ids, or lets it run; everything else runs as it is.
+    """Replaces a router's choice by given ids, or lets it run. All other operations run unchanged.
 
-    Values are gathered from the scores as they were before a `masked_fill`, if the choice is made on masked ones: group
-    limits (DeepSeek-V2) restrict which experts may be chosen, and say nothing about the weight of one that was.
+    If the choice is made on masked scores, values are gathered from the scores before `masked_fill`: group limits
+    (DeepSeek-V2) restrict which experts may be chosen, but do not change the weight of a chosen one.
 
     Args:
-        choice: which `topk` it is.
+        choice: the `topk` call to replace.
         ids: integer `[T, K]`, or None to let the live choice stand.
-        live: int64 `[R]`, the rows that take the live choice, or None if there are none. The router searches for the
-            best in these alone. Or bool `[T]`; it then searches in all.
+        live: int64 `[R]`, the rows that take the live choice, or None if there are none: the top-k runs on these rows
+            only. Or bool `[T]`: it then runs on all rows.
         site: the router, for errors.
-        margins: whether to note how close a live choice was, for a second `topk` over the same scores.
+        margins: whether to record the margin of live choices, which takes a second `topk` over the same scores.
 
     Attributes:
         count: number of choices seen; a router must make exactly one.
-        chosen: int64 `[..., K]`, the ids that the last choice gave.
-        margin: float32 `[T]`, of the last choice that was live in all rows, if asked for: see `margin` below.
+        chosen: int64 `[..., K]`, the ids of the last choice.
+        margin: float32 `[T]`, of the last choice that was live in all rows, if asked for: see `margin`.
 
     Raises:
         ReplayError: the router chooses for another number of tokens than there are ids for.
@@ -160,7 +160,7 @@ class TopKSubstitution(TorchFunctionMode):
 
 
 def select(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores of given experts, and their ids, in the form of `torch.topk(scores, K)`.
+    """The scores of given experts and their ids, as `torch.topk(scores, K)` would return them.
 
     A `gather`, whose backward adds to zeros: where the ids of a row are distinct, as those of a `RolloutRouting` are,
     that is the gradient of `topk`. An autograd function with a plain scatter, and a fused kernel each way, saved 0% and
@@ -197,7 +197,7 @@ def select(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_live_rows(ids: Tensor, scores: Tensor, rows: Tensor, search: Search) -> Tensor:
-    """Given ids, but the live choice in `rows`.
+    """The given ids, with the live choice in `rows`.
 
     Args:
         ids: integer `[T, K]`; what they are in `rows` does not matter.
@@ -216,9 +216,9 @@ def with_live_rows(ids: Tensor, scores: Tensor, rows: Tensor, search: Search) ->
 
 
 def search_rows(scores: Tensor, k: int, rows: Tensor | None, search: Search) -> tuple[Tensor, Tensor]:
-    """A top-k whose result matters in `rows` alone: found there, and elsewhere the first k entries, whatever they are.
+    """A top-k on `rows` only. Other rows return their first k entries, which are not used.
 
-    For the top-k of a group limit, which restricts a live choice and has no say in a given one.
+    For the top-k of a group limit, which restricts a live choice and does not affect given ids.
 
     Args:
         scores: floating `[T, ..., E]`.
@@ -236,17 +236,17 @@ def search_rows(scores: Tensor, k: int, rows: Tensor | None, search: Search) -> 
     indices = torch.arange(k, device=scores.device).expand(values.shape)
     if rows is None:
         return values, indices
-    found, places = search(scores.index_select(0, rows))
-    return values.index_copy(0, rows, found), indices.index_copy(0, rows, places)
+    top_values, top_indices = search(scores.index_select(0, rows))
+    return values.index_copy(0, rows, top_values), indices.index_copy(0, rows, top_indices)
 
 
 def margin(scores: Tensor, k: int, search: Search) -> Tensor:
-    """How close a choice of the k best was: the k-th best score less the next one, each as the router's top-k sees it.
+    """The margin of a top-k choice: the k-th best score minus the next one, each as the router's top-k sees it.
 
     Args:
         scores: floating `[..., E]` of T tokens, those that the router chooses by; -inf on experts that it rules out.
         k: how many it chooses.
-        search: its choice, but of the best k + 1, in order.
+        search: the router's top-k, but of the best k + 1, in order.
 
     Returns:
         float32 `[T]`, detached, from 0 up. Infinite where no other expert could have been chosen: k is E, or all others
@@ -257,7 +257,7 @@ def margin(scores: Tensor, k: int, search: Search) -> Tensor:
         return scores.new_full((len(scores),), torch.inf, dtype=torch.float32)
     best, _ = search(scores)
     last, following = best[:, -2], best[:, -1]
-    # The difference of two bfloat16 numbers is one of float32. Two infinities are equal, and no NaN.
+    # Differences of bfloat16 numbers need float32. Two infinities have margin 0, and not NaN.
     wide = torch.promote_types(scores.dtype, torch.float32)
     apart = (last.to(wide) - following.to(wide)).abs()
     return apart.masked_fill(last == following, 0).float()

@@ -1,6 +1,6 @@
 """Checks on the content of routing: expert ids in range, and distinct within a row.
 
-Nearly all routing is right, so on the CPU a fast verdict comes first, and only where it is bad are the rows looked for.
+Nearly all routing is valid, so on the CPU a fast check comes first, and only if it fails are the bad rows searched.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ from r3.errors import SHOWN, RoutingError, summary
 
 _BLOCK_IDS = 1 << 24  # ids looked at in one go: bounds the extra memory
 _CACHED_BYTES = 1 << 18  # ids whose columns, and results of comparing them, stay in a core's cache
-MANY_IDS = 1 << 18  # from here on a compiled check is worth its start
+MANY_IDS = 1 << 18  # from this size a compiled check pays for its compilation
 _LONG = (torch.int64, torch.uint32, torch.uint64)
 _RUN_ROWS = 64  # mean length of runs of valid rows from which slices are faster than a gather
 
@@ -59,13 +59,13 @@ def _in_range(rows: np.ndarray, num_experts: int) -> bool:
 def _repeated(rows: np.ndarray) -> bool:
     """Whether any row holds an id twice: each column is compared with those to its right."""
     columns = rows.T.copy()
-    found = columns[1:] == columns[:-1]
-    same = np.empty_like(found)
+    equal = columns[1:] == columns[:-1]
+    same = np.empty_like(equal)
     for distance in range(2, len(columns)):
         pairs = len(columns) - distance
         np.equal(columns[distance:], columns[:pairs], out=same[:pairs])
-        np.logical_or(found[:pairs], same[:pairs], out=found[:pairs])
-    return bool(found.any())
+        np.logical_or(equal[:pairs], same[:pairs], out=equal[:pairs])
+    return bool(equal.any())
 
 
 @cache
@@ -82,15 +82,15 @@ def _compiled_repeated_bytes() -> Callable[[np.ndarray], bool] | None:
     @numba.njit(nogil=True)
     def repeated(words: np.ndarray) -> bool:
         # A byte of word ^ (word rotated by r bytes) is 0 where two ids are equal; r = 1 to 4 meet all pairs.
-        found = np.uint64(0)
+        zero_bytes = np.uint64(0)
         for word in words:
             a = word ^ ((word >> one) | (word << seven))
             b = word ^ ((word >> two) | (word << six))
             c = word ^ ((word >> three) | (word << five))
             d = word ^ ((word >> four) | (word << four))
             # The high bit of a byte of (x - 1) & ~x says that a byte of x is 0, there or below.
-            found |= ((a - ones) & ~a) | ((b - ones) & ~b) | ((c - ones) & ~c) | ((d - ones) & ~d)
-        return (found & highs) != 0
+            zero_bytes |= ((a - ones) & ~a) | ((b - ones) & ~b) | ((c - ones) & ~c) | ((d - ones) & ~d)
+        return (zero_bytes & highs) != 0
 
     return repeated
 
@@ -116,12 +116,12 @@ def check_rows(
     """
     if not expert_ids.numel():
         return
-    # Of one token, or of one pair: what can be valid by itself.
+    # The unit of validity: a token, or a (token, layer) pair.
     length, layers, slots = expert_ids.shape[1:]
     columns = layers if valid.dim() == 2 else 1
     rows = expert_ids.reshape(-1, columns, slots)
     many = rows.numel() >= MANY_IDS
-    found: list[tuple[int, int]] = []
+    bad_places: list[tuple[int, int]] = []
     total = 0
     for index in row_blocks(valid.reshape(-1), columns * slots):
         block = rows[index]
@@ -131,12 +131,12 @@ def check_rows(
                 continue
         hits = bad_rows(block, num_experts).nonzero()
         total += len(hits)
-        for r, column in hits[: SHOWN - len(found)].tolist():
-            found.append((index.start + r if isinstance(index, slice) else int(index[r]), column))
+        for r, column in hits[: SHOWN - len(bad_places)].tolist():
+            bad_places.append((index.start + r if isinstance(index, slice) else int(index[r]), column))
     if not total:
         return
     lines = []
-    for row, column in found:
+    for row, column in bad_places:
         token, layer = divmod(row * columns + column, layers)
         lines.append(
             f"sample {token // length}, position {token % length}, decoder layer {layer_ids[layer]}: "

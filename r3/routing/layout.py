@@ -1,4 +1,4 @@
-"""Where tokens lie: padded batches `[B, S]`, packed rows `[R, N]`, and one rank's contiguous slice of either.
+"""Layouts of tokens: padded batches `[B, S]`, packed rows `[R, N]`, and one rank's contiguous slice of either.
 
 A `Packing` places token ids, masks and routing alike, so that what belongs to one token stays together.
 """
@@ -235,8 +235,8 @@ def unshard(slices: Sequence[Tensor], length: int, *, dim: int = 1) -> Tensor:
             f"slices: expected one of each rank, of one shape with {width} positions (length {length} over "
             f"{len(slices)} ranks), got{summary(f'rank {rank}: {shape}' for rank, shape in enumerate(shapes))}"
         )
-    whole = slices[0] if len(slices) == 1 else torch.cat(list(slices), dim)
-    return whole.narrow(dim, 0, length)
+    padded = slices[0] if len(slices) == 1 else torch.cat(list(slices), dim)
+    return padded.narrow(dim, 0, length)
 
 
 Runs = list[tuple[int, int, int]]  # (row, begin, length) of each sequence

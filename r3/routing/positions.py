@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from r3.errors import ReplayError
 
 _PARTS = 3
-# Read outside the decoder as well, and no input of it.
+# Read outside the decoder too, but no input of it.
 _OUTPUT = {"labels", "logits_to_keep"}
 _REMEDY = (
     "pass the model's own positions. get_rope_index gives [3, B, S] of a padded batch; "
@@ -25,7 +25,7 @@ _REMEDY = (
 
 
 class ModelInputs:
-    """What a model takes beside its decoder: images, sound, their grids, and types of tokens.
+    """A model's inputs besides those of its decoder: images, sound, their grids, and token types.
 
     Attributes:
         multimodal_rope: whether the model derives positions in three parts from them (it has a `get_rope_index`).
@@ -48,9 +48,10 @@ class ModelInputs:
         return [name for name in sorted(self._names) if isinstance(kwargs.get(name), Tensor | list | tuple | dict)]
 
     def position_problem(self, kwargs: Mapping[str, Any]) -> str | None:
-        """What is wrong, in words, with the positions of a forward on `kwargs`: they do not fit the images beside them.
+        """The problem with the positions of a forward on `kwargs`, in words: they do not fit the images. None if they
+        do.
 
-        Waits for the device where types of tokens have to say whether there are images.
+        Waits for the device if token types have to show whether there are images.
         """
         position_ids = kwargs.get("position_ids")
         if not isinstance(position_ids, Tensor):
@@ -71,7 +72,7 @@ class ModelInputs:
         return None
 
     def require_positions(self, kwargs: Mapping[str, Any]) -> None:
-        """Check the positions of a forward in which transformers alone tells packed sequences apart.
+        """Check the positions of a forward in which only transformers separates packed sequences.
 
         Raises:
             ReplayError: they do not fit the images beside them, or do not show that rows are packed.
@@ -89,7 +90,7 @@ class ModelInputs:
 
 
 def is_type_ids(name: str) -> bool:
-    """Whether a keyword of this name says `[B, S]` which tokens stand for text, and which for something else."""
+    """Whether a keyword of this name has token types `[B, S]`: text, or something else."""
     return name.endswith("token_type_ids")
 
 
@@ -107,16 +108,16 @@ def text_positions(position_ids: Tensor) -> Tensor:
         return position_ids[0]
     count = torch.arange(position_ids.shape[-1], device=position_ids.device).expand(position_ids.shape[1:])
     begins = _all_zero(position_ids)
-    found = count - torch.where(begins, count, 0).cummax(-1).values
-    # Text has equal parts, the patches of an image all but its first have not.
+    since_begin = count - torch.where(begins, count, 0).cummax(-1).values
+    # Text has three equal parts; patches of an image, except the first, do not.
     text, last = (position_ids == position_ids[0]).all(0), position_ids.amax(0)
     torn = ~begins
     torn[:, 1:] &= text[:, 1:] & text[:, :-1] & (last.diff() != 1)
-    return torch.where(torn, last, found)
+    return torch.where(torn, last, since_begin)
 
 
 def _hides_sequences(position_ids: Tensor) -> bool:
-    """Whether `[3, B, S]` are of packed rows, whose sequences transformers can only tell apart by text positions.
+    """Whether `[3, B, S]` are of packed rows, which transformers can only separate by text positions.
 
     Waits for the device.
     """

@@ -23,7 +23,13 @@ class RoutingSpec:
         num_layers: all decoder layers; those in neither `layer_ids` nor `table_layers` are dense.
         num_experts: E.
         top_k: K.
-        table_layers: decoder layers that choose by token id (DeepSeek-V4): the engine may report them, nobody needs it.
+        table_layers: decoder layers that choose by token id (DeepSeek-V4). The engine may report them; replay does not
+            need them.
+
+    Example:
+        >>> spec = RoutingSpec(layer_ids=(1, 2), num_layers=3, num_experts=64, top_k=8)  # layer 0 is dense
+        >>> len(spec.layer_ids)
+        2
     """
 
     layer_ids: tuple[int, ...]
@@ -34,7 +40,7 @@ class RoutingSpec:
 
 
 class Parts(NamedTuple):
-    """What a `RolloutRouting` holds, checked or yet to be checked; the attributes are its own."""
+    """The attributes of a `RolloutRouting`, checked or not yet checked."""
 
     expert_ids: Tensor
     validity: Tensor

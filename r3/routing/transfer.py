@@ -1,4 +1,4 @@
-"""Batches on their way to a GPU while the one before is computed with."""
+"""Prefetching of batches to a GPU during the computation on the previous one."""
 
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -8,7 +8,7 @@ import torch
 
 
 class Movable(Protocol):
-    """What can be prefetched: a tensor, a `RolloutRouting`, a batch of both."""
+    """A type that can be prefetched: a tensor, a `RolloutRouting`, a batch of both."""
 
     def to(self, device: torch.device, *, non_blocking: bool) -> Any: ...
 
@@ -19,9 +19,9 @@ Batch = TypeVar("Batch", bound=Movable)
 
 
 def prefetch(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:
-    """Each of `batches` on `device`; on a GPU the next one is copied beside the computation with the current one.
+    """Each of `batches` on `device`. On a GPU the next batch is copied during the computation on the current one.
 
-    The copy starts from page-locked memory, to which the host first copies what lies elsewhere. A batch is for the
+    The copy starts from page-locked memory; the host first copies batches from other memory there. A batch is for the
     stream that is current when it is asked for. Up to three are on the GPU: the current one, the next one and, as long
     as the caller's loop variable holds it, the one before.
     """
@@ -34,8 +34,8 @@ def prefetch(batches: Iterable[Batch], device: torch.device | str) -> Iterator[B
     moved = None
     for batch in batches:
         pinned = batch.pin_memory()
-        # The copy may be given memory of an earlier batch: it waits for all that was queued for that one. What the
-        # caller queues from here on, for the current batch, runs beside it.
+        # The copy may reuse memory of an earlier batch, so it waits for all work queued on that batch. Work that the
+        # caller queues from now on, for the current batch, runs in parallel.
         copying.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copying):
             following = pinned.to(device, non_blocking=True)
@@ -49,5 +49,5 @@ def prefetch(batches: Iterable[Batch], device: torch.device | str) -> Iterator[B
 
 @cache
 def _copy_stream(device: int) -> torch.cuda.Stream:
-    """One for all loops: the allocator keeps memory apart by stream, and would keep some for each loop."""
+    """One stream for all loops: the allocator separates memory by stream, and would keep some for each loop."""
     return torch.cuda.Stream(device)

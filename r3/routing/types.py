@@ -21,10 +21,9 @@ from r3.routing.wire import decode, encode
 class RolloutRouting:
     """Expert ids of a batch, checked when made: every valid row holds K distinct ids in [0, E). Immutable.
 
-    It has memory of its own: what is written afterwards into the tensors that it was made of does not reach it. The
-    tensors that it hands out are that memory, to be read; `clone()` them to write. After torch has written into them,
-    or into a view of them, it can no longer be used and says so. A write that torch does not count (by numpy, `.data`,
-    in inference mode) is not seen.
+    It owns its memory: later writes to the tensors it was made of do not affect it. The tensors that it returns share
+    that memory and are read-only; `clone()` them to write. After torch has written to them, or to a view of them, any
+    use raises. Writes that torch does not count (by numpy, `.data`, in inference mode) are not detected.
 
     Not a dataclass: FSDP2 rebuilds those when it casts the inputs of a forward.
 
@@ -38,8 +37,8 @@ class RolloutRouting:
         weight_version: version of the weights that produced the rows, where known.
 
     Raises:
-        RoutingError: wrong shape or dtype, an id out of range or repeated in a valid row; also by whatever uses it once
-            its tensors were written to.
+        RoutingError: wrong shape or dtype, an id out of range or repeated in a valid row; also on any use after its
+            tensors were written to.
 
     Example:
         >>> ids = torch.tensor([[[[0, 2]], [[1, 3]]]])
@@ -93,7 +92,7 @@ class RolloutRouting:
         weight_version: int | None,
         counts: Counts | None,
     ) -> None:
-        """What this memory holds is not written to from here on."""
+        """Set all attributes. The tensors must not be written to afterwards."""
         vars(self).update(
             _expert_ids=expert_ids,
             _validity=validity,
@@ -133,7 +132,7 @@ class RolloutRouting:
 
     @property
     def validity(self) -> Tensor:
-        """What is valid: bool `[B, S]`, or `[B, S, L]` where rows may be valid in some layers only."""
+        """Valid rows: bool `[B, S]`, or `[B, S, L]` if rows may be valid in some layers only."""
         self._require_unwritten()
         return self._validity
 
@@ -166,7 +165,7 @@ class RolloutRouting:
 
     @cached_property
     def _counts(self) -> Counts:
-        """Counted when first asked for, since the host waits for a GPU's count."""
+        """Counted on first use, since the host waits for a GPU's count."""
         return counted(self.validity, self.shape[2])
 
     @property
@@ -181,7 +180,7 @@ class RolloutRouting:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "RolloutRouting":
         """The same routing on `device`, moved in the compact dtype."""
-        counts = self._counts  # counted where it is: the host need not wait for the GPU to say it
+        counts = self._counts  # counted before the move, so that the host need not wait for the GPU
         expert_ids = self.expert_ids.to(device, non_blocking=non_blocking)
         return self._with(expert_ids, self.validity.to(device, non_blocking=non_blocking), counts)
 
@@ -201,7 +200,7 @@ class RolloutRouting:
         return self._with(self.expert_ids[index], self.validity[index])
 
     def only(self, rows: Tensor) -> "RolloutRouting":
-        """The same, but of its rows those that bool `rows` `[B, S]` leaves out are not valid."""
+        """The same routing, with only the rows in bool `rows` `[B, S]` valid."""
         validity = self.validity & (rows if self.validity.dim() == 2 else rows[..., None])
         return self._with(self.expert_ids.masked_fill(~rows[..., None, None], 0), validity)
 
@@ -225,7 +224,7 @@ class RolloutRouting:
         )
 
     def _counts_of(self, layers: int) -> Counts | None:
-        """With other columns, where these are known."""
+        """The counts with other columns, if they are known."""
         counts = vars(self).get("_counts")
         return Counts(counts.rows, counts.rows * layers) if counts and self._validity.dim() == 2 else None
 
@@ -253,7 +252,7 @@ class RolloutRouting:
 
     @classmethod
     def without_rows(cls, spec: RoutingSpec, tokens: int) -> "RolloutRouting":
-        """`[1, tokens, L, K]` in which no row is valid: of a rollout that was not captured and is to be routed live."""
+        """`[1, tokens, L, K]` in which no row is valid: for a rollout that was not captured and is routed live."""
         shape = (1, tokens, len(spec.layer_ids), spec.top_k)
         expert_ids = torch.zeros(shape, dtype=compact_dtype(spec.num_experts))
         validity = torch.zeros(1, tokens, dtype=torch.bool)
@@ -277,7 +276,7 @@ class RolloutRouting:
     ) -> "RolloutRouting":
         """One batch of all samples of `parts`, right-padded to `length`, by default to the longest.
 
-        Each id is written once, into one buffer: page-locked if `pin_memory`.
+        Each id is copied once, into one buffer, page-locked if `pin_memory`.
 
         Raises:
             RoutingError: no parts, parts that differ in layers, slots, experts or device, or are longer than `length`.
@@ -309,7 +308,7 @@ class RolloutRouting:
         """The wire form, which `from_bytes` reads: described in docs/reference/wire-format.md.
 
         Args:
-            compress: Huffman codes of the ids' bytes, by zlib. Slow, and seldom much smaller: docs/lab/performance.md.
+            compress: Huffman-code the ids' bytes by zlib. Slow, and seldom much smaller: docs/lab/performance.md.
 
         Raises:
             RoutingError: a decoder layer or weight version that the format cannot hold.
@@ -318,10 +317,10 @@ class RolloutRouting:
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, *, max_bytes: int = 1 << 32) -> "RolloutRouting":
-        """The routing that `to_bytes` wrote, checked like any that comes from outside.
+        """The routing that `to_bytes` wrote, checked like any outside input.
 
-        Of `bytes`, or a view of them, ids that are not compressed are not copied: the routing keeps `data` alive. What
-        can be written to is copied first.
+        Uncompressed ids in `bytes`, or a view of them, are not copied: the routing keeps `data` alive. Writable buffers
+        are copied first.
 
         Args:
             data: one whole message.
@@ -338,7 +337,7 @@ class RolloutRouting:
 
 
 def _writes(tensor: Tensor) -> int | None:
-    """How often torch has written to the memory, by any view of it; None where that is not counted."""
+    """Number of torch's writes to the memory, through any view; None if torch does not count them."""
     return None if tensor.is_inference() else tensor._version
 
 
@@ -353,7 +352,7 @@ def _require_one_kind(parts: Sequence[RolloutRouting]) -> None:
 
 
 def _version(parts: Sequence[RolloutRouting]) -> int | None:
-    """The one of all parts, or None."""
+    """The version that all parts share, or None."""
     versions = {part.weight_version for part in parts}
     return versions.pop() if len(versions) == 1 else None
 
@@ -367,7 +366,7 @@ def replace_trusted(
     weight_version: int | None,
     counts: Counts | None = None,
 ) -> RolloutRouting:
-    """A `RolloutRouting` of rows that another one has checked already: content is not looked at again."""
+    """A `RolloutRouting` of rows that another one has already checked: the content is not checked again."""
     return trusted(expert_ids, validity, layer_ids or like.layer_ids, like.num_experts, weight_version, counts)
 
 
@@ -379,7 +378,7 @@ def trusted(
     weight_version: int | None,
     counts: Counts | None = None,
 ) -> RolloutRouting:
-    """A `RolloutRouting` of what the caller has checked and nobody else can write to: nothing is looked at or copied.
+    """A `RolloutRouting` of tensors that the caller has checked and nobody else can write to: not checked, not copied.
 
     The ids are in the compact dtype, distinct and in range where they are valid, and 0 where not.
     """

@@ -1,7 +1,7 @@
 """The wire form of routing: bytes that describe themselves, for files, object stores and HTTP bodies.
 
-Header, validity and ids, under checksums; nothing is unpickled, and nothing is allocated before the sizes that the
-header declares have been found consistent. The layout is in docs/reference/wire-format.md.
+Header, validity and ids, with checksums. Nothing is unpickled, and nothing is allocated before the declared sizes have
+been found consistent. The layout is in docs/reference/wire-format.md.
 """
 
 import math
@@ -54,17 +54,17 @@ class _Header(NamedTuple):
         return self.samples * self.length
 
     def validities(self, flags: int) -> int:
-        """How many rows, or (token, layer) pairs, are valid or not."""
+        """Number of rows, or (token, layer) pairs, of which each is valid or not."""
         return self.rows * self.layers if flags & _BY_LAYER else self.rows
 
     @property
     def raw_bytes(self) -> int:
-        """Of the ids, not compressed."""
+        """Size of the ids without compression."""
         return self.rows * self.layers * self.slots * self.itemsize
 
 
 def encode(routing: Parts, *, compress: bool) -> bytes:
-    """What `RolloutRouting.to_bytes` returns, of its parts."""
+    """Encode the parts of a `RolloutRouting`, for `to_bytes`."""
     ids = np.ascontiguousarray(routing.expert_ids.cpu().numpy())
     validity = by_row(routing.validity.cpu())
     valid = validity.reshape(-1)
@@ -102,7 +102,7 @@ def encode(routing: Parts, *, compress: bool) -> bytes:
 
 
 def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Parts:
-    """The parts of what `RolloutRouting.from_bytes` returns, checked, in memory that nobody can write to."""
+    """Decode and check the parts of a `RolloutRouting`, for `from_bytes`, in read-only memory."""
     message = _message(data)
     flags, header, layer_ids, validity_at = _read_header(message, max_bytes)
     ids_at = -(-(validity_at + header.validity_bytes) // _ALIGN) * _ALIGN
@@ -133,7 +133,7 @@ def decode(data: bytes | bytearray | memoryview, *, max_bytes: int) -> Parts:
 
 
 def _message(data: bytes | bytearray | memoryview) -> np.ndarray:
-    """uint8 `[n]`, of memory that nobody can write to."""
+    """The message as uint8 `[n]`, in read-only memory."""
     try:
         view = memoryview(data)
         if not view.c_contiguous:
@@ -146,7 +146,7 @@ def _message(data: bytes | bytearray | memoryview) -> np.ndarray:
 
 
 def _read_header(message: np.ndarray, max_bytes: int) -> tuple[int, _Header, tuple[int, ...], int]:
-    """Flags, fields, decoder layers, and where the header ends; all that can be known before the body is looked at."""
+    """Flags, fields, decoder layers and the end of the header, with every check that needs no body."""
     data = message.data
     if len(data) < _PREFIX.size + _FIELDS.size:
         raise RoutingError(
@@ -240,13 +240,13 @@ def _unpack_validity(stored: np.ndarray, rows: int, runs: bool) -> np.ndarray:
 
 
 def _compressed(ids: memoryview) -> bytes:
-    # Sequences of ids hardly repeat, and the search for them takes most of zlib's time; runs are padding's.
+    # Ids rarely repeat in sequence, and searching for repeats takes most of zlib's time; only padding has runs.
     packer = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
     return packer.compress(ids) + packer.flush()
 
 
 def _decompressed(stored: np.ndarray, size: int) -> bytes:
-    """Exactly `size` bytes; never more than one beyond is produced."""
+    """Decompress exactly `size` bytes; at most one more is produced."""
     unpacker = zlib.decompressobj()
     try:
         raw = unpacker.decompress(stored.data, size + 1)
@@ -276,7 +276,7 @@ def _ids(stored: np.ndarray, header: _Header) -> np.ndarray:
 
 
 def _anywhere_set(ids: np.ndarray, where: Tensor) -> bool:
-    """Whether ids `[B, S, L, K]` are other than 0 in any row of bool `[B * S]`, or pair of `[B * S * L]`."""
+    """Whether any id `[B, S, L, K]` is not 0 in the rows of bool `[B * S]`, or the pairs of `[B * S * L]`."""
     if not ids.size:
         return False
     rows = ids.reshape(len(where), -1)

@@ -1,7 +1,7 @@
-"""What differs between the releases of vLLM that are supported, in one place and one function a difference.
+"""Differences between the supported releases of vLLM, in one place, with one function per difference.
 
-Found by feature, never by a version's number. Each function says which releases it bridges; it can go with the last of
-them. Objects are vLLM's own. `docs/` says how to take in a new release.
+Differences are detected by feature, never by version number. Each function says which releases it bridges, and can be
+removed with the last of them. Objects are vLLM's own. docs/how-to/upgrade-vllm.md says how to support a new release.
 """
 
 SUPPORTED = ("0.22", "0.33")

@@ -1,4 +1,4 @@
-"""What differs between releases of vLLM in capture."""
+"""Differences between releases of vLLM in capture."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ def capture_backend(*, pipeline_parallel_size: int) -> CaptureBackend:
 
 
 def native_store(scheduler: Any) -> tuple[np.ndarray, int, int] | None:
-    """What vLLM's scheduler keeps by KV slot (0.22 to 0.30), or None where it keeps nothing.
+    """The rows that vLLM's scheduler stores by KV slot (0.22 to 0.30), or None if it stores none.
 
     0.31 and later keep rows by block hash in the worker, as `scheduler.aux_output_connector`: there vLLM's own
     scheduler must be used.
@@ -107,7 +107,7 @@ def routers(model: Any) -> list[tuple[int, Any]]:
     from vllm.model_executor.layers.fused_moe.layer import MoERunner
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-    found = []
+    layer_routers = []
     for name, module in model.named_modules():
         if not isinstance(module, MoERunner):
             continue
@@ -117,18 +117,18 @@ def routers(model: Any) -> list[tuple[int, Any]]:
                 f"{name}: {type(module.router).__name__} with {type(method).__name__} chooses experts inside its "
                 "kernel, where no hook sees them; choose another MoE backend"
             )
-        found.append((int(module.layer_id), module.router))
-    if not found:
+        layer_routers.append((int(module.layer_id), module.router))
+    if not layer_routers:
         raise CaptureError(
             "the engine's model has no MoE layer, or one of its pipeline stages has none: there is nothing to capture"
         )
-    return found
+    return layer_routers
 
 
 def make_stage_buffers(runner: Any) -> None:
-    """Buffers for what the earlier pipeline stage sends, on the CPU; 0.30 to 0.32.
+    """Make the buffers for the output of the previous pipeline stage, on the CPU; 0.30 to 0.32.
 
-    vLLM makes them in its warm-up run, which it leaves out on the CPU in eager mode, and then ends on an assertion.
+    vLLM makes them in its warm-up run, skips that on the CPU in eager mode, and then fails an assertion.
     """
     from vllm.distributed import get_pp_group
 
@@ -139,10 +139,10 @@ def make_stage_buffers(runner: Any) -> None:
 
 
 def rotary_kernel_fails() -> bool:
-    """Whether the CPU kernel of rotary embeddings turns wrong rows of heads `[T, H, D]`; 0.30.
+    """Whether the CPU kernel of rotary embeddings rotates wrong rows of heads `[T, H, D]`; 0.30.
 
-    It takes the stride of the last dimension but one for that between tokens. Latent attention passes heads so
-    (vllm/model_executor/layers/mla.py), and computes something else for each place of a prompt in its batch.
+    It uses the stride of the second-last dimension as that between tokens. Latent attention passes heads of this shape
+    (vllm/model_executor/layers/mla.py), and its result then depends on a prompt's place in the batch.
     """
     from vllm import _custom_ops
 
@@ -158,12 +158,12 @@ def rotary_kernel_fails() -> bool:
 
 
 def weight_versions(completion: Any) -> Any:
-    """What a completion says of the weights that sampled its tokens, as vLLM has it; None up to 0.31."""
+    """The weight versions of a completion, in vLLM's form; None up to 0.31."""
     return getattr(completion, "weight_versions", None)
 
 
 def parallel_sizes(parallel_config: Any) -> dict[str, int]:
-    """The sizes of the ways of parallelism that some releases lack, by setting; 1 where a release has none."""
+    """Sizes of the kinds of parallelism that some releases lack, by setting; 1 where a release lacks one."""
     names = ("decode_context_parallel_size", "prefill_context_parallel_size")
     return {name: getattr(parallel_config, name, 1) for name in names}
 
@@ -193,7 +193,7 @@ def server_settings() -> frozenset[str]:
 
 @contextmanager
 def routing_survives_merging() -> Iterator[None]:
-    """Keep routing where vLLM adds up the parts of a stream that nobody has read yet; until 0.30.
+    """Context that keeps routing when vLLM merges unread parts of a stream; until 0.30.
 
     Routing comes with a request's last part. 0.22 to 0.30 add that part to an unread earlier one, and leave its
     routing out: a busy server loses it now and then.

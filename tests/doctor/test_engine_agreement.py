@@ -72,7 +72,7 @@ def test_settings_take_no_other_fault():
     assert r3.R3Config.from_overrides([f"{key}=[selection]"]).trainer.diagnostics.accepted_engine_faults == [
         "selection"
     ]
-    with pytest.raises(r3.ConfigError, match="expected any of repetition, logprobs, selection, each once, got .'bias'"):
+    with pytest.raises(r3.ConfigError, match=r"repetition, logprobs, selection, each once, got \['bias'\]"):
         r3.R3Config.from_overrides([f"{key}=[bias]"])
 
 

@@ -7,7 +7,7 @@ import torch
 from routing_flips import assert_explained, explained_flips, router_logits
 
 import r3
-from r3.capture import engine_kwargs, rollout
+from r3.capture import async_rollout, engine_kwargs
 from r3.routing import RolloutRouting
 
 pytestmark = pytest.mark.engine
@@ -127,7 +127,7 @@ class Counting:
 
 async def everything(engine, spec, names, **settings):
     calls = [
-        rollout(engine, request(ids), sampling(**settings), spec, request_id=f"{names}-{i}")
+        async_rollout(engine, request(ids), sampling(**settings), spec, request_id=f"{names}-{i}")
         for i, ids in enumerate(prompts(REQUESTS))
     ]
     return [item for found in await asyncio.gather(*calls) for item in found]
@@ -137,7 +137,7 @@ async def alone(engine, spec, item, name):
     """Routing of the rollout's tokens as one prefill, with nothing else and no cache."""
     assert await engine.reset_prefix_cache()
     ids = item.prompt_ids + item.token_ids
-    (whole,) = await rollout(engine, request(ids), sampling(max_tokens=1), spec, request_id=name)
+    (whole,) = await async_rollout(engine, request(ids), sampling(max_tokens=1), spec, request_id=name)
     assert whole.routing.rows_valid == len(ids)
     routing = whole.routing
     # The rollout has no row for its last token.
@@ -170,12 +170,14 @@ def test_stop_strings_leave_no_row_out(engine, loop, spec):
     """The front end ends these requests, at a step of its own."""
     ids = prompts(1)[0]
     (free,) = loop.run_until_complete(
-        rollout(engine, request(ids), sampling(max_tokens=60, temperature=0.0), spec, request_id="free")
+        async_rollout(engine, request(ids), sampling(max_tokens=60, temperature=0.0), spec, request_id="free")
     )
     tokenizer = engine.get_tokenizer()
     text = tokenizer.decode(free.token_ids[20:24])
     (stopped,) = loop.run_until_complete(
-        rollout(engine, request(ids), sampling(max_tokens=60, temperature=0.0, stop=[text]), spec, request_id="stop")
+        async_rollout(
+            engine, request(ids), sampling(max_tokens=60, temperature=0.0, stop=[text]), spec, request_id="stop"
+        )
     )
     assert stopped.finish_reason == "stop"
     assert 0 < len(stopped.token_ids) < 60
@@ -186,10 +188,10 @@ def test_aborted_requests_keep_the_rows_that_had_come(engine, loop, model, spec,
     async def run():
         ids, outputs = prompts(1)[0], Counting(100)
         running = asyncio.ensure_future(
-            rollout(engine, request(ids), sampling(max_tokens=350), spec, request_id="aborted", version=outputs)
+            async_rollout(engine, request(ids), sampling(max_tokens=350), spec, request_id="aborted", version=outputs)
         )
         other = asyncio.ensure_future(
-            rollout(engine, request(ids[:50]), sampling(max_tokens=100), spec, request_id="untouched")
+            async_rollout(engine, request(ids[:50]), sampling(max_tokens=100), spec, request_id="untouched")
         )
         await outputs.come.wait()
         await engine.abort("aborted")
@@ -216,7 +218,7 @@ def test_tokens_carry_the_version_under_which_they_came(engine, loop, spec):
     async def run():
         weights = Counting(30)
         running = asyncio.ensure_future(
-            rollout(
+            async_rollout(
                 engine,
                 request(prompts(1)[0]),
                 sampling(max_tokens=200),
@@ -249,4 +251,4 @@ def test_outputs_in_parts_are_refused(engine, loop, spec):
 
     params = sampling(max_tokens=2, output_kind=RequestOutputKind.DELTA)
     with pytest.raises(r3.CaptureError, match="expected CUMULATIVE, got DELTA"):
-        loop.run_until_complete(rollout(engine, request([5, 6]), params, spec, request_id="parts"))
+        loop.run_until_complete(async_rollout(engine, request([5, 6]), params, spec, request_id="parts"))

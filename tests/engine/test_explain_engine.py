@@ -1,4 +1,4 @@
-"""`r3 compare` on what a real engine sampled, through the real command line."""
+"""`r3 explain` on what a real engine sampled, through the real command line."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def sampled(engine, spec, temperature: float, seed: int):
 
 
 def compared(file) -> tuple[int, dict]:
-    command = [sys.executable, "-m", "r3.cli", "compare", "--model", str(DEMO_MODEL), "--rollout", str(file), "--json"]
+    command = [sys.executable, "-m", "r3.cli", "explain", "--model", str(DEMO_MODEL), "--rollout", str(file), "--json"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.stdout, done.stderr[-4000:]

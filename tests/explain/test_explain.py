@@ -1,4 +1,4 @@
-"""`r3 compare` names what is wrong: each cause made with a trained MoE and sampled tokens, alone and with another."""
+"""`r3 explain` names what is wrong: each cause made with a trained MoE and sampled tokens, alone and with another."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""`r3 compare` on rollouts whose distribution was changed at sampling: penalties, bias, min-p; weights stay weights."""
+"""`r3 explain` on rollouts whose distribution was changed at sampling: penalties, bias, min-p; weights stay weights."""
 
 import re
 from collections.abc import Callable

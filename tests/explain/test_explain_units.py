@@ -1,4 +1,4 @@
-"""The parts of `r3 compare`: distributions against the warpers of transformers, shifts, gaps, pruning."""
+"""The parts of `r3 explain`: distributions against the warpers of transformers, shifts, gaps, pruning."""
 
 import math
 from dataclasses import replace
@@ -9,7 +9,7 @@ from faulty_rollouts import processed
 
 from r3.capture import SamplingSettings
 from r3.explain.adjustments import Before
-from r3.explain.decision import Given, decide
+from r3.explain.decision import DecisionInputs, decide
 from r3.explain.distributions import (
     SORTED,
     TEMPERATURES,
@@ -229,7 +229,7 @@ def test_a_temperature_that_makes_a_large_gap_smaller_is_not_named():
     hot = float(k3(evidence.d(ShiftedView(), 0, Distribution(temperature=4.0))))
     assert hot < float(k3(evidence.d(ShiftedView(), 0, Distribution()))) / 5
     found = decide(
-        Given(
+        DecisionInputs(
             evidence=evidence,
             precision={ShiftedView(): 1e-3 * torch.randn(table.shape, generator=generator)},
             routing={},

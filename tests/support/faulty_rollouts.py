@@ -1,6 +1,6 @@
 """Rollouts whose fault is known: tokens sampled from a model, scored and routed by a twin of it in place of an engine.
 
-The twin computes in float32 where `r3 compare` computes in bfloat16, and its routers see a little noise: what an engine
+The twin computes in float32 where `r3 explain` computes in bfloat16, and its routers see a little noise: what an engine
 with kernels of its own does to routing.
 """
 

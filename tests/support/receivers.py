@@ -116,8 +116,8 @@ def _serve(end: Connection, rank: int, device: str) -> None:
                 del chunk
                 received += 1
                 receiver.release(received)
-            elif name == "settle":
-                receiver.settle()
+            elif name == "flush":
+                receiver.flush()
                 answer = [
                     (
                         key,

@@ -108,9 +108,9 @@ def test_a_loop_that_does_not_run_is_told(two_cores):
 def test_a_deadline_ends_a_wait_that_nobody_answers():
     never: Future = Future()
     with pytest.raises(SyncError, match=r"here: no answer to this within 0\.2 s"):
-        answer_of(never, Deadline(0.2), where="here", what="this", dead=lambda: None)
+        answer_of(never, Deadline(0.2), where="here", operation="this", dead=lambda: None)
     with pytest.raises(SyncError, match="here: it died while this was waited for"):
-        answer_of(never, Deadline(60), where="here", what="this", dead=lambda: "it died")
+        answer_of(never, Deadline(60), where="here", operation="this", dead=lambda: "it died")
     with pytest.raises(SyncError, match="timeout_s: expected above 0, got 0"):
         Deadline(0)
 

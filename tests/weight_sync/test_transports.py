@@ -113,7 +113,7 @@ def joined(transport, workers, timeout_s=30.0):
 
 def moved(transport, index):
     transport.transfer(index, NEVER)
-    transport.settle(NEVER)
+    transport.flush(NEVER)
 
 
 def pushed(transport, workers, chunks):
@@ -123,8 +123,8 @@ def pushed(transport, workers, chunks):
         transport.transfer(index, NEVER)
         assert answers.all() == [None] * len(workers.processes)
         transport.release(index)
-    transport.settle(NEVER)
-    found = workers.run("settle")
+    transport.flush(NEVER)
+    found = workers.run("flush")
     transport.release(len(chunks))
     return found
 
@@ -244,9 +244,9 @@ def test_workers_whose_trainer_dies_are_not_left_waiting(transport, workers, dev
     transport.abort()  # as when its process ends: connections close, files and memory go
     answers = workers.call("receive", where)
     found = answers.all(timeout_s=4 * LIMIT_S)
-    settled = workers.call("settle").all(timeout_s=4 * LIMIT_S)
+    flushed = workers.call("flush").all(timeout_s=4 * LIMIT_S)
     assert name == "ipc" or all(
-        isinstance(a, Exception) or isinstance(b, Exception) for a, b in zip(found, settled, strict=True)
+        isinstance(a, Exception) or isinstance(b, Exception) for a, b in zip(found, flushed, strict=True)
     )
 
 

@@ -29,7 +29,7 @@ STEPS_A_MESSAGE = 64
 
 @dataclass
 class _Progress:
-    """How far the rows of a request have been read.
+    """How many rows of a request have been read.
 
     Attributes:
         end: position after the last row that was read.
@@ -47,7 +47,7 @@ class CapturingScheduler:
         super().__init__(*args, **kwargs)
         store = native_store(self)
         self.r3_store = None if store is None else SlotStore(*store)
-        # From here on vLLM's own path does nothing: neither rows a step, nor copies of all block ids a step.
+        # This disables vLLM's own path, which sends rows and copies all block ids in every step.
         self.enable_return_routed_experts = False
         self.r3_progress: dict[str, _Progress] = {}
         self.r3_finished: dict[str, np.ndarray] = {}
@@ -76,7 +76,7 @@ class CapturingScheduler:
         try:
             self._r3_write(scheduler_output, model_runner_output)
             outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-            # In most steps of most requests nothing is to be sent.
+            # Most requests send nothing in most steps.
             if self.r3_finished or self.r3_new or self.r3_eager or self.r3_freed or step % STEPS_A_MESSAGE == 0:
                 for client in outputs.values():
                     for output in client.outputs:
@@ -105,7 +105,7 @@ class CapturingScheduler:
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _r3_write(self, scheduler_output: Any, model_runner_output: Any) -> None:
-        """Keep the rows of a step."""
+        """Store the rows of a step."""
         rows = native_rows(model_runner_output)
         if rows is not None:
             assert self.r3_store is not None
@@ -139,7 +139,7 @@ class CapturingScheduler:
             return None
         progress = self.r3_progress.get(request_id)
         due = step % STEPS_A_MESSAGE == 0 or request_id in self.r3_new or request_id in self.r3_eager
-        # A request that was preempted is computed again: what could be read later would be the rows of that.
+        # A preempted request is computed again. Rows read later would be those of that second computation.
         if due or request_id in self.r3_freed or (progress is not None and progress.read):
             self.r3_new.discard(request_id)
             self._r3_read(request)
@@ -182,6 +182,6 @@ class _Asynchronous(CapturingScheduler, AsyncScheduler):
 
 
 def capture_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
-    """What `scheduler_cls` names: the scheduler that fits the engine's way of scheduling."""
+    """The entry point that `scheduler_cls` names: the scheduler class that fits the engine."""
     asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
     return (_Asynchronous if asynchronous else _Synchronous)(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A worker that captures by hooks of its own, for engines in which vLLM refuses: `LLM(worker_cls=...)` by its name.
+"""A worker that captures by its own hooks, for engines in which vLLM refuses to capture: `LLM(worker_cls=...)`.
 
 vLLM refuses on the CPU from 0.31 (its connector needs Triton) and with pipeline parallelism. The hook that it calls
 with each router's choice is still there: this worker sets it, and gives each step's ids `[tokens, L, K]` to
@@ -46,11 +46,11 @@ class CapturingWorker(PlatformWorker):
 def check_settings(vllm_config: Any) -> None:
     """Raise `CaptureError` for settings under which hooks are not called, or rows cannot be told apart."""
     parallel = vllm_config.parallel_config
-    found = {
+    sizes = {
         "data_parallel_size": parallel.data_parallel_size,
         **parallel_sizes(parallel),
     }
-    wrong = [f"{name}={size}" for name, size in found.items() if size > 1]
+    wrong = [f"{name}={size}" for name, size in sizes.items() if size > 1]
     if getattr(parallel, "use_sequence_parallel_moe", False):
         wrong.append("sequence-parallel MoE layers")
     if getattr(parallel, "use_ubatching", False):
@@ -64,7 +64,7 @@ def check_settings(vllm_config: Any) -> None:
 
 
 class RouterHooks:
-    """Ids of a step's tokens, as the routers of this worker chose them.
+    """Captures the expert ids of a step's tokens in the routers of this worker.
 
     The model runner's `execute_model` and `sample_tokens` are wrapped: ids of earlier pipeline stages come, and those
     of this one go, beside the hidden states; the last stage gives them all to the scheduler.
@@ -75,16 +75,16 @@ class RouterHooks:
     """
 
     def __init__(self, runner: Any, vllm_config: Any) -> None:
-        found = routers(runner.model)
-        top_k = {router.top_k for _, router in found}
-        experts = max(router.global_num_experts for _, router in found)
+        layer_routers = routers(runner.model)
+        top_k = {router.top_k for _, router in layer_routers}
+        experts = max(router.global_num_experts for _, router in layer_routers)
         if len(top_k) != 1:
             raise CaptureError(f"expected one number of experts a token in all layers, got {sorted(top_k)}")
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         shape = (tokens, decoder_layers(vllm_config), top_k.pop())
         self._ids = torch.zeros(shape, dtype=torch.int32, device=runner.device)
         self._dtype = torch.uint8 if experts <= 256 else torch.uint16
-        for layer, router in found:
+        for layer, router in layer_routers:
             router.set_capture_fn(lambda ids, layer=layer: self._capture(layer, ids))
         self._execute, self._sample = runner.execute_model, runner.sample_tokens
         self._tokens = 0  # of the step that runs; 0 in vLLM's own dummy runs
@@ -103,9 +103,9 @@ class RouterHooks:
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None, **kwargs: Any) -> Any:
         tokens = scheduler_output.total_num_scheduled_tokens
         self._step = None
-        # A layer that is not called leaves zeros, not the rows of the step before.
+        # A layer that is not called must leave zeros, and not the rows of the previous step.
         self._ids[:tokens].zero_()
-        # Dummy runs come without: vLLM makes their tensors up.
+        # Dummy runs have none: vLLM makes their tensors itself.
         earlier = None if intermediate_tensors is None else intermediate_tensors.tensors.pop(KEY, None)
         self._tokens = tokens
         try:

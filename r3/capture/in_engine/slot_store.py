@@ -21,7 +21,7 @@ class SlotStore:
         self.group = group
         self.block_size = block_size
         self._ids = ids
-        # One item a row: a row is then copied as a whole.
+        # View each row as one item, so that numpy copies it as one.
         row_bytes = ids.itemsize * ids.shape[1] * ids.shape[2]
         self._rows = ids.reshape(len(ids), -1).view(np.dtype((np.void, row_bytes))).ravel()
         self._offsets = np.arange(block_size)
@@ -31,7 +31,7 @@ class SlotStore:
         self._ids[slots] = ids
 
     def slots(self, blocks: Sequence[int], start: int, end: int) -> np.ndarray:
-        """Slots of the positions [start, end) of a sequence that lies in `blocks`."""
+        """Slots of the positions [start, end) of a sequence stored in `blocks`."""
         first, last = start // self.block_size, -(-end // self.block_size)
         held = np.asarray(blocks[first:last], dtype=np.int64)[:, None] * self.block_size + self._offsets
         return held.ravel()[start - first * self.block_size : end - first * self.block_size]

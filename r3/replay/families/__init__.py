@@ -1,4 +1,4 @@
-"""What single router families need beyond the one mechanism, a small file each.
+"""Router families that need more than the common mechanism, one small file each.
 
 Most families need nothing: their router is the child `gate` or `router` beside a child `experts`, makes one top-k over
 the experts of each token and returns the ids. A family has an entry here if one of these does not hold.

@@ -1,4 +1,4 @@
-"""What may differ from one router family to the next."""
+"""What may differ between router families."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ def _returns_ids(output: Any, ids: Tensor, num_experts: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one router class is found and proved.
+    """How one router class is found, replayed and proved.
 
     Attributes:
         unsupported_reason: why ids alone do not determine what these routers do; empty if they do.

@@ -23,11 +23,11 @@ def engine_of(
     """The adapter for `engine`.
 
     Args:
-        engine: a `vllm.LLM`, an `AsyncLLM`, the URL of a `vllm serve` in development mode, or an `Engine`, which comes
-            back as it is. (`WeightSync` takes several: replicas, or the ranks of a data-parallel group.)
+        engine: a `vllm.LLM`, an `AsyncLLM`, the URL of a `vllm serve` in development mode, or an `Engine`, which is
+            returned unchanged. (`WeightSync` takes several: replicas, or the ranks of a data-parallel group.)
         on_running: what a pause does with requests that run: "wait" for their end, "abort" them, or "keep" them frozen
-            (their keys and values are computed anew, and their next tokens come from the new weights). A `vllm.LLM`
-            must be idle in each case.
+            (their keys and values are recomputed, and their next tokens come from the new weights). A `vllm.LLM` must
+            be idle in each case.
         loop: of an `AsyncLLM`, where it cannot be found.
         api_key: of servers that want one.
 

@@ -1,4 +1,4 @@
-"""`AsyncLLM`, from a thread beside the event loop that it runs on."""
+"""Adapter for `AsyncLLM`, called from a thread other than that of its event loop."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -45,8 +45,8 @@ class AsyncEngine(Engine):
         return [
             # Engine cores of a dense model do not know that they are ranks: the client does.
             known | reply | {"dp_rank": dp_rank, "dp_size": parallel.data_parallel_size}
-            for dp_rank, found in call
-            for reply in require_replies(found, f"{self.name}: {method}")
+            for dp_rank, replies in call
+            for reply in require_replies(replies, f"{self.name}: {method}")
         ]
 
     def pause(self, timeout_s: float) -> bool:
@@ -111,20 +111,20 @@ class AsyncEngine(Engine):
             for identity, result in zip(core.core_engines, results, strict=True)
         ]
 
-    def _run(self, what: str, start: Callable[[], Coroutine[Any, Any, Any]], deadline: Deadline) -> Any:
+    def _run(self, operation: str, start: Callable[[], Coroutine[Any, Any, Any]], deadline: Deadline) -> Any:
         loop = self._loop()
         if (cause := self._dead()) is not None:
-            raise SyncError(f"{self.name}: {cause} before {what}. Start it anew, then sync")
+            raise SyncError(f"{self.name}: {cause} before {operation}. Start it anew, then sync")
         future = asyncio.run_coroutine_threadsafe(start(), loop)
         try:
-            return answer_of(future, deadline, where=self.name, what=what, dead=self._dead)
+            return answer_of(future, deadline, where=self.name, operation=operation, dead=self._dead)
         except SyncError:
             raise
         except Exception as error:
-            raise failed(self.name, what, error, self._dead()) from error
+            raise failed(self.name, operation, error, self._dead()) from error
 
     def _loop(self) -> asyncio.AbstractEventLoop:
-        loop = self._given_loop or self._found_loop()
+        loop = self._given_loop or self._find_loop()
         try:
             here = asyncio.get_running_loop()
         except RuntimeError:
@@ -141,7 +141,7 @@ class AsyncEngine(Engine):
             )
         return loop
 
-    def _found_loop(self) -> asyncio.AbstractEventLoop:
+    def _find_loop(self) -> asyncio.AbstractEventLoop:
         tasks = (self._engine.output_handler, self._engine.engine_core.resources.output_queue_task)
         for task in tasks:
             if task is not None:

@@ -30,7 +30,7 @@ class Deadline:
 
     @property
     def left_s(self) -> float:
-        """What is left; 0 when it is over."""
+        """Seconds left; 0 once the deadline has passed."""
         return max(0.0, self._end - time.monotonic())
 
 
@@ -39,9 +39,9 @@ os.register_at_fork(after_in_child=_idle.clear)
 
 
 def in_thread(function: Callable[[], Any]) -> Future:
-    """The result of `function`, called at once in a daemon thread: one that never returns does not hold the process.
+    """Call `function` in a daemon thread, and return its future. A call that never returns does not hold the process.
 
-    Threads are kept for the next call: to start one takes longer than much of what is called.
+    Threads are kept for the next call, since starting one takes longer than most of the calls.
     """
     future: Future = Future()
     future.set_running_or_notify_cancel()  # from here on it cannot be cancelled, and takes its answer
@@ -70,10 +70,10 @@ def _serve(work: SimpleQueue) -> None:
         _idle.append(work)
 
 
-def answer_of(future: Future, deadline: Deadline, *, where: str, what: str, dead: Callable[[], str | None]) -> Any:
-    """The result of `future`, or `SyncError` when the deadline has passed or `dead` tells a cause.
+def answer_of(future: Future, deadline: Deadline, *, where: str, operation: str, dead: Callable[[], str | None]) -> Any:
+    """The result of `future`. Raises `SyncError` when the deadline has passed, or `dead` says why the engine died.
 
-    An answer that comes later is dropped. Exceptions of the future itself come as they are.
+    A later answer is dropped. Exceptions of the future itself are raised unchanged.
     """
     while True:
         done, _ = wait_for_any([future], timeout=min(POLL_S, deadline.left_s))
@@ -81,9 +81,9 @@ def answer_of(future: Future, deadline: Deadline, *, where: str, what: str, dead
             return future.result()
         cause = dead()
         if cause is not None:
-            raise SyncError(f"{where}: {cause} while {what} was waited for. Start it anew, then sync")
+            raise SyncError(f"{where}: {cause} while {operation} was waited for. Start it anew, then sync")
         if not deadline.left_s:
             raise SyncError(
-                f"{where}: no answer to {what} within {deadline.timeout_s:g} s. It may still run there; what is called "
-                "next comes after it, and its late answer is dropped"
+                f"{where}: no answer to {operation} within {deadline.timeout_s:g} s. It may still run there; what is "
+                "called next comes after it, and its late answer is dropped"
             )

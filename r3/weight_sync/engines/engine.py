@@ -1,4 +1,4 @@
-"""What a weight sync asks of a running engine, whatever its kind."""
+"""The interface of a running engine that a weight sync needs."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -32,8 +32,8 @@ class Engine(ABC):
 
         Args:
             method: of the worker extension. Replies are dictionaries with at least "rank"; those with an "error" are
-                returned like any other. "world_size" (workers of one engine core), "dp_rank" and "dp_size" are added
-                where the worker does not tell them.
+                returned like any other. "world_size" (workers of one engine core), "dp_rank" and "dp_size" are added if
+                the worker does not report them.
             args: None, bool, int, float, str, lists, and dictionaries with str keys: what JSON carries. Integers from
                 -2^63 to 2^64 - 1 arrive exact on every way, whatever is usual for JSON: both ends are Python, and
                 msgpack inside vLLM has these limits.
@@ -49,7 +49,7 @@ class Engine(ABC):
 
     @abstractmethod
     def replies(self, method: str, args: Sequence[Any], timeout_s: float) -> list[Reply]:
-        """`call` of the ranks that this client reaches, unchecked."""
+        """As `call`, for the ranks that this client reaches, without the check that all have answered."""
 
     @abstractmethod
     def pause(self, timeout_s: float) -> bool:
@@ -82,7 +82,7 @@ class Engine(ABC):
     def reset_caches(self, timeout_s: float) -> None:
         """Empty the prefix cache (and a KV connector's); of multimodal models also the processor's and the encoder's.
 
-        Requests that a pause has frozen lose their keys and values, and are computed anew.
+        Requests that a pause has frozen lose their keys and values, which are then recomputed.
 
         Raises:
             SyncError: vLLM did not reset it on every rank, no answer in time, or the engine died.
@@ -97,7 +97,7 @@ class Engine(ABC):
         """
 
     def close(self) -> None:  # noqa: B027
-        """Give back what this adapter holds. A paused engine stays paused: its weights may be half-loaded."""
+        """Release the adapter's resources. A paused engine stays paused, since its weights may be half-loaded."""
 
 
 def require_complete(replies: Sequence[Reply], where: str, remedy: str) -> None:
@@ -129,19 +129,19 @@ def require_complete(replies: Sequence[Reply], where: str, remedy: str) -> None:
         )
 
 
-def require_replies(found: Any, where: str) -> list[Reply]:
-    """`found` if it is a list of dictionaries.
+def require_replies(answer: Any, where: str) -> list[Reply]:
+    """`answer` if it is a list of dictionaries.
 
     Raises:
         SyncError: it is not: the method is not one of r3's worker extension.
     """
-    if not isinstance(found, list) or not all(isinstance(reply, dict) for reply in found):
-        raise SyncError(f"{where}: expected a list with a dictionary of each worker, got {found!r:.200}")
-    return found
+    if not isinstance(answer, list) or not all(isinstance(reply, dict) for reply in answer):
+        raise SyncError(f"{where}: expected a list with a dictionary of each worker, got {answer!r:.200}")
+    return answer
 
 
 def failed(where: str, method: str, error: BaseException | str, dead: str | None = None) -> SyncError:
-    """What vLLM's report on a call that raised in the engine comes to; `dead` is the cause if the engine has died."""
+    """The `SyncError` for a call that raised in the engine; `dead` says why the engine died, if it did."""
     text = str(error) or type(error).__name__
     if dead is not None:
         return SyncError(f"{where}: {dead} in {method} ({text}). Start it anew, then sync")

@@ -1,4 +1,4 @@
-"""`vllm.LLM`, which has no pause of its own: it must be idle, and refuses requests while a sync is open."""
+"""Adapter for `vllm.LLM`. It has no pause: it must be idle, and refuses requests while a sync is open."""
 
 import threading
 import weakref
@@ -34,7 +34,7 @@ class _OneAtATime:
 
 
 class OfflineEngine(Engine):
-    """`vllm.LLM`, also with its engine core in this process.
+    """A `vllm.LLM`, with its engine core in this process or another.
 
     `SyncMPClient.call_utility` waits without a timeout (0.22 to 0.32), and its futures stay open when the engine core
     dies: each call waits in a thread of its own. vLLM's own timeout of `collective_rpc` is never used: what a worker
@@ -59,11 +59,11 @@ class OfflineEngine(Engine):
         def ask() -> Any:
             return self._llm.collective_rpc(method, timeout=None, args=tuple(args))
 
-        found = require_replies(self._run(method, ask, Deadline(timeout_s)), f"{self.name}: {method}")
+        replies = require_replies(self._run(method, ask, Deadline(timeout_s)), f"{self.name}: {method}")
         parallel = self._llm.llm_engine.vllm_config.parallel_config
         # Engine cores of a dense model do not know that they are ranks: the client does.
         ranks = {"dp_rank": parallel.data_parallel_rank, "dp_size": parallel.data_parallel_size}
-        return [{"world_size": parallel.world_size} | reply | ranks for reply in found]
+        return [{"world_size": parallel.world_size} | reply | ranks for reply in replies]
 
     def pause(self, timeout_s: float) -> bool:
         unfinished = self._run(
@@ -102,16 +102,16 @@ class OfflineEngine(Engine):
         if update is not None:
             self._run("update_weight_version", lambda: update(str(version)), Deadline(timeout_s))
 
-    def _run(self, what: str, function: Callable[[], Any], deadline: Deadline) -> Any:
+    def _run(self, operation: str, function: Callable[[], Any], deadline: Deadline) -> Any:
         if (cause := self._dead()) is not None:
-            raise SyncError(f"{self.name}: {cause} before {what}. Start it anew, then sync")
+            raise SyncError(f"{self.name}: {cause} before {operation}. Start it anew, then sync")
         future = self._submit(function)
         try:
-            return answer_of(future, deadline, where=self.name, what=what, dead=self._dead)
+            return answer_of(future, deadline, where=self.name, operation=operation, dead=self._dead)
         except SyncError:
             raise
         except Exception as error:
-            raise failed(self.name, what, error, self._dead()) from error
+            raise failed(self.name, operation, error, self._dead()) from error
 
     def _submit(self, function: Callable[[], Any]) -> Future:
         if self._in_process_of_its_own:

@@ -1,4 +1,4 @@
-"""An engine object in this process that refuses requests."""
+"""Refuses requests to an engine object of this process."""
 
 from typing import Any
 
@@ -32,8 +32,8 @@ class Guard:
         self._target = target
 
     def _standing(self) -> _Refusal | None:
-        found = vars(self._target).get("add_request")
-        return found if isinstance(found, _Refusal) else None
+        method = vars(self._target).get("add_request")
+        return method if isinstance(method, _Refusal) else None
 
     @property
     def refusing(self) -> bool:
@@ -41,7 +41,7 @@ class Guard:
         return self._standing() is not None
 
     def refuse(self, cause: str = PAUSED) -> None:
-        """Every request raises `SyncError(cause)`; called again, for another cause."""
+        """Let every request raise `SyncError(cause)`. A second call replaces the cause."""
         standing = self._standing()
         if standing is not None:
             standing.cause = cause
@@ -49,7 +49,7 @@ class Guard:
             self._target.add_request = _Refusal(vars(self._target).get("add_request"), cause)
 
     def allow(self) -> None:
-        """Put back what was there; nothing happens if requests are allowed."""
+        """Accept requests again. Does nothing if they are accepted already."""
         standing = self._standing()
         if standing is None:
             return

@@ -1,4 +1,4 @@
-"""A `vllm serve` process behind a URL, by the control routes of its development mode."""
+"""Adapter for a `vllm serve` process, reached by URL through the control routes of its development mode."""
 
 import json
 import time
@@ -52,13 +52,13 @@ class ServerEngine(Engine):
         try:
             # Left out, timeout is None: what a worker answers after vLLM's is taken for the answer to its next call.
             body = {"method": method, "args": list(args)}
-            answer = self._ask("/collective_rpc", deadline, body, what=method)
+            answer = self._ask("/collective_rpc", deadline, body, operation=method)
         except TypeError as error:
             raise SyncError(f"{self.name}: {method}: expected arguments that JSON carries: {error}") from error
         where = f"{self.name}: {method}"
-        found = require_replies(answer.get("results") if isinstance(answer, dict) else answer, where)
+        replies = require_replies(answer.get("results") if isinstance(answer, dict) else answer, where)
         # The server's size of the group: engine cores of a dense model do not know that they are ranks.
-        return [{"world_size": world_size, "dp_rank": 0} | reply | {"dp_size": dp_size} for reply in found]
+        return [{"world_size": world_size, "dp_rank": 0} | reply | {"dp_size": dp_size} for reply in replies]
 
     def pause(self, timeout_s: float) -> bool:
         deadline = Deadline(timeout_s)
@@ -78,7 +78,7 @@ class ServerEngine(Engine):
         self._ask("/resume", Deadline(timeout_s), {})
 
     def refuse(self, cause: str) -> None:
-        """Nothing: a server's requests wait."""
+        """Do nothing: requests to a paused server wait in its queue."""
 
     def reset_caches(self, timeout_s: float) -> None:
         deadline = Deadline(timeout_s)
@@ -98,11 +98,11 @@ class ServerEngine(Engine):
     def _shape(self, deadline: Deadline) -> tuple[int, int]:
         """(data-parallel ranks, workers of one), asked once."""
         if self._sizes is None:
-            every, one = (
+            all_workers, workers_of_one = (
                 self._ask(f"/get_world_size?include_dp={include}", deadline)["world_size"]
                 for include in ("true", "false")
             )
-            self._sizes = every // one, one
+            self._sizes = all_workers // workers_of_one, workers_of_one
         return self._sizes
 
     def _ask(
@@ -111,50 +111,52 @@ class ServerEngine(Engine):
         deadline: Deadline,
         body: dict[str, Any] | None = None,
         *,
-        what: str | None = None,
+        operation: str | None = None,
         absent_ok: bool = False,
     ) -> Any:
-        """The JSON that `path` answers with, None for an empty answer; a POST where there is a `body`."""
+        """The JSON answer of `path`, None if it is empty. POST if there is a `body`, else GET."""
         with naming_proxy(self.name):
-            return self._answer(path, deadline, body, what or path.partition("?")[0], absent_ok)
+            return self._answer(path, deadline, body, operation or path.partition("?")[0], absent_ok)
 
-    def _answer(self, path: str, deadline: Deadline, body: dict[str, Any] | None, what: str, absent_ok: bool) -> Any:
+    def _answer(
+        self, path: str, deadline: Deadline, body: dict[str, Any] | None, operation: str, absent_ok: bool
+    ) -> Any:
         data = to_json(body)
         timeout_s = deadline.left_s + 1.0  # the deadline speaks first
         future = in_thread(lambda: self._client.send(path, data, timeout_s))
         try:
-            content: bytes = answer_of(future, deadline, where=self.name, what=what, dead=_Health(self).cause)
+            content: bytes = answer_of(future, deadline, where=self.name, operation=operation, dead=_Health(self).cause)
         except StatusError as error:
             if error.status == 404 and absent_ok:
                 return None
-            raise self._explained(error, what) from error
+            raise self._explained(error, operation) from error
         except FAILURES as error:
             raise SyncError(
-                f"{self.name}: the connection failed in {what}: {words_of(cause_of(error))}. Is the server up, "
+                f"{self.name}: the connection failed in {operation}: {words_of(cause_of(error))}. Is the server up, "
                 "and is this its address? If it has died, start it anew, then sync"
             ) from error
         try:
             return from_json(content)
         except ValueError as error:
-            raise SyncError(f"{self.name}: {what}: expected JSON, got {content[:80]!r}: is this vLLM?") from error
+            raise SyncError(f"{self.name}: {operation}: expected JSON, got {content[:80]!r}: is this vLLM?") from error
 
-    def _explained(self, error: StatusError, what: str) -> SyncError:
-        said = _message(error.content) or error.reason
+    def _explained(self, error: StatusError, operation: str) -> SyncError:
+        message = _message(error.content) or error.reason
         if error.status == 404:
             return SyncError(
-                f"{self.name}: no control routes ({what}: status 404): start vllm serve with VLLM_SERVER_DEV_MODE=1 in "
-                "its environment (the command is r3.capture.server_command's), at an address that only the trainer "
-                "reaches"
+                f"{self.name}: no control routes ({operation}: status 404): start vllm serve with "
+                "VLLM_SERVER_DEV_MODE=1 in its environment (the command is r3.capture.server_command's), at "
+                "an address that only the trainer reaches"
             )
         if error.status in (401, 403):
-            return SyncError(f"{self.name}: {what}: status {error.status}: expected the server's api_key")
-        if error.status == 503 or "EngineDead" in said or "EngineCore encountered" in said:
-            return SyncError(f"{self.name}: the engine has died in {what} ({said}). Start it anew, then sync")
-        return failed(f"{self.name} (status {error.status})", what, said)
+            return SyncError(f"{self.name}: {operation}: status {error.status}: expected the server's api_key")
+        if error.status == 503 or "EngineDead" in message or "EngineCore encountered" in message:
+            return SyncError(f"{self.name}: the engine has died in {operation} ({message}). Start it anew, then sync")
+        return failed(f"{self.name} (status {error.status})", operation, message)
 
 
 class _Health:
-    """Asks the server now and then, while an answer is waited for, whether its engine lives.
+    """Asks the server from time to time, while a call waits for its answer, whether the engine is alive.
 
     vLLM's requests to an engine core that has died are never answered, and some versions do not end the server.
     """
@@ -181,11 +183,11 @@ class _Health:
 
 
 def _message(content: bytes) -> str:
-    """What an error response says, in the several forms that vLLM has given it."""
+    """The message of an error response, in any of the forms that vLLM has used."""
     text = content.decode(errors="replace")
     try:
-        found = json.loads(text)
-        error = found.get("error", found.get("detail", found.get("message", text)))
+        body = json.loads(text)
+        error = body.get("error", body.get("detail", body.get("message", text)))
         return str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, AttributeError, KeyError):
         return text[:500]

@@ -10,7 +10,7 @@ GOLDEN, M1 and M2 are those of splitmix64 (Steele, Lea, Flood: Fast splittable p
 with Stafford's variant 13 of the finaliser of MurmurHash3). Its shifts are 30, 27 and 31; `x ^= x >> 32` costs a GPU,
 whose registers have 32 bits, one instruction in place of some four.
 
-What it sees. `mix` is a bijection, so that a change within one aligned word of 8 bytes always changes the digest. A
+What it detects. `mix` is a bijection, so that a change within one aligned word of 8 bytes always changes the digest. A
 change of several words, a swap of words, or another length goes unseen with a probability of about 2^-64 if `mix` is
 taken for random: it is not, but among 2^44 pairs of random words with one bit flipped in each, none cancelled out. It
 guards against faults and not against an adversary, who can compute words that cancel out. Sums do not depend on their
@@ -117,8 +117,8 @@ class ContentDigests:
         for name, tensor in part:
             mask, ulp, nan_byte = _lanes(tensor.dtype)
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            self._sums[name], found = digest_cpu.read(data, mask, ulp, many=many)
-            if found or (nan_byte is not None and bool((data == nan_byte).any())):
+            self._sums[name], not_finite = digest_cpu.read(data, mask, ulp, many=many)
+            if not_finite or (nan_byte is not None and bool((data == nan_byte).any())):
                 self._not_finite.add(name)
             if name in targets:
                 targets[name].detach().view(tensor.shape).copy_(tensor)
@@ -138,14 +138,14 @@ class ContentDigests:
 
     def _collect(self) -> None:
         for names, queue in self._queued.values():
-            for name, (total, found) in zip(names, queue.result(), strict=True):
+            for name, (total, not_finite) in zip(names, queue.result(), strict=True):
                 self._sums[name] = total
-                if found:
+                if not_finite:
                     self._not_finite.add(name)
         self._queued = {}
 
     def require_readable(self, tensors: list[tuple[str, Tensor]]) -> None:
-        """Raise what `add` would."""
+        """Raise the error that `add` would raise for these tensors."""
         problems = []
         names: set[str] = set()
         for name, tensor in tensors:
@@ -188,13 +188,13 @@ def mix(x: int) -> int:
 
 @cache
 def _of_length(size: int) -> int:
-    """What the last word, the length, adds to a digest."""
+    """The term of the last word, the length in bytes."""
     return mix(size + ((size + 7) // 8 + 1) * GOLDEN)
 
 
 @cache
 def _lanes(dtype: torch.dtype) -> tuple[int, int, int | None]:
-    """What shows NaN and infinity: mask and addend of 64-bit words, or the byte that is NaN.
+    """How to detect NaN and infinity: mask and addend for 64-bit words, or the byte that is NaN.
 
     A number is NaN or infinite if its exponent is all ones (float8_e4m3fn: NaN if all bits but the sign are). Then the
     exponent, and one in its last place, add up to the bit of the sign, and at most to that: lanes do not meet.
@@ -219,7 +219,7 @@ def _cuda():
 
 
 def _known(**values):
-    """Those dtypes that this version of torch has."""
+    """The dtypes of these names that this version of torch has."""
     return {getattr(torch, name): value for name, value in values.items() if hasattr(torch, name)}
 
 

@@ -1,4 +1,4 @@
-"""The pass of a digest over bytes in host memory: in numpy, or compiled where numba is installed."""
+"""Digests of tensors in host memory: in numpy, or compiled by numba where it is installed."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -19,12 +19,12 @@ _Pass = Callable[[np.ndarray, int, int, int], tuple[int, int]]
 
 
 def read(data: np.ndarray, mask: int, ulp: int, *, many: bool) -> tuple[int, bool]:
-    """Sum of the mixed words of uint8 `[N]`, without that of the length, and whether any lane is not finite.
+    """Sum of the mixed words of uint8 `[N]`, without the length's, and whether any value is not finite.
 
     Args:
         data: contiguous, at any address.
         mask, ulp: of the lanes in a word; 0, 0 if all values are finite.
-        many: compile the pass, if numba is installed. That takes a second once, and gives the same answer.
+        many: use the compiled loop, if numba is installed: the same result, after a second of compilation.
     """
     words_pass = (many and _compiled()) or _blockwise
     total = seen = first = 0
@@ -37,15 +37,15 @@ def read(data: np.ndarray, mask: int, ulp: int, *, many: bool) -> tuple[int, boo
 
 def _words(data: np.ndarray) -> Iterator[np.ndarray]:
     """uint64 arrays at addresses that are multiples of 8, in order; the last word is padded with zeros."""
-    whole = len(data) // 8 * 8
+    whole_bytes = len(data) // 8 * 8
     if data.ctypes.data % 8 == 0:
-        yield data[:whole].view(np.uint64)
+        yield data[:whole_bytes].view(np.uint64)
     else:
-        for at in range(0, whole, _COPIED_BYTES):
-            yield data[at : min(at + _COPIED_BYTES, whole)].copy().view(np.uint64)
-    if whole < len(data):
+        for at in range(0, whole_bytes, _COPIED_BYTES):
+            yield data[at : min(at + _COPIED_BYTES, whole_bytes)].copy().view(np.uint64)
+    if whole_bytes < len(data):
         last = np.zeros(8, np.uint8)
-        last[: len(data) - whole] = data[whole:]
+        last[: len(data) - whole_bytes] = data[whole_bytes:]
         yield last.view(np.uint64)
 
 
@@ -79,7 +79,7 @@ def _blockwise(words: np.ndarray, first: int, mask: int, ulp: int) -> tuple[int,
 
 @cache
 def _compiled() -> _Pass | None:
-    """As fast as memory, in one thread, without the interpreter's lock; None without numba."""
+    """The loop compiled by numba, which releases the GIL: one thread is as fast as memory. None without numba."""
     try:
         import numba
     except ImportError:  # also raised for a numpy that is too new for it

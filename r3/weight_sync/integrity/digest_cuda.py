@@ -1,6 +1,6 @@
-"""The pass of a digest over bytes in device memory: one Triton kernel for all tensors of a chunk.
+"""Digests of tensors in GPU memory: one Triton kernel for all tensors of a chunk.
 
-It can write what it reads to another place, so that a worker's digests cost no pass of their own.
+The kernel can also write what it reads to another place, so that a worker copies and digests in one pass.
 
 Needs Triton; imported only when there is a tensor on CUDA.
 """
@@ -34,11 +34,11 @@ Read = tuple[Tensor, int, int, int | None, Tensor | None]
 
 
 class Queue:
-    """Passes that are queued on a device, of which the host waits for none, and their sums.
+    """Digest kernels queued on a device, and their sums. The host waits for none of them.
 
     Args:
         device: of the tensors.
-        beside: queue them on a stream of their own, which comes after what is queued on the current one by then.
+        beside: queue them on a separate stream, after the work that the current stream already has.
     """
 
     def __init__(self, device: torch.device, *, beside: bool) -> None:
@@ -70,8 +70,8 @@ class Queue:
             self._streams[stream.cuda_stream] = stream
 
     def result(self) -> list[list[int]]:
-        """Of each tensor, in the order of adding: the sum of its mixed words modulo 2^64 without that of the length,
-        and a number that is not 0 if it is not finite. Waits for the device."""
+        """For each tensor, in the order of adding: the sum of its mixed words modulo 2^64, without the length's, and a
+        number other than 0 if a value is not finite. Waits for the device."""
         for stream in self._streams.values():
             torch.cuda.current_stream(self._device).wait_stream(stream)
         return torch.cat([part.sums[: part.used] for part in self._parts]).tolist()
@@ -87,14 +87,14 @@ class _Part:
         self.used = 0
 
     def take(self, tensors: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows on the host and on the device, and sums, that nothing queued reads or writes to."""
+        """Buffers for rows on host and device, and for sums, that no queued kernel uses."""
         rows = slice(self.used, self.used + tensors)
         self.used += tensors
         return self._host[rows], self._device[rows], self.sums[rows]
 
 
 def describe(reads: list[Read]) -> tuple[list[tuple[int, ...]], int, bool]:
-    """What the kernel must know of the tensors, how many pieces they are in all, and whether it is the one that writes.
+    """The kernel's table of tensors, the number of pieces in all, and whether the kernel also writes.
 
     Returns:
         A row for each: number of the first piece, address, bytes, mask, addend, and the address to write to, or 0. So
@@ -171,7 +171,7 @@ def _piece(table, sums, tensors, piece_bytes: tl.constexpr, writes: tl.constexpr
     ulp = tl.load(entry + 4).to(tl.uint64)
     target = tl.load(entry + 5)
     to = tl.multiple_of((target + start).to(tl.pointer_type(tl.uint64)), 16)
-    found = sums + slot * 2
+    result = sums + slot * 2
 
     row = tl.arange(0, _ROWS)[:, None] * _WIDTH
     column = tl.arange(0, _WIDTH)
@@ -214,7 +214,7 @@ def _piece(table, sums, tensors, piece_bytes: tl.constexpr, writes: tl.constexpr
         seen |= tl.reduce((words & mask) + ulp, 0, _either)
         places += _STEP
 
-    tl.atomic_add(found, tl.sum(total).to(tl.int64), sem="relaxed")
+    tl.atomic_add(result, tl.sum(total).to(tl.int64), sem="relaxed")
     # Where the exponent is all ones, and only there, the sum reaches the sign. All who store here store the same.
     hot = tl.max(((seen & (mask + ulp)) != 0).to(tl.int32))
-    tl.store(found + 1, 1, mask=hot != 0)
+    tl.store(result + 1, 1, mask=hot != 0)

@@ -29,8 +29,8 @@ def block_quantise(weight: Tensor, block: tuple[int, int], *, power_of_two: bool
     """
     rows, columns = weight.shape[-2:]
     high, wide = -(-rows // block[0]), -(-columns // block[1])
-    whole = functional.pad(weight.float(), (0, wide * block[1] - columns, 0, high * block[0] - rows))
-    blocks = whole.unflatten(-1, (wide, block[1])).unflatten(-3, (high, block[0]))  # [..., high, rows, wide, columns]
+    padded = functional.pad(weight.float(), (0, wide * block[1] - columns, 0, high * block[0] - rows))
+    blocks = padded.unflatten(-1, (wide, block[1])).unflatten(-3, (high, block[0]))  # [..., high, rows, wide, columns]
     largest = blocks.abs().amax(dim=(-3, -1))
     scale = (largest / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
     scale = torch.where(largest == 0, torch.ones_like(scale), scale)

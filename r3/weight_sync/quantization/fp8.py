@@ -1,4 +1,4 @@
-"""Weights of a 16- or 32-bit trainer for an engine that holds them in FP8, in blocks with a scale each.
+"""Quantises weights of a 16- or 32-bit trainer for an engine that holds them in FP8, with a scale per block.
 
 sync.push(quantised(named_weights(model), engine_config), version=1)
 """
@@ -24,11 +24,11 @@ _AT_ONCE = 1 << 26
 def quantised(
     named: Iterable[tuple[str, Weight]], config: Any, *, checkpoint: str | Path | None = None
 ) -> list[tuple[str, LazyWeight]]:
-    """The weights as the engine's FP8 checkpoint has them: what it holds in FP8 as `X.weight` and `X.weight_scale_inv`.
+    """The weights in the form of the engine's FP8 checkpoint: quantised ones as `X.weight` and `X.weight_scale_inv`.
 
     Each is quantised when its turn comes, on the device where it is made. Fused experts (`fused_experts=True`) are
     quantised all at once, which is faster, and sent apart under the names of the checkpoint: vLLM 0.26 turns the scales
-    of fused ones by mistake. Those that stay as they are stay fused.
+    of fused ones by mistake. Experts that are not quantised stay fused.
 
     Args:
         named: checkpoint names and weights, as `named_weights` gives them.
@@ -40,6 +40,12 @@ def quantised(
     Raises:
         SyncError: another quantisation; a weight that the checkpoint holds in FP8 is missing; experts that checkpoints
             of this family hold in one tensor (gpt-oss, Llama 4, Qwen3-VL).
+
+    Example:
+        >>> named = [("model.layers.0.mlp.down_proj.weight", torch.ones(4, 8))]
+        >>> scheme = {"quant_method": "fp8", "weight_block_size": [2, 4]}
+        >>> [tuple(weight.shape) for _, weight in quantised(named, scheme)]  # the matrix, and a scale for each block
+        [(4, 8), (2, 2)]
     """
     scheme = fp8_scheme(config, checkpoint)
     weights = [(name, as_source(name, weight)) for name, weight in named]
@@ -63,18 +69,18 @@ def quantised(
 def _quantised(
     parts: tuple[str, ...], shape: torch.Size, weight: LazyWeight, scheme: Fp8Scheme
 ) -> list[tuple[str, LazyWeight]]:
-    """The matrices `parts`, each of `shape`, which lie one after the other in `weight`, and their scales."""
+    """The matrices `parts`, each of `shape`, which are stored one after the other in `weight`, and their scales."""
     if len(shape) != 2 or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         raise SyncError(f"{weight.name}: expected a matrix of 16- or 32-bit numbers, got {tuple(shape)} {weight.dtype}")
     grid = torch.Size([-(-shape[0] // scheme.block[0]), -(-shape[1] // scheme.block[1])])
 
     def make() -> list[Tensor]:
-        made: list[Tensor] = []
+        tensors: list[Tensor] = []
         # In float32, and with what is in between, a matrix takes many times its room: not all experts at once.
-        for some in gathered(weight).reshape(-1, *shape).split(max(1, _AT_ONCE // shape.numel())):
-            numbers, scales = block_quantise(some, scheme.block, power_of_two=scheme.power_of_two)
-            made += [tensor for pair in zip(numbers, scales, strict=True) for tensor in pair]
-        return made
+        for matrices in gathered(weight).reshape(-1, *shape).split(max(1, _AT_ONCE // shape.numel())):
+            numbers, scales = block_quantise(matrices, scheme.block, power_of_two=scheme.power_of_two)
+            tensors += [tensor for pair in zip(numbers, scales, strict=True) for tensor in pair]
+        return tensors
 
     together = SharedMaterialization(make)
 

@@ -23,7 +23,7 @@ class Fp8Scheme:
 
     Attributes:
         block: rows and columns that share a scale.
-        ignored: modules that are left as they are, by their names in the checkpoint.
+        ignored: modules that are not quantised, by their names in the checkpoint.
         power_of_two: whether scales are powers of two (UE8M0).
         held: names of the weights that are FP8, if a checkpoint says; None to go by `ignored`.
     """
@@ -34,7 +34,7 @@ class Fp8Scheme:
     held: frozenset[str] | None = None
 
     def holds(self, name: str, shape: torch.Size) -> bool:
-        """Whether the weight `name` is FP8 in the engine's checkpoint. A norm, a router, an embedding never is.
+        """Whether the weight `name` is FP8 in the engine's checkpoint. Norms, routers and embeddings never are.
 
         Raises:
             SyncError: experts in one tensor, of which only a checkpoint can say how it holds them.
@@ -60,23 +60,24 @@ def fp8_scheme(config: Any, checkpoint: str | Path | None = None) -> Fp8Scheme:
     Args:
         config: Hugging Face configuration of the engine's model, as an object or a dictionary, or its
             `quantization_config`.
-        checkpoint: folder of the engine's checkpoint, of which only names are read; with it nothing is left to rules.
+        checkpoint: folder of the engine's checkpoint, of which only names are read; they then decide, and not the
+            rules.
 
     Raises:
         SyncError: not FP8 in blocks; a folder without safetensors files, or without scales.
     """
-    found = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
-    found = found.get("quantization_config") or found
-    method, block = found.get("quant_method"), found.get("weight_block_size")
-    if method != "fp8" or not block or len(block) != 2 or found.get("fmt", "e4m3") != "e4m3":
+    settings = config if isinstance(config, dict) else getattr(config, "to_dict", dict)()
+    settings = settings.get("quantization_config") or settings
+    method, block = settings.get("quant_method"), settings.get("weight_block_size")
+    if method != "fp8" or not block or len(block) != 2 or settings.get("fmt", "e4m3") != "e4m3":
         raise SyncError(
             "quantization_config: expected quant_method 'fp8', fmt 'e4m3' and a weight_block_size of two numbers, got "
-            f"{method!r}, {found.get('fmt')!r} and {block!r}: only FP8 in blocks can be synced into"
+            f"{method!r}, {settings.get('fmt')!r} and {block!r}: only FP8 in blocks can be synced into"
         )
     return Fp8Scheme(
         block=(int(block[0]), int(block[1])),
-        ignored=frozenset(found.get("ignored_layers") or found.get("modules_to_not_convert") or ()),
-        power_of_two=found.get("scale_fmt") == "ue8m0",
+        ignored=frozenset(settings.get("ignored_layers") or settings.get("modules_to_not_convert") or ()),
+        power_of_two=settings.get("scale_fmt") == "ue8m0",
         held=None if checkpoint is None else _held(Path(checkpoint)),
     )
 

@@ -1,4 +1,4 @@
-"""Calls to several engines at a time, and what their workers answer."""
+"""Parallel calls to several engines, and checks of the workers' answers."""
 
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -10,7 +10,7 @@ from r3.weight_sync.engines.deadline import in_thread
 
 
 class ParallelCalls:
-    """ParallelCalls under way side by side, each with a deadline of its own.
+    """Calls that run in parallel, each with its own deadline.
 
     Args:
         calls: what to call.
@@ -25,16 +25,16 @@ class ParallelCalls:
         return all(future.done() for future in self._futures)
 
     def failed(self) -> bool:
-        """Whether one has failed: what it should have taken part in, it will not."""
+        """Whether a call has failed: that engine will not take part in the transfer."""
         return any(future.done() and future.exception() is not None for future in self._futures)
 
     def wait(self, timeout_s: float, *, all_of_them: bool = False) -> bool:
-        """Whether all are done, or one has failed, within `timeout_s`."""
+        """Wait up to `timeout_s`. Returns whether all are done or one has failed."""
         futures.wait(self._futures, timeout_s, "ALL_COMPLETED" if all_of_them else "FIRST_EXCEPTION")
         return self.failed() or self.done()
 
     def result(self) -> list[Any]:
-        """All answers, joined. Raises as soon as one call has failed: others may wait for it, till their deadlines."""
+        """All answers as one list. Raises as soon as one call has failed: others may be waiting for it."""
         futures.wait(self._futures, return_when="FIRST_EXCEPTION")
         errors = [error for f in self._futures if f.done() and (error := f.exception()) is not None]
         if len(errors) > 1:
@@ -48,14 +48,14 @@ class ParallelCalls:
 
 
 def first_failure_of(*calls: ParallelCalls) -> None:
-    """Wait for all. Raises as soon as one has failed: the others may be waiting for it."""
+    """Wait for all calls. Raises as soon as one has failed, since the others may be waiting for it."""
     futures.wait([future for call in calls for future in call._futures], return_when="FIRST_EXCEPTION")
     for call in sorted(calls, key=ParallelCalls.failed, reverse=True):
         call.result()
 
 
 def raise_on_worker_errors(engine: Engine, method: str, replies: list[Reply]) -> list[Reply]:
-    """`replies` with the name of their engine. Raises `SyncError` if one is an error."""
+    """Add the engine's name to each of `replies`. Raises `SyncError` if one is an error."""
     named = [reply | {"engine": engine.name} for reply in replies]
     failed = [f"{worker_name(reply)}: {reply['error']}" for reply in named if "error" in reply]
     if failed:
@@ -64,19 +64,19 @@ def raise_on_worker_errors(engine: Engine, method: str, replies: list[Reply]) ->
 
 
 def worker_name(reply: Reply) -> str:
-    """The worker that a reply is of, in words."""
+    """Name of the worker that sent a reply, for messages."""
     dp = f", data-parallel rank {reply['dp_rank']}" if reply["dp_size"] > 1 else ""
     return f"{reply['engine']}, worker rank {reply['rank']}{dp}"
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """What else went wrong; the error is the one to report."""
+    """Add to `error`, which will be raised, what else went wrong."""
     if hasattr(error, "add_note"):  # Python 3.11
         error.add_note(note)
 
 
 def kept_layers_of(replies: list[Reply]) -> tuple[str, ...]:
-    """The layers that workers keep, of their answers to `r3_begin`."""
+    """The layers that workers keep, from their answers to `r3_begin`."""
     return tuple(sorted({layer for reply in replies for layers in reply["kept"].values() for layer in layers}))
 
 
@@ -98,5 +98,5 @@ def require_equal(answers: list[Reply], version: int, digest: int) -> None:
 
 
 def draft_of(replies: list[Reply]) -> str:
-    """What became of the engines' draft models, of the workers' answers to `r3_begin`."""
+    """What the sync does with the engines' draft models, from the workers' answers to `r3_begin`."""
     return "; ".join(sorted({reply["draft"] for reply in replies} - {""}))

@@ -1,4 +1,4 @@
-"""What a sync sends: the manifest, whole tensors in the engine's dtype, and chunks of them."""
+"""The outgoing weights of a sync: the manifest, whole tensors in the engine's dtype, and chunks of them."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ class OutgoingWeights:
 
     Args:
         named: the whole checkpoint, by name.
-        frozen: module paths; what lies below them is not sent.
+        frozen: module paths; weights below them are not sent.
         dtype: what 16-, 32- and 64-bit floating-point tensors are sent in; None for their own. A `LazyWeight` may
             keep its own.
         chunk_bytes: largest chunk; one tensor that is larger is a chunk of its own.
@@ -55,7 +55,7 @@ class OutgoingWeights:
         return {name: [list(weight.shape), str(self._sent_dtype(weight))] for name, weight in self._named}
 
     def gpu_resident(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors sent from where they lie on a GPU, and not made for the sync, up to one that lies elsewhere."""
+        """GPU-resident tensors that can be sent without a copy, up to the first that cannot."""
         for name, weight in self._named:
             if name in self.zero_copy_names:
                 tensor = gathered(weight)
@@ -64,11 +64,11 @@ class OutgoingWeights:
                 yield name, tensor
 
     def chunks(self, takes_memory: Callable[[Chunk], bool]) -> Iterator[Chunk]:
-        """Whole tensors, gathered and cast.
+        """Chunks of whole tensors, gathered and cast to the dtype in which they are sent.
 
         Args:
-            takes_memory: whether sending these takes memory. Of those that are sent from where they lie, and take none,
-                a chunk holds eight times as much.
+            takes_memory: whether sending these tensors takes memory. A chunk holds eight times as many bytes of
+                zero-copy tensors that take none.
 
         Raises:
             SyncError: names the tensor that could not be gathered.
@@ -79,21 +79,21 @@ class OutgoingWeights:
             name, weight = self._ungathered[0]
             dtype = self._sent_dtype(weight)
             nbytes = weight.shape.numel() * dtype.itemsize
-            whole = _whole(name, weight) if name in self.zero_copy_names else None
-            if whole is not None and not takes_memory([(name, whole)]):
+            tensor = _whole(name, weight) if name in self.zero_copy_names else None
+            if tensor is not None and not takes_memory([(name, tensor)]):
                 nbytes //= _MORE_IN_PLACE
             if chunk and size + nbytes > self._chunk_bytes:
                 yield chunk
                 chunk, size = [], 0
             self._ungathered.popleft()
-            # What is made for the sync is made once there is room.
-            chunk.append((name, _whole(name, weight).to(dtype).contiguous() if whole is None else whole))
+            # Tensors are made for the sync only when the chunk has room.
+            chunk.append((name, _whole(name, weight).to(dtype).contiguous() if tensor is None else tensor))
             size += nbytes
         if chunk:
             yield chunk
 
     def gather_rest(self) -> None:
-        """`gather_all` of what no chunk has taken: ranks that gather in step must not wait for this one."""
+        """After a failure, gather the remaining weights, so that ranks that gather in step do not wait for this one."""
         gather_all(self._ungathered)
 
     def _sent_dtype(self, weight: Weight) -> torch.dtype:
@@ -116,13 +116,13 @@ def module_paths(frozen: Sequence[str]) -> tuple[str, ...]:
 
 
 def unfrozen(named: Iterable[tuple[str, Weight]], frozen: Sequence[str]) -> Iterator[tuple[str, Weight]]:
-    """Those of `named` that are neither one of the paths in `frozen` nor below one."""
+    """The weights in `named` that are not at or below a path in `frozen`."""
     below = tuple(f"{path}." for path in module_paths(frozen))
     return ((name, weight) for name, weight in named if not f"{name}.".startswith(below))
 
 
 def gather_all(weights: Iterable[tuple[str, Weight]], *, frozen: Sequence[str] = ()) -> None:
-    """What a rank without an engine does while another pushes: gather every weight in step with it, and keep none.
+    """Gather every weight in step with the rank that pushes, and keep none: for ranks that have no engine.
 
     Args:
         weights: what the other rank pushes.

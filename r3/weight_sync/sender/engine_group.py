@@ -1,4 +1,4 @@
-"""All engines of a weight sync, called side by side."""
+"""All engines of a weight sync, called in parallel."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ from r3.weight_sync.sender.calls import ParallelCalls, raise_on_worker_errors
 
 
 class EngineGroup:
-    """The engines, each of which has `timeout_s` for any one answer."""
+    """The engines of a sync. Each has `timeout_s` to answer a call."""
 
     def __init__(self, engines: Sequence[Engine], timeout_s: float) -> None:
         self.engines = tuple(engines)
         self._timeout_s = timeout_s
 
     def call(self, method: str, *args: Any) -> list[Reply]:
-        """Call `method` on every worker of every engine; raises if one did not answer, or answered with an error."""
+        """Call `method` on every worker of every engine. Raises if one does not answer, or answers with an error."""
         return self.start(method, *args).result()
 
     def start(
@@ -31,11 +31,11 @@ class EngineGroup:
         then: Callable[[Engine], None] = lambda engine: None,
         check: Callable[[list[Reply]], None] = lambda replies: None,
     ) -> ParallelCalls:
-        """`call`, under way.
+        """Start a `call` and return without waiting for it.
 
         Args:
-            then: what each engine does once all of its workers have answered.
-            check: of all answers.
+            then: action on each engine after all of its workers have answered.
+            check: validates all answers; raises if they are wrong.
         """
         limit_s = self._timeout_s if timeout_s is None else timeout_s
 
@@ -51,11 +51,11 @@ class EngineGroup:
         return ParallelCalls([partial(ask, engine) for engine in self.engines], check_all)
 
     def each(self, action: Callable[[Engine], None]) -> None:
-        """`action` of every engine."""
+        """Run `action` on every engine in parallel."""
         ParallelCalls([partial(action, engine) for engine in self.engines]).result()
 
     def pausing(self, served: list[Engine]) -> ParallelCalls:
-        """The engines' pauses, under way. Those that were serving come into `served`."""
+        """Start to pause all engines. Those that were serving are added to `served`."""
 
         def pause(engine: Engine) -> None:
             if engine.pause(self._timeout_s):
@@ -64,10 +64,10 @@ class EngineGroup:
         return ParallelCalls([partial(pause, engine) for engine in self.engines])
 
     def resume(self, until: float) -> None:
-        """Let the engines serve, if their workers are still this sender's: one that was late may have lost them.
+        """Resume the engines. Raises if the lease is over, since another sender may then hold their workers.
 
         Args:
-            until: of `time.monotonic()`, after which the lease may be over.
+            until: time of `time.monotonic()` from which the lease may be over.
         """
 
         def resume(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""What a sync has sent so far."""
+"""Progress of a sync: what has been sent so far."""
 
 import time
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from r3.weight_sync.sender.calls import ParallelCalls
 from r3.weight_sync.timing import StageTimer
 from r3.weight_sync.transports import Announced, Chunk
 
-_AHEAD = 64  # tensors: of few, each takes the host up to three times as long
+_AHEAD = 64  # tensors: with fewer, each takes the host up to three times as long
 
 
 class StagedChunk(NamedTuple):
-    """A chunk that is published, and waits for the workers."""
+    """A chunk that is published and that no worker has been asked to load yet."""
 
     chunk: Chunk
     announced: Announced
@@ -27,15 +27,15 @@ class StagedChunk(NamedTuple):
 
 @dataclass
 class SyncProgress:
-    """The trainer's account of one sync.
+    """What one sync has sent, and what it took.
 
     Attributes:
-        clock: the trainer's time by stage.
-        digests: of what is sent, on a GPU beside all else that is queued there.
-        named: the digests of all tensors, once all are taken.
-        chunks: handed over.
+        clock: the trainer's seconds by stage.
+        digests: of the tensors sent; on a GPU they run on a stream of their own.
+        named: digest of each tensor, complete at the end of the sync.
+        chunks: number of chunks handed to the transport.
         loading: number of the first chunk of the last call.
-        bytes, sent_bytes: of the tensors, and of what the transport was given.
+        bytes, sent_bytes: size of the tensors, and of what the transport was given.
         served: the engines that were serving before they were paused.
         worker_stages_s: the slowest worker's seconds by stage.
     """
@@ -51,21 +51,21 @@ class SyncProgress:
     worker_stages_s: dict[str, float] = field(default_factory=dict)
 
     def add(self, tensors: Chunk) -> None:
-        """Take digests of what none is taken of yet."""
+        """Compute digests of those of `tensors` that have none yet."""
         new = self._unread(tensors)
         self.digests.add(new)
         self.bytes += sum(tensor.nbytes for _, tensor in new)
 
     def digest_while(self, calls: list[ParallelCalls], resident: Iterator[tuple[str, Tensor]]) -> None:
-        """Take digests of what lies on a GPU, which reads it while the host waits for `calls`."""
-        while not all(call.done() for call in calls) and (some := list(islice(resident, _AHEAD))):
-            self.add(some)
-            time.sleep(0)  # the calls' threads have a turn
+        """Compute digests of `resident` tensors on the GPU while the host waits for `calls`."""
+        while not all(call.done() for call in calls) and (batch := list(islice(resident, _AHEAD))):
+            self.add(batch)
+            time.sleep(0)  # let the threads of the calls run
 
     def require_readable(self, tensors: Chunk) -> None:
-        """Raise `SyncError` where `add` would."""
+        """Raise `SyncError` if `add` would refuse one of `tensors`."""
         self.digests.require_readable(self._unread(tensors))
 
     def _unread(self, tensors: Chunk) -> Chunk:
-        """Those whose digest is not taken yet."""
+        """Those of `tensors` that have no digest yet."""
         return [(name, tensor) for name, tensor in tensors if name not in self.digests]

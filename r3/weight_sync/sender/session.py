@@ -51,7 +51,7 @@ class WeightSync:
         dtype: 16-, 32- and 64-bit floating-point tensors are sent in this dtype (the engine's), None to send all as
             they are. A `LazyWeight` says for itself.
         chunk_bytes: largest chunk; one tensor that is larger is a chunk of its own. Eight times as much where it takes
-            no memory: of weights that workers on the same GPU read where they lie (`ipc`).
+            no memory: zero-copy weights that workers on the same GPU read in place (`ipc`).
         timeout_s: longest wait for any one answer of an engine. Also how long a sync may be silent before another
             sender may take over from it.
         load_plan: have workers copy weights as the first sync proved that vLLM's loaders do. Off, every sync goes
@@ -86,7 +86,8 @@ class WeightSync:
         if chunk_bytes <= 0 or timeout_s <= 0:
             raise SyncError(f"expected chunk_bytes and timeout_s above 0, got {chunk_bytes} and {timeout_s}")
         self.engines = tuple(
-            engine_of(one, on_running=on_running) for one in (engine if isinstance(engine, list | tuple) else [engine])
+            engine_of(replica, on_running=on_running)
+            for replica in (engine if isinstance(engine, list | tuple) else [engine])
         )
         """The adapters of the engines, in the order given."""
         if not self.engines:
@@ -128,8 +129,8 @@ class WeightSync:
             version: above every version committed before.
             frozen: module paths of the checkpoint (`["model.visual"]`) below which the engine keeps what it has; what
                 `named_tensors` has there is not sent. All else must be complete.
-            agree: called when all workers hold all weights and before any commits; what it raises ends the sync. Here
-                ranks that gather together tell each other that each has.
+            agree: called when all workers hold all weights, before any commits; an exception from it aborts the sync.
+                Ranks that gather together use it to agree that all have succeeded.
 
         Raises:
             SyncError: the sync did not commit everywhere; says which worker and why. The engines are then poisoned
@@ -139,8 +140,7 @@ class WeightSync:
         try:
             return self._push(outgoing, version, agree or (lambda: None))
         except Exception:
-            # Whatever went wrong here, the other ranks of sharded tensors gather all of them: they must not be left
-            # waiting for this one.
+            # Whatever failed here, the other ranks gather all sharded tensors: they must not wait for this rank.
             with contextlib.suppress(Exception):
                 outgoing.gather_rest()
             raise
@@ -154,7 +154,7 @@ class WeightSync:
             )
 
     def close(self) -> None:
-        """Give back what the transport and the engines' adapters hold. The engines run on."""
+        """Release the resources of the transport and the engine adapters. The engines keep running."""
         self._transport.close()
         for engine in self.engines:
             engine.close()
@@ -166,7 +166,7 @@ class WeightSync:
         progress = SyncProgress()
         clock = progress.clock
         try:
-            # First of all: no two senders may pause and resume an engine at a time.
+            # Reserve first: no two senders may pause and resume one engine at the same time.
             reserving = self._group.start("r3_reserve", sync_id, version, self._sender, self._timeout_s)
             resident = outgoing.gpu_resident()
             with clock.stage("pause"):
@@ -215,9 +215,9 @@ class WeightSync:
     def _begin(
         self, sync_id: str, status: list[Reply], manifest: dict[str, list], frozen: tuple[str, ...]
     ) -> tuple[bool, list[ParallelCalls]]:
-        """Open the sync on all workers. Answers whether it is complete, and what is to be waited for."""
+        """Open the sync on all workers. Returns whether it is complete, and the calls to wait for."""
         base_version = None if self._base is None else self._base.version
-        # One worker without the base, restarted perhaps, and all get everything.
+        # If one worker lacks the base, perhaps after a restart, all workers get a complete sync.
         if any(reply["base_version"] != base_version or reply["cause"] for reply in status):
             base_version = None
         if self._base is not None:
@@ -253,8 +253,7 @@ class WeightSync:
         chunks: Iterator[Chunk],
         progress: SyncProgress,
     ) -> None:
-        """All chunks: while the workers begin, or load some, the next are made ready, and go with one call once they
-        are free."""
+        """Send all chunks. While workers begin or load, the next chunks are staged; one call hands over all of them."""
         staged: list[StagedChunk] = []
         loading: ParallelCalls | None = None
         try:
@@ -273,7 +272,7 @@ class WeightSync:
             self._wait_for(loading, progress)
             loading = self._hand_over(sync_id, staged, progress)
         with progress.clock.stage("digest"):
-            # The last chunks are still under way.
+            # The last chunks are still in flight.
             progress.named = progress.digests.result()
         self._wait_for(loading, progress)
 
@@ -292,8 +291,8 @@ class WeightSync:
         return True
 
     def _is_full(self, staged: list[StagedChunk]) -> bool:
-        """Whether no more chunks may wait for the workers, for the memory that they take."""
-        return sum(one.takes_memory for one in staged) >= self._transport.max_staged_chunks
+        """Whether the staged chunks take as much memory as they may."""
+        return sum(chunk.takes_memory for chunk in staged) >= self._transport.max_staged_chunks
 
     def _takes_memory(self, chunk: Chunk) -> bool:
         return self._base is not None or self._transport.takes_memory(chunk)
@@ -310,19 +309,19 @@ class WeightSync:
         with progress.clock.stage("transfer"):
             progress.loading = progress.chunks
             progress.chunks += len(staged)
-            loading = self._group.start("r3_load", sync_id, progress.loading, [one.announced for one in staged])
-            for index, one in enumerate(staged, progress.loading):
-                self._transfer(index, one.announced[0], loading)
+            loading = self._group.start("r3_load", sync_id, progress.loading, [chunk.announced for chunk in staged])
+            for index, chunk in enumerate(staged, progress.loading):
+                self._transfer(index, chunk.announced[0], loading)
         with progress.clock.stage("digest"):
-            # Not before: the workers load meanwhile.
-            progress.add([item for one in staged for item in one.chunk])
+            # Only now, while the workers load.
+            progress.add([item for chunk in staged for item in chunk.chunk])
         return loading
 
     def _transfer(self, index: int, names: list[str], loading: ParallelCalls) -> None:
         try:
             self._transport.transfer(index, loading.failed)
         except Exception as error:
-            # What a worker says of it tells more.
+            # A worker's own error is more informative.
             if loading.wait(1.0):
                 loading.result()
             engines = ", ".join(engine.name for engine in self.engines)
@@ -334,7 +333,7 @@ class WeightSync:
         broken = progress.digests.not_finite()
         if broken:
             raise SyncError(f"{len(broken)} tensors hold NaN or infinity:{summary(broken)}")
-        self._transport.settle(lambda: False)
+        self._transport.flush(lambda: False)
         sealing = self._group.start("r3_seal", sync_id, progress.named)
         total = combine(progress.named)
         answers = sealing.result()
@@ -357,7 +356,8 @@ class WeightSync:
             add_note(error, f"abort was not acknowledged by all: {second}")
             free = False
         if not progress.chunks and self.poisoned is None:
-            # No weight was touched: the engines that served go on, unless another sender has them now. It resumes them.
+            # No weight was touched: resume the engines that were serving, unless another sender holds them now and will
+            # resume them.
             limit_s = min(_ABORT_S, self._timeout_s)
             try:
                 ParallelCalls([partial(engine.resume, limit_s) for engine in progress.served if free]).result()

@@ -1,4 +1,4 @@
-"""The ways of a sync's bytes: one interface, one file a medium, one suite of tests that all pass."""
+"""Weight transports: one interface, one file per medium, one conformance suite that all of them pass."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -23,7 +23,7 @@ RECEIVERS: Mapping[str, type[Receiver]] = MappingProxyType(_receivers)
 
 
 def register_receiver(name: str, receiver: type[Receiver]) -> None:
-    """Make the worker's side of a transport of your own known, in the worker's process: where its extension is defined.
+    """Register the worker's side of a custom transport, in the module that the worker's extension is defined in.
 
     Args:
         name: the `Transport.name` of the trainer's side.
@@ -40,7 +40,7 @@ def register_receiver(name: str, receiver: type[Receiver]) -> None:
 
 
 def transport_of(transport: "str | Transport") -> Transport:
-    """A transport by name, or as it is."""
+    """The transport of that name; a `Transport` is returned unchanged."""
     if isinstance(transport, Transport):
         return transport
     if transport not in TRANSPORTS:

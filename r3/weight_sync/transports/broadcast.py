@@ -1,8 +1,7 @@
 """One broadcast to all workers of all engines: gloo for CPU, NCCL for GPUs.
 
-Trainer and workers form a group of their own, apart from every other that they have: rank 0 is the trainer. It is kept
-from sync to sync while all members still have it, and made anew otherwise: after a failure, or when a worker was
-restarted.
+Trainer and workers form a separate group, in which rank 0 is the trainer. It is kept from sync to sync while all
+members still have it. Otherwise, after a failure or when a worker was restarted, a new one is made.
 """
 
 import socket
@@ -51,7 +50,7 @@ class BroadcastTransport(Transport):
         )
         if not kept:
             self.abort()
-            # The port is taken here and listened at from here on, so that no worker comes too early.
+            # The port is bound here, and listened on from now on, so that no worker connects too early.
             self._listener = socket.create_server((self._host, 0))
             self._offer = {
                 "transport": self.name,
@@ -67,10 +66,10 @@ class BroadcastTransport(Transport):
             self._group = self.group(self._offer, 0, self._device, self.timeout_s, self._listener)
 
     def publish(self, index: int, chunk: Chunk) -> Descriptor:
-        # What is ready and what is under way, together: one more than can be ready, for the workers answer while they
-        # still receive.
+        # Staged chunks and those in flight together: one more than may be staged, since workers answer while they still
+        # receive.
         if self._group is not None:
-            self._group.settle_all_but(self.max_staged_chunks - len(self._blocks), lambda: False)
+            self._group.flush_all_but(self.max_staged_chunks - len(self._blocks), lambda: False)
         self._blocks[index] = pack(chunk, self._device)
         return {"blocks": [[block.data.numel(), block.layout] for block in self._blocks[index]]}
 
@@ -78,10 +77,10 @@ class BroadcastTransport(Transport):
         group = self._joined()
         group.broadcast([block.data for block in self._blocks.pop(index)])
         if self._device.type == "cpu":
-            group.settle_all_but(0, stop)
+            group.flush_all_but(0, stop)
 
-    def settle(self, stop: Stop) -> None:
-        self._joined().settle_all_but(0, stop)
+    def flush(self, stop: Stop) -> None:
+        self._joined().flush_all_but(0, stop)
 
     def abort(self) -> None:
         if self._group is not None:
@@ -110,7 +109,7 @@ class BroadcastReceiver(Receiver):
         self._group = self.group(offer, rank + 1, self._buffers_on(), timeout_s)
 
     def receive(self, where: Descriptor) -> Chunk:
-        self._group.settle_all_but(_MOST_RECEIVED - 1, lambda: False)
+        self._group.flush_all_but(_MOST_RECEIVED - 1, lambda: False)
         device = self._buffers_on()
         data = self._group.receive([nbytes for nbytes, _ in where["blocks"]])
         tensors = [
@@ -119,7 +118,7 @@ class BroadcastReceiver(Receiver):
         return tensors if device == self.device else [(name, tensor.to(self.device)) for name, tensor in tensors]
 
     def wait(self) -> None:
-        self._group.settle_all_but(0, lambda: False)
+        self._group.flush_all_but(0, lambda: False)
 
     def abort(self) -> None:
         self._group.abort()

@@ -16,7 +16,7 @@ _PREFIX = "r3-sync-"
 
 
 class FilesTransport(Transport):
-    """Writes each chunk to a file under its final name only when it is whole, and removes it once nobody needs it.
+    """Writes each chunk to a file, which gets its final name when complete and is removed when no worker needs it.
 
     Works on an object-store mount: a file is written once, front to back, and read after it was closed; its
     length goes with the call. Such a mount must show a closed file to the workers (close-to-open consistency).
@@ -81,7 +81,7 @@ class FilesReceiver(Receiver):
 
 
 class _TemporaryFolder:
-    """A folder that goes with its process: who holds its lock lives, and folders that nobody holds are removed."""
+    """A temporary folder, locked by its process. Folders of processes that have died are unlocked, and removed."""
 
     def __init__(self) -> None:
         memory = Path("/dev/shm")
@@ -104,7 +104,7 @@ class _TemporaryFolder:
 
 
 def _lock(folder: Path) -> IO:
-    """Hold `folder`, or raise `OSError`: another process does, or it is another user's."""
+    """Lock `folder`. Raises `OSError` if another process has locked it, or it belongs to another user."""
     file = (folder / ".lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

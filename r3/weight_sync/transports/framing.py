@@ -1,4 +1,4 @@
-"""Tensors as few blocks of bytes: small ones side by side in one buffer, large ones as they lie in memory."""
+"""Packs tensors into a few blocks of bytes: small ones into one shared buffer, large ones without a copy."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from r3.errors import SyncError
 from r3.weight_sync.transports.transport import Chunk
 
 _ALIGNMENT = 256
-_LARGE_BYTES = 4 << 20  # a copy of less costs little beside a message of its own
+_LARGE_BYTES = 4 << 20  # copying a smaller tensor costs less than a message of its own
 
 BlockLayout = list[list]
 """[name, dtype, shape, offset in bytes] of each tensor in a block. Plain, so that it travels with a call."""
@@ -21,7 +21,7 @@ BlockLayout = list[list]
 class PackedBlock:
     """Attributes:
     data: uint8, one-dimensional, contiguous.
-    layout: what lies where in it.
+    layout: name, dtype, shape and offset of each tensor in it.
     """
 
     data: Tensor
@@ -29,9 +29,9 @@ class PackedBlock:
 
 
 def pack(chunk: Chunk, device: torch.device) -> list[PackedBlock]:
-    """The tensors of `chunk` in order, on `device`, in as few blocks as go without copying large tensors."""
+    """Pack `chunk` in order into blocks on `device`: as few as possible without copying large tensors."""
     blocks = []
-    for alone, group in itertools.groupby(chunk, lambda item: _lies_ready(item[1], device)):
+    for alone, group in itertools.groupby(chunk, lambda item: _needs_no_copy(item[1], device)):
         if alone:
             blocks += [_block_of_one(name, tensor) for name, tensor in group]
         else:
@@ -54,14 +54,14 @@ def unpack(data: Tensor, layout: BlockLayout) -> Iterator[tuple[str, Tensor]]:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype that `str` calls "torch.bfloat16", for example."""
+    """The dtype of a name such as "torch.bfloat16"."""
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype):
         raise SyncError(f"expected the name of a dtype, got {name!r}")
     return dtype
 
 
-def _lies_ready(tensor: Tensor, device: torch.device) -> bool:
+def _needs_no_copy(tensor: Tensor, device: torch.device) -> bool:
     return tensor.nbytes >= _LARGE_BYTES and tensor.is_contiguous() and tensor.device == device
 
 

@@ -1,4 +1,4 @@
-"""Trainer and workers as a group with one sender: how they find each other, and gloo's broadcasts among them."""
+"""A broadcast group of trainer and workers: rendezvous, and gloo's broadcasts."""
 
 import contextlib
 import socket
@@ -17,7 +17,7 @@ from r3.weight_sync.transports.transport import Descriptor, Stop, wait_until
 
 
 class Group(ABC):
-    """Trainer and workers, connected. All waits end.
+    """Trainer and workers, connected. Every wait has a timeout.
 
     Args:
         offer: with host, port, size and connection_id.
@@ -27,7 +27,7 @@ class Group(ABC):
         listener: of rank 0, at the offered port.
 
     Raises:
-        SyncError: somebody did not come in time.
+        SyncError: a rank did not join in time.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Group(ABC):
             store = dist.TCPStore(
                 offer["host"], offer["port"], self.size, rank == 0, timeout=limit, wait_for_workers=False, **options
             )
-            # What connects may wait without end for ranks that do not come: it begins when all are there.
+            # Connecting may wait forever for ranks that do not come, so it begins when all are here.
             store.set(f"here/{rank}", "")
             store.wait([f"here/{other}" for other in range(self.size)], limit)
             self._connect(store, offer)
@@ -62,22 +62,22 @@ class Group(ABC):
 
     @abstractmethod
     def _connect(self, store: dist.TCPStore, offer: Descriptor) -> None:
-        """Connect to the others, who are all in this call."""
+        """Connect to the other ranks, all of which are in this call."""
 
     @abstractmethod
     def broadcast(self, blocks: list[Tensor]) -> None:
-        """Send uint8 `blocks` (rank 0). It is under way then: `blocks` live until it is settled."""
+        """Start to send uint8 `blocks` (rank 0). `blocks` are kept alive until a flush."""
 
     @abstractmethod
     def receive(self, sizes: list[int]) -> list[Tensor]:
-        """Receive blocks of `sizes` bytes. On a GPU it is queued, and the current stream waits for it."""
+        """Receive blocks of `sizes` bytes. On a GPU the receive is queued, and the current stream waits for it."""
 
     @abstractmethod
     def _done(self, under_way: Any) -> bool:
         """Whether one call of `broadcast` or `receive` has ended; raises if it has failed."""
 
-    def settle_all_but(self, kept: int, stop: Stop) -> None:
-        """Wait until at most `kept` calls of `broadcast` or `receive` are under way."""
+    def flush_all_but(self, kept: int, stop: Stop) -> None:
+        """Wait until at most `kept` calls of `broadcast` or `receive` are in flight."""
         while len(self._in_flight) > kept:
             done = partial(self._done, self._in_flight[0])
             wait_until(done, stop, self._timeout_s, f"broadcast among {self.size} ranks")
@@ -85,7 +85,7 @@ class Group(ABC):
 
     @abstractmethod
     def abort(self) -> None:
-        """Take the group down, with whatever is under way in it."""
+        """Take the group down, with whatever is in flight."""
 
 
 class GlooGroup(Group):
@@ -108,7 +108,7 @@ class GlooGroup(Group):
     def receive(self, sizes: list[int]) -> list[Tensor]:
         blocks = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         self.broadcast(blocks)
-        self.settle_all_but(0, lambda: False)
+        self.flush_all_but(0, lambda: False)
         return blocks
 
     def _done(self, under_way: Any) -> bool:

@@ -16,15 +16,15 @@ from r3.weight_sync.transports.transport import Chunk, Descriptor, Receiver, Tra
 
 
 class IpcTransport(Transport):
-    """Hands out handles of the chunk's tensors: nothing is packed, and a worker on the same GPU copies them into its
-    weights at once. A worker on another GPU of the host first fetches them, from GPU to GPU.
+    """Sends handles of the chunk's tensors, without packing them. A worker on the same GPU copies them straight into
+    its weights; a worker on another GPU of the host first copies them to its own GPU.
 
     Handles travel as plain numbers and hexadecimal strings: no pickle, and no setting of vLLM's that allows it.
 
     Args:
         keep_open: the workers keep the trainer's memory mapped from sync to sync, and need not open each allocation
-            again. What the trainer frees is then free once the next two syncs have begun: False where the trainer
-            leaves the GPU to the engine in between.
+            again. Memory that the trainer frees is then released only when the next two syncs have begun: use False if
+            the trainer leaves the GPU to the engine in between.
     """
 
     name = "ipc"
@@ -34,12 +34,12 @@ class IpcTransport(Transport):
         self._connection_id = uuid.uuid4().hex if keep_open else None
         self._numbers = itertools.count()
         self._published: dict[int, list[_SharedStorage]] = {}
-        # What the workers keep open: memory that lasts by its storage, and else one storage of each allocation.
+        # Memory that the workers keep open: by storage if it is zero-copy, else one storage per allocation.
         self._kept: dict[int | str, _SharedStorage] = {}
         self._used: set[int | str] = set()
 
     def offer(self, workers: int, connection_ids: set[str | None]) -> Descriptor:
-        # They have closed what was not used when the last sync ended, and have nothing open if they are new.
+        # The workers closed unused memory at the end of the last sync; new workers have nothing open.
         known = connection_ids == {self._connection_id}
         self._kept = {key: shared for key, shared in self._kept.items() if known and key in self._used}
         self._used = set()
@@ -47,23 +47,23 @@ class IpcTransport(Transport):
 
     def publish(self, index: int, chunk: Chunk) -> Descriptor:
         on_gpu = [(name, tensor, _on_gpu(tensor.detach())) for name, tensor in chunk]
-        # What makes the tensors may still be queued, and a worker that waits for it on its device waits without end if
-        # this process dies.
+        # Kernels that make the tensors may still be queued. A worker that waits for them on its device would wait
+        # forever if this process died.
         for device in {tensor.device for _, _, tensor in on_gpu}:
             torch.cuda.current_stream(device).synchronize()
         places: dict[int, int] = {}
         shared: list[_SharedStorage] = []
         tensors = []
-        for name, given, tensor in on_gpu:
+        for name, sent, tensor in on_gpu:
             storage, place = tensor.untyped_storage(), None
             if tensor.nbytes:
                 place = places.setdefault(storage._cdata, len(shared))
                 if place == len(shared):
-                    lasts = name in self.zero_copy_names and tensor.data_ptr() == given.data_ptr()
+                    lasts = name in self.zero_copy_names and tensor.data_ptr() == sent.data_ptr()
                     shared.append(self._shared(name, storage, lasts))
             tensors.append([name, str(tensor.dtype), list(tensor.shape), place, tensor.storage_offset()])
         self._published[index] = shared
-        return {"storages": [one.handle for one in shared], "tensors": tensors}
+        return {"storages": [item.handle for item in shared], "tensors": tensors}
 
     def takes_memory(self, chunk: Chunk) -> bool:
         return not all(
@@ -86,10 +86,10 @@ class IpcTransport(Transport):
         if self._connection_id is None:
             return _SharedStorage(name, storage)
         if not lasts:
-            made = _SharedStorage(name, storage)
-            self._kept.setdefault(made.allocation, made)
-            self._used.add(made.allocation)
-            return made
+            shared = _SharedStorage(name, storage)
+            self._kept.setdefault(shared.allocation, shared)
+            self._used.add(shared.allocation)
+            return shared
         kept = self._kept.get(storage._cdata)
         if kept is None or not kept.is_of(storage):
             kept = self._kept[storage._cdata] = _SharedStorage(name, storage, next(self._numbers))
@@ -112,8 +112,8 @@ class _SharedStorage:
     """
 
     def __init__(self, name: str, storage: torch.UntypedStorage, number: int | None = None) -> None:
-        whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyrefly: ignore
-        self._alias = from_dlpack(to_dlpack(whole)).untyped_storage()
+        all_bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyrefly: ignore
+        self._alias = from_dlpack(to_dlpack(all_bytes)).untyped_storage()
         try:
             shared = self._alias._share_cuda_()
         except RuntimeError as error:
@@ -146,9 +146,9 @@ class IpcReceiver(Receiver):
         gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
         self._gpus = {str(gpu_uuid(gpu)): gpu.index for gpu in gpus}
         # By number, or, one of each allocation, by that: torch keeps it mapped for as long as a storage in it lives.
-        self._open: dict[int | str, _Opened] = {}
+        self._open: dict[int | str, _MappedStorage] = {}
         self._used: set[int | str] = set()
-        self._chunks: deque[list[_Opened]] = deque()
+        self._chunks: deque[list[_MappedStorage]] = deque()
         self._released = 0
         self._idle: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -171,7 +171,7 @@ class IpcReceiver(Receiver):
                 self._chunks.popleft()
                 self._released += 1
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         torch.cuda.current_stream(self.device).synchronize()
         self._chunks.clear()
         self._released = 0
@@ -184,7 +184,7 @@ class IpcReceiver(Receiver):
         self._chunks.clear()
         self._open.clear()
 
-    def _opened(self, name: str, handle: Descriptor) -> "_Opened":
+    def _opened(self, name: str, handle: Descriptor) -> "_MappedStorage":
         memory, size, offset, counter, counter_offset, event, event_sync = handle["storage"]
         key = memory if handle["number"] is None else handle["number"]
         self._used.add(key)
@@ -206,20 +206,20 @@ class IpcReceiver(Receiver):
             bytes.fromhex(event),
             event_sync,
         )
-        opened = _Opened(storage)
+        opened = _MappedStorage(storage)
         self._open.setdefault(key, opened)
         if storage.device not in self._idle:
             self._idle[storage.device] = torch.cuda.Stream(storage.device)
         return opened
 
-    def _tensor(self, opened: "_Opened | None", dtype: str, shape: list[int], offset: int) -> torch.Tensor:
+    def _tensor(self, opened: "_MappedStorage | None", dtype: str, shape: list[int], offset: int) -> torch.Tensor:
         if opened is None:
             return torch.empty(shape, dtype=dtype_of(dtype), device=self.device)
         return opened.tensor(dtype, shape, offset).to(self.device, non_blocking=True)
 
 
-class _Opened:
-    """Memory of another process, and the tensors in it: to make one takes 9 us, and a weight's comes in every sync."""
+class _MappedStorage:
+    """Mapped memory of another process. Its tensors are kept from sync to sync, since making one takes 9 us."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._storage = storage
@@ -239,7 +239,7 @@ def _on_gpu(tensor: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _counter() -> tuple[bytes, int, torch.UntypedStorage]:
-    """Where workers count what they let go of, which nobody reads, and the storage that it is of."""
+    """The counter on which workers release memory, which is never read, and its storage."""
     storage = torch.empty(1, device="cuda").untyped_storage()
     _, _, _, _, handle, offset, _, _ = storage._share_cuda_()
     return handle, offset, storage

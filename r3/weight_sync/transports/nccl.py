@@ -1,10 +1,10 @@
-"""NCCL's broadcasts, by NCCL's own calls.
+"""NCCL broadcasts through NCCL's C API.
 
 Not by `torch.distributed`: what fails in any of its NCCL groups makes the heartbeat monitor of the process's first one
 end the process some minutes later (torch 2.11, `ProcessGroupNCCL::HeartbeatMonitor::runLoop`; the flag is one for all
 groups, whatever TORCH_NCCL_DUMP_ON_TIMEOUT says). A sync that failed would end a trainer, or an engine's worker.
 
-The communicator does not block: no call waits for a peer, and `abort` ends what is under way at any time.
+The communicator does not block: no call waits for a peer, and `abort` ends transfers in flight at any time.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ _ID_BYTES = 128  # NCCL_UNIQUE_ID_BYTES
 
 
 class NcclGroup(Group):
-    """Between GPUs. What is under way is queued on a stream of its own."""
+    """A group of GPUs. Broadcasts are queued on a stream of their own."""
 
     def _connect(self, store: dist.TCPStore, offer: Descriptor) -> None:
         if self._rank == 0:
@@ -65,8 +65,8 @@ class NcclGroup(Group):
             behind.record(self._stream)
         self._in_flight.append((behind, blocks))
 
-    def _until_ready(self, what: str) -> None:
-        wait_until(self._communicator.ready, lambda: False, self._timeout_s, f"{what} among {self.size} ranks")
+    def _until_ready(self, operation: str) -> None:
+        wait_until(self._communicator.ready, lambda: False, self._timeout_s, f"{operation} among {self.size} ranks")
 
     def _done(self, under_way: Any) -> bool:
         behind, _ = under_way
@@ -81,7 +81,7 @@ class NcclGroup(Group):
                 self._communicator.abort()
             blocks.clear()  # not before: until it has ended, a broadcast may write to its memory
 
-        # It waits for kernels that are under way.
+        # It waits for kernels in flight.
         thread = threading.Thread(target=end, args=(list(self._in_flight),), daemon=True)
         thread.start()
         self._in_flight.clear()
@@ -113,24 +113,24 @@ class Communicator:
         _checked(ended, self._handle)
 
     def ready(self) -> bool:
-        """Whether the last call is through. Raises what has gone wrong since, in what is under way too."""
+        """Whether the last call has completed. Raises errors of earlier calls too, and of transfers in flight."""
         state = ctypes.c_int(_SUCCESS)
         _checked(_library().ncclCommGetAsyncError(self._handle, ctypes.byref(state)), self._handle)
         _checked(state.value, self._handle)
         return state.value == _SUCCESS
 
     def abort(self) -> None:
-        """End what is under way and give everything back."""
+        """End transfers in flight and free the communicator."""
         handle, self._handle = self._handle, ctypes.c_void_p()
         if handle:
             _library().ncclCommAbort(handle)
 
 
 def unique_id() -> bytes:
-    """What rank 0 makes for a communicator, and all others need."""
-    made = _Id()
-    _checked(_library().ncclGetUniqueId(ctypes.byref(made)))
-    return bytes(made)
+    """A new id for a communicator: rank 0 makes it, and all ranks need it."""
+    new_id = _Id()
+    _checked(_library().ncclGetUniqueId(ctypes.byref(new_id)))
+    return bytes(new_id)
 
 
 class _Id(ctypes.Structure):
@@ -151,25 +151,25 @@ class _Config(ctypes.Structure):
 @cache
 def _library() -> ctypes.CDLL:
     try:
-        found = ctypes.CDLL("libnccl.so.2")  # torch has loaded it
+        library = ctypes.CDLL("libnccl.so.2")  # torch has loaded it
     except OSError as error:
         raise SyncError(
             f"NCCL is not there: {error}. Builds of torch for CUDA bring it; with one that has it built in, install "
             "nvidia-nccl-cu12 or -cu13, or use another transport"
         ) from error
     pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
-    found.ncclGetUniqueId.argtypes = [pointer]
-    found.ncclCommInitRankConfig.argtypes = [pointer, number, _Id, number, pointer]
-    found.ncclBroadcast.argtypes = [pointer, pointer, count, number, number, pointer, pointer]
-    found.ncclCommGetAsyncError.argtypes = [pointer, pointer]
-    found.ncclCommAbort.argtypes = [pointer]
-    found.ncclGetErrorString.argtypes, found.ncclGetErrorString.restype = [number], ctypes.c_char_p
-    found.ncclGetLastError.argtypes, found.ncclGetLastError.restype = [pointer], ctypes.c_char_p
-    return found
+    library.ncclGetUniqueId.argtypes = [pointer]
+    library.ncclCommInitRankConfig.argtypes = [pointer, number, _Id, number, pointer]
+    library.ncclBroadcast.argtypes = [pointer, pointer, count, number, number, pointer, pointer]
+    library.ncclCommGetAsyncError.argtypes = [pointer, pointer]
+    library.ncclCommAbort.argtypes = [pointer]
+    library.ncclGetErrorString.argtypes, library.ncclGetErrorString.restype = [number], ctypes.c_char_p
+    library.ncclGetLastError.argtypes, library.ncclGetLastError.restype = [pointer], ctypes.c_char_p
+    return library
 
 
 def _checked(result: int, handle: ctypes.c_void_p | None = None) -> None:
     if result in (_SUCCESS, _IN_PROGRESS):
         return
-    said = [_library().ncclGetErrorString(result), _library().ncclGetLastError(handle)]
-    raise SyncError("NCCL: " + "; ".join(text.decode(errors="replace").strip() for text in said if text))
+    messages = [_library().ncclGetErrorString(result), _library().ncclGetLastError(handle)]
+    raise SyncError("NCCL: " + "; ".join(text.decode(errors="replace").strip() for text in messages if text))

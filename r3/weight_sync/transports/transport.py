@@ -1,20 +1,20 @@
-"""What a transport is: how the bytes of a chunk get from the trainer to every worker of every engine.
+"""The interface of a weight transport, which moves a chunk from the trainer to every worker of every engine.
 
-A sync is the same calls for all transports. The trainer's side (`Transport`) and the worker's (`Receiver`) share
+A sync makes the same calls for all transports. The trainer's side (`Transport`) and the worker's (`Receiver`) share
 nothing but plain dictionaries, which travel with the calls of the sync (so: strings, integers, lists; JSON is enough).
 
     trainer                                   each worker
     offer = transport.offer(...)
     call begin(offer)               ->        receiver = RECEIVERS[offer["transport"]](offer, rank, device, timeout_s)
     transport.join(stop)            <->       (joins meanwhile)
-    where = transport.publish(i, chunk)       (of as many chunks as are ready; of the first while the workers join)
+    where = transport.publish(i, chunk)       (of each staged chunk; of the first while the workers join)
     call load(i, [where, ...])      ->        chunk = receiver.receive(where), one after the other
     transport.transfer(i, stop)     <->       (receives meanwhile)
     transport.release(i)            <-        answer to a call with chunk i at its start, or to the seal
                                               (before which: receiver.release(i))
-    transport.settle(stop)          <->       receiver.settle()
+    transport.flush(stop)           <->       receiver.flush()
 
-`join`, `transfer` and `settle` deadlock if one side comes and the other never does: they end at `timeout_s`, or as soon
+`join`, `transfer` and `flush` deadlock if one side comes and the other never does: they end at `timeout_s`, or as soon
 as `stop()` is true, which says that a worker has answered and will not come. After any failure both sides abort, and
 the next sync starts from an `offer` that knows nothing of this one.
 """
@@ -46,8 +46,9 @@ class Transport(ABC):
         max_staged_chunks: how many chunks that take memory may be published while the workers load others. More save
             calls, each of which takes vLLM 1 to 2 ms.
         timeout_s: longest wait for the other side. Set by the session.
-        zero_copy_names: tensors that were not made for the sync: the trainer itself keeps them. Set by the session.
-        worker_gpus: where the workers' models are: `gpu_uuid`. Set by the session.
+        zero_copy_names: tensors of the live model, which the trainer keeps; the others are made for the sync. Set by
+            the session.
+        worker_gpus: `gpu_uuid` of each worker's GPU. Set by the session.
     """
 
     name: ClassVar[str]
@@ -57,7 +58,7 @@ class Transport(ABC):
     worker_gpus: Collection[str | None] = ()
 
     def offer(self, workers: int, connection_ids: set[str | None]) -> Descriptor:
-        """What the workers need to join: at least {"transport": name}.
+        """The data that workers need to join: at least {"transport": name}.
 
         Args:
             workers: how many will join, of all engines.
@@ -67,32 +68,32 @@ class Transport(ABC):
         return {"transport": self.name}
 
     def join(self, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
-        """Connect to the workers, which are at `begin` meanwhile."""
+        """Connect to the workers, which are in `begin` meanwhile."""
 
     @abstractmethod
     def publish(self, index: int, chunk: Chunk) -> Descriptor:
-        """Make ready what `receive` needs for chunk number `index`. It is kept until a `release` of a later one."""
+        """Stage chunk number `index` for `receive`. It is kept until `release` is called with a later number."""
 
     def takes_memory(self, chunk: Chunk) -> bool:
-        """Whether sending `chunk` takes memory, here or of a worker, beside what the trainer keeps anyway."""
+        """Whether sending `chunk` takes memory on the trainer or a worker, besides what the trainer keeps anyway."""
         return True
 
     def transfer(self, index: int, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
         """Move the bytes, while the workers receive."""
 
     def release(self, index: int) -> None:  # noqa: B027 (nothing to do for some)
-        """No worker needs any chunk before number `index` any more."""
+        """Free the chunks before number `index`: no worker needs them any more."""
 
-    def settle(self, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
-        """Wait for what was queued on a device."""
+    def flush(self, stop: Stop) -> None:  # noqa: B027 (nothing to do for some)
+        """Wait until the device has sent all that was queued."""
 
     @abstractmethod
     def abort(self) -> None:
-        """Drop everything of a sync that failed. The transport can be used again."""
+        """Drop the state of a failed sync. The transport can be used again."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the transport holds."""
+        """Release the transport's resources."""
 
 
 class Receiver(ABC):
@@ -105,8 +106,7 @@ class Receiver(ABC):
         timeout_s: longest wait for the other side.
 
     Attributes:
-        takes_memory: whether what is received takes memory of the worker's, which bounds how many chunks may wait for
-            the device.
+        takes_memory: whether received chunks take the worker's memory; that bounds how many may wait for the device.
         connection_id: names the connection that this receiver keeps from sync to sync; None if it keeps none.
     """
 
@@ -124,26 +124,26 @@ class Receiver(ABC):
         """The tensors of a chunk. Raises if it is not there or not whole."""
 
     def wait(self) -> None:  # noqa: B027 (nothing to do for some)
-        """Wait, for `timeout_s` at most, until what was received is here, and not only queued on a device."""
+        """Wait, for `timeout_s` at most, until the device has received all that was queued."""
 
     def release(self, index: int) -> None:  # noqa: B027 (nothing to do for some)
-        """The device has read all chunks before number `index` of the sync."""
+        """Free the chunks before number `index`: the device has read them."""
 
-    def settle(self) -> None:
-        """The end of a sync that all went well: `wait`, and give back what the next one does not need."""
+    def flush(self) -> None:
+        """End a sync that went well: `wait`, and free what the next sync does not need."""
         self.wait()
 
     def abort(self) -> None:  # noqa: B027
-        """Drop everything of a sync that failed."""
+        """Drop the state of a failed sync."""
 
 
 @cache
 def gpu_uuid(device: torch.device) -> str | None:
-    """By which processes that number their GPUs in their own ways know this one; None if it is no CUDA device."""
+    """UUID of the GPU, the same for processes that number their GPUs differently; None if it is no CUDA device."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
 
 
-def wait_until(done: Callable[[], bool], stop: Stop, timeout_s: float, what: str) -> None:
+def wait_until(done: Callable[[], bool], stop: Stop, timeout_s: float, operation: str) -> None:
     """Wait for `done()`. Raises `SyncError` at the timeout, or once `stop()` is true and `done()` is not soon after."""
     start = time.monotonic()
     stopped: float | None = None
@@ -153,8 +153,10 @@ def wait_until(done: Callable[[], bool], stop: Stop, timeout_s: float, what: str
             stopped = now
         # The other side's answer can overtake the last bytes.
         if stopped is not None and now - stopped > 1.0:
-            raise SyncError(f"{what}: the other side has answered and does not come")
+            raise SyncError(f"{operation}: the other side has answered and does not come")
         if now - start > timeout_s:
-            raise SyncError(f"{what}: not done within {timeout_s:g} s: the other side died, was stopped, or never came")
+            raise SyncError(
+                f"{operation}: not done within {timeout_s:g} s: the other side died, was stopped, or never came"
+            )
         # A sleep takes 60 us at least: none at first, and later one of an eighth of the wait so far.
         time.sleep(min((now - start) / 8, 2e-3) if now - start > _SPIN_S else 0)

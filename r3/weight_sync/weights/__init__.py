@@ -1,1 +1,1 @@
-"""The trainer's weights by the names of a checkpoint, made when their turn comes. Runs in the trainer."""
+"""The trainer's weights under the names of a checkpoint, materialised lazily. Runs in the trainer."""

@@ -1,4 +1,4 @@
-"""An adapter alone, for an engine that applies it by itself."""
+"""Adapter-only updates, for an engine that applies adapters itself."""
 
 import json
 import sys
@@ -27,13 +27,13 @@ class AdapterWeights:
 
     def save(self, folder: str | Path, *, write: bool = True) -> Path:
         """Write the adapter to `folder`. Sharded: every rank calls this, one with `write=True`."""
-        whole = {name: gathered(source) for name, source in self.weights}
+        full_tensors = {name: gathered(source) for name, source in self.weights}
         folder = Path(folder)
         if write:
             from safetensors.torch import save_file
 
             folder.mkdir(parents=True, exist_ok=True)
-            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in whole.items()}
+            tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in full_tensors.items()}
             save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
             (folder / "adapter_config.json").write_text(json.dumps(self.config, indent=2, sort_keys=True))
         return folder
@@ -73,7 +73,7 @@ def adapter_weights(model: nn.Module, *, adapter: str = "default") -> AdapterWei
 
 
 def _state(inner: nn.Module) -> dict[str, Tensor]:
-    """All tensors by the paths of their modules, by which PEFT knows its own."""
+    """All tensors by module path, the names by which PEFT finds its own."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in inner.modules():

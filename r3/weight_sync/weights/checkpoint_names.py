@@ -1,10 +1,9 @@
-"""From the names and shapes of a transformers model to those of its checkpoint, as vLLM knows them.
+"""Converts names and shapes of a transformers model to those of its checkpoint, which vLLM loads.
 
 transformers 5 fuses some weights when it loads a checkpoint (most of all: a layer's experts, into two 3-D tensors)
-and parts them again when it saves. Its own function that parts them is run here once, on tensors without data that
-remember what they were made of. What comes out as a cut of one weight is cut out of that weight when it is sent,
-without a copy; for the rest (weights that are joined or reordered) the function runs again on the real tensors of
-that group.
+and splits them again when it saves. Its own function for that is run here once, on tensors without data that record
+their origins. A result that is a view of one weight is sent as a view of it, without a copy; for the rest (weights that
+are joined or reordered) the function runs again on the real tensors of that group.
 """
 
 import copy
@@ -26,7 +25,7 @@ Named = list[tuple[str, LazyWeight]]
 
 
 class _Traced(Tensor):
-    """A tensor without data; `made_of` holds the names of the weights that it was made of."""
+    """A tensor without data that records the names of the weights that it was computed from, in `made_of`."""
 
     made_of: frozenset[str] = frozenset()
 
@@ -42,7 +41,7 @@ class _Traced(Tensor):
 
 
 def checkpoint_weights(skeleton: Any, live: dict[str, LazyWeight], fused_experts: bool) -> Named:
-    """The weights `live` of a transformers model as its checkpoint has them.
+    """The weights `live` of a transformers model, in the form of its checkpoint.
 
     Args:
         skeleton: the model's plain, unwrapped form, with its `published_conversions`; may be without data.
@@ -50,16 +49,16 @@ def checkpoint_weights(skeleton: Any, live: dict[str, LazyWeight], fused_experts
         fused_experts: leave fused experts as they are where only their split would change their names.
     """
     blank = {name: _blank(name, source) for name, source in live.items()}
-    made = _checkpoint_form(skeleton, blank)
+    traced = _checkpoint_form(skeleton, blank)
     named: Named = []
-    for origins, names in _groups(made):
-        if fused_experts and _is_split_of_experts(origins, names) and _all_views(made, names, blank[origins[0]]):
-            lie = sorted(names, key=lambda name: made[name].storage_offset())
-            named.append((origins[0], replace(live[origins[0]], parts=tuple(lie))))
-        elif len(origins) == 1 and _all_views(made, names, blank[origins[0]]):
-            named += _views(live[origins[0]], names, made)
+    for origins, names in _groups(traced):
+        if fused_experts and _is_split_of_experts(origins, names) and _all_views(traced, names, blank[origins[0]]):
+            in_order = sorted(names, key=lambda name: traced[name].storage_offset())
+            named.append((origins[0], replace(live[origins[0]], parts=tuple(in_order))))
+        elif len(origins) == 1 and _all_views(traced, names, blank[origins[0]]):
+            named += _views(live[origins[0]], names, traced)
         else:
-            named += _converted(skeleton, [live[name] for name in origins], names, made)
+            named += _converted(skeleton, [live[name] for name in origins], names, traced)
     return named
 
 
@@ -78,7 +77,7 @@ def published_conversions(skeleton: Any, loaded: list | None) -> list:
     from transformers.core_model_loading import PrefixChange, Transpose
 
     if loaded is None:
-        # As `save_pretrained` has it: nothing says which prefix a checkpoint had that there was none of.
+        # As `save_pretrained` does: without a checkpoint, its prefix is unknown.
         every = get_model_conversion_mapping(skeleton, add_legacy=False)
         loaded = [conversion for conversion in every if not isinstance(conversion, PrefixChange)]
     published = copy.deepcopy(loaded)
@@ -90,7 +89,7 @@ def published_conversions(skeleton: Any, loaded: list | None) -> list:
 
 
 def _checkpoint_form(skeleton: Any, named: dict[str, Any]) -> dict[str, Any]:
-    # What `save_pretrained` does with a state dict just before it writes it.
+    # The conversion that `save_pretrained` applies to a state dict before it writes it.
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(skeleton, dict(named))
@@ -110,11 +109,11 @@ def _traced(value: Any) -> Iterator[_Traced]:
             yield from _traced(item)
 
 
-def _groups(made: dict[str, _Traced]) -> list[tuple[list[str], list[str]]]:
-    """(weights, tensors of the checkpoint made of them): the smallest groups that can be made each by itself."""
+def _groups(traced: dict[str, _Traced]) -> list[tuple[list[str], list[str]]]:
+    """The smallest independent groups: (weights, tensors of the checkpoint that are computed from them)."""
     groups: list[tuple[list[str], list[str]]] = []
     home: dict[str, int] = {}
-    for name, tensor in made.items():
+    for name, tensor in traced.items():
         origins = sorted(tensor.made_of)
         near = sorted({home[origin] for origin in origins if origin in home})
         index = near[0] if near else len(groups)
@@ -130,52 +129,52 @@ def _groups(made: dict[str, _Traced]) -> list[tuple[list[str], list[str]]]:
     return [group for group in groups if group[1]]
 
 
-def _all_views(made: dict[str, _Traced], names: list[str], of: Tensor) -> bool:
-    return all(made[name].untyped_storage()._cdata == of.untyped_storage()._cdata for name in names)
+def _all_views(traced: dict[str, _Traced], names: list[str], of: Tensor) -> bool:
+    return all(traced[name].untyped_storage()._cdata == of.untyped_storage()._cdata for name in names)
 
 
 def _is_split_of_experts(origins: list[str], names: list[str]) -> bool:
-    whole = _FUSED.fullmatch(origins[0])
+    fused = _FUSED.fullmatch(origins[0])
     parts = [_OF_ONE_EXPERT.fullmatch(name) for name in names]
-    return whole is not None and len(origins) == 1 and all(p is not None and p[1] == whole[1] for p in parts)
+    return fused is not None and len(origins) == 1 and all(p is not None and p[1] == fused[1] for p in parts)
 
 
-def _views(source: LazyWeight, names: list[str], made: dict[str, _Traced]) -> Named:
-    cuts = [(made[name].shape, made[name].stride(), made[name].storage_offset()) for name in names]
+def _views(source: LazyWeight, names: list[str], traced: dict[str, _Traced]) -> Named:
+    cuts = [(traced[name].shape, traced[name].stride(), traced[name].storage_offset()) for name in names]
 
     def make() -> list[Tensor]:
-        whole = source.make().contiguous()
-        return [whole.as_strided(shape, stride, whole.storage_offset() + offset) for shape, stride, offset in cuts]
+        tensor = source.make().contiguous()
+        return [tensor.as_strided(shape, stride, tensor.storage_offset() + offset) for shape, stride, offset in cuts]
 
-    return _taken(SharedMaterialization(make), names, made, source.keep_dtype, live=source.live)
+    return _taken(SharedMaterialization(make), names, traced, source.keep_dtype, live=source.live)
 
 
-def _converted(skeleton: Any, sources: list[LazyWeight], names: list[str], made: dict[str, _Traced]) -> Named:
+def _converted(skeleton: Any, sources: list[LazyWeight], names: list[str], traced: dict[str, _Traced]) -> Named:
     def make() -> list[Tensor]:
-        whole = _checkpoint_form(skeleton, {source.name: source.make() for source in sources})
-        problems = [f"{name}: not made" for name in names if name not in whole]
-        problems += [f"{name}: made, but not from all weights together" for name in whole if name not in names]
+        converted = _checkpoint_form(skeleton, {source.name: source.make() for source in sources})
+        problems = [f"{name}: not made" for name in names if name not in converted]
+        problems += [f"{name}: made, but not from all weights together" for name in converted if name not in names]
         if problems:
             raise SyncError(f"transformers' conversion of {len(sources)} weights depends on others:{summary(problems)}")
-        return [whole[name] for name in names]
+        return [converted[name] for name in names]
 
-    return _taken(SharedMaterialization(make), names, made, all(source.keep_dtype for source in sources), live=False)
+    return _taken(SharedMaterialization(make), names, traced, all(source.keep_dtype for source in sources), live=False)
 
 
 def _taken(
-    together: SharedMaterialization, names: list[str], made: dict[str, _Traced], keep_dtype: bool, *, live: bool
+    together: SharedMaterialization, names: list[str], traced: dict[str, _Traced], keep_dtype: bool, *, live: bool
 ) -> Named:
     return [
         (
             name,
             LazyWeight(
                 name=name,
-                shape=torch.Size(made[name].shape),
-                dtype=made[name].dtype,
-                # Without a copy where the cut lies in one piece, as experts do.
+                shape=torch.Size(traced[name].shape),
+                dtype=traced[name].dtype,
+                # No copy if the view is contiguous, as for experts.
                 make=lambda index=index: together.take(index).contiguous(),
                 keep_dtype=keep_dtype,
-                live=live and made[name].is_contiguous(),
+                live=live and traced[name].is_contiguous(),
             ),
         )
         for index, name in enumerate(names)

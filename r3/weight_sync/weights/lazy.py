@@ -1,4 +1,4 @@
-"""A weight that is known before it is there: name, shape and dtype first, the tensor when its turn comes."""
+"""Lazily materialised weights: metadata now, the tensor on demand."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +11,16 @@ from r3.errors import SyncError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LazyWeight:
-    """A tensor that is made only when it is sent: gathered, merged, cut out of a larger one, or quantised.
+    """A weight that is materialised only when it is sent: gathered, merged, cut out of a larger one, or quantised.
 
     Attributes:
         name: for messages.
         shape, dtype: of what `make` returns.
         make: returns the tensor, which may be a view of the live weight: read it, do not write to it. Where the
             weight is sharded, every rank of its mesh must call it, in the same order.
-        keep_dtype: whether a sync leaves the dtype as it is, even when it casts the other weights to the engine's.
+        keep_dtype: whether a sync keeps the dtype, even if it casts the other weights to the engine's.
         live: whether `make` gives the weight itself or a contiguous view of it, and makes nothing.
-        parts: of a weight that is sent in one, though the checkpoint has it in parts of one shape: their names, in the
-            order in which they lie in it.
+        parts: names of the checkpoint's tensors, of one shape, that this weight holds fused, in order.
     """
 
     name: str
@@ -37,7 +36,7 @@ Weight = Tensor | LazyWeight
 
 
 def is_live(weight: Weight) -> bool:
-    """Whether `gathered(weight)` is the weight itself, in one piece, and makes nothing."""
+    """Whether `gathered(weight)` returns the live weight itself, contiguous and without a copy."""
     if isinstance(weight, LazyWeight):
         return weight.live
     return not is_sharded(weight) and weight.is_contiguous()
@@ -55,20 +54,20 @@ def gathered(weight: Weight) -> Tensor:
         SyncError: a `LazyWeight` whose weight has changed its shape or dtype since it was listed.
     """
     if isinstance(weight, LazyWeight):
-        whole = weight.make()
-        if (whole.shape, whole.dtype) != (weight.shape, weight.dtype):
-            is_now = f"{tuple(whole.shape)} {whole.dtype}"
+        tensor = weight.make()
+        if (tensor.shape, tensor.dtype) != (weight.shape, weight.dtype):
+            is_now = f"{tuple(tensor.shape)} {tensor.dtype}"
             raise SyncError(
                 f"{weight.name}: expected {tuple(weight.shape)} {weight.dtype} as listed, got {is_now}: the model "
                 "has changed since its weights were listed; list them again"
             )
-        return whole
-    whole = weight.detach()
-    if not is_sharded(whole):
-        return whole
-    on = whole.device_mesh.device_type  # pyrefly: ignore
+        return tensor
+    tensor = weight.detach()
+    if not is_sharded(tensor):
+        return tensor
+    on = tensor.device_mesh.device_type  # pyrefly: ignore
     # Shards that FSDP keeps in main memory are gathered by the backend of the mesh's device.
-    return (whole if whole.device.type == on else whole.to(on)).full_tensor()  # pyrefly: ignore
+    return (tensor if tensor.device.type == on else tensor.to(on)).full_tensor()  # pyrefly: ignore
 
 
 def as_source(name: str, weight: Weight) -> LazyWeight:
@@ -81,10 +80,10 @@ def as_source(name: str, weight: Weight) -> LazyWeight:
 
 
 class SharedMaterialization:
-    """Tensors that one call makes all of, to be taken one by one; each is let go of as it is taken.
+    """Tensors that are materialised by one call and taken one by one. Each is released when it is taken.
 
-    They are made anew whenever the one that was taken first is taken again, so that a pass that stopped half way leaves
-    nothing old for the next: every pass takes them in the same order, from the start.
+    They are materialised again when the tensor that was taken first is taken again, so that a pass that stopped half
+    way leaves nothing stale for the next: every pass takes them in the same order, from the start.
     """
 
     def __init__(self, make: Callable[[], list[Tensor]]) -> None:

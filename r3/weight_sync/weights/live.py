@@ -1,4 +1,4 @@
-"""The weights of a live Hugging Face model under transformers' own names, whatever wraps the model or parts of it."""
+"""The weights of a live Hugging Face model under transformers' own names, through any wrappers."""
 
 import re
 from collections.abc import Callable, Hashable, Iterator
@@ -14,14 +14,14 @@ from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization, gathe
 from r3.weight_sync.weights.peft_merge import is_tuner, live_choice, merged, tuned_module
 from r3.wrappers import CHECKPOINTED, COMPILED, FSDP1
 
-# Modules that hold one other module and stand in its place: torch.compile, activation checkpointing.
+# Wrappers of one module: torch.compile, activation checkpointing.
 _TRANSPARENT = (COMPILED, CHECKPOINTED)
-# What a whole model may be wrapped in, from the outside in: these, DistributedDataParallel, and PEFT's two levels.
+# Wrappers of a whole model, from the outside in: these, DistributedDataParallel, and PEFT's two levels.
 _AROUND = (*_TRANSPARENT, "module", "base_model", "model")
 
 
 @dataclass(frozen=True)
-class _Found:
+class _NamedWeight:
     """A weight in the module tree; `key` is the same for weights that are one tensor."""
 
     name: str
@@ -60,7 +60,7 @@ def hugging_face_model(model: nn.Module) -> tuple[Any, Any]:
 
 
 def live_weights(inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str, torch.Size]) -> dict[str, LazyWeight]:
-    """What a checkpoint of `inner` would hold: parameters and persistent buffers, by name, tied ones once.
+    """The weights that a checkpoint of `inner` would hold: parameters and persistent buffers, by name, tied ones once.
 
     Args:
         inner: a transformers model.
@@ -75,34 +75,34 @@ def live_weights(inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str,
     kept_in_float32 = sorted(getattr(inner, "_keep_in_fp32_modules_strict", None) or ())
     keep = re.compile("|".join(kept_in_float32).replace("*", ".*") or "(?!)")
     ignored = set(getattr(inner, "_keys_to_ignore_on_save", None) or ())
-    found = [weight for weight in _walk(inner, "", shard, keep) if weight.name not in ignored]
-    parts = [weight for weight in found if weight.source.shape != shapes.get(weight.name, weight.source.shape)]
+    weights = [weight for weight in _walk(inner, "", shard, keep) if weight.name not in ignored]
+    parts = [weight for weight in weights if weight.source.shape != shapes.get(weight.name, weight.source.shape)]
     if parts:
         raise SyncError(
             "weights have other shapes than the configuration says: are they local shards?"
             + summary(f"{w.name}: expected {tuple(shapes[w.name])}, got {tuple(w.source.shape)}" for w in parts)
         )
-    keys = {weight.name: weight.key for weight in found}
+    keys = {weight.name: weight.key for weight in weights}
     parted = [f"{n} and {of}" for n, of in tied.items() if n in keys and of in keys and keys[n] != keys[of]]
     if parted:
         raise SyncError(
             "weights that are one in the engine (tie_word_embeddings) are two in this model, perhaps because an "
             f"adapter or a wrapper parted them:{summary(parted)}\nKeep them tied, or train and serve them untied"
         )
-    kept: dict[Hashable, _Found] = {}
-    for weight in found:
+    kept: dict[Hashable, _NamedWeight] = {}
+    for weight in weights:
         before = kept.setdefault(weight.key, weight)
         if before is not weight and before.name in tied and weight.name not in tied:
             kept[weight.key] = weight
-    lost = [f"{w.name} and {kept[w.key].name}" for w in found if kept[w.key] is not w and w.name not in tied]
+    lost = [f"{w.name} and {kept[w.key].name}" for w in weights if kept[w.key] is not w and w.name not in tied]
     if lost:
         raise SyncError(
             f"weights share a tensor, and the configuration does not say that they are tied:{summary(lost)}"
         )
-    return {weight.name: weight.source for weight in found if kept[weight.key] is weight}
+    return {weight.name: weight.source for weight in weights if kept[weight.key] is weight}
 
 
-def _walk(module: nn.Module, name: str, shard: Any, keep: re.Pattern) -> Iterator[_Found]:
+def _walk(module: nn.Module, name: str, shard: Any, keep: re.Pattern) -> Iterator[_NamedWeight]:
     """The weights under `module`, which is called `name`; `shard` is the innermost FSDP module around it."""
     from torch.distributed.fsdp import FSDPModule
 
@@ -120,33 +120,35 @@ def _walk(module: nn.Module, name: str, shard: Any, keep: re.Pattern) -> Iterato
         for own, tensor in module._parameters.items():
             if tensor is not None:
                 source = _source(prefix + own, tensor, _reader(module, own, shard), bool(keep.search(prefix + own)))
-                yield _Found(prefix + own, id(tensor), source)
+                yield _NamedWeight(prefix + own, id(tensor), source)
         for own, tensor in module._buffers.items():
             if tensor is not None and own not in module._non_persistent_buffers_set:
                 # Buffers that a checkpoint holds (the correction biases of routers) are never cast by FSDP's mixed
                 # precision: the trainer computes with what is here, and vLLM declares them float32.
-                yield _Found(prefix + own, id(tensor), _source(prefix + own, tensor, _reader(module, own, shard), True))
+                yield _NamedWeight(
+                    prefix + own, id(tensor), _source(prefix + own, tensor, _reader(module, own, shard), True)
+                )
         for own, child in module._modules.items():
             if child is not None:
                 yield from _walk(child, prefix + own, shard, keep)
 
 
-def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_Found]:
-    """The weights of a layer with adapters, as they are once the active ones are merged."""
+def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_NamedWeight]:
+    """The weights of a layer with its active adapters merged."""
     bare = sorted(_walk(tuned_module(module), name, shard, keep), key=lambda weight: weight.name)
     own = [weight.name.removeprefix(f"{name}.") for weight in bare]
 
     def make() -> list[Tensor]:
         _reshard(shard)
-        whole = merged(module, gathered)
-        return [attrgetter(path)(whole).detach() for path in own]
+        merged_module = merged(module, gathered)
+        return [attrgetter(path)(merged_module).detach() for path in own]
 
     together = SharedMaterialization(make)
     for index, weight in enumerate(bare):
         take = lambda index=index: together.take(index)
         source = weight.source
-        # Two layers that share a weight part when one of them is merged.
-        yield _Found(
+        # Two layers that share a weight no longer do when one of them is merged.
+        yield _NamedWeight(
             weight.name,
             (id(module), index),
             LazyWeight(
@@ -175,6 +177,6 @@ def _reader(module: nn.Module, own: str, shard: Any) -> Callable[[], Tensor]:
 
 
 def _reshard(shard: Any) -> None:
-    """After a forward FSDP2 may leave weights gathered, in the dtype of the computation: go back to the true ones."""
+    """Reshard: after a forward FSDP2 may leave weights gathered, in the dtype of the computation."""
     if shard is not None:
         shard.reshard()

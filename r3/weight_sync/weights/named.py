@@ -2,10 +2,10 @@
 
     sync.push(named_weights(model), version=1)
 
-Names, shapes and dtypes are known at once; each tensor is made when its turn comes. Works with plain models and with
-what training wraps around them, in any order: FSDP2 (DTensor), torch.compile, activation checkpointing, PEFT,
-DistributedDataParallel. What transformers has fused for training is parted again by transformers' own code
-(`source_names`), adapters are merged by PEFT's own code (`source_merge`).
+Names, shapes and dtypes are known at once; each tensor is materialised when it is sent. Works with plain models and
+with the wrappers of training, in any order: FSDP2 (DTensor), torch.compile, activation checkpointing, PEFT,
+DistributedDataParallel. Weights that transformers fuses are split again by transformers' own code (`checkpoint_names`),
+adapters are merged by PEFT's own code (`peft_merge`).
 """
 
 import copy
@@ -39,8 +39,8 @@ def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tupl
       these float32, and the trainer computes with float32, so that rounding them would change which experts are
       chosen. All other weights may be cast: under mixed precision the trainer computes with cast ones too.
 
-    One weight is held whole at a time. Of weights that are cut out of one (experts), or merged together, that is the
-    one that they are cut from; a view that is kept keeps it.
+    One weight is held whole at a time. For weights that are cut out of one tensor (experts), or merged together, that
+    is the tensor that they are cut from; a view of it keeps it in memory.
 
     The list can be sent again after each step of the optimizer. It must be iterated in order, from the start, and on
     every rank of the mesh where the model is sharded.
@@ -56,20 +56,26 @@ def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tupl
     Raises:
         SyncError: no transformers model; weights that cannot be read where they are (FSDP1, ZeRO-3); weights that the
             engine holds as one are two; adapters that cannot be merged.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> weights = dict(named_weights(AutoModelForCausalLM.from_pretrained("examples/chain_sum_moe")))
+        >>> weights["model.norm.weight"].dtype
+        torch.bfloat16
     """
     inner, shard = hugging_face_model(model)
     skeleton = _skeleton(inner)
     shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     live = live_weights(inner, shard, dict(skeleton.all_tied_weights_keys), shapes)
-    if (found := whole_of(inner)) is not None:
-        skeleton, path = found
+    if (whole_model := whole_of(inner)) is not None:
+        skeleton, path = whole_model
         skeleton._weight_conversions = published_conversions(skeleton, None)
         live = {path + name: source for name, source in live.items()}
     return checkpoint_weights(skeleton, live, fused_experts)
 
 
 def _skeleton(inner: Any) -> Any:
-    """The model without data and without wrappers: transformers looks its conversions up by class and module path."""
+    """The model without data and wrappers: transformers looks up its conversions by class and module path."""
     if getattr(inner, "hf_quantizer", None) is not None:
         raise SyncError(f"{type(inner).__name__} is quantised: expected full-precision weights to train and send")
     with torch.device("meta"):

@@ -19,15 +19,15 @@ def is_tuner(module: nn.Module) -> bool:
 
 
 def live_choice(module: nn.Module) -> nn.Module | None:
-    """The module that works in the place of `module`, one of PEFT's `modules_to_save`; None if it is no such wrapper.
+    """The module that PEFT's `modules_to_save` wrapper `module` runs now; None if `module` is no such wrapper.
 
     Raises:
         SyncError: a wrapper that trains part of a module.
     """
-    other = _peft("peft.utils.other")
-    if other is None or not isinstance(module, other.AuxiliaryTrainingWrapper):
+    wrappers = _peft("peft.utils.other")
+    if wrappers is None or not isinstance(module, wrappers.AuxiliaryTrainingWrapper):
         return None
-    if not isinstance(module, other.ModulesToSaveWrapper):
+    if not isinstance(module, wrappers.ModulesToSaveWrapper):
         raise SyncError(
             f"PEFT's {type(module).__name__} cannot be merged on the fly: use modules_to_save, or LoRA of the layer"
         )
@@ -37,7 +37,7 @@ def live_choice(module: nn.Module) -> nn.Module | None:
 
 
 def tuned_module(module: Any) -> nn.Module:
-    """The layer that a tuner was put on.
+    """The layer that the tuner wraps.
 
     Raises:
         SyncError: this kind of tuner does not merge, or there are others below it.
@@ -53,25 +53,25 @@ def tuned_module(module: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def merged(module: Any, whole: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of the layer that the tuner `module` was put on, its active adapters merged in as `merge_and_unload` does.
+def merged(module: Any, gather: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of the layer that the tuner `module` wraps, with its active adapters merged as `merge_and_unload` does.
 
     Holds one layer and its adapters, whole: of fused experts, all experts of a decoder layer.
 
     Args:
-        module: left as it is.
-        whole: returns the tensor whose part or whole it is given; is called for each weight, in an order of its own
-            that is the same on all ranks.
+        module: the tuner, which is not changed.
+        gather: returns the full tensor of a shard or of a whole tensor; is called for each weight, in an order of its
+            own that is the same on all ranks.
     """
-    twin: Any = _twin(module, whole)
+    twin: Any = _twin(module, gather)
     if hasattr(twin, "unload_and_optionally_merge_module"):
         return twin.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     twin.merge(safe_merge=False, adapter_names=None)
     return twin.get_base_layer()
 
 
-def _twin(module: nn.Module, whole: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A module that merges as `module` does and shares no weight with it, nor a list that says what is merged."""
+def _twin(module: nn.Module, gather: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of `module` that merges as it does, and shares neither weights nor the lists of merged adapters."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(module, FSDPModule):
@@ -81,17 +81,17 @@ def _twin(module: nn.Module, whole: Callable[[Tensor], Tensor]) -> nn.Module:
     twin.__dict__ = {k: copy.copy(v) if isinstance(v, containers) else v for k, v in module.__dict__.items()}
 
     def of(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else whole(tensor).clone()
+        return None if tensor is None else gather(tensor).clone()
 
     twin._parameters = {
         name: None if tensor is None else nn.Parameter(of(tensor), requires_grad=False)  # pyrefly: ignore
         for name, tensor in module._parameters.items()
     }
     twin._buffers = {name: of(tensor) for name, tensor in module._buffers.items()}
-    twin._modules = {name: None if child is None else _twin(child, whole) for name, child in module._modules.items()}
+    twin._modules = {name: None if child is None else _twin(child, gather) for name, child in module._modules.items()}
     return twin
 
 
 def _peft(name: str) -> Any:
-    """A module of PEFT, if PEFT is loaded: a model that was not made by it needs none."""
+    """A module of PEFT, or None if PEFT is not loaded: the model then has no adapters."""
     return sys.modules.get(name)

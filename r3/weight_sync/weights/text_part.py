@@ -1,4 +1,4 @@
-"""The text part of a larger model, whose checkpoint knows it by a path and a layout of its own."""
+"""Text-only models of multimodal families, whose checkpoints hold the text part under another path and layout."""
 
 import copy
 import sys
@@ -12,7 +12,7 @@ _HEADS = ("ForConditionalGeneration", "ForCausalLM")
 
 
 def whole_of(inner: Any) -> tuple[Any, str] | None:
-    """The model that `inner` is the text part of, without data, and where it lies in it, with a dot at the end.
+    """The multimodal model whose text part is `inner`, without data, and the path of `inner` in it, ending with a dot.
 
     None if `inner` is no part (a configuration says that of itself), or its family has several models around it: what
     an engine calls its weights is then not known here.
@@ -31,9 +31,9 @@ def whole_of(inner: Any) -> tuple[Any, str] | None:
     if len(around) != 1:
         return None
     with torch.device("meta"):
-        whole = around[0](around[0].config_class(text_config=copy.deepcopy(inner.config)))  # pyrefly: ignore
-    paths = [name for name, module in whole.named_modules() if type(module) is part]
-    return (whole, f"{paths[0]}.") if len(paths) == 1 else None
+        whole_model = around[0](around[0].config_class(text_config=copy.deepcopy(inner.config)))  # pyrefly: ignore
+    paths = [name for name, module in whole_model.named_modules() if type(module) is part]
+    return (whole_model, f"{paths[0]}.") if len(paths) == 1 else None
 
 
 def _has_text_of(cls: Any, config: type) -> bool:

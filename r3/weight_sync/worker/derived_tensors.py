@@ -1,12 +1,13 @@
-"""What vLLM's layers hold besides weights, and whether a sync has brought it up to date. Runs in the engine's workers.
+"""Tensors that vLLM's layers derive from weights, and whether a sync has updated them. Runs in the engine's workers.
 
-vLLM's layerwise reload makes anew what quantisation methods and attention layers derive. Models hold more: views of a
+vLLM's layerwise reload recomputes what quantisation methods and attention layers derive. Models hold more: views of a
 weight that CPU builds pack into other memory (Mamba's `conv_weights`), copies in another precision, weights that are
-fused after loading or at the first forward. After a reload these are as they were, and nothing says so.
+fused after loading or at the first forward. A reload leaves these stale without an error.
 
-So a model is looked at three times, and each floating-point tensor that is no parameter is one of these:
+So a model is inspected when it has been built, before a bracket and after it. Each floating-point tensor that is no
+parameter is one of these:
 - a constant: there when the model had been built, and the same when its weights were loaded (rotary tables);
-- a view: it shared a parameter's memory when the model had been built. If it no longer does, it is copied anew;
+- a view: it shared a parameter's memory when the model had been built. If it no longer does, it is copied again;
 - derived: all others. The first complete sync must have made or written each of them, else it is refused by name.
 
 Not seen: integers, and what a kernel of its own writes that PyTorch's dispatcher knows nothing of (refused then, though
@@ -59,7 +60,7 @@ class Origins:
 
 
 def note_origins(model: nn.Module) -> None:
-    """Note what `model` holds; called when it has been built, and before any weight is loaded."""
+    """Record the tensors of `model`. Called after it has been built, and before any weight is loaded."""
     parameters: dict[int, tuple[str, str, Tensor]] = {}
     for name, layer in model.named_modules():
         for own, tensor in layer._parameters.items():
@@ -67,10 +68,10 @@ def note_origins(model: nn.Module) -> None:
                 parameters.setdefault(storage_of(tensor), (name, own, tensor))
     origins = Origins()
     for path, tensor in beside(model):
-        if (found := parameters.get(storage_of(tensor))) is None:
+        if (home := parameters.get(storage_of(tensor))) is None:
             origins.constants[path] = (layout_of(tensor), _content(tensor))
         else:
-            layer, own, parameter = found
+            layer, own, parameter = home
             offset = int(tensor.storage_offset()) - int(parameter.storage_offset())
             region = Region(size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=offset)
             origins.views[path] = View(layer=layer, parameter=own, region=region)
@@ -80,16 +81,17 @@ def note_origins(model: nn.Module) -> None:
 def watch_construction() -> None:
     """Have `note_origins` called on every model that vLLM builds in this process from here on.
 
-    Where this vLLM has no such point nothing is known of its models, and a warning says so.
+    If this vLLM has no hook for it, nothing is known of its models, and a warning says so.
     """
     on_model_built(note_origins, _KEY)
 
 
 class DerivedTensors:
-    """The tensors of one model that a bracket must bring up to date besides its parameters: see the module.
+    """The tensors of one model that a bracket must update besides its parameters: see the module's docstring.
 
     Args:
-        model: the worker's model. Of one that was built before `watch_construction` nothing is known, or refused.
+        model: the worker's model. If it was built before `watch_construction`, nothing is known of it, and nothing
+            refused.
         caches: storages of the caches of keys, values and states, which are no weights.
         constants: patterns of paths (`*.scale`) that are known to be none of the weights' business.
 
@@ -108,14 +110,14 @@ class DerivedTensors:
         self.views = self._parted_views()
 
     def _parted_views(self) -> dict[str, list[tuple[Tensor, View]]]:
-        found: dict[str, list[tuple[Tensor, View]]] = {}
+        parted: dict[str, list[tuple[Tensor, View]]] = {}
         origins = {} if self._origins is None else self._origins.views
         for path, tensor in beside(self._model) if origins else ():
             if (view := origins.get(path)) is not None:
                 parameter = self._modules[view.layer]._parameters.get(view.parameter)
                 if parameter is None or storage_of(parameter) != storage_of(tensor):
-                    found.setdefault(view.layer, []).append((tensor, view))
-        return found
+                    parted.setdefault(view.layer, []).append((tensor, view))
+        return parted
 
     @cached_property
     def kept_buffers(self) -> list[tuple[str, str]]:
@@ -123,7 +125,7 @@ class DerivedTensors:
         them, and they were views of parameters when the model had been built, or have been the same ever since."""
         if self._origins is None:
             return []
-        found = []
+        buffers = []
         for path in (*self._origins.views, *self._origins.constants):
             layer, _, name = path.rpartition(".")
             module = self._modules.get(layer)
@@ -131,8 +133,8 @@ class DerivedTensors:
                 continue
             constant = self._origins.constants.get(path)
             if constant is None or (module._parameters and _is_content(module._buffers[name], *constant)):
-                found.append((layer, name))
-        return found
+                buffers.append((layer, name))
+        return buffers
 
     def refresh(self, layer: str) -> None:
         """Copy into the views of `layer`'s parameters what these hold now: weights as they were loaded."""
@@ -141,7 +143,7 @@ class DerivedTensors:
 
     @contextmanager
     def refreshing(self) -> Iterator[None]:
-        """In this context, views are copied from their weights when these have been loaded, before they are packed."""
+        """Context in which views are copied from their weights when these have been loaded, before they are packed."""
         methods = [(name, self._modules[name].quant_method) for name in self.views if self.processed(name)]
         for name, method in methods:
             method.process_weights_after_loading = self._refresh_first(name, method)
@@ -165,7 +167,7 @@ class DerivedTensors:
         return hasattr(getattr(self._modules[layer], "quant_method", None), "process_weights_after_loading")
 
     def look(self) -> None:
-        """Note what there is before a bracket is opened."""
+        """Record the derived tensors before a bracket is opened."""
         self._before = {}
         if self._origins is None:
             logger.warning("Not known how this model was built: what derives from its weights is not looked at")
@@ -180,11 +182,11 @@ class DerivedTensors:
                 self._before[path] = tensor  # which keeps its storage's address from being used again
 
     def written_by(self, written: Collection[int]) -> list[str]:
-        """Paths of what `look` has noted whose memory is among `written`."""
+        """Paths of the tensors recorded by `look` whose memory is among `written`."""
         return [path for path, tensor in self._before.items() if storage_of(tensor) in written]
 
     def stale(self, written: Collection[int]) -> list[str]:
-        """What a bracket has neither made nor written since `look`, and what cannot be refreshed.
+        """Paths of tensors that a bracket has not replaced or written since `look`, or that cannot be refreshed.
 
         Args:
             written: storages that were written while the bracket was open.
@@ -210,8 +212,8 @@ def beside(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _content(tensor: Tensor) -> Tensor | int:
-    whole = tensor.detach().to("cpu", copy=True).contiguous()
-    return whole if whole.nbytes <= _COPIED_BYTES else digest(whole)
+    on_cpu = tensor.detach().to("cpu", copy=True).contiguous()
+    return on_cpu if on_cpu.nbytes <= _COPIED_BYTES else digest(on_cpu)
 
 
 def _is_content(tensor: Tensor, layout: TensorLayout, content: Tensor | int) -> bool:

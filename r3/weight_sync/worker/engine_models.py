@@ -1,4 +1,4 @@
-"""The models of one worker that a sync brings weights to: the engine's, and a draft model that is the same.
+"""The models of one worker that a sync updates: the engine's, and a draft model of the same checkpoint.
 
 Speculative decoding has a second model. One that was loaded from the same checkpoint drafts well only while it has the
 weights of the first, so it gets them in the same sync. Any other keeps what it was loaded with: what is sampled stays
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, eq=False)
 class SyncedModel:
-    """One model, and what is known of it from one sync to the next.
+    """One model, and what is kept of it from one sync to the next.
 
     Attributes:
         name: for messages; empty for the engine's own model.
@@ -39,7 +39,7 @@ class SyncedModel:
 
 @dataclass(kw_only=True, eq=False)
 class EngineModels:
-    """Those of a worker.
+    """The models of a worker.
 
     Attributes:
         synced: the engine's model first.
@@ -57,20 +57,20 @@ class EngineModels:
         synced = lambda name, model: SyncedModel(
             name=name, model=model, vllm_config=vllm_config, derived=DerivedTensors(model, caches)
         )
-        found = cls(synced=[synced("", target)])
+        models = cls(synced=[synced("", target)])
         if draft is not None:
-            found.draft = _why_kept(target, draft, vllm_config)
-            if not found.draft:
-                found.draft = "synced"
-                found.synced.append(synced("draft model", draft))
-        return found
+            models.draft = _why_kept(target, draft, vllm_config)
+            if not models.draft:
+                models.draft = "synced"
+                models.synced.append(synced("draft model", draft))
+        return models
 
     def bracket(self, *, constants: Collection[str] = (), planned: bool = True, **options: Any) -> "EngineReload":
         """For the next sync. `constants`: see `DerivedTensors`; `planned`: whether load plans are used."""
-        for one in self.synced:
-            one.derived.known_constants = constants
+        for synced in self.synced:
+            synced.derived.known_constants = constants
             if not planned:
-                one.plan = None
+                synced.plan = None
         return EngineReload(self.synced, **options)
 
 
@@ -80,14 +80,15 @@ class EngineReload:
     def __init__(self, models: list[SyncedModel], **options: Any) -> None:
         self._models = models
         self._brackets = [
-            LayerwiseReload(one.model, one.vllm_config, one.plan, derived=one.derived, **options) for one in models
+            LayerwiseReload(synced.model, synced.vllm_config, synced.plan, derived=synced.derived, **options)
+            for synced in models
         ]
 
     @property
     def layers(self) -> dict[str, nn.Module]:
         return {
-            f"{one.name}: {name}" if one.name else name: layer
-            for one, bracket in zip(self._models, self._brackets, strict=True)
+            f"{synced.name}: {name}" if synced.name else name: layer
+            for synced, bracket in zip(self._models, self._brackets, strict=True)
             for name, layer in bracket.layers.items()
         }
 
@@ -124,9 +125,9 @@ class EngineReload:
             bracket.finish()
 
     def commit(self) -> None:
-        """Keep what the brackets have learned for the next sync."""
-        for one, bracket in zip(self._models, self._brackets, strict=True):
-            one.plan = bracket.learned
+        """Keep the load plans that the brackets have learned, for the next sync."""
+        for synced, bracket in zip(self._models, self._brackets, strict=True):
+            synced.plan = bracket.learned
 
     def abandon(self) -> None:
         for bracket in self._brackets:
@@ -134,8 +135,8 @@ class EngineReload:
 
     def _named(self, ask: Callable[[LayerwiseReload], list[str]]) -> list[str]:
         return [
-            f"{one.name}: {text}" if one.name else text
-            for one, bracket in zip(self._models, self._brackets, strict=True)
+            f"{synced.name}: {text}" if synced.name else text
+            for synced, bracket in zip(self._models, self._brackets, strict=True)
             for text in ask(bracket)
         ]
 
@@ -153,7 +154,7 @@ def _draft_of(runner: Any) -> Any:
 
 
 def _why_kept(target: nn.Module, draft: nn.Module, vllm_config: Any) -> str:
-    """Why a draft model cannot get the weights of the engine's; empty if it can."""
+    """Why a draft model cannot take the weights of the engine's model; empty if it can."""
     path = getattr(getattr(vllm_config.speculative_config, "draft_model_config", None), "model", None)
     if type(draft) is not type(target) or path != vllm_config.model_config.model:
         why = f"keeps the weights that it was loaded with: {type(draft).__name__} of {path} is another model"
@@ -165,12 +166,12 @@ def _why_kept(target: nn.Module, draft: nn.Module, vllm_config: Any) -> str:
     return why
 
 
-def caches_in(found: Any) -> Iterator[Tensor]:
+def caches_in(caches: Any) -> Iterator[Tensor]:
     """The tensors of a model runner's caches, however they are nested."""
-    if isinstance(found, Tensor):
-        yield found
-    elif isinstance(found, dict):
-        yield from caches_in(list(found.values()))
-    elif isinstance(found, (list, tuple)):
-        for one in found:
-            yield from caches_in(one)
+    if isinstance(caches, Tensor):
+        yield caches
+    elif isinstance(caches, dict):
+        yield from caches_in(list(caches.values()))
+    elif isinstance(caches, (list, tuple)):
+        for cache in caches:
+            yield from caches_in(cache)

@@ -34,7 +34,7 @@ watch_construction()
 
 
 class _RefusedError(RuntimeError):
-    """A call that was turned away before it touched a weight: the worker is as it was."""
+    """A call that was refused before it touched a weight: the worker's state is unchanged."""
 
 
 class WeightSyncWorker:
@@ -89,9 +89,9 @@ class WeightSyncWorker:
         return self._r3_reply(lambda state: self._r3_open(state, self._r3_of(state, sync_id, SyncState.RESERVED), sync))
 
     def r3_load(self, sync_id: str, index: int, chunks: list[Announced]) -> Reply:
-        """Receive `chunks`, of which the first is number `index` of the sync, load them, and finish after the last one.
+        """Receive and load `chunks`, the first of which is number `index` of the sync. The last one finishes loading.
 
-        On a GPU that is queued by the time of the answer, which says that no chunk before `index` is needed any more.
+        On a GPU loading is queued when this answers. The answer says that no chunk before `index` is needed any more.
         """
 
         def load(state: WorkerState) -> Reply:
@@ -114,7 +114,7 @@ class WeightSyncWorker:
         return self._r3_reply(load)
 
     def r3_seal(self, sync_id: str, digests: dict[str, int]) -> Reply:
-        """Check that everything has come as it was sent. Answers the digest of all."""
+        """Check that every tensor has arrived as it was sent. Answers the digest of all of them."""
 
         def seal(state: WorkerState) -> Reply:
             sync = self._r3_of(state, sync_id, SyncState.OPEN)
@@ -134,14 +134,14 @@ class WeightSyncWorker:
                     _zero(self.model_runner.kv_caches)
                 if self.model_runner.device.type == "cuda":
                     torch.cuda.synchronize(self.model_runner.device)
-                state.receiver.settle()
+                state.receiver.flush()
             sync.sealed, sync.state = sealed, SyncState.SEALED
             return {"digest": sync.sealed, "stages_s": sync.clock.stages_s}
 
         return self._r3_reply(seal)
 
     def r3_commit(self, sync_id: str) -> Reply:
-        """The sealed weights are the committed ones from here on. The worker stays reserved until `r3_release`."""
+        """Commit the sealed weights. The worker stays reserved until `r3_release`."""
 
         def commit(state: WorkerState) -> Reply:
             sync = self._r3_of(state, sync_id, SyncState.SEALED)
@@ -155,7 +155,7 @@ class WeightSyncWorker:
         return self._r3_reply(commit)
 
     def r3_release(self, sync_id: str) -> Reply:
-        """The end of a sync: another may reserve this worker."""
+        """End the sync: another sender may reserve this worker."""
 
         def release(state: WorkerState) -> Reply:
             self._r3_of(state, sync_id, SyncState.COMMITTED)
@@ -165,7 +165,7 @@ class WeightSyncWorker:
         return self._r3_reply(release)
 
     def r3_abort(self, sync_id: str, cause: str) -> Reply:
-        """Give up the sync, also one that is reserved only later: the calls of a sender that ends early may cross.
+        """Abort the sync, also one whose reservation arrives later: calls of a sender that ends early may cross.
 
         The worker is poisoned, unless no weight was touched.
         """
@@ -178,30 +178,30 @@ class WeightSyncWorker:
 
         return self._r3_reply(abort)
 
-    def _r3_open(self, state: WorkerState, sync: ReceivedSync, given: dict[str, Any]) -> Reply:
-        offer, complete = given["offer"], given["base_version"] is None
+    def _r3_open(self, state: WorkerState, sync: ReceivedSync, request: dict[str, Any]) -> Reply:
+        offer, complete = request["offer"], request["base_version"] is None
         if offer["transport"] not in RECEIVERS:
             raise _RefusedError(f"expected a transport of {sorted(RECEIVERS)}, got {offer['transport']!r}")
-        base = state.base if given["keep_base"] else None
-        if not complete and (base is None or base.version != given["base_version"] or state.cause):
-            raise _RefusedError(f"this worker has no base of version {given['base_version']}: send a complete sync")
-        self._r3_check_quantization(given["manifest"])
-        kept = self._r3_kept(state, given)
+        base = state.base if request["keep_base"] else None
+        if not complete and (base is None or base.version != request["base_version"] or state.cause):
+            raise _RefusedError(f"this worker has no base of version {request['base_version']}: send a complete sync")
+        self._r3_check_quantization(request["manifest"])
+        kept = self._r3_kept(state, request)
         sync.kept = frozenset(layer for layers in kept.values() for layer in layers)
-        sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in given["manifest"].items()}
+        sync.manifest = {name: (tuple(shape), dtype) for name, (shape, dtype) in request["manifest"].items()}
         if state.models is None:
             state.models = EngineModels.of(self.model_runner, self.vllm_config)
-        sync.reload = state.models.bracket(kept=sync.kept, constants=given["constants"], planned=given["load_plan"])
+        sync.reload = state.models.bracket(kept=sync.kept, constants=request["constants"], planned=request["load_plan"])
         if misfits := sync.reload.misfits(sync.manifest):
             raise _RefusedError(
                 f"what is sent does not fit the engine, of which no weight was touched:{summary(misfits)}"
                 + remedy(misfits, sync.manifest)
             )
-        if given["keep_base"]:
+        if request["keep_base"]:
             base = base or DeltaBase()
             base.begin(complete)
         sync.base = state.base = base
-        self._r3_join(state, given)
+        self._r3_join(state, request)
         if not isinstance(self.model_runner.execute_model, BatchGuard):
             BatchGuard(self.model_runner, lambda: state.why_no_batch)
         sync.state = SyncState.OPEN
@@ -209,17 +209,17 @@ class WeightSyncWorker:
         sync.renew()
         return {"draft": state.models.draft, "kept": kept}
 
-    def _r3_kept(self, state: WorkerState, given: dict[str, Any]) -> dict[str, list[str]]:
+    def _r3_kept(self, state: WorkerState, request: dict[str, Any]) -> dict[str, list[str]]:
         try:
-            kept = kept_layers(self.model_runner.model, given["frozen"], given["manifest"])
+            kept = kept_layers(self.model_runner.model, request["frozen"], request["manifest"])
         except ValueError as error:
             raise _RefusedError(str(error)) from error
         if state.cause:
-            spoilt = {layer for layers in kept.values() for layer in layers} - state.untouched
-            if spoilt:
+            half_loaded = {layer for layers in kept.values() for layer in layers} - state.untouched
+            if half_loaded:
                 raise _RefusedError(
                     f"layers to be kept may be half-loaded since a sync failed ({state.cause}): push once without "
-                    f"frozen={list(given['frozen'])}, or start the engine anew:{summary(sorted(spoilt))}"
+                    f"frozen={list(request['frozen'])}, or start the engine anew:{summary(sorted(half_loaded))}"
                 )
         return kept
 
@@ -257,7 +257,7 @@ class WeightSyncWorker:
         sync.chunks += 1
 
     def _r3_finish(self, sync: ReceivedSync, receiver: Receiver) -> None:
-        """Everything has come: let vLLM finish its layers. A GPU may still copy, and is not waited for."""
+        """All chunks have arrived: let vLLM finish its layers. Does not wait for copies on a GPU."""
         assert sync.reload is not None
         with sync.clock.stage("finish"):
             # What follows may wait for the device, and would without end where the other side has died.
@@ -281,7 +281,7 @@ class WeightSyncWorker:
         return state.sync
 
     def _r3_wait_for_the_call_before(self, sync: ReceivedSync) -> None:
-        """On a GPU copies are queued: this bounds how many chunks hold memory, and is what `r3_load` promises."""
+        """Wait for the previous call's copies on a GPU: bounds how many chunks hold memory, as `r3_load` promises."""
         if sync.loaded is not None:
             with sync.clock.stage("wait"):
                 wait_until(sync.loaded.query, lambda: False, sync.lease_s, "the copies of the call before")
@@ -345,6 +345,6 @@ def _drop_receiver(state: WorkerState) -> None:
 
 
 def _zero(caches: Any) -> None:
-    """Clear KV caches: what a half-loaded model wrote, NaN perhaps, outlives a reset of the prefix cache."""
+    """Clear KV caches: values that a half-loaded model wrote, perhaps NaN, survive a reset of the prefix cache."""
     for cache in caches_in(caches):
         cache.zero_()

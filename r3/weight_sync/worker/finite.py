@@ -1,4 +1,4 @@
-"""Whether an engine's scales and FP8 weights hold numbers: vLLM leaves those that were not sent as the memory was."""
+"""Checks that an engine's FP8 weights and scales are finite: vLLM leaves those that were not sent uninitialised."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -10,27 +10,27 @@ Names = list[tuple[str, str]]
 
 
 def check_finite_engine(model: nn.Module) -> list[str]:
-    """What is wrong with the FP8 weights and scales of vLLM's `model`, by name; empty if nothing is.
+    """Problems of the FP8 weights and scales of vLLM's `model`, with their names; empty if there are none.
 
-    An expert's scale that was not sent is left as the memory happened to be: NaN, or zero. Looks at FP8 tensors and at
-    whatever has "scale" in its name, parameters and buffers.
+    A scale that was not sent is uninitialised memory: NaN, or zero. Checks FP8 tensors, and parameters and buffers with
+    "scale" in their names.
     """
     return queue_finite_check(dict(model.named_modules()))()
 
 
 @torch.no_grad()
 def queue_finite_check(layers: Mapping[str, nn.Module]) -> Callable[[], list[str]]:
-    """`check_finite_engine` of the model with these modules: queued on a GPU, which the answer waits for, once."""
-    found: dict[torch.device, tuple[list[tuple[Names, str]], list[Tensor]]] = {}
+    """Queue `check_finite_engine` for a model with these modules. The returned function waits for the GPU, once."""
+    queued: dict[torch.device, tuple[list[tuple[Names, str]], list[Tensor]]] = {}
     with torch._C.DisableTorchFunctionSubclass():  # vLLM's parameters go through Python whenever they are touched
         for names, is_scale, rows in _to_check(layers):
             for problem, bad in _problems(rows, is_scale):
-                checked, flags = found.setdefault(rows.device, ([], []))
+                checked, flags = queued.setdefault(rows.device, ([], []))
                 checked.append((names, problem))
                 flags.append(bad)
 
     def wrong() -> Iterator[str]:
-        for checked, flags in found.values():
+        for checked, flags in queued.values():
             bad = iter(torch.cat(flags).tolist())
             for names, problem in checked:
                 yield from (f"{layer}.{own}".strip(".") + f": {problem}" for layer, own in names if next(bad))
@@ -65,7 +65,7 @@ _NAN_BITS = {
 
 
 def _problems(rows: Tensor, is_scale: bool) -> Iterator[tuple[str, Tensor]]:
-    """What can be wrong, and bool `[rows]`."""
+    """Each possible problem, and bool `[rows]`: which rows have it."""
     if rows.dtype in _NAN_BITS:
         mask, pattern = _NAN_BITS[rows.dtype]
         yield "holds NaN", ((rows.view(torch.uint8) & mask) == pattern).any(1)

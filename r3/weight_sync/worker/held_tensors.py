@@ -46,7 +46,7 @@ def _inside(value: Any) -> list[tuple[str, Any]]:
         return [(".__self__", value.__self__)]
     if inspect.isfunction(value):
         inner = [*(value.__closure__ or ()), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        return [(f".<closure {index}>", one) for index, one in enumerate(inner)]
+        return [(f".<closure {index}>", cell) for index, cell in enumerate(inner)]
     if isinstance(value, CellType):
         return [("", value.cell_contents)] if value != CellType() else []
     if type(value).__module__.startswith(_CLOSED):

@@ -1,7 +1,7 @@
-"""What an engine keeps when a sync leaves out part of the checkpoint on purpose. Runs in the engine's workers.
+"""Layers that keep their weights when a sync leaves out frozen modules. Runs in the engine's workers.
 
-The sender names module paths of the checkpoint (`model.visual`); vLLM's own map says what its model calls them. What
-lies below must get nothing in this sync, and all other layers everything, as ever.
+The sender names module paths of the checkpoint (`model.visual`); vLLM's own map gives the names in its model. Layers
+below these must receive nothing in this sync, and all other layers everything.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from r3.errors import summary
 
 
 def kept_layers(model: Any, frozen: Iterable[str], sent: Iterable[str]) -> dict[str, list[str]]:
-    """By path of `frozen`: the layers with weights of their own that lie there in `model`, vLLM's.
+    """For each path of `frozen`, the layers of vLLM's `model` below it that have weights of their own.
 
     Args:
         model: a model of vLLM's.
@@ -19,7 +19,7 @@ def kept_layers(model: Any, frozen: Iterable[str], sent: Iterable[str]) -> dict[
         sent: names of the checkpoint's tensors that will come.
 
     Raises:
-        ValueError: tensors will come for what is to be kept.
+        ValueError: the sync sends tensors of a frozen module.
     """
     paths = {path: _in_engine(model, path) for path in frozen}
     below = tuple(paths.values())
@@ -30,7 +30,7 @@ def kept_layers(model: Any, frozen: Iterable[str], sent: Iterable[str]) -> dict[
 
 
 def _in_engine(model: Any, path: str) -> str:
-    """The engine's name for `path` of the checkpoint, with a dot at its end; empty if vLLM passes over it."""
+    """The engine's name for `path` of the checkpoint, with a dot at its end; empty if vLLM skips it."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    found = [f"{path}."] if mapper is None else mapper.apply_list([f"{path}."])
-    return found[0] if found else ""
+    names = [f"{path}."] if mapper is None else mapper.apply_list([f"{path}."])
+    return names[0] if names else ""

@@ -1,8 +1,8 @@
-"""Whether what a sync announces fits the engine's model, found out before a weight is touched.
+"""Dry run of a sync: whether its manifest fits the engine's model, before a weight is touched.
 
 vLLM's own loaders are given tensors without memory, while the model's are without memory too: they cut, fuse, count and
-compare shapes as they always do, and nothing is copied. What does not fit is named with both shapes and, where it can
-be told, the likely cause.
+compare shapes as they always do, and nothing is copied. Misfits are reported with both shapes and, if it can be
+inferred, the likely cause.
 """
 
 import logging
@@ -17,7 +17,7 @@ from r3.weight_sync.worker.load_plan.plan import Manifest
 
 logger = logging.getLogger(__name__)
 
-# What people's models have in front of names, or lack, when they send another module than the engine has.
+# Prefixes that names have or lack when another module is sent than the engine has.
 _PREFIXES = ("model.", "language_model.", "model.language_model.", "language_model.model.")
 _MANY = 8  # problems, after which no more are looked for
 
@@ -25,7 +25,7 @@ _MANY = 8  # problems, after which no more are looked for
 def rehearse(
     model: nn.Module, manifest: Manifest, bracket: Callable[[], Any], missing: Callable[[], list[str]]
 ) -> list[str]:
-    """What is wrong with `manifest`, one line each; what cannot be told without the numbers is left to the sync.
+    """Problems of `manifest`, one line each. What depends on the values is left to the sync itself.
 
     Args:
         model: as the engine computes with it; it is left as it was.
@@ -42,10 +42,10 @@ def rehearse(
         originals = (layerwise._layerwise_process, layerwise.get_numel_loaded)
         layerwise._layerwise_process, layerwise.get_numel_loaded = (lambda layer, info: None), loaded
         try:
-            problems, whole = _feed(model, manifest, loaded)
+            problems, all_seen = _feed(model, manifest, loaded)
         finally:
             layerwise._layerwise_process, layerwise.get_numel_loaded = originals
-        if not problems and whole:
+        if not problems and all_seen:
             problems = [
                 f"{layer}: not all of its weights are sent, or vLLM's reload passes over them" for layer in missing()
             ]
@@ -53,10 +53,10 @@ def rehearse(
 
 
 def likely_cause(manifest: Manifest, problems: list[str], again: Callable[[Manifest], list[str]]) -> str:
-    """What explains `problems`, if other names for the same tensors have fewer; else empty.
+    """A likely cause of `problems`: other names for the same tensors have fewer of them. Empty if there is none.
 
     Args:
-        again: the problems of another manifest.
+        again: returns the problems of another manifest.
     """
     if any("vocabulary" in problem for problem in problems):
         return ""
@@ -70,7 +70,7 @@ def likely_cause(manifest: Manifest, problems: list[str], again: Callable[[Manif
         named.append((f"without `{first}` before each name", lambda name: name[len(first) :]))
     best: tuple[int, str] | None = None
     for text, rename in named:
-        left = again({rename(name): what for name, what in manifest.items()})
+        left = again({rename(name): shape_and_dtype for name, shape_and_dtype in manifest.items()})
         if len(left) < len(problems) and len(left) <= 2 and (best is None or len(left) < best[0]):
             rest = f", but for {'; '.join(left)}" if left else ""
             best = (len(left), f"{text} they fit{rest}")
@@ -83,7 +83,7 @@ def likely_cause(manifest: Manifest, problems: list[str], again: Callable[[Manif
 
 
 class _Loaded:
-    """Stands in for vLLM's `get_numel_loaded`: notes which tensors of the engine a failed load was into."""
+    """Replaces vLLM's `get_numel_loaded`, and records which tensors of the engine a failed load was for."""
 
     def __init__(self, model: nn.Module, original: Callable[..., Any]) -> None:
         self._model = model
@@ -94,58 +94,59 @@ class _Loaded:
         try:
             return self._original(loader, args)
         except Exception:
-            given = [value for value in args.arguments.values() if isinstance(value, Tensor)]
-            self.failed = self._describe(args.arguments.get("param"), given[-1] if given else None)
+            tensors = [value for value in args.arguments.values() if isinstance(value, Tensor)]
+            self.failed = self._describe(args.arguments.get("param"), tensors[-1] if tensors else None)
             raise
 
-    def _describe(self, parameter: Any, given: Tensor | None) -> str:
+    def _describe(self, parameter: Any, tensor: Tensor | None) -> str:
         for name, layer in self._model.named_modules():
-            own = next((own for own, tensor in layer._parameters.items() if tensor is parameter), None)
-            if own is None or given is None:
+            own = next((own for own, held in layer._parameters.items() if held is parameter), None)
+            if own is None or tensor is None:
                 continue
             vocabulary = getattr(layer, "org_vocab_size", None)
-            if vocabulary is not None and given.shape[0] != vocabulary:
+            if vocabulary is not None and tensor.shape[0] != vocabulary:
                 return (
-                    f"expected {vocabulary} rows, the vocabulary of the engine's checkpoint, got {tuple(given.shape)}. "
-                    "Was it resized (resize_token_embeddings)? Save the resized model and start the engine from that"
+                    f"expected {vocabulary} rows, the vocabulary of the engine's checkpoint, got "
+                    f"{tuple(tensor.shape)}. Was it resized (resize_token_embeddings)? Save the resized model "
+                    "and start the engine from that"
                 )
-            return f"{tuple(given.shape)} does not fit {name}.{own} ({type(layer).__name__}) {tuple(parameter.shape)}"
+            return f"{tuple(tensor.shape)} does not fit {name}.{own} ({type(layer).__name__}) {tuple(parameter.shape)}"
         return ""
 
 
 def _feed(model: Any, manifest: Manifest, loaded: _Loaded) -> tuple[list[str], bool]:
-    """What does not fit, and whether all was looked at: all tensors of `manifest`, past each one that does not fit."""
+    """Load all tensors of `manifest`, past misfits. Returns the misfits, and whether all could be checked."""
     problems: list[str] = []
-    whole = True
+    all_seen = True
     left = list(manifest.items())
     while left and len(problems) < _MANY:
-        given = 0
+        fed = 0
 
         def weights(names: list = left) -> Iterator[tuple[str, Tensor]]:
-            nonlocal given
+            nonlocal fed
             for name, (shape, dtype) in names:
-                given += 1
+                fed += 1
                 yield name, torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device="meta")
 
         loaded.failed = ""
         try:
             model.load_weights(weights())
         except Exception as error:
-            name, (shape, _) = left[max(given, 1) - 1]
+            name, (shape, _) = left[max(fed, 1) - 1]
             text = str(error)
             if isinstance(error, NotImplementedError) or "meta tensor" in text or "meta device" in text:
-                # It looks at the numbers, which are not there: what fits is seen when they are.
+                # This loader reads values, which are missing here: the sync itself will show whether the tensor fits.
                 logger.debug("%s: vLLM cannot load it without memory: %s", name, text[:200])
-                whole = False
+                all_seen = False
             else:
-                said = loaded.failed or f"{tuple(shape)}: {text[:160] or type(error).__name__}"
-                problems.append(f"{name}: {said}")
-        left = left[max(given, 1) :]
-    return problems, whole
+                misfit = loaded.failed or f"{tuple(shape)}: {text[:160] or type(error).__name__}"
+                problems.append(f"{name}: {misfit}")
+        left = left[max(fed, 1) :]
+    return problems, all_seen
 
 
 def _without_memory(model: nn.Module) -> None:
-    """Put tensors without memory in the place of those that vLLM's bracket leaves in theirs."""
+    """Replace the tensors that vLLM's bracket leaves in place by ones without memory."""
     from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
 
     for layer in model.modules():
@@ -157,7 +158,7 @@ def _without_memory(model: nn.Module) -> None:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Give every module of `model` back what it had, and have vLLM forget the bracket."""
+    """Context after which every module of `model` has its own tensors again, and vLLM has no open bracket."""
     from vllm.model_executor.model_loader.reload import layerwise
 
     modules = list(model.modules())

@@ -1,18 +1,19 @@
 """vLLM's layerwise reload, bracketed once around a whole sync. Runs in the engine's workers.
 
-Closed here (tests take 2 and 4 out, and see a wrong result):
+Faults of vLLM's reload that are prevented here (tests without 2 and 4 see a wrong result):
 1. One bracket for the whole sync: a bracket a chunk would put every layer absent from a chunk back to its old tensors.
 2. CPU builds from 0.28: experts are prepacked only while `moe_kernel is None`, so a reload of identical weights changes
-   the output. The kernel is dropped as its layer is processed; vLLM then builds it anew, and prepacks.
+   the output. The kernel is dropped as its layer is processed; vLLM then rebuilds it, and prepacks.
 3. A part of a fused layer is loaded without complaint: what is missing is found before the bracket closes.
 4. A bracket that never closed is given up before the next one begins, with all that it has counted and kept: vLLM's
    `initialize_layerwise_reload` passes over layers that are being loaded, and a layer would close early.
 5. Router and shared-expert gate, joined once by `MoERunner`, are joined again when the bracket closes.
-6. What else layers derive from weights, or view, is made anew or refused by name (`worker.derived_tensors`).
+6. Other tensors that derive from weights, or are views of them, are recomputed or refused by name
+   (`worker.derived_tensors`).
 
 The first complete sync also learns a load plan (`worker.load_plan`); with it, later ones copy straight into the
-engine's tensors, and only what could not be proved goes through vLLM's loaders. Where nothing is left for these, vLLM's
-bracket is not opened: its layers stay where they are, and what derives from weights is made anew at the end.
+engine's tensors, and only what could not be proved goes through vLLM's loaders. If nothing is left for the loaders,
+vLLM's bracket is not opened: its layers stay in place, and derived tensors are recomputed at the end.
 """
 
 import logging
@@ -46,8 +47,8 @@ class LayerwiseReload:
         vllm_config: the worker's configuration; set as current around every call, as vLLM's loaders expect.
         plan: what an earlier bracket on this model `learned`. Without one, or with one of other tensors, this bracket
             goes through vLLM's loaders and learns.
-        derived: the model's, from one bracket to the next; by default made anew.
-        kept: layers that get nothing on purpose, and keep what they have.
+        derived: the model's, from one bracket to the next; by default a new one.
+        kept: layers that receive nothing on purpose, and keep what they have.
 
     Attributes:
         layers: the model's modules, by name.
@@ -119,7 +120,7 @@ class LayerwiseReload:
         self._learner = LoadTracer(self._model, kernel, rearranges=rearranges)
 
     def misfits(self, manifest: Manifest) -> list[str]:
-        """What is known of `manifest` to not fit, one line each; the last one may say why. Touches nothing."""
+        """Misfits of `manifest`, one line each; the last line may give the likely cause. Touches nothing."""
         if self._plan is not None and self._plan.is_of(manifest, self._kept):
             return []
         problems = self._rehearse(manifest)
@@ -139,9 +140,9 @@ class LayerwiseReload:
             self._opened = False
 
     def whole_targets(self, weights: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Memory of the engine that some of `weights` go into as they are, by name: contiguous, as many elements.
+        """Engine tensors that some of `weights` are copied into unchanged, by name: contiguous, with as many elements.
 
-        Who reads them anyway can write them there, and need not have `load` read them once more.
+        A caller that reads the weights anyway can write them there, and `load` need not read them again.
         """
         if self._planned is None:
             return {}
@@ -149,11 +150,11 @@ class LayerwiseReload:
             return self._planned.whole_targets(weights)
 
     def load(self, weights: Iterable[tuple[str, Tensor]], written: Container[str] = ()) -> None:
-        """Load some of the checkpoint's tensors. They are read by the time that the current stream gets there.
+        """Load some of the checkpoint's tensors. On a GPU this is queued on the current stream.
 
         Args:
             weights: names and tensors.
-            written: names of those that are in their `whole_targets` already.
+            written: names of weights that the caller has written to their `whole_targets`.
         """
         if self._planned is not None:
             with torch.no_grad():
@@ -167,28 +168,28 @@ class LayerwiseReload:
             self._load_by_vllm(part)
 
     def _load_by_vllm(self, part: Iterable[tuple[str, Tensor]]) -> None:
-        # vLLM keeps what it gets until its layer is complete; the memory is the caller's.
+        # vLLM keeps references until the layer is complete, and the memory belongs to the caller: copy.
         kept = [(name, tensor.detach().clone(memory_format=torch.contiguous_format)) for name, tensor in part]
         at: list[str] = []
         try:
             with self._context(), self._learner.watching(kept) if self._learner else nullcontext():
-                self._model.load_weights(_noted(kept, at))
+                self._model.load_weights(_tracking_name(kept, at))
         except Exception as error:
-            which = at[-1] if at else kept[0][0]
-            shape = next(tuple(tensor.shape) for name, tensor in kept if name == which)
+            failed = at[-1] if at else kept[0][0]
+            shape = next(tuple(tensor.shape) for name, tensor in kept if name == failed)
             why = f"{type(error).__name__}: {str(error)[:400]}"
-            raise SyncError(f"{which} {shape}: vLLM did not load it: {why}") from error
+            raise SyncError(f"{failed} {shape}: vLLM did not load it: {why}") from error
 
     def missing(self) -> list[str]:
-        """Layers that have not got all their weights, each with what it has and needs (in elements)."""
+        """Layers that lack weights, each with the number of elements received and needed."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         planned = {} if self._planned is None else self._planned.plan.layers
         received = {} if self._planned is None else self._planned.received
         targets = {} if self._planned is None else self._planned.targets
-        # Where the plan covers everything, a layer that is not in it gets nothing in any sync.
+        # If the plan covers everything, a layer outside it receives nothing in any sync.
         names = list(self.layers if self._opened else planned)
-        found = {}
+        problems = {}
         for name in names:
             layer = self.layers[name]
             info = get_layerwise_info(layer)
@@ -196,29 +197,29 @@ class LayerwiseReload:
             if name in self._kept:
                 if got or received.get(name, 0):
                     came = got + received.get(name, 0)
-                    found[name] = f"{name} ({type(layer).__name__}): to be kept, and yet {came} elements came"
+                    problems[name] = f"{name} ({type(layer).__name__}): to be kept, and yet {came} elements came"
             elif name in planned:
                 taken, expected = received.get(name, 0), planned[name].elements
                 if got or taken < expected:
                     mixed = f", and {got} that the plan does not know" if got else ""
-                    found[name] = f"{name} ({type(layer).__name__}): {taken} of {expected} elements{mixed}"
+                    problems[name] = f"{name} ({type(layer).__name__}): {taken} of {expected} elements{mixed}"
             elif info.can_load() and not is_deferred(layer):  # whose scales, where it has any, are optional
                 # Of parameters: buffers (rotary tables) are in no checkpoint.
                 expected = sum(loadable_numel(layer, n, p) for n, p in layer.named_parameters(recurse=False))
                 if got < expected:
-                    found[name] = f"{name} ({type(layer).__name__}): {got} of {expected} elements"
-        if not found:
+                    problems[name] = f"{name} ({type(layer).__name__}): {got} of {expected} elements"
+        if not problems:
             return []
         complete = {
             address(tensor)
             for name in names
-            if name not in found
+            if name not in problems
             for tensor in (targets[name].values() if name in planned else computing(self.layers[name]))
         }
-        return [text for name, text in found.items() if not self._tied(self.layers[name], complete)]
+        return [text for name, text in problems.items() if not self._tied(self.layers[name], complete)]
 
     def _tied(self, layer: nn.Module, complete: set[int]) -> bool:
-        """Whether a layer that got nothing computes with the tensors of one that is complete (a tied output layer)."""
+        """Whether a layer that received nothing shares its tensors with a complete one (a tied output layer)."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         info = get_layerwise_info(layer)
@@ -228,7 +229,7 @@ class LayerwiseReload:
         return bool(parameters) and all(address(tensor) in complete for tensor in parameters)
 
     def finish(self) -> None:
-        """Close the bracket: what got no weights gets back what it had, what derives from weights is made anew.
+        """Close the bracket. Layers that received no weights keep what they had; derived tensors are recomputed.
 
         Raises:
             SyncError: a planned layer also got tensors that the plan does not know.
@@ -269,15 +270,15 @@ class LayerwiseReload:
         finalize_layerwise_reload(self._model, self._config.model_config)
 
     def _derive(self) -> None:
-        """What vLLM makes of weights when it closes a bracket in which it has loaded none."""
+        """Recompute what vLLM derives from weights when it closes a bracket, after one in which vLLM loaded nothing."""
         for layer in filter(is_deferred, self.layers.values()):
             layer.process_weights_after_loading(self._config.model_config.dtype)  # pyrefly: ignore
 
     def _derive_besides(self) -> None:
-        """What vLLM's reload knows nothing of, and its loading of a model does."""
+        """Recompute what vLLM derives when it loads a model, but not when it reloads one."""
         self._put_aside_back()
         for name in self._derived.views:
-            # What was processed may be packed; it has been copied before.
+            # Processed weights may be packed; their views were copied before that.
             if not self._derived.processed(name) or (self._planned and name in self._planned.plan.layers):
                 self._derived.refresh(name)
         if callable(hook := getattr(self._model, "process_weights_after_loading", None)):
@@ -285,7 +286,7 @@ class LayerwiseReload:
         join_gates(self.layers.values())
 
     def _require_derived(self, learner: LoadTracer) -> None:
-        """Raise `SyncError` for what still derives from the weights before this bracket."""
+        """Raise `SyncError` if a tensor still derives from the weights before this bracket."""
         if self._derived.written_by(learner.written_by_loaders):
             self.learned = None  # a planned sync calls no loaders
         kept = tuple(f"{name}." for name in self._kept)
@@ -297,7 +298,7 @@ class LayerwiseReload:
             )
 
     def _set_aside(self) -> None:
-        """Take out of their layers the buffers that vLLM's bracket would lose or mark_unplannable."""
+        """Take out of their layers the buffers that vLLM's bracket would lose or overwrite."""
         for name, own in self._derived.kept_buffers:
             layer = self.layers[name]
             if (tensor := layer._buffers.pop(own, None)) is not None:
@@ -310,7 +311,7 @@ class LayerwiseReload:
             layer.register_buffer(own, tensor, persistent=False)
 
     def abandon(self) -> None:
-        """Give up: the engine's tensors are back in their places (with new, old or mixed weights); begin may follow."""
+        """Abandon the bracket: the engine's tensors are back in place, with new, old or mixed weights."""
         from vllm.model_executor.model_loader.reload.layerwise import LOADING_LAYERS, get_layerwise_info
 
         for layer in self.layers.values():
@@ -323,7 +324,8 @@ class LayerwiseReload:
         self._planned, self._learner, self._opened = None, None, False
 
     def _live_tensors(self, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-        """What the layers have, as plain tensors: vLLM's parameters go through Python whenever they are touched."""
+        """The layers' parameters and buffers as plain tensors, without the Python overhead of vLLM's parameter
+        classes."""
         aside = set(self._derived.kept_buffers)
         with torch._C.DisableTorchFunctionSubclass():
             return {
@@ -336,12 +338,12 @@ class LayerwiseReload:
         """Layer -> name -> tensor that the engine computes with."""
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-        found = {}
+        tensors = {}
         for name, layer in self.layers.items():
             parameters, buffers = get_layerwise_info(layer).kernel_tensors or ({}, {})
             if parameters or buffers:
-                found[name] = parameters | buffers
-        return found
+                tensors[name] = parameters | buffers
+        return tensors
 
     @contextmanager
     def _context(self) -> Iterator[None]:
@@ -353,7 +355,7 @@ class LayerwiseReload:
 
 
 def _parts(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Tensor]]]:
-    """`weights`, as many at once as may be copied aside; one that is larger is a part of its own."""
+    """`weights` in parts of at most the size that may be copied at once; a larger weight is a part of its own."""
     part: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in weights:
@@ -366,8 +368,8 @@ def _parts(weights: Iterable[tuple[str, Tensor]]) -> Iterator[list[tuple[str, Te
         yield part
 
 
-def _noted(weights: Iterable[tuple[str, Tensor]], at: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """`weights`, the name of the last one in `at`."""
+def _tracking_name(weights: Iterable[tuple[str, Tensor]], at: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over `weights`, with the name of the current one in `at`."""
     for name, tensor in weights:
         at[:] = [name]
         yield name, tensor

@@ -1,4 +1,4 @@
-"""One layer of vLLM's model in a layerwise reload."""
+"""Helpers for one layer of vLLM's model in a layerwise reload."""
 
 from collections.abc import Iterable
 
@@ -22,7 +22,7 @@ def computing(layer: nn.Module) -> Iterable[Tensor]:
 
 
 def put_back(layer: nn.Module) -> None:
-    """Give an open layer the tensors that the engine computes with, and close it."""
+    """Put the tensors that the engine computes with back into an open layer, and close it."""
     from vllm.model_executor.model_loader.reload import layerwise
 
     info = layerwise.get_layerwise_info(layer)
@@ -32,7 +32,7 @@ def put_back(layer: nn.Module) -> None:
 
 
 def loadable_numel(layer: nn.Module, name: str, param: Tensor) -> int:
-    """Elements of `param` that a checkpoint fills, and vLLM counts: the rows that pad a vocabulary are in none."""
+    """Elements of `param` that a checkpoint fills, as vLLM counts them: without the rows that pad a vocabulary."""
     if name in never_counted():
         return 0
     numel = filled_numel(param)

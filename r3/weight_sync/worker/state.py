@@ -1,4 +1,4 @@
-"""What a worker knows of the sync that it takes part in, and of the weights that it holds."""
+"""A worker's state: the sync that it takes part in, and the weights that it holds."""
 
 import time
 import uuid
@@ -61,7 +61,7 @@ class WorkerState:
 
     @property
     def why_no_batch(self) -> str:
-        """Why no batch may run on the weights as they are now; empty if one may."""
+        """Why no batch may run on the current weights; empty if one may."""
         if self.sync is not None and self.sync.state in (SyncState.OPEN, SyncState.SEALED):
             return f"a sync of version {self.sync.version} by {self.sync.sender} is {self.sync.state}"
         return self.cause

@@ -1,4 +1,4 @@
-"""What a worker checks of a sync: that everything has come, as it was announced and sent."""
+"""A worker's checks of a sync: every tensor has arrived, as it was announced and sent."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from r3.weight_sync.worker.state import ReceivedSync
 
 
 def check_chunk(chunk: Chunk, names: list[str], sync: ReceivedSync) -> None:
-    """A chunk is exactly what was announced with it, and what the manifest says."""
+    """Check that a chunk holds exactly the tensors announced for it, as the manifest has them."""
     problems = []
     came: set[str] = set()
     for name, tensor in chunk:
@@ -27,16 +27,16 @@ def check_chunk(chunk: Chunk, names: list[str], sync: ReceivedSync) -> None:
 
 
 def check_content(sync: ReceivedSync, digests: dict[str, int]) -> None:
-    """Everything has come with the content that was sent, and finite."""
-    found = sync.digests.result()
-    wrong = [f"{n}: expected digest {digests.get(n)}, got {d}" for n, d in found.items() if digests.get(n) != d]
+    """Check that every tensor has arrived with the content that was sent, and is finite."""
+    received = sync.digests.result()
+    wrong = [f"{n}: expected digest {digests.get(n)}, got {d}" for n, d in received.items() if digests.get(n) != d]
     wrong += [f"{name}: holds NaN or infinity" for name in sync.digests.not_finite()]
     if wrong:
         raise RuntimeError(f"{len(wrong)} tensors have not come as they were sent: {'; '.join(wrong[:16])}")
 
 
 def check_ties(sync: ReceivedSync, digests: dict[str, int]) -> None:
-    """What the engine holds as one tensor has come with one content."""
+    """Check that weights which the engine ties have arrived with equal content."""
     assert sync.reload is not None
     wrong = [" and ".join(tie) for tie in sync.reload.ties if len({digests.get(name) for name in tie}) > 1]
     if wrong:
@@ -47,7 +47,7 @@ def check_ties(sync: ReceivedSync, digests: dict[str, int]) -> None:
 
 
 def remedy(missing: list[str], sent: Iterable[str]) -> str:
-    """vLLM's models pass over tensors whose names they do not know, fused experts among them."""
+    """A remedy for `missing` layers: vLLM's models silently skip tensors of unknown names, such as fused experts."""
     empty = [layer for layer in missing if ": 0 of " in layer]
     experts = [name for name in sent if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
     fused = [name for name in experts if any(layer.startswith(name.rpartition(".")[0]) for layer in empty)]

@@ -1,1 +1,1 @@
-"""Load plans: what vLLM's weight loaders do, recorded once and proved, done again as a few large copies."""
+"""Load plans: vLLM's weight loading, recorded once, proved, and replayed as a few large copies."""

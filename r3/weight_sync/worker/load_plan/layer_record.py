@@ -1,4 +1,4 @@
-"""What was seen of one layer while vLLM loaded and processed it, and the comparison that proves it."""
+"""The trace of one layer while vLLM loads and processes it, and the comparison that proves its plan."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,18 +36,18 @@ class Record:
         self.reason = self.reason or reason
 
     def regions(self, tensor: str) -> list[Region]:
-        """What is written of a tensor, by copies and by constants."""
+        """The regions of a tensor that copies and constants write."""
         copied = [copy.target for group in self.copies.values() for copy in group if copy.tensor == tensor]
         return copied + [fill.region for fill in self.fills if fill.tensor == tensor]
 
     def open(self, layer: nn.Module) -> None:
-        """The layer has got memory to be loaded into."""
+        """Start the record: the layer has memory to be loaded into."""
         self.loading = own_tensors(layer)
         self.storages = {storage_of(tensor): name for name, tensor in self.loading.items()}
         self.layouts = {name: layout_of(tensor) for name, tensor in self.loading.items()}
 
     def inspect(self, layer: nn.Module) -> None:
-        """What processing has left behind, before it is copied into the tensors that the engine computes with."""
+        """Inspect the layer after processing, before its weights are copied into the engine's tensors."""
         now = own_tensors(layer)
         if not (now.keys() == self.kernel.keys() == self.loading.keys()):
             self.mark_unplannable("processing adds or removes parameters")
@@ -65,7 +65,7 @@ class Record:
         self.loading, self.storages, self.sources, self.before = {}, {}, {}, {}
 
     def checks(self) -> Iterator[Comparison]:
-        """Queue the comparison of what the engine computes with and what was copied; nothing waits for it."""
+        """Queue the comparison of the engine's tensors with the copied regions. Does not wait for the device."""
         for source, copies in self.copies.items():
             for copy in copies:
                 kernel = self.kernel[copy.tensor]

@@ -1,8 +1,8 @@
 """A load plan: which region of which checkpoint tensor goes to which region of which of the engine's tensors.
 
-vLLM's loaders cut a fused expert tensor into hundreds of small copies, each through Python. Where they do nothing but
-copy, and nothing is done to the weights afterwards, a few large copies give the same bits. What they do is recorded,
-and proved, in the first sync (`load_plan.trace`); here are the record, its compression and its use.
+vLLM's loaders cut a fused expert tensor into hundreds of small copies, each through Python. If they only copy, and the
+weights are not processed afterwards, a few large copies give the same bits. The copies are recorded and proved in the
+first sync (`load_plan.trace`); this module has the plan, its compression and its use.
 
 All offsets and strides are in elements. Sources are contiguous; targets have the layout that was proved.
 """
@@ -85,7 +85,7 @@ class LayerPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadPlan:
-    """What one worker learned in a complete sync of `manifest`. Another worker's plan is of no use to it.
+    """The plan that one worker learned in a complete sync of `manifest`. It is of no use to another worker.
 
     A source is planned (in `copies`), dropped (vLLM takes no part of it on this worker) or slow (all others: vLLM's
     loaders must see it). A layer in `layers` is fed by planned sources alone, one in `slow` by slow ones alone.
@@ -100,11 +100,11 @@ class LoadPlan:
     kept: frozenset[str] = frozenset()  # layers that got nothing on purpose
 
     def serves(self, manifest: Manifest) -> bool:
-        """Whether every tensor of `manifest` is one of the plan's."""
+        """Whether the plan knows every tensor of `manifest`."""
         return all(self.manifest.get(name) == (tuple(shape), dtype) for name, (shape, dtype) in manifest.items())
 
     def is_of(self, manifest: Manifest, kept: frozenset[str] = frozenset()) -> bool:
-        """Whether these are the plan's tensors, all of them.
+        """Whether `manifest` has all of the plan's tensors and no others.
 
         Args:
             manifest: what will come.
@@ -113,12 +113,12 @@ class LoadPlan:
         return self.manifest.keys() == manifest.keys() and self.kept == kept and self.serves(manifest)
 
     def covers(self, manifest: Manifest, kept: frozenset[str] = frozenset()) -> bool:
-        """Whether it is the plan of these tensors, and vLLM's loaders need to see none."""
+        """Whether the plan handles all of these tensors, so that vLLM's loaders are not needed."""
         return not self.slow_sources and self.is_of(manifest, kept)
 
     @cached_property
     def whole(self) -> dict[str, Copy]:
-        """The copy of each tensor that goes as it is, in one piece, into contiguous memory."""
+        """The copy of each tensor that goes unchanged, in one piece, into contiguous memory."""
         return {
             name: copies[0]
             for name, copies in self.copies.items()
@@ -129,7 +129,7 @@ class LoadPlan:
 
     @cached_property
     def slow_sources(self) -> set[str]:
-        """Tensors that vLLM's loaders must see."""
+        """Names of the tensors that go through vLLM's loaders."""
         return self.manifest.keys() - self.copies.keys() - self.dropped
 
     def describe(self) -> dict[str, object]:
@@ -169,16 +169,16 @@ class Planned:
 
     def mismatches(self) -> list[str]:
         """Layers that are no longer laid out as the plan has them."""
-        found = []
+        problems = []
         for name, layer in self.plan.layers.items():
             held = {tensor: layout_of(t) for tensor, t in self.targets.get(name, {}).items()}
             if held != layer.layout:
-                found.append(f"{name}: expected {layer.layout}, got {held}")
-        return found
+                problems.append(f"{name}: expected {layer.layout}, got {held}")
+        return problems
 
     def whole_targets(self, chunk: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Where tensors of `chunk` go that are copied whole: by name, contiguous, with as many elements."""
-        found = {}
+        """Targets of the tensors of `chunk` that are copied whole: by name, contiguous, with as many elements."""
+        copied_to = {}
         for name, source in chunk:
             copy = self.plan.whole.get(name)
             if copy is None or self.plan.manifest[name] != (tuple(source.shape), str(source.dtype)):
@@ -186,13 +186,13 @@ class Planned:
             target = self.targets[copy.layer][copy.tensor]
             if (target.dtype, target.device) == (source.dtype, source.device):
                 all_of_it = copy.size == (target.numel(),) and target.is_contiguous()
-                found[name] = target if all_of_it else copy.target.of(target)
-        return found
+                copied_to[name] = target if all_of_it else copy.target.of(target)
+        return copied_to
 
     def take(self, chunk: Iterable[tuple[str, Tensor]], written: Container[str] = ()) -> Chunk:
-        """Copy what is planned, queued on the current stream; returns the tensors that vLLM's loaders must see.
+        """Queue the planned copies on the current stream. Returns the tensors that must go through vLLM's loaders.
 
-        What is in `written` is in its place already.
+        Tensors in `written` are in their places already.
         """
         rest: Chunk = []
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -213,14 +213,14 @@ class Planned:
         return rest
 
     def fill(self) -> None:
-        """Set the constants of every layer that got something: memory that slept may have lost them."""
+        """Set the constants of every layer that received weights: an engine that slept may have lost them."""
         for layer in self.received:
             for fill in self.plan.layers[layer].fills:
                 fill.region.of(self.targets[layer][fill.tensor]).fill_(fill.value)
 
 
 def _copy_all(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Small like-to-like copies in one call a kind, all others one by one."""
+    """Run small copies between equal dtypes in one call per kind, and all others one by one."""
     groups: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in pairs:
         alike = target.device == source.device and target.is_contiguous() and source.is_contiguous()
@@ -239,7 +239,7 @@ def layout_of(tensor: Tensor) -> TensorLayout:
 
 
 def coalesced(copies: Iterable[Copy]) -> list[Copy]:
-    """The same copies of one source, as few as possible: neighbours and even steps become dimensions of one copy.
+    """The copies of one source merged into as few as possible: neighbours and even steps become dimensions of one copy.
 
     The experts' w1 and w3 of a fused `[E, 2I, H]` become one copy, also where a tensor-parallel rank takes a part.
     """
@@ -252,7 +252,7 @@ def coalesced(copies: Iterable[Copy]) -> list[Copy]:
 
 
 def _canonical(copy: Copy) -> Copy:
-    """Dimensions by falling target stride, none of size 1, none that continues its neighbour."""
+    """Dimensions sorted by descending target stride, without those of size 1, contiguous neighbours merged."""
     dims = [dim for dim in zip(copy.size, copy.target_stride, copy.source_stride, strict=True) if dim[0] != 1]
     dims.sort(key=lambda dim: (-dim[1], -dim[2]))
     kept: list[tuple[int, int, int]] = []

@@ -1,4 +1,4 @@
-"""From what was seen in a complete sync to a load plan: which layers are proved, and which tensors feed only such."""
+"""Builds a load plan from the trace of a complete sync: which layers are proved, and which tensors feed only those."""
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -26,16 +26,16 @@ def build_plan(
     slow_sources: set[str],
     rearranges: bool,
 ) -> LoadPlan:
-    """The plan. Waits for the device, once.
+    """Build the plan. Waits for the device, once.
 
     Args:
         model: whose layers they are.
         manifest: all tensors of the sync.
-        records: by layer, of all layers that got something.
+        records: by layer, of all layers that received weights.
         checks: queued comparisons.
-        links: (source, layer) of all that was copied, also of what was then left out of the records.
+        links: (source, layer) of every copy, also of those left out of the records.
         shared: groups of (layer, tensor) that are the same memory.
-        optional: names of tensors that stay as they are, on every path, where nothing is loaded into them.
+        optional: names of tensors that keep their values, on every path, if nothing is loaded into them.
         slow_sources: tensors of which something was computed, or that went where it cannot be said.
         rearranges: experts move between ranks as the engine runs.
     """
@@ -70,7 +70,7 @@ def build_plan(
     plan = LoadPlan(
         manifest=dict(manifest),
         copies=copies,
-        # A tensor that nothing took may have come too late for a layer that vLLM closed early: then order matters.
+        # A tensor that no layer took may have arrived too late for a layer that vLLM closed early: then order matters.
         dropped=frozenset() if uncovered else frozenset(manifest.keys() - linked - slow_sources),
         layers={record.layer: _layer_plan(record) for record in proved},
         slow=slow,
@@ -81,7 +81,7 @@ def build_plan(
 
 
 def _ties(records: dict[str, Record], shared: Iterable[Collection[tuple[str, str]]]) -> Iterator[tuple[str, ...]]:
-    """Sources of which several layers load the same elements of one tensor."""
+    """Sources whose elements several layers load into the same tensor."""
     for group in shared:
         sources: dict[tuple[int, tuple[int, ...]], set[str]] = {}
         for layer, tensor in group:
@@ -105,7 +105,7 @@ def _evaluate(checks: Iterable[Comparison], fail: Fail) -> None:
 
 def _uncovered(model: nn.Module, records: dict[str, Record], optional: Collection[str], fail: Fail) -> bool:
     """Whether there are elements that were not loaded exactly once."""
-    found = False
+    any_uncovered = False
     for name, record in records.items():
         # Buffers that nothing is loaded into are the layer's own: rotary tables.
         may_lack = model.get_submodule(name)._buffers.keys() | set(optional)
@@ -114,9 +114,9 @@ def _uncovered(model: nn.Module, records: dict[str, Record], optional: Collectio
             if not regions and tensor in may_lack:
                 continue
             if problem := coverage_problem(regions, shape, stride):
-                found = True
+                any_uncovered = True
                 fail(name, problem)
-    return found
+    return any_uncovered
 
 
 def _layer_plan(record: Record) -> LayerPlan:

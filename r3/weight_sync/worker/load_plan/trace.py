@@ -28,7 +28,7 @@ from r3.weight_sync.worker.load_plan.prove import build_plan
 
 TensorKey = tuple[str, str]  # layer, tensor
 
-# These take of a tensor its shape, dtype and device alone.
+# These operations read only a tensor's shape, dtype and device.
 SHAPE_ONLY = frozenset(
     f"aten::{name}"
     for kind in ("empty", "zeros", "ones", "full")
@@ -62,7 +62,8 @@ class LoadTracer:
                 self._live.setdefault(storage_of(tensor), []).append((layer, name))
                 if getattr(module, name, None) is tensor:
                     self._in_place.add((layer, name))
-        # Attention layers are processed at every closing, after all others; their own tensors are never planned.
+        # Attention layers are processed at each close of a bracket, after all others; their own tensors are never
+        # planned.
         self._deferred = {name for name, module in model.named_modules() if is_deferred(module)}
         self._records: dict[str, Record] = {}
         self._direct: dict[str, Record] = {}
@@ -81,7 +82,8 @@ class LoadTracer:
 
         Args:
             chunk: contiguous tensors that own their memory.
-            closing: vLLM closes the bracket: attention layers, processed last and at every closing, may read weights.
+            closing: vLLM is closing the bracket. Attention layers, processed last and at each close, may then read
+                weights.
         """
         from vllm.model_executor.model_loader.reload import layerwise
 
@@ -106,7 +108,7 @@ class LoadTracer:
                 setattr(layerwise, name, original)
 
     def plan(self) -> LoadPlan:
-        """What was learned. Waits for the device, once. Call after a complete sync's bracket has closed."""
+        """The load plan of a complete sync, after its bracket has closed. Waits for the device, once."""
         records = (*self._records.values(), *self._direct.values())
         links = [(source, record.layer) for record in records for source in record.copies]
         self._merge_direct()
@@ -161,7 +163,7 @@ class LoadTracer:
         finally:
             self._paused = before
 
-    # What the dispatcher sees.
+    # Callbacks of the dispatcher.
 
     def on_op(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
         """One operation that has just run."""
@@ -172,10 +174,10 @@ class LoadTracer:
         if function is torch.ops.aten.copy_.default:
             self._on_copy(args[0], args[1])
             return
-        made = {storage_of(tensor) for tensor in _tensors_in(result)}
+        results = {storage_of(tensor) for tensor in _tensors_in(result)}
         for tensor in _tensors_in((args, kwargs)):
             storage = storage_of(tensor)
-            if storage in made and not function._schema.is_mutable:
+            if storage in results and not function._schema.is_mutable:
                 continue  # a view
             if (source := self._sources.get(storage)) is not None:
                 self._computed.add(source)
@@ -190,8 +192,8 @@ class LoadTracer:
     def _on_write(self, function: Any, args: tuple, kwargs: dict) -> None:
         for index, argument in enumerate(function._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[index] if index < len(args) else kwargs.get(argument.name)
-                storages = {storage_of(tensor) for tensor in _tensors_in(given)}
+                written = args[index] if index < len(args) else kwargs.get(argument.name)
+                storages = {storage_of(tensor) for tensor in _tensors_in(written)}
                 self.written |= storages
                 if self._current is None and not self._closing:
                     self.written_by_loaders |= storages
@@ -242,19 +244,19 @@ class LoadTracer:
             record.fills.append(Fill(tensor=where[1], region=self._within(where, record, target), value=value))
 
     def _within(self, where: TensorKey, record: Record, view: Tensor) -> Region:
-        """Which part of a layer's tensor a view of it is."""
-        whole = record.loading[where[1]] if record is self._current else self._kernel[where[0]][where[1]]
+        """The region of a layer's tensor that `view` covers."""
+        tensor = record.loading[where[1]] if record is self._current else self._kernel[where[0]][where[1]]
         region = _region(view)
-        return Region(size=region.size, stride=region.stride, offset=region.offset - _region(whole).offset)
+        return Region(size=region.size, stride=region.stride, offset=region.offset - _region(tensor).offset)
 
     def _target(self, storage: int) -> TensorKey | None:
-        """Whose memory it is: of the layer that is loaded and processed now, or of one that lives outside of that."""
+        """(layer, name) of the tensor that owns this memory; None if no layer's does."""
         if self._current is not None and (name := self._current.storages.get(storage)) is not None:
             return self._current.layer, name
         return next((place for place in self._live.get(storage, ()) if place[0] not in self._deferred), None)
 
     def _may_read(self, where: TensorKey) -> bool:
-        """Whether what is read of a layer's tensor now is read again at every closing."""
+        """Whether vLLM will read this tensor again each time it closes a bracket."""
         if self._current is None:
             return self._closing
         if self._current.layer != where[0]:
@@ -272,7 +274,7 @@ class LoadTracer:
         return record
 
     def _merge_direct(self) -> None:
-        """Add what was loaded in place, at once, to the layers' records."""
+        """Add copies that went straight into the engine's tensors to the layers' records."""
         for name, direct in self._direct.items():
             kind = type(self._model.get_submodule(name)).__name__
             layouts = {tensor: layout_of(kernel) for tensor, kernel in direct.kernel.items()}
