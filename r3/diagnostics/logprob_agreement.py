@@ -65,17 +65,12 @@ class EngineAgreement:
     @classmethod
     def from_record(cls, family: str, record: Mapping[str, float]) -> EngineAgreement:
         """From what `metrics` gave; the number of tokens is not kept."""
-        names = ("k3_live", "k3_replayed", "differing_rows", "repeat_nats")
-        return cls(family=family, tokens=0, **{name: record.get(f"engine/{name}") for name in names})  # pyrefly: ignore
+        found = {metric.name: record.get(f"engine/{metric.name}") for metric in cls.METRICS}
+        return cls(family=family, tokens=0, **found)  # pyrefly: ignore
 
     def metrics(self) -> dict[str, float]:
         """Flat names, `engine/` and those in `METRICS`, of what was measured."""
-        figures = {
-            "k3_live": self.k3_live,
-            "k3_replayed": self.k3_replayed,
-            "differing_rows": self.differing_rows,
-            "repeat_nats": self.repeat_nats,
-        }
+        figures = {metric.name: getattr(self, metric.name) for metric in self.METRICS}
         return {f"engine/{name}": value for name, value in figures.items() if value is not None}
 
     def faults(self) -> dict[str, str]:

@@ -33,7 +33,7 @@ class MergeableSums(ABC):
     maxima: ClassVar[int] = 0
     """How many of the last entries of `as_tensor()` merge by maximum; those before merge by addition."""
     METRICS: ClassVar[tuple[Metric, ...]] = ()
-    """What `metrics` returns: formulas, units, sources, and where each is shown and watched."""
+    """What `metrics` returns, as docs/reference/metrics.md lists it: formulas, units, sources, charts and alarms."""
 
     @property
     @abstractmethod
