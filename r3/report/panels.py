@@ -76,11 +76,16 @@ def _told_apart(keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(" ".join(parts).replace("_", " ") for parts in zip(*differing, strict=True))
 
 
-def section(name: str, *own: CurvePanel, groups: Sequence[Group] = GROUPS) -> tuple[CurvePanel, ...]:
-    """The panels of a section: the first that a metric declares, the report's `own` of several metrics, the others."""
+def chart_with(key: str) -> CurvePanel:
+    """The panel of the metric that is recorded as `key`."""
+    return next(chart_of(metric, keys) for metric, keys in declared() if key in keys)
+
+
+def section(name: str, *first: CurvePanel, groups: Sequence[Group] = GROUPS) -> tuple[CurvePanel, ...]:
+    """The panels of a section of the page: `first`, then the others that metrics declare for it."""
     shown = [(metric, keys) for metric, keys in declared(groups) if metric.chart and metric.chart.section == name]
-    panels = [chart_of(metric, keys) for metric, keys in shown]
-    return (*panels[:1], *own, *panels[1:])
+    found = [chart_of(metric, keys) for metric, keys in shown]
+    return (*first, *(panel for panel in found if panel not in first))
 
 
 def _sides(
@@ -92,6 +97,7 @@ def _sides(
     )
 
 
+K3 = chart_with("logprob_diff/live/k3")
 SIZE_OF_D = CurvePanel(
     name="abs",
     title="Size of d",
@@ -151,11 +157,12 @@ TIMES = CurvePanel(
     ),
     from_zero=True,
 )
-GAP = section("gap", SIZE_OF_D)
+REWARD = chart_with("reward/mean")
+GAP = section("gap", K3, SIZE_OF_D)
 ROUTING = section("routing", DIFFERING)
 LOAD = section("load")
-COVERAGE = section("coverage", LAG, MARGIN)
-TRAINING = section("training", TIMES)
+COVERAGE = section("coverage", chart_with("routing/coverage"), LAG, MARGIN)
+TRAINING = section("training", REWARD, TIMES)
 
 
 def missing(shown: CurvePanel, records: Records) -> list[str]:

@@ -49,9 +49,9 @@ def write_figure(run_folder: str | os.PathLike[str], path: str | os.PathLike[str
     with charts.styled(ink="#1b1f24"):
         drawn = charts.figure(9.0, 3.2)
         gap, reward = drawn.subplots(1, 2)
-        charts.curves(gap, [(records, line) for line in panels.GAP[0].lines], log=True)
+        charts.curves(gap, [(records, line) for line in panels.K3.lines], log=True)
         gap.set_title("k3 KL of rollout and trainer, nats per token")
-        charts.curves(reward, [(records, line) for line in panels.TRAINING[0].lines])
+        charts.curves(reward, [(records, line) for line in panels.REWARD.lines])
         reward.set_title("mean reward")
         target.parent.mkdir(parents=True, exist_ok=True)
         # Opaque: a README is shown on light and on dark pages.

@@ -33,7 +33,7 @@ def test_a_metric_that_declares_a_chart_has_one(tmp_path, monkeypatch):
     chart = Chart(section="gap", title="Far tokens", caption="Tokens that are far.", unit="tokens a batch")
     metric = Metric(name="far", formula="their number", unit="tokens", chart=chart)
     groups = [*GROUPS, replace(GROUPS[0], name="own", metrics=(metric,))]
-    monkeypatch.setattr(panels, "GAP", panels.section("gap", panels.SIZE_OF_D, groups=groups))
+    monkeypatch.setattr(panels, "GAP", panels.section("gap", panels.K3, panels.SIZE_OF_D, groups=groups))
     record = {"logprob_diff/live/far": 2.0, "logprob_diff/replayed/far": 1.0, "logprob_diff/live/k3": 1e-3}
     path = logged(tmp_path / "run", record)
     page = page_of(path)
