@@ -89,7 +89,7 @@ def _alarm(
     value = math.nan if key is None else _number(metrics[key])
     if key is None or math.isnan(value):
         found = "not recorded" if key is None else f"no number but {metrics[key]!r}"
-        return _missing(watch.name, [key] if key else keys, found, stops=stop is not None)
+        return _missing(watch.name, keys if key is None else [key], found, stops=stop is not None)
     for bound, kind in ((stop, "stop"), (warn, "warn")):
         if bound is not None and (value < bound if watch.worse == "lower" else value > bound):
             side = "below" if watch.worse == "lower" else "above"

@@ -70,9 +70,9 @@ def declared(groups: Sequence[Group] = GROUPS) -> Iterator[tuple[Metric, tuple[s
             yield metric, group.keys(metric)
 
 
-def is_declared(key: str, groups: Sequence[Group] = GROUPS) -> bool:
+def is_declared(key: str) -> bool:
     """Whether a recorded key is one of a declared metric."""
-    return any(without_layer(key) in keys for _, keys in declared(groups))
+    return any(without_layer(key) in keys for _, keys in declared())
 
 
 def metric_table(group: Group) -> str:
