@@ -21,6 +21,7 @@ from r3.diagnostics import (
     LoadSums,
     LogprobSums,
     MarginSums,
+    MergeableSums,
     RoutingSums,
     SequenceSums,
     TokenDetails,
@@ -102,7 +103,7 @@ class StepGap:
     details: bool = False
     gaps: dict[str, LogprobSums] = field(default_factory=dict)
     sequences: dict[str, Tensor] = field(default_factory=dict)  # [2, B]: sum of d, and tokens
-    routing: tuple[RoutingSums, LoadSums, MarginSums] | None = None
+    routing: tuple[MergeableSums, ...] = ()
     tokens: TokenDetails = field(default_factory=TokenDetails.empty)
     layer_ids: tuple[int, ...] | None = None
 
@@ -129,13 +130,13 @@ class StepGap:
         """Compare two routings where they are. Returns bool `[R, N, L]`, where they chose different experts."""
         layers, experts = rollout.layer_ids, rollout.num_experts
         theirs, valid = rollout.expert_ids, rollout.validity
-        sums = (
+        sums: tuple[MergeableSums, ...] = (
             RoutingSums.from_tensors(mine, theirs, valid, layer_ids=layers),
             LoadSums.from_tensors(mine, theirs, valid, num_experts=experts, layer_ids=layers),
             MarginSums.from_tensors(margins, mine, theirs, valid),
         )
-        before, self.layer_ids = self.routing, layers
-        self.routing = sums if before is None else (before[0] + sums[0], before[1] + sums[1], before[2] + sums[2])
+        self.layer_ids = layers
+        self.routing = tuple(a + b for a, b in zip(self.routing, sums, strict=True)) if self.routing else sums
         return (mine.sort(-1).values != theirs.sort(-1).values).any(-1) & by_pair(valid)
 
     def reduced(self) -> StepGap:
@@ -147,7 +148,7 @@ class StepGap:
             self,
             gaps={side: gap.reduce() for side, gap in self.gaps.items()},
             sequences=sequences,
-            routing=self.routing and (self.routing[0].reduce(), self.routing[1].reduce(), self.routing[2].reduce()),
+            routing=tuple(sums.reduce() for sums in self.routing),
             tokens=self.tokens.gather() if self.details else self.tokens,
         )
 
@@ -157,7 +158,7 @@ class StepGap:
         for side, gap in self.gaps.items():
             sequences = SequenceSums.from_totals(*self.sequences[side])
             found |= {f"logprob_diff/{side}/{name}": v for name, v in (gap.metrics() | sequences.metrics()).items()}
-        for sums in self.routing or ():
+        for sums in self.routing:
             found |= {f"routing/{name}": value for name, value in sums.metrics().items()}
         return found
 
@@ -166,6 +167,7 @@ class StepGap:
         ids, real = batch.input_ids, batch.attention_mask.bool()
         found = self.tokens.record(decode, lambda b: ids[b][real[b]].tolist(), self.layer_ids)
         found["histogram"] = {side: gap.histogram() for side, gap in self.gaps.items()}
-        if self.routing is not None:
-            found["load"] = self.routing[1].table()
+        for sums in self.routing:
+            if isinstance(sums, LoadSums):
+                found["load"] = sums.table()
         return found

@@ -3,7 +3,7 @@
 Each field says what it means, in which unit, and which values it takes; `problems` finds values that contradict.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from r3.config.fields import (
@@ -116,22 +116,31 @@ class AlarmsConfig:
     version_lag_stop: float | None = setting(8, "Stop above this lag.", at_least(0), unit="weight versions")
 
     def bounds(self, name: str) -> tuple[float | None, float | None]:
-        """The bounds that warn and that stop, of `k3`, `extreme_frac`, `coverage` or `version_lag`."""
+        """The bounds that warn and that stop, of one of `names`."""
         return getattr(self, f"{name}_warn"), getattr(self, f"{name}_stop")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """What has bounds: `k3` has `k3_warn` and `k3_stop`."""
+        return [item.name.removesuffix("_warn") for item in fields(cls) if item.name.endswith("_warn")]
+
+    @classmethod
+    def lower_is_worse(cls, name: str) -> bool:
+        """Whether a metric stops the run below its bound: its default bounds are in that order."""
+        warn, stop = cls().bounds(name)
+        return warn is not None and stop is not None and stop < warn
 
     def problems(self, prefix: str) -> list[str]:
         """What contradicts or makes no sense; `prefix` goes before the names."""
         problems = []
-        names = ("k3", "extreme_frac", "coverage", "version_lag")
-        for name in names:
+        for name in self.names():
             warn, stop = self.bounds(name)
             if warn is None or stop is None:
                 continue
-            if name == "coverage" and stop > warn:
-                problems.append(f"{prefix}.coverage_stop: expected at most coverage_warn ({warn}), got {stop}")
-            elif name != "coverage" and stop < warn:
-                problems.append(f"{prefix}.{name}_stop: expected at least {name}_warn ({warn}), got {stop}")
-        bounds = [bound for name in names for bound in self.bounds(name)]
+            if stop > warn if self.lower_is_worse(name) else stop < warn:
+                side = "most" if self.lower_is_worse(name) else "least"
+                problems.append(f"{prefix}.{name}_stop: expected at {side} {name}_warn ({warn}), got {stop}")
+        bounds = [bound for name in self.names() for bound in self.bounds(name)]
         if self.enabled and not any(bound is not None for bound in bounds):
             problems.append(f"{prefix}.enabled=true needs a bound that is not null")
         if not self.enabled and self != AlarmsConfig():

@@ -10,53 +10,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from r3.config import DiagnosticsConfig
+from r3.diagnostics.metric import Watch
+from r3.diagnostics.registry import GROUPS, Group, declared
 from r3.errors import AlarmError, summary
 
 logger = logging.getLogger("r3")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Watched:
-    """A metric with bounds: the first of `keys` that is recorded. `below`: whether low values are the bad ones."""
-
-    name: str
-    keys: tuple[str, ...]
-    remedy: str
-    below: bool = False
-
-
-def _either_side(name: str) -> tuple[str, str]:
-    return f"logprob_diff/replayed/{name}", f"logprob_diff/live/{name}"
-
-
-WATCHED = (
-    Watched(
-        name="k3",
-        keys=_either_side("k3"),
-        remedy="r3 explain --model --rollout on a saved rollout says what the gap comes from",
-    ),
-    Watched(
-        name="extreme_frac",
-        keys=_either_side("extreme_frac"),
-        remedy="the report's worst tokens show where; r3 explain --model --rollout says what it comes from",
-    ),
-    Watched(
-        name="coverage",
-        keys=("routing/coverage",),
-        remedy="rows without routing are routed live; r3 doctor checks the capture",
-        below=True,
-    ),
-    Watched(
-        name="version_lag",
-        keys=("routing/version_lag_max",),
-        remedy="rollouts are older than the settings allow: sync more often, or keep fewer rollouts in flight",
-    ),
-)
+def watched(groups: Sequence[Group] = GROUPS) -> list[tuple[Watch, tuple[str, ...]]]:
+    """What is watched, each with its keys: the first that is recorded counts, replayed before live."""
+    return [(metric.watch, keys[::-1]) for metric, keys in declared(groups) if metric.watch is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +46,9 @@ def find_alarms(config: DiagnosticsConfig, step: int, metrics: Mapping[str, Any]
     if not config.alarms.enabled:
         return []
     found = []
-    for watched in WATCHED:
-        warn, stop = config.alarms.bounds(watched.name)
-        if config.measures(step) or any(key in metrics for key in watched.keys):
-            found.append(_alarm(watched, warn, stop, metrics))
+    for watch, keys in watched():
+        if config.measures(step) or any(key in metrics for key in keys):
+            found.append(_alarm(watch, keys, config.alarms.bounds(watch.name), metrics))
     return [alarm for alarm in found if alarm is not None]
 
 
@@ -112,30 +79,31 @@ class Alarms:
         return alarms
 
 
-def _alarm(watched: Watched, warn: float | None, stop: float | None, metrics: Mapping[str, Any]) -> Alarm | None:
+def _alarm(
+    watch: Watch, keys: tuple[str, ...], bounds: tuple[float | None, float | None], metrics: Mapping[str, Any]
+) -> Alarm | None:
+    warn, stop = bounds
     if warn is None and stop is None:
         return None
-    key = next((key for key in watched.keys if key in metrics), None)
+    key = next((key for key in keys if key in metrics), None)
     value = math.nan if key is None else _number(metrics[key])
-    if math.isnan(value):
-        return _missing(watched, key, None if key is None else metrics[key], stops=stop is not None)
+    if key is None or math.isnan(value):
+        found = "not recorded" if key is None else f"no number but {metrics[key]!r}"
+        return _missing(watch.name, keys if key is None else [key], found, stops=stop is not None)
     for bound, kind in ((stop, "stop"), (warn, "warn")):
-        if bound is not None and (value < bound if watched.below else value > bound):
-            assert key is not None
-            side = "below" if watched.below else "above"
-            text = f"{key} is {value:.4g}, {side} {watched.name}_{kind}={bound:g}; {watched.remedy}"
-            return Alarm(name=watched.name, key=key, value=value, bound=bound, stops=kind == "stop", text=text)
+        if bound is not None and (value < bound if watch.worse == "lower" else value > bound):
+            side = "below" if watch.worse == "lower" else "above"
+            text = f"{key} is {value:.4g}, {side} {watch.name}_{kind}={bound:g}; {watch.remedy}"
+            return Alarm(name=watch.name, key=key, value=value, bound=bound, stops=kind == "stop", text=text)
     return None
 
 
-def _missing(watched: Watched, key: str | None, value: Any, *, stops: bool) -> Alarm:
-    names = " or ".join(watched.keys) if key is None else key
-    found = "not recorded" if key is None else f"no number but {value!r}"
+def _missing(name: str, keys: Sequence[str], found: str, *, stops: bool) -> Alarm:
     text = (
-        f"{names} is {found}, although {watched.name} is watched: nothing was measured, or what was measured is "
-        f"broken; mend that, or set trainer.diagnostics.alarms.{watched.name}_warn and {watched.name}_stop to null"
+        f"{' or '.join(keys)} is {found}, although {name} is watched: nothing was measured, or what was measured is "
+        f"broken; mend that, or set trainer.diagnostics.alarms.{name}_warn and {name}_stop to null"
     )
-    return Alarm(name=watched.name, key=key or watched.keys[0], value=None, bound=None, stops=stops, text=text)
+    return Alarm(name=name, key=keys[0], value=None, bound=None, stops=stops, text=text)
 
 
 def _number(value: Any) -> float:

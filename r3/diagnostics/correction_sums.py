@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from r3.diagnostics.merging import MergeableSums
+from r3.diagnostics.metric import KONG, Metric
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,6 +31,30 @@ class CorrectionSums(MergeableSums):
     outside_sequences: int = 0
     weight_sum: float = 0.0
     weight_square_sum: float = 0.0
+
+    METRICS = (
+        Metric(name="tokens", formula="N", unit="tokens"),
+        Metric(
+            name="{clipped,masked}_frac",
+            formula="share of the N tokens whose ratio is outside the bounds",
+            notes="`masked` if they are dropped; at the level of sequences a sequence's ratio is that of all its "
+            "tokens",
+        ),
+        Metric(name="weight_mean", formula="(sum of w) / N"),
+        Metric(
+            name="ess",
+            formula="(sum of w)² / (N · sum of w²)",
+            notes="effective sample size over N, in [0, 1]: 1 if all weights are equal, 0 if all is dropped",
+            source=KONG,
+        ),
+        Metric(
+            name="sequences",
+            formula="sequences with a token in the mask",
+            unit="sequences",
+            notes="at the level of sequences only; one that is spread over ranks counts once",
+        ),
+        Metric(name="seq_{clipped,masked}_frac", formula="share of those", notes="at the level of sequences only"),
+    )
 
     @classmethod
     def empty_like(cls, other: CorrectionSums) -> CorrectionSums:
@@ -65,18 +90,7 @@ class CorrectionSums(MergeableSums):
         )
 
     def metrics(self) -> dict[str, float]:
-        """All but the counts are NaN when there are no tokens.
-
-        `tokens`       N, the tokens of the mask that was given
-        `clipped_frac` share of them whose ratio is outside the bounds; `masked_frac` for a correction that drops them
-        `weight_mean`  mean of the N weights, of which those of dropped tokens are 0
-        `ess`          (sum of weights)^2 / (N x sum of squared weights), the effective sample size over N: 1 if all
-                       weights are equal, 0 if all tokens are dropped
-        and on the level of sequences `sequences`, those with a token in the mask, and `seq_clipped_frac` or
-        `seq_masked_frac`, the share of them.
-
-        Effective sample size: Kong 1992, "A Note on Importance Sampling using Standardized Weights".
-        """
+        """By the names in `METRICS` that this kind of correction has; all but counts are NaN without tokens."""
         kind = "masked" if self.drops else "clipped"
         found = {
             "tokens": float(self.tokens),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from r3.diagnostics.merging import MergeableSums
+from r3.diagnostics.metric import Chart, Metric, Watch
 from r3.errors import DiagnosticsError, summary
 
 if TYPE_CHECKING:
@@ -27,6 +28,49 @@ class CoverageSums(MergeableSums):
     lag_max: float = -math.inf
 
     maxima: ClassVar[int] = 1
+    METRICS = (
+        Metric(name="rows_captured", formula="rows whose routing was captured in every layer", unit="rows"),
+        Metric(name="rows_invalid", formula="the other rows, which are routed live where it is missing", unit="rows"),
+        Metric(
+            name="pairs_missing",
+            formula="(row, layer) pairs that are missing in rows that were captured in other layers",
+            unit="pairs",
+        ),
+        Metric(
+            name="coverage",
+            formula="`rows_captured` / (`rows_captured` + `rows_invalid`)",
+            chart=Chart(
+                section="coverage",
+                title="Coverage",
+                unit="rows with routing",
+                caption="Rows whose routing was captured; the others are routed live.",
+                share=True,
+                colour="replayed",
+            ),
+            watch=Watch(
+                name="coverage",
+                remedy="rows without routing are routed live; r3 doctor checks the capture",
+                worse="lower",
+            ),
+        ),
+        Metric(
+            name="version_lag_mean",
+            formula="mean of (version of the trainer's weights - version that made the row), over rows of known "
+            "version",
+            unit="versions",
+        ),
+        Metric(
+            name="version_lag_max",
+            formula="max of the same",
+            unit="versions",
+            notes="merges by maximum",
+            watch=Watch(
+                name="version_lag",
+                remedy="rollouts are older than the settings allow: sync more often, or keep fewer rollouts in flight",
+            ),
+        ),
+        Metric(name="version_unknown", formula="rows without version information", unit="rows"),
+    )
 
     @classmethod
     def from_tensors(
@@ -100,16 +144,7 @@ class CoverageSums(MergeableSums):
         return cls()
 
     def metrics(self) -> dict[str, float]:
-        """Counts are 0 and the rest is NaN when there are no rows, or none of a known version.
-
-        `coverage`          rows whose routing was captured in every layer, over all rows that the rollouts have
-        `rows_captured`, `rows_invalid`
-                            those, and the other ones
-        `pairs_missing`     (row, layer) pairs that were not captured, of rows that were captured in other layers
-        `version_lag_mean`  mean over rows of known version of trainer_version - version
-        `version_lag_max`   the largest
-        `version_unknown`   rows of which nobody told the version
-        """
+        """By the names in `METRICS`; without rows, or any of known version, counts are 0 and the rest is NaN."""
         rows, known = self.rows_captured + self.rows_invalid, self.version_known
         return {
             "coverage": self.rows_captured / rows if rows else math.nan,

@@ -14,6 +14,7 @@ import torch
 
 from r3.diagnostics.histogram import counts_of
 from r3.diagnostics.merging import MergeableSums
+from r3.diagnostics.metric import Chart, Metric
 from r3.diagnostics.routing_pair import RoutingPair
 from r3.errors import DiagnosticsError
 
@@ -30,6 +31,40 @@ class LoadSums(MergeableSums):
     counts: torch.Tensor = field(repr=False)
     """int64 `[2, L, E]`, live and rollout: how many slots of the valid rows an expert got."""
     layer_ids: tuple[int, ...]
+
+    METRICS = (
+        Metric(
+            name="load_entropy/{live,rollout}",
+            formula="mean over layers of -sum q log q / log E",
+            notes="1 if even, 0 if one expert gets all; NaN for E = 1",
+        ),
+        Metric(
+            name="load_max/{live,rollout}",
+            formula="max over layers of (largest q) · E",
+            notes="1 if even, E / K at most",
+            chart=Chart(
+                section="load",
+                title="Most loaded expert",
+                unit="times the mean load",
+                caption="Load of the busiest expert over the mean of its layer; the largest of all layers.",
+            ),
+        ),
+        Metric(
+            name="load_shift",
+            formula="mean over layers of half the sum over experts of abs(q_live - q_rollout)",
+            notes="total variation, 0 to 1; large only if routing differs to one side",
+            chart=Chart(
+                section="load",
+                title="Load that moved",
+                unit="share of the load",
+                caption="How much of the load sits on other experts live than in the rollout; mean over layers.",
+                label="shift",
+                share=True,
+                from_zero=True,
+                colour="fourth",
+            ),
+        ),
+    )
 
     @classmethod
     def from_tensors(
@@ -82,12 +117,7 @@ class LoadSums(MergeableSums):
         return cls(counts=torch.zeros(2, len(layers), num_experts, dtype=torch.int64), layer_ids=layers)
 
     def metrics(self) -> dict[str, float]:
-        """Evenness on both sides; NaN when there are no rows. q is a layer's share of slots by expert.
-
-        `load_entropy/{live,rollout}`  mean over layers of -sum q log q / log E: 1 if even; NaN for a single expert
-        `load_max/{live,rollout}`      largest load over the mean load of its layer, in the worst layer; 1 if even
-        `load_shift`                   mean over layers of half the sum of |q_live - q_rollout|, in [0, 1]
-        """
+        """Evenness on both sides, by the names in `METRICS`; NaN when there are no rows."""
         experts = self.counts.shape[-1]
         # No rows: 0 / 0, which is NaN and stays it.
         share = self.counts.double() / self.counts.sum(-1, keepdim=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from r3.config import ENGINE_FAULTS, MOST_REPEAT_NATS
+from r3.diagnostics.metric import Metric
 from r3.errors import AlarmError, ConfigError, summary
 
 # docs/reference/engines.md says what healthy families measure.
@@ -36,6 +37,17 @@ class EngineAgreement:
     differing_rows: float | None = None
     repeat_nats: float | None = None
 
+    METRICS = (
+        Metric(name="k3_live", formula="`logprob_diff/live/k3` of them", unit="nats"),
+        Metric(name="k3_replayed", formula="`logprob_diff/replayed/k3` of them", unit="nats"),
+        Metric(name="differing_rows", formula="`routing/differing_rows` of them"),
+        Metric(
+            name="repeat_nats",
+            formula="mean of abs(the engine's second answer - its first), log-probabilities at temperature 0",
+            unit="nats",
+        ),
+    )
+
     @classmethod
     def from_metrics(
         cls, family: str, metrics: Mapping[str, float], *, repeat_nats: float | None = None
@@ -53,17 +65,12 @@ class EngineAgreement:
     @classmethod
     def from_record(cls, family: str, record: Mapping[str, float]) -> EngineAgreement:
         """From what `metrics` gave; the number of tokens is not kept."""
-        names = ("k3_live", "k3_replayed", "differing_rows", "repeat_nats")
-        return cls(family=family, tokens=0, **{name: record.get(f"engine/{name}") for name in names})  # pyrefly: ignore
+        found = {metric.name: record.get(f"engine/{metric.name}") for metric in cls.METRICS}
+        return cls(family=family, tokens=0, **found)  # pyrefly: ignore
 
     def metrics(self) -> dict[str, float]:
-        """Flat names, of what was measured."""
-        figures = {
-            "k3_live": self.k3_live,
-            "k3_replayed": self.k3_replayed,
-            "differing_rows": self.differing_rows,
-            "repeat_nats": self.repeat_nats,
-        }
+        """Flat names, `engine/` and those in `METRICS`, of what was measured."""
+        figures = {metric.name: getattr(self, metric.name) for metric in self.METRICS}
         return {f"engine/{name}": value for name, value in figures.items() if value is not None}
 
     def faults(self) -> dict[str, str]:

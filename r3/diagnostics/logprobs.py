@@ -13,6 +13,7 @@ import torch
 
 from r3.diagnostics.histogram import BINS, bin_of, counts_of, pooled, quantile
 from r3.diagnostics.merging import MergeableSums
+from r3.diagnostics.metric import KONG, SCHULMAN, Chart, Metric, Watch
 from r3.diagnostics.moments import Moments
 from r3.errors import SHOWN, DiagnosticsError, summary
 
@@ -31,7 +32,7 @@ def compare_logprobs(
 
     `train` and `rollout` are float tensors of one shape, any shape, in nats; `mask` is bool of that shape, and only
     tokens where it is true count: leave out prompts, padding and tokens that were not sampled. The rollout's
-    log-probabilities have to be those of the distribution that was sampled from. See `LogprobSums.metrics` for the
+    log-probabilities have to be those of the distribution that was sampled from. See `LogprobSums.METRICS` for the
     names, and `LogprobSums` to merge micro-batches and ranks.
 
     Raises `DiagnosticsError` for unequal shapes, other dtypes, and non-finite values where `mask` is true.
@@ -66,6 +67,91 @@ class LogprobSums(MergeableSums):
     counts: torch.Tensor = field(default_factory=lambda: torch.zeros(2, BINS, dtype=torch.int64), repr=False)
     """int64 `[2, BINS]`: how many d below 0, and from 0 up, have their size in each bin of the histogram."""
     extreme_ratio: float = 2.0
+
+    METRICS = (
+        Metric(name="tokens", formula="N", unit="tokens"),
+        Metric(name="abs_mean", formula="mean of abs(d)", unit="nats"),
+        Metric(
+            name="abs_std",
+            formula="standard deviation of abs(d), over N and not N - 1",
+            unit="nats",
+            notes="0 for one token",
+        ),
+        Metric(name="abs_max", formula="max of abs(d)", unit="nats", notes="merges by maximum"),
+        Metric(
+            name="abs_{p50,p90,p99,p999}",
+            formula="the abs(d) that 50, 90, 99, 99.9% of the tokens do not exceed",
+            unit="nats",
+            notes="see [quantiles](#quantiles)",
+        ),
+        Metric(
+            name="k1",
+            formula="mean of -d",
+            unit="nats",
+            notes="KL(rollout ‖ train), unbiased, may be negative",
+            source=SCHULMAN,
+        ),
+        Metric(
+            name="k3",
+            formula="mean of r - 1 - d",
+            unit="nats",
+            notes="the same KL, unbiased, never negative, lower variance; infinite once a d reaches 710",
+            source=SCHULMAN,
+            chart=Chart(
+                section="gap",
+                title="k3 KL, live and replayed",
+                unit="nats per token",
+                caption="Mean of exp(d) - 1 - d over sampled tokens; d is the train less the rollout log-probability.",
+                log=True,
+            ),
+            watch=Watch(
+                name="k3", remedy="r3 explain --model --rollout on a saved rollout says what the gap comes from"
+            ),
+        ),
+        Metric(
+            name="ppl_ratio",
+            formula="exp(-mean of log p_train) / exp(-mean of log p_rollout) = exp(`k1`)",
+            notes="perplexity of all tokens together; above 1: train finds them less likely than the rollout did",
+        ),
+        Metric(
+            name="chi2_token",
+            formula="mean of r² - 1",
+            notes="χ²(train ‖ rollout), the variance of the ratios; may be negative in a sample, down to -1; infinite "
+            "once a d reaches 355",
+        ),
+        Metric(
+            name="ess",
+            formula="(sum of r)² / (N · sum of r²)",
+            notes="effective sample size over N, in (0, 1]; 1 if all ratios are equal; does not overflow",
+            source=KONG,
+        ),
+        Metric(
+            name="extreme_frac",
+            formula="share of tokens with r outside [1/2, 2]",
+            notes="threshold: `extreme_ratio=`; the bounds themselves are inside",
+            chart=Chart(
+                section="gap",
+                title="Extreme tokens",
+                unit="share of tokens",
+                caption="Tokens whose importance ratio exp(d) leaves the bounds, 1/2 to 2 unless set otherwise.",
+                share=True,
+                from_zero=True,
+            ),
+            watch=Watch(
+                name="extreme_frac",
+                remedy="the report's worst tokens show where; r3 explain --model --rollout says what it comes from",
+            ),
+        ),
+        Metric(
+            name="prob_abs_{mean,std,max}",
+            formula="mean, standard deviation (over N) and max of abs(p_train - p_rollout)",
+        ),
+        Metric(
+            name="prob_pearson",
+            formula="Pearson's correlation of p_train and p_rollout",
+            notes="NaN for one token, and where either does not vary",
+        ),
+    )
 
     @classmethod
     def from_tensors(
@@ -174,29 +260,7 @@ class LogprobSums(MergeableSums):
         )
 
     def metrics(self) -> dict[str, float]:
-        """The gap between the two sides; all but `tokens` are NaN when there are no tokens.
-
-        docs/reference/metrics.md has more.
-
-        `tokens`         how many counted
-        `abs_mean`       mean of |d|, nats
-        `abs_std`        standard deviation of |d| over N, nats; 0 for one token
-        `abs_max`        largest |d|, nats
-        `abs_p50`, `abs_p90`, `abs_p99`, `abs_p999`
-                         the |d| that 50, 90, 99 and 99.9% of the tokens do not exceed, nats; up to 3.2% off
-        `k1`             mean of -d, nats: unbiased estimate of KL(rollout || train); may be negative
-        `k3`             mean of exp(d) - 1 - d, nats: the same KL, never negative, less variance; infinite if d >= 710
-        `ppl_ratio`      perplexity of all tokens under train over that under rollout, exp(k1); above 1 if train finds
-                         them less likely
-        `chi2_token`     mean of exp(2 d) - 1: chi-squared divergence of train from rollout; infinite if d >= 355
-        `ess`            effective sample size of the ratios r = exp(d), over N: (sum r)^2 / (N sum r^2), in (0, 1]
-        `extreme_frac`   share of tokens with exp(d) outside [1 / extreme_ratio, extreme_ratio]
-        `prob_abs_mean`, `prob_abs_std`, `prob_abs_max`
-                         of |p_train - p_rollout|
-        `prob_pearson`   Pearson correlation of p_train and p_rollout; NaN for one token, or if either does not vary
-
-        k1 and k3: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html
-        """
+        """The gap between the two sides, by the names in `METRICS`; all but `tokens` are NaN without tokens."""
         n = self.tokens
         sizes, probs, either = self.sizes, self.probs, self.counts.sum(0)
         k1 = _over(-self.diff_sum, n)

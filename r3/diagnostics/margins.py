@@ -12,6 +12,7 @@ import torch
 
 from r3.diagnostics.histogram import BINS, bin_of, counts_of, quantile
 from r3.diagnostics.merging import MergeableSums
+from r3.diagnostics.metric import Metric
 from r3.diagnostics.routing_pair import RoutingPair, common
 from r3.errors import DiagnosticsError
 
@@ -29,6 +30,19 @@ class MarginSums(MergeableSums):
 
     counts: torch.Tensor = field(default_factory=lambda: torch.zeros(2, BINS, dtype=torch.int64), repr=False)
     """int64 `[2, BINS]`: (row, layer) pairs whose sets agree, and differ, with their margin in each bin."""
+
+    METRICS = (
+        Metric(
+            name="margin/agreeing_{p10,p50,p90}",
+            formula="[quantiles](#quantiles) of the margin over the pairs with A = B",
+            unit="of the router's scores",
+        ),
+        Metric(
+            name="margin/differing_{p10,p50,p90}",
+            formula="the same over those with A ≠ B",
+            unit="of the router's scores",
+        ),
+    )
 
     @classmethod
     def from_tensors(
@@ -83,8 +97,7 @@ class MarginSums(MergeableSums):
         return cls()
 
     def metrics(self) -> dict[str, float]:
-        """`margin/{agreeing,differing}_{p10,p50,p90}`: the margin that 10, 50 and 90% of the (row, layer) pairs do not
-        exceed, of those whose sets of experts agree and differ; up to 3.2% off. NaN if there are none."""
+        """By the names in `METRICS`; up to 3.2% off, and NaN where there are no pairs."""
         return {
             f"margin/{side}_{name}": quantile(counts, per_mille)
             for side, counts in zip(SIDES, self.counts, strict=True)

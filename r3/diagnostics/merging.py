@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.distributed as dist
 
+from r3.diagnostics.metric import Metric
 from r3.errors import DiagnosticsError
 
 if TYPE_CHECKING:
@@ -26,11 +27,13 @@ class MergeableSums(ABC):
 
     A subclass lays its totals out as one float64 vector, the maxima last, and names in `signature` what has to be
     equal for two of them to be of one kind (a threshold, the layers). If it keeps more than sums and maxima, it says in
-    `_merged` how two of them become one.
+    `_merged` how two of them become one. `METRICS` declares what `metrics` returns.
     """
 
     maxima: ClassVar[int] = 0
     """How many of the last entries of `as_tensor()` merge by maximum; those before merge by addition."""
+    METRICS: ClassVar[tuple[Metric, ...]] = ()
+    """What `metrics` returns, as docs/reference/metrics.md lists it: formulas, units, sources, charts and alarms."""
 
     @property
     @abstractmethod

@@ -14,6 +14,7 @@ import torch
 
 from r3.diagnostics.histogram import counts_of
 from r3.diagnostics.merging import MergeableSums
+from r3.diagnostics.metric import Metric
 from r3.diagnostics.routing_pair import RoutingPair, common, impossible
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def compare_routing(
 
     `live` and `replayed` are expert ids `[..., L, K]`, uint8, int16, int32 or int64, not necessarily the same; `valid`
     is bool `[...]`, or `[..., L]` where rows lack some layers, and only what is valid counts. `layer_ids` are the L
-    decoder-layer numbers (default 0 to L - 1). See `RoutingSums.metrics` for the names, and `RoutingSums` to merge
+    decoder-layer numbers (default 0 to L - 1). See `RoutingSums.METRICS` for the names, and `RoutingSums` to merge
     micro-batches and ranks.
 
     Raises `DiagnosticsError` for unequal shapes, other dtypes, and valid rows with negative or repeated ids.
@@ -50,6 +51,15 @@ class RoutingSums(MergeableSums):
     shared: tuple[tuple[int, ...], ...]
     """`[L][K + 1]`: how many rows of a layer share 0, 1, ..., K experts."""
     layer_ids: tuple[int, ...]
+
+    METRICS = (
+        Metric(name="rows", formula="N", unit="tokens"),
+        Metric(name="differing_rows", formula="share of the pairs with A ≠ B"),
+        Metric(name="differing_rows/layer_NN", formula="the same in decoder layer NN, at least two digits"),
+        Metric(name="differing_tokens", formula="share of the N tokens with A ≠ B in at least one layer"),
+        Metric(name="jaccard", formula="mean over the pairs of size(A ∩ B) / size(A ∪ B)"),  # noqa: RUF001
+        Metric(name="order_differs", formula="share of the pairs with A = B whose slots are in another order"),
+    )
 
     @classmethod
     def from_tensors(
@@ -123,15 +133,7 @@ class RoutingSums(MergeableSums):
         return cls(rows=0, differing_tokens=0, order_differs=0, shared=shared, layer_ids=tuple(layer_ids))
 
     def metrics(self) -> dict[str, float]:
-        """Disagreement between the two routings; all but `rows` are NaN when there are no rows.
-
-        `rows`                     rows, that is, tokens, that are valid in one layer or more
-        `differing_rows`           share of (token, layer) pairs whose sets of experts differ
-        `differing_rows/layer_NN`  the same for decoder layer NN (two digits or more)
-        `differing_tokens`         share of tokens that differ in at least one layer
-        `jaccard`                  mean over (token, layer) pairs of |A and B| / |A or B|
-        `order_differs`            share of (token, layer) pairs with equal sets whose slots are in another order
-        """
+        """Disagreement between the two routings, by the names in `METRICS`; all but `rows` are NaN without rows."""
         n, slots = self.rows, len(self.shared[0]) - 1
         counts = [sum(layer) for layer in self.shared]
         pairs = sum(counts)

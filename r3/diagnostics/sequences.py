@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from r3.diagnostics.merging import MergeableSums, collective_device, same_on_all_ranks
+from r3.diagnostics.metric import Metric
 from r3.errors import SHOWN, DiagnosticsError, summary
 
 if TYPE_CHECKING:
@@ -89,6 +90,20 @@ class SequenceSums(MergeableSums):
     log_ratio_max: float = 0.0
 
     maxima: ClassVar[int] = 1
+    METRICS = (
+        Metric(name="sequences", formula="how many have a token that counts", unit="sequences"),
+        Metric(
+            name="chi2_seq",
+            formula="mean of exp(2 s) - 1",
+            notes="χ² of whole sequences: grows with their length; infinite once an s reaches 355",
+        ),
+        Metric(
+            name="seq_ppl_ratio",
+            formula="mean of exp(-s / n)",
+            notes="each sequence counts alike, unlike in `ppl_ratio`",
+        ),
+        Metric(name="seq_log_ratio_max", formula="max of abs(s)", unit="nats", notes="merges by maximum"),
+    )
 
     @classmethod
     def from_totals(cls, diff_sum: torch.Tensor, tokens: torch.Tensor) -> Self:
@@ -142,13 +157,7 @@ class SequenceSums(MergeableSums):
         return cls()
 
     def metrics(self) -> dict[str, float]:
-        """The gap by sequence; all but `sequences` are NaN when there are none.
-
-        `sequences`          how many have at least one token that counts
-        `chi2_seq`           mean over sequences of exp(2 s) - 1, s the sum of d; infinite if s >= 355
-        `seq_ppl_ratio`      mean over sequences of exp(-s / tokens), perplexity under train over that under rollout
-        `seq_log_ratio_max`  largest |s|, nats
-        """
+        """The gap by sequence, by the names in `METRICS`; all but `sequences` are NaN when there are none."""
         n = self.sequences
         return {
             "sequences": float(n),

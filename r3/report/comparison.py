@@ -46,7 +46,12 @@ _HEADLINES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("time/train_s", "The training of a step, in seconds,", "{:.3g}".format),
     ("sync/seconds", "A weight sync, in seconds,", "{:.3g}".format),
 )
-_MEAN_SIZE = replace(panels.GAP[1], title="Mean size of d", caption="Mean |d| over sampled tokens.")
+_MEAN_SIZE = replace(
+    panels.SIZE_OF_D,
+    title="Mean size of d",
+    caption="Mean |d| over sampled tokens.",
+    lines=tuple(line for line in panels.SIZE_OF_D.lines if line.key.endswith("/abs_mean")),
+)
 
 
 @dataclass(frozen=True)
@@ -143,12 +148,14 @@ class _Comparison(Body):
                 yield f"Only {letter} has {', '.join(alone)}."
 
     def gap(self) -> str:
-        def sided(shown: CurvePanel, key: str, side: str) -> str:
-            lines = [line for line in shown.lines if line.key == diff_key(side, key)]
-            return self.chart(shown, lines[0], f"{shown.title.removesuffix(', live and replayed')}, {side}")
-
-        found = ((panels.K3, "k3"), (_MEAN_SIZE, "abs_mean"), (panels.GAP[2], "extreme_frac"))
-        return page.grid(sided(shown, key, side) for side in reversed(SIDES) for shown, key in found)
+        shown = [_MEAN_SIZE if each is panels.SIZE_OF_D else each for each in panels.GAP]
+        return page.grid(
+            self.chart(each, line, f"{each.title.removesuffix(', live and replayed')}, {side}")
+            for side in reversed(SIDES)
+            for each in shown
+            for line in each.lines
+            if line.key.startswith(diff_key(side, ""))
+        )
 
     def charts(self, shown: Sequence[CurvePanel]) -> str:
         return page.grid(self.chart(each, line) for each in shown for line in each.lines)
@@ -212,8 +219,9 @@ class _Comparison(Body):
                 caption = "The scale is that of both runs' layers, mean over steps."
                 parts.append(drawn_panel(title, caption, over, name=f"layer-map-{side.letter}", label=f"{title}."))
         shown = panels.DIFFERING
-        curves = (self.chart(shown, line, f"{line.label.capitalize()} that differ") for line in shown.lines)
-        return page.grid([*parts, *curves])
+        parts += [self.chart(shown, line, f"{line.label.capitalize()} that differ") for line in shown.lines]
+        parts += [self.chart(each, line) for each in panels.ROUTING if each is not shown for line in each.lines]
+        return page.grid(parts)
 
     def load(self) -> str:
         maps = load_pair([(side.letter, side.run.details) for side in self.sides])

@@ -1,12 +1,16 @@
-"""The charts of a report: which metrics each shows, how, and what it says of itself."""
+"""The charts of a report over the steps: those that metrics declare, and those that show several metrics."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING
 
+from r3.diagnostics.metric import Metric
+from r3.diagnostics.registry import GROUPS, Group, declared
 from r3.report import charts
 from r3.report.charts import FOURTH, LIVE, REPLAYED, THIRD, Line
 from r3.report.page import panel
@@ -14,6 +18,21 @@ from r3.report.series import Records, recorded, steps_of, values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+_Style = tuple[str, str, str]
+"""Colour, marker and dash of a curve."""
+_ALONE: dict[str, _Style] = {
+    "live": (LIVE, "o", "-"),
+    "replayed": (REPLAYED, "s", "-"),
+    "third": (THIRD, "o", "-"),
+    "fourth": (FOURTH, "^", "-"),
+}
+_TOGETHER: dict[tuple[str, ...], list[_Style]] = {
+    ("live", "replayed"): [(LIVE, "o", "-"), (REPLAYED, "s", "-")],
+    ("live", "rollout"): [(LIVE, "o", "--"), (THIRD, "D", "-")],
+}
+_OTHERS: list[_Style] = [(REPLAYED, "s", "-"), (LIVE, "o", "--"), (THIRD, "D", "-."), (FOURTH, "^", ":")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +49,47 @@ class CurvePanel:
     from_zero: bool = False
 
 
+def chart_of(metric: Metric, keys: Sequence[str]) -> CurvePanel:
+    """The panel that a metric declares, with a curve for each of its keys."""
+    chart = metric.chart
+    assert chart is not None
+    labels = _told_apart(keys)
+    styles = [_ALONE[chart.colour]] if len(keys) == 1 else _TOGETHER.get(labels, _OTHERS)
+    if len(keys) == 1:
+        labels = (chart.label or keys[0].rpartition("/")[2].replace("_", " "),)
+    lines = tuple(Line(key, label, *style) for key, label, style in zip(keys, labels, cycle(styles), strict=False))
+    return CurvePanel(
+        name=re.sub(r"[/_]+", "-", metric.name.partition("{")[0]).strip("-"),
+        title=chart.title,
+        unit=chart.unit or metric.unit,
+        caption=chart.caption,
+        lines=lines,
+        log=chart.log,
+        share=chart.share,
+        from_zero=chart.from_zero,
+    )
+
+
+def _told_apart(keys: Sequence[str]) -> tuple[str, ...]:
+    """The parts in which each key differs from the others."""
+    differing = [parts for parts in zip(*(key.split("/") for key in keys), strict=False) if len(set(parts)) > 1]
+    return tuple(" ".join(parts).replace("_", " ") for parts in zip(*differing, strict=True))
+
+
+def chart_with(key: str) -> CurvePanel:
+    """The panel of the metric that is recorded as `key`."""
+    return next(chart_of(metric, keys) for metric, keys in declared() if key in keys)
+
+
+def section(name: str, *first: CurvePanel, groups: Sequence[Group] = GROUPS) -> tuple[CurvePanel, ...]:
+    """The panels of a section of the page: `first`, then the others that metrics declare for it."""
+    shown = [(metric, keys) for metric, keys in declared(groups) if metric.chart and metric.chart.section == name]
+    found = [chart_of(metric, keys) for metric, keys in shown]
+    return (*first, *(panel for panel in found if panel not in first))
+
+
 def _sides(
-    metric: str, label: str = "", *, largest: bool = False, dash: str = "-", markers: str = "os"
+    metric: str, label: str, *, largest: bool = False, dash: str = "-", markers: str = "os"
 ) -> tuple[Line, Line]:
     return (
         Line(f"logprob_diff/live/{metric}", f"live{label}", LIVE, markers[0], dash, largest=largest),
@@ -39,37 +97,18 @@ def _sides(
     )
 
 
-K3 = CurvePanel(
-    name="k3",
-    title="k3 KL, live and replayed",
-    unit="nats per token",
-    caption="Mean of exp(d) - 1 - d over sampled tokens; d is the train less the rollout log-probability.",
-    lines=_sides("k3"),
+K3 = chart_with("logprob_diff/live/k3")
+SIZE_OF_D = CurvePanel(
+    name="abs",
+    title="Size of d",
+    unit="nats",
+    caption="Mean, 99th percentile and largest |d| over sampled tokens.",
+    lines=(
+        *_sides("abs_max", ", largest", largest=True, dash=":", markers="^v"),
+        *_sides("abs_p99", ", p99", dash="--", markers="+x"),
+        *_sides("abs_mean", ", mean"),
+    ),
     log=True,
-)
-GAP = (
-    K3,
-    CurvePanel(
-        name="abs",
-        title="Size of d",
-        unit="nats",
-        caption="Mean, 99th percentile and largest |d| over sampled tokens.",
-        lines=(
-            *_sides("abs_max", ", largest", largest=True, dash=":", markers="^v"),
-            *_sides("abs_p99", ", p99", dash="--", markers="+x"),
-            *_sides("abs_mean", ", mean"),
-        ),
-        log=True,
-    ),
-    CurvePanel(
-        name="extreme",
-        title="Extreme tokens",
-        unit="share of tokens",
-        caption="Tokens whose importance ratio exp(d) leaves the bounds, 1/2 to 2 unless set otherwise.",
-        lines=_sides("extreme_frac"),
-        share=True,
-        from_zero=True,
-    ),
 )
 DIFFERING = CurvePanel(
     name="differing",
@@ -83,89 +122,47 @@ DIFFERING = CurvePanel(
     share=True,
     from_zero=True,
 )
-LOAD = (
-    CurvePanel(
-        name="load-max",
-        title="Most loaded expert",
-        unit="times the mean load",
-        caption="Load of the busiest expert over the mean of its layer; the largest of all layers.",
-        lines=(
-            Line("routing/load_max/live", "live", LIVE, "o", "--"),
-            Line("routing/load_max/rollout", "rollout", THIRD, "D"),
-        ),
+LAG = CurvePanel(
+    name="lag",
+    title="Version lag",
+    unit="weight versions",
+    caption="How many syncs the trainer was ahead of the weights that made a row.",
+    lines=(
+        Line("routing/version_lag_max", "largest", FOURTH, "^", "--", largest=True),
+        Line("routing/version_lag_mean", "mean", REPLAYED, "s"),
     ),
-    CurvePanel(
-        name="load-shift",
-        title="Load that moved",
-        unit="share of the load",
-        caption="How much of the load sits on other experts live than in the rollout; mean over layers.",
-        lines=(Line("routing/load_shift", "shift", FOURTH, "^"),),
-        share=True,
-        from_zero=True,
-    ),
+    from_zero=True,
 )
-COVERAGE = (
-    CurvePanel(
-        name="coverage",
-        title="Coverage",
-        unit="rows with routing",
-        caption="Rows whose routing was captured; the others are routed live.",
-        lines=(Line("routing/coverage", "coverage", REPLAYED, "s"),),
-        share=True,
+MARGIN = CurvePanel(
+    name="margin",
+    title="Margin at the top-k boundary",
+    unit="router score",
+    caption="Median distance from the last chosen to the first unchosen expert, by whether the choice differs.",
+    lines=(
+        Line("routing/margin/agreeing_p50", "same choice", REPLAYED, "s"),
+        Line("routing/margin/differing_p50", "differs", LIVE, "o", "--"),
     ),
-    CurvePanel(
-        name="lag",
-        title="Version lag",
-        unit="weight versions",
-        caption="How many syncs the trainer was ahead of the weights that made a row.",
-        lines=(
-            Line("routing/version_lag_max", "largest", FOURTH, "^", "--", largest=True),
-            Line("routing/version_lag_mean", "mean", REPLAYED, "s"),
-        ),
-        from_zero=True,
-    ),
-    CurvePanel(
-        name="margin",
-        title="Margin at the top-k boundary",
-        unit="router score",
-        caption="Median distance from the last chosen to the first unchosen expert, by whether the choice differs.",
-        lines=(
-            Line("routing/margin/agreeing_p50", "same choice", REPLAYED, "s"),
-            Line("routing/margin/differing_p50", "differs", LIVE, "o", "--"),
-        ),
-        log=True,
-    ),
+    log=True,
 )
-TRAINING = (
-    CurvePanel(
-        name="reward",
-        title="Reward",
-        unit="mean reward",
-        caption="Mean over the step's rollouts.",
-        lines=(Line("reward/mean", "mean reward", THIRD),),
+TIMES = CurvePanel(
+    name="times",
+    title="Where a step's time goes",
+    unit="seconds",
+    caption="Each phase of a step; live against replayed is measured at some steps only.",
+    lines=(
+        Line("time/rollout_s", "rollout", THIRD, "D"),
+        Line("time/measure_s", "measure", LIVE, "o", "-."),
+        Line("time/train_s", "train", REPLAYED, "s", "--"),
+        Line("time/sync_s", "sync", FOURTH, "^", ":"),
     ),
-    CurvePanel(
-        name="times",
-        title="Where a step's time goes",
-        unit="seconds",
-        caption="Each phase of a step; live against replayed is measured at some steps only.",
-        lines=(
-            Line("time/rollout_s", "rollout", THIRD, "D"),
-            Line("time/measure_s", "measure", LIVE, "o", "-."),
-            Line("time/train_s", "train", REPLAYED, "s", "--"),
-            Line("time/sync_s", "sync", FOURTH, "^", ":"),
-        ),
-        from_zero=True,
-    ),
-    CurvePanel(
-        name="sync",
-        title="Weight sync",
-        unit="seconds",
-        caption="Duration of each complete update, from its begin to its commit.",
-        lines=(Line("sync/seconds", "seconds", FOURTH, "^"),),
-        from_zero=True,
-    ),
+    from_zero=True,
 )
+REWARD = chart_with("reward/mean")
+GAP = section("gap", K3, SIZE_OF_D)
+ROUTING = section("routing", DIFFERING)
+LOAD = section("load")
+COVERAGE = section("coverage", chart_with("routing/coverage"), LAG, MARGIN)
+TRAINING = section("training", REWARD, TIMES)
 
 
 def missing(shown: CurvePanel, records: Records) -> list[str]:

@@ -51,7 +51,7 @@ def write_figure(run_folder: str | os.PathLike[str], path: str | os.PathLike[str
         gap, reward = drawn.subplots(1, 2)
         charts.curves(gap, [(records, line) for line in panels.K3.lines], log=True)
         gap.set_title("k3 KL of rollout and trainer, nats per token")
-        charts.curves(reward, [(records, line) for line in panels.TRAINING[0].lines])
+        charts.curves(reward, [(records, line) for line in panels.REWARD.lines])
         reward.set_title("mean reward")
         target.parent.mkdir(parents=True, exist_ok=True)
         # Opaque: a README is shown on light and on dark pages.
@@ -125,7 +125,7 @@ class _Report(Body):
     def routing(self) -> str:
         if not any(layer_shares(record) for record in self.run.records):
             self.missing.append(f"{LAYER_PREFIX}NN")
-        return page.grid([*routing_panels(self.run.records), *self.curves([panels.DIFFERING])])
+        return page.grid([*routing_panels(self.run.records), *self.curves(panels.ROUTING)])
 
     def load(self) -> str:
         maps, charts_of_load = list(load_panels(self.run.details, self.missing)), self.curves(panels.LOAD)

@@ -52,6 +52,7 @@ def test_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr
     settings = (tmp_path / "reference/settings/index.html").read_text()
     assert "trainer.diagnostics.alarms.k3_stop" in settings
+    assert "<td><code>k3</code></td>" in (tmp_path / "reference/metrics/index.html").read_text()
     assert 'id="r3.weight_sync.WeightSync.push"' in (tmp_path / "reference/api/weight_sync/index.html").read_text()
 
 

@@ -40,16 +40,12 @@ def weights(folder):
 
 
 def test_complete_weights_are_told_with_their_dtype(checkpoint):
+    count = len(load_file(checkpoint / "model.safetensors"))
     whole = weights(checkpoint)
-    assert (
-        whole.status,
-        "843 tensors (843 BF16) in 1 files, complete; 843 of them looked at: finite" in whole.detail,
-    ) == (
-        "ok",
-        True,
-    )
+    assert whole.status == "ok"
+    assert f"{count} tensors ({count} BF16) in 1 files, complete; {count} of them looked at: finite" in whole.detail
     split(checkpoint)
-    assert "(843 BF16) in 2 files" in weights(checkpoint).detail
+    assert f"({count} BF16) in 2 files" in weights(checkpoint).detail
 
 
 def lose(folder):

@@ -9,7 +9,7 @@ from run_folders import SETTINGS, step_metrics, synthetic_run
 
 from r3.diagnostics import RunFolder
 from r3.errors import DiagnosticsError
-from r3.report import write_comparison
+from r3.report import panels, write_comparison
 
 
 def page_of(*args):
@@ -28,6 +28,28 @@ def logged(path, records, settings=None):
     return folder.path
 
 
+SIDED = [f"logprob_diff/{side}/{name}" for side in ("live", "replayed") for name in ("k3", "abs_mean", "extreme_frac")]
+ONE_BY_ONE = [
+    *SIDED,
+    *(
+        line.key
+        for shown in (panels.ROUTING, panels.COVERAGE, panels.TRAINING)
+        for each in shown
+        for line in each.lines
+    ),
+    # The load of a live forward is the trainer's alone: the page compares rollouts.
+    *(each.lines[-1].key for each in panels.LOAD),
+]
+OF_DETAILS = [
+    "layers",
+    *(f"{chart}-{run}" for chart in ("layer-map", "load") for run in "AB"),
+    *(f"scatter-{run}-{side}" for run in "AB" for side in ("live", "replayed")),
+    *(f"histogram-{side}" for side in ("live", "replayed")),
+]
+
+OF_B = [f"scatter-B-{side}" for side in ("live", "replayed")] + ["load-B"]
+
+
 def test_a_whole_page(tmp_path):
     a = synthetic_run(tmp_path / "a", 12)
     b = synthetic_run(tmp_path / "b", 5, seed=1, worse=3, settings=SETTINGS | {"trainer.seed": 7, "more": "<b>"})
@@ -41,7 +63,8 @@ def test_a_whole_page(tmp_path):
     assert found["trainer.seed"] == ["42", "7"]
     assert found["more"] == ["(not set)", "<b>"]
     assert "generator.inference_engine.dtype" not in found
-    assert len(page.drawings) == 32
+    assert page.charts == {name.replace("/", "-") for name in (*ONE_BY_ONE, *OF_DETAILS)}
+    assert len(page.drawings) == len(page.charts)
 
 
 def test_metrics_are_weighted_and_their_ratio_is_that_of_the_means(tmp_path):
@@ -65,6 +88,14 @@ def test_what_one_run_lacks(tmp_path):
     assert "Only A has logprob_diff/replayed/k3" in page.text
     assert "B: details.jsonl: missing" in page.text
     assert rows(page)["logprob_diff/replayed/k3"][3:] == ["-", "-", "-", "-"]
+    # What one run alone has is shown for that one.
+    assert page.charts == {name.replace("/", "-") for name in (*ONE_BY_ONE, *OF_DETAILS) if name not in OF_B}
+
+
+def test_what_neither_run_has_is_not_shown(tmp_path):
+    parts = (ONE_BY_ONE[::3], ONE_BY_ONE[1::3])
+    a, b = (logged(tmp_path / name, [dict.fromkeys(keys, 0.5)]) for name, keys in zip("ab", parts, strict=True))
+    assert page_of(a, b).charts == {key.replace("/", "-") for keys in parts for key in keys}
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

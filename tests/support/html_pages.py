@@ -42,6 +42,16 @@ class Page(HTMLParser):
     def drawings(self):
         return re.findall(r"<svg.*?</svg>", self.source, flags=re.DOTALL)
 
+    @property
+    def titles(self):
+        """Of the charts, in the order of their names."""
+        return sorted(re.findall(r"<figure><h3>(.*?)</h3><svg", self.source))
+
+    @property
+    def charts(self):
+        """The names of the charts, by which their ids are kept apart."""
+        return set(re.findall(r'<g id="([\w-]+)-figure_1">', self.source))
+
 
 def assert_sound(source):
     """Self-contained, well-formed, and each chart with a name and ids of its own. Returns the page."""

@@ -12,6 +12,8 @@ from step_batches import made_batch
 import r3
 from r3.capture import Rollout, RolloutBatch, Rollouts
 from r3.diagnostics import LogprobSums, compare_routing
+from r3.diagnostics.metric import without_layer
+from r3.diagnostics.registry import GROUPS, declared, is_declared
 from r3.routing import RoutingSpec
 from trainer_hooks.batches import StepBatch
 from trainer_hooks.grpo import GRPOTrainer
@@ -128,7 +130,11 @@ def require_equal(metrics: dict[str, float], truth: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_metrics_are_those_of_each_rollout_alone(batch, truth, packed):
-    require_equal(measured({"trainer.use_sample_packing": packed}, batch).metrics, truth)
+    metrics = measured({"trainer.use_sample_packing": packed}, batch).metrics
+    require_equal(metrics, truth)
+    summed = ("log-probabilities", "sequences", "routing", "load", "margin")
+    expected = {key for _, keys in declared([group for group in GROUPS if group.name in summed]) for key in keys}
+    assert {without_layer(key) for key in metrics} == expected
 
 
 @pytest.mark.parametrize("sequence_parallel_size", [1, 2])
@@ -165,6 +171,7 @@ def test_training_forwards_give_the_replayed_side_for_nothing(batch, truth):
         assert metrics["routing/pairs_live"] == 8 * tokens - routing.pairs_valid
         assert found.keys() == {key for key in expected if key.startswith("logprob_diff/replayed")}
         assert found["logprob_diff/replayed/sequences"] == samples
+        assert all(map(is_declared, metrics))
         require_equal(found, {key: expected[key] for key in found})
 
 

@@ -1,0 +1,62 @@
+"""What a training loop records of a step beside the sums: rewards, updates, the sync and times.
+
+Declared here, and not in a trainer, because the report shows them of any loop that uses these names.
+"""
+
+from __future__ import annotations
+
+from r3.diagnostics.metric import Chart, Metric
+
+STEP_METRICS = (
+    Metric(
+        name="reward/mean",
+        formula="mean reward of the step's rollouts",
+        chart=Chart(
+            section="training",
+            title="Reward",
+            unit="mean reward",
+            caption="Mean over the step's rollouts.",
+            label="mean reward",
+        ),
+    ),
+    Metric(name="reward/std_in_group", formula="mean over prompts of the standard deviation of their rewards"),
+    Metric(name="rollout/tokens_mean", formula="mean number of sampled tokens in a rollout", unit="tokens"),
+    Metric(
+        name="routing/rows_replayed",
+        formula="rows whose routing was replayed in training in every layer",
+        unit="tokens",
+    ),
+    Metric(name="routing/rows_live", formula="the others, routed live where it is missing", unit="tokens"),
+    Metric(
+        name="routing/pairs_live",
+        formula="(token, layer) pairs routed live in training",
+        unit="pairs",
+        notes="L for a row without routing, fewer for one that lacks some layers",
+    ),
+    Metric(name="train/loss", formula="loss, mean over the sampled tokens"),
+    Metric(name="train/grad_norm", formula="norm of the gradient before it is clipped, mean over the updates"),
+    Metric(name="train/clipped_frac", formula="share of the sampled tokens whose ratio is outside the clip bounds"),
+    Metric(name="train/updates", formula="updates of the step", unit="updates"),
+    Metric(name="sync/version", formula="version that the step's weight sync committed", unit=""),
+    Metric(name="sync/bytes", formula="size of that sync", unit="bytes"),
+    Metric(name="sync/chunks", formula="chunks that it was sent in", unit="chunks"),
+    Metric(
+        name="sync/seconds",
+        formula="its duration",
+        unit="s",
+        chart=Chart(
+            section="training",
+            title="Weight sync",
+            unit="seconds",
+            caption="Duration of each complete update, from its begin to its commit.",
+            from_zero=True,
+            colour="fourth",
+        ),
+    ),
+    Metric(
+        name="time/{rollout,measure,train,sync}_s",
+        formula="duration of each phase",
+        unit="s",
+        notes="`measure`: the two forwards that compare live and replayed, at measured steps",
+    ),
+)
