@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from places import ROOT
 from sybil import Document
 from sybil.document import PythonDocStringDocument
@@ -44,6 +45,9 @@ def folder(tmp_path, monkeypatch):
     """What snippets write is thrown away; the demo's model is where the pages say."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
+    yield
+    if dist.is_initialized():  # of a snippet that failed in the middle
+        dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 
 MEASURED = Path(__file__).parent / "engines.json"
-PAGE = Path(__file__).parent.parent.parent / "docs/reference/engines.md"
+PAGE = Path(__file__).parents[3] / "docs/reference/engines.md"
 MARK = "<!-- from here on by tests/support/engine_families.py --page -->\n"
 
 WRONG: dict[str, set[str]] = {

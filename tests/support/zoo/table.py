@@ -14,7 +14,7 @@ import transformers
 from zoo import CASES
 
 PROVED = Path(__file__).with_name("proved.json")
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "models.md"
 
 _TESTS = {
     "test_own_routing_is_bit_identical_to_live": "exact",
