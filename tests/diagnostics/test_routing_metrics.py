@@ -106,6 +106,21 @@ def test_one_swapped_expert_counts_once():
     )
 
 
+def test_an_impossible_choice_and_another_order_in_any_block_count(monkeypatch):
+    """Blocks are taken one after the other: no later one may undo what an earlier one found, or stand for it."""
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", 2 * 3 * 8)
+    ids, valid = random_ids(1, 9, 3, 8), torch.ones(1, 9, dtype=torch.bool)
+    for position in (0, 4, 8):
+        repeated = ids.clone()
+        repeated[0, position, 1, 5] = repeated[0, position, 1, 4]
+        with pytest.raises(DiagnosticsError):
+            compare_routing(ids, repeated, valid)
+        shuffled = ids.clone()
+        shuffled[0, position, 1] = ids[0, position, 1].flip(-1)
+        assert compare_routing(ids, shuffled, valid)["order_differs"] == 1 / 27
+        assert compare_routing(ids, shuffled, valid & (torch.arange(9) != position))["order_differs"] == 0
+
+
 @pytest.mark.parametrize("filler", [-1, 0, 63])
 def test_invalid_rows_never_count(filler):
     live, replayed = random_ids(3, 7, 4, 8, seed=1), random_ids(3, 7, 4, 8, seed=2)

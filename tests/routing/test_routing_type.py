@@ -199,3 +199,14 @@ def test_select_pad_and_cat_keep_rows_and_versions():
         joined.pad(12)
     with pytest.raises(RoutingError, match="expected one"):
         RolloutRouting.cat([whole, routing(num_experts=EXPERTS + 1)])
+
+
+def test_joined_and_thinned_routing_keeps_dtype_and_version():
+    whole = routing(weight_version=4)
+    assert RolloutRouting.cat([whole, whole]).expert_ids.dtype == whole.expert_ids.dtype
+    some = whole.layers(whole.layer_ids[1:])
+    assert (some.weight_version, some.layer_ids) == (4, whole.layer_ids[1:])
+    assert torch.equal(some.expert_ids, whole.expert_ids[:, :, 1:])
+    for wrong in (whole.layer_ids[::-1], (*whole.layer_ids, 99), whole.layer_ids[:1] * 2):
+        with pytest.raises(RoutingError):
+            whole.layers(wrong)
