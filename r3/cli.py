@@ -25,7 +25,7 @@ def _example(name: str) -> Path:
 
 
 def demo(args: argparse.Namespace) -> None:
-    script = _example("grpo_fsdp.py")
+    script = _example("grpo_demo.py")
     listing = ["--settings"] if args.settings else []
     # In place of this process: signals, exit code and the engine's parent are then the script's own.
     sys.stdout.flush()

@@ -6,8 +6,8 @@ from trainer_hooks.launch import process_group, train
 from trainer_hooks.measure import Measured, StepGap, coverage, measure
 from trainer_hooks.objective import clipped_loss, clipped_objective, group_advantages
 from trainer_hooks.policy import Policy
+from trainer_hooks.policy_protocol import Scorer
 from trainer_hooks.publish import push_from_all_ranks
-from trainer_hooks.scorer import Scorer
 
 __all__ = [
     "GRPOTrainer",

@@ -30,7 +30,7 @@ from r3.diagnostics import (
 from r3.routing import RolloutRouting
 from r3.routing.validity import by_pair
 from trainer_hooks.batches import Rows, StepBatch
-from trainer_hooks.scorer import Scorer
+from trainer_hooks.policy_protocol import Scorer
 
 
 @dataclass(frozen=True, kw_only=True)

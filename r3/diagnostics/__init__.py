@@ -14,7 +14,7 @@ from r3.diagnostics.corrections import (
 from r3.diagnostics.coverage import CoverageSums
 from r3.diagnostics.details import TokenDetails
 from r3.diagnostics.expert_load import LoadSums
-from r3.diagnostics.logprob_agreement import EngineAgreement
+from r3.diagnostics.initial_mismatch import EngineAgreement
 from r3.diagnostics.logprobs import LogprobSums, compare_logprobs
 from r3.diagnostics.margins import MarginSums
 from r3.diagnostics.merging import MergeableSums

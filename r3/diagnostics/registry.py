@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from r3.diagnostics.correction_sums import CorrectionSums
 from r3.diagnostics.coverage import CoverageSums
 from r3.diagnostics.expert_load import LoadSums
-from r3.diagnostics.logprob_agreement import EngineAgreement
+from r3.diagnostics.initial_mismatch import EngineAgreement
 from r3.diagnostics.logprobs import LogprobSums
 from r3.diagnostics.margins import MarginSums
 from r3.diagnostics.metric import Metric, without_layer

@@ -13,7 +13,7 @@ from torch import nn
 from r3.capture import Rollouts, collect
 from r3.capture.ask import ask, repeat_nats
 from r3.diagnostics import LogprobSums, RoutingSums
-from r3.diagnostics.logprob_agreement import EngineAgreement
+from r3.diagnostics.initial_mismatch import EngineAgreement
 from r3.replay import Replay, record
 from r3.routing import RoutingSpec
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from r3.errors import ReplayError, RoutingError, summary
+from r3.errors import ReplayError, RoutingError
+from r3.replay.audit import require_all_replayed
 from r3.replay.graph import mark_outputs
 from r3.replay.patching import KEYWORD, ForwardReport, ModelPatch, ReplayContext, tokens_of
 from r3.routing import RolloutRouting, RoutingSpec
@@ -127,14 +128,7 @@ class Replay:
         if call is None:
             return
         call.forward_id.open = False
-        routers = self._patch.routers
-        bypassed = [router.site.name for router in routers if not router.replayed(call)]
-        if bypassed:
-            raise ReplayError(
-                "expected every router to be replayed in a forward. These did not run; a replaced block bypasses them "
-                "(use_kernels=True, for one), and so does a `forward` put on a router or layer after attach that does "
-                f"not go through the one that was there:{summary(bypassed)}"
-            )
+        require_all_replayed(self._patch.routers, call)
         activity.report = call.report
 
 

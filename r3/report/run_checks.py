@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from r3.config import AlarmsConfig
-from r3.diagnostics.logprob_agreement import EngineAgreement
+from r3.diagnostics.initial_mismatch import EngineAgreement
 from r3.report.cells import number, percent, scientific
 from r3.report.narrative import SAME, SIDES, diff_key, layer_means, paired, percent_down, share_text, times
 from r3.report.series import Records, known, mean, recorded, thirds, weighted_mean

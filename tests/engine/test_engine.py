@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def trainer(engine, demo_config, weights):
     """The demo's trainer around the shared engine; gives the engine its weights back at the end."""
-    from grpo_fsdp import CHAIN_SUM, ReasoningGymTask
+    from grpo_demo import CHAIN_SUM, ReasoningGymTask
 
     from trainer_hooks.grpo import GRPOTrainer
     from trainer_hooks.launch import process_group

@@ -17,7 +17,7 @@ from processes import all_ended, session
 from r3.diagnostics.metric import without_layer
 from r3.diagnostics.registry import declared, is_declared
 
-EXAMPLE = DEMO_MODEL.parent / "grpo_fsdp.py"
+EXAMPLE = DEMO_MODEL.parent / "grpo_demo.py"
 SMALL = ["trainer.train_batch_size=4", "trainer.updates_per_step=1", "generator.sampling_params.max_generate_length=24"]
 
 

@@ -14,7 +14,7 @@ from r3.diagnostics import RunFolder
 @pytest.mark.parametrize("overrides", [[], ["trainer.max_steps=3", "trainer.diagnostics.sinks=[wandb,trackio]"]])
 def test_the_demo_lists_the_settings_that_it_runs_with(overrides, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
-    import grpo_fsdp
+    import grpo_demo
 
     class Started(Exception):
         pass
@@ -24,7 +24,7 @@ def test_the_demo_lists_the_settings_that_it_runs_with(overrides, monkeypatch):
 
     monkeypatch.setattr("trainer_hooks.launch.train", start)
     with pytest.raises(Started) as started:
-        grpo_fsdp.main(overrides)
+        grpo_demo.main(overrides)
     command = [sys.executable, "-m", "r3.cli", "demo", "--settings", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,7 @@ def demo_model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def demo_prompts(count: int, seed: int) -> list[list[int]]:
-    from grpo_fsdp import CHAIN_SUM, ReasoningGymTask
+    from grpo_demo import CHAIN_SUM, ReasoningGymTask
 
     task, tokenizer = ReasoningGymTask("chain_sum", seed, CHAIN_SUM), AutoTokenizer.from_pretrained(DEMO_MODEL)
     return [tokenizer(task.prompt(problem)).input_ids for problem in task.problems(0, count)]

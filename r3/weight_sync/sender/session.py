@@ -16,7 +16,7 @@ from r3.errors import SyncError, summary
 from r3.weight_sync.delta import DeltaBase
 from r3.weight_sync.engines import RunningRequests, engine_of
 from r3.weight_sync.integrity.digest import combine
-from r3.weight_sync.protocol import Reply, SyncState
+from r3.weight_sync.protocol import Reply
 from r3.weight_sync.sender.calls import (
     ParallelCalls,
     add_note,
@@ -31,6 +31,7 @@ from r3.weight_sync.sender.chunking import OutgoingWeights
 from r3.weight_sync.sender.engine_group import EngineGroup
 from r3.weight_sync.sender.progress import StagedChunk, SyncProgress
 from r3.weight_sync.sender.receipt import SyncReceipt
+from r3.weight_sync.states import SyncState
 from r3.weight_sync.transports import Chunk, Transport, transport_of
 from r3.weight_sync.weights.lazy import Weight
 

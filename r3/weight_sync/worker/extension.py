@@ -4,7 +4,7 @@ vLLM appends the class to its worker's bases: no `__init__` runs, every name sta
 is plain dictionaries, of which JSON is enough. A call never raises into the engine; it answers {"error": ...}, and the
 worker is poisoned if a weight may have been touched.
 
-`r3.weight_sync.protocol` has the calls and the states they lead to.
+`r3.weight_sync.states` has the calls and the states they lead to.
 """
 
 import time
@@ -17,7 +17,8 @@ from r3.errors import summary
 from r3.vllm_compat.engines import allow_amx
 from r3.weight_sync.delta import DeltaBase
 from r3.weight_sync.integrity.digest import combine
-from r3.weight_sync.protocol import Reply, SyncState
+from r3.weight_sync.protocol import Reply
+from r3.weight_sync.states import SyncState
 from r3.weight_sync.transports import RECEIVERS, Announced, Descriptor, Receiver
 from r3.weight_sync.transports.transport import gpu_uuid, wait_until
 from r3.weight_sync.worker.batch_guard import BatchGuard
@@ -25,7 +26,7 @@ from r3.weight_sync.worker.derived_tensors import watch_construction
 from r3.weight_sync.worker.engine_models import EngineModels, caches_in
 from r3.weight_sync.worker.finite import queue_finite_check
 from r3.weight_sync.worker.kept_layers import kept_layers
-from r3.weight_sync.worker.state import ReceivedSync, WorkerState
+from r3.weight_sync.worker.received_sync import ReceivedSync, WorkerState
 from r3.weight_sync.worker.verification import check_chunk, check_content, check_ties, remedy
 
 # This module is imported in every worker, before it builds a model.

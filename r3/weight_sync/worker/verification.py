@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from r3.weight_sync.transports import Chunk
-from r3.weight_sync.worker.state import ReceivedSync
+from r3.weight_sync.worker.received_sync import ReceivedSync
 
 
 def check_chunk(chunk: Chunk, names: list[str], sync: ReceivedSync) -> None:

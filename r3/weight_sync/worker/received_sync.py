@@ -8,7 +8,7 @@ from typing import Any
 
 from r3.weight_sync.delta import DeltaBase
 from r3.weight_sync.integrity.digest import ContentDigests
-from r3.weight_sync.protocol import SyncState
+from r3.weight_sync.states import SyncState
 from r3.weight_sync.timing import StageTimer
 from r3.weight_sync.transports import Receiver
 from r3.weight_sync.worker.engine_models import EngineModels, EngineReload

@@ -1,9 +1,9 @@
 """GRPO on a small MoE that does chain sums, with rollout routing replay. This is what `r3 demo` runs.
 
-    python examples/grpo_fsdp.py
-    python examples/grpo_fsdp.py trainer.policy.fsdp_config.moe_enable_routing_replay=false trainer.max_steps=20
-    python examples/grpo_fsdp.py trainer.policy.model.path=/my/model task.name=spell_backward
-    torchrun --nproc-per-node 4 examples/grpo_fsdp.py trainer.policy.sequence_parallel_size=2
+    python examples/grpo_demo.py
+    python examples/grpo_demo.py trainer.policy.fsdp_config.moe_enable_routing_replay=false trainer.max_steps=20
+    python examples/grpo_demo.py trainer.policy.model.path=/my/model task.name=spell_backward
+    torchrun --nproc-per-node 4 examples/grpo_demo.py trainer.policy.sequence_parallel_size=2
 
 Settings are `key=value`; `--settings` lists those of the run that the other arguments ask for, and starts none.
 """
