@@ -42,7 +42,7 @@ NUMBERS = {"reward/mean": 0.5, "logprob_diff/live/k3": 5e-4, "tokens": 7.0, "ok"
 WRITE = textwrap.dedent("""
     import sys
     from pathlib import Path
-    from tests.test_sinks import METRICS, SETTINGS
+    from tests.diagnostics.test_sinks import METRICS, SETTINGS
     from r3.diagnostics import RunFolder, open_sinks
 
     folder = RunFolder(Path(sys.argv[1]) / "run-a", SETTINGS)

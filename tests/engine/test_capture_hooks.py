@@ -219,6 +219,7 @@ def test_a_layer_whose_hook_is_not_called_is_refused_by_its_number(hooked):
     assert "decoder layers [5] were never captured" in message
 
 
+@pytest.mark.long
 def test_vllm_itself_captures_the_same_rows_or_refuses(hooked, demo_config, trainer):
     if capture_backend(pipeline_parallel_size=1) == "hooks":
         with pytest.raises(ValueError, match="AuxOutput Connector requires Model Runner V2"):

@@ -72,6 +72,7 @@ def test_a_run_without_replay_trains_on_live_routing_and_ends_cleanly(tmp_path):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_two_ranks_that_share_each_row_train_with_replay_and_sync(tmp_path):
     run = start(
         f"trainer.output_dir={tmp_path / 'run'}",

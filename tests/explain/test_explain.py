@@ -154,6 +154,7 @@ def test_shifted_log_probabilities_are_named_with_the_direction(world, places):
     assert figures(found, "shifted_logprobs")["places"] == places
 
 
+@pytest.mark.long
 def test_a_stale_sync_is_named_with_the_checkpoint(world):
     found = outcome(world.later, world.rollouts(), UNKNOWN, world.other, world.demo)
     assert faults(found) == {"stale_sync"}, found

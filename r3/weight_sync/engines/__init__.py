@@ -7,7 +7,7 @@ from typing import Any
 from r3.errors import SyncError
 from r3.weight_sync.engines.async_llm import AsyncEngine
 from r3.weight_sync.engines.engine import Engine, Reply, RunningRequests, checked_mode
-from r3.weight_sync.engines.llm import OfflineEngine
+from r3.weight_sync.engines.offline_llm import OfflineEngine
 from r3.weight_sync.engines.vllm_serve import ServerEngine
 
 __all__ = ["Engine", "Reply", "RunningRequests", "engine_of"]
