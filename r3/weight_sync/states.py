@@ -1,7 +1,7 @@
-"""The protocol between the sender of a sync and vLLM's workers: calls, replies, and a worker's states.
+"""The states of a worker in a sync, and the calls that lead from one to the next.
 
-A sync is a two-phase commit. Each call goes to all workers of all engines at once. Requests and replies are plain data
-that JSON can carry.
+A sync is a two-phase commit. Each call goes to all workers of all engines at once. What travels is plain
+data (`r3.weight_sync.protocol`).
 
     call                 worker's state after it
     r3_status            as it was
