@@ -118,7 +118,9 @@ class Replay:
             pairs_live=len(ids) * len(spec.layer_ids) - routing.pairs_valid,
             routers=len(spec.layer_ids),
         )
-        return ReplayContext(ids, live, report)
+        context = ReplayContext(ids, live, report)
+        self._patch.contexts.add(context)
+        return context
 
     @torch.compiler.disable
     def _end(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

@@ -7,6 +7,7 @@ ids. If only a part of a layer is recomputed, the layer's autograd graph tells w
 """
 
 import threading
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from r3.routing import RoutingSpec
 KEYWORD = "routed_experts"
 _MODEL = "_r3_patch"
 _ROUTER = "_r3_router"
+_EXTENDS = "_r3_extends"  # of a class: the method
 
 
 def tokens_of(args: tuple, kwargs: dict) -> Tensor:
@@ -256,6 +258,7 @@ class ModelPatch:
         routers: its routers, by ascending decoder layer.
         activity: its state in the current thread.
         replayed: whether replay is one of the users.
+        contexts: of forwards that may run again: gradient checkpointing holds on to them until the backward pass.
     """
 
     def __init__(self, routers: RouterMap) -> None:
@@ -274,6 +277,7 @@ class ModelPatch:
         )
         self.users = 0
         self.replayed = False
+        self.contexts: weakref.WeakSet[ReplayContext] = weakref.WeakSet()
         self._layers = routers.layers
         self._changed: list[tuple[nn.Module, str, type[nn.Module], type[nn.Module], Moved]] = []
 
@@ -312,14 +316,17 @@ class ModelPatch:
         extended: dict[tuple[type, str], type[nn.Module]] = {}
 
         def change(module: nn.Module, method: str, extend, key: str, value: object) -> None:
-            before = type(module)
-            if (before, method) not in extended:
-                extended[before, method] = extend(before, method)
-            after = extended[before, method]
+            after = _extension_of(type(module), method)  # that an earlier attach left, or FSDP2 has subclassed
+            before = type(module) if after is None else after.__base__
+            if after is None:
+                if (before, method) not in extended:
+                    extended[before, method] = extend(before, method)
+                after = extended[before, method]
             moved = Moved(module, method, before, after)
             self._changed.append((module, key, before, after, moved))
             module.__dict__[key] = value
-            module.__class__ = after
+            if not isinstance(module, after):
+                module.__class__ = after
 
         for layer in self._layers:
             change(layer, "forward", _patched_layer, _MODEL, self)
@@ -331,20 +338,27 @@ class ModelPatch:
             module, key, before, extended, moved = self._changed.pop()
             module.__dict__.pop(key, None)
             moved.put_back(module)
-            # FSDP2, applied afterwards, has subclassed our class, which from now on only calls through.
-            if type(module) is extended:
+            # From here on our class only calls through. It stays where FSDP2 has subclassed it, and where a layer may
+            # run again: transformers up to 5.17 repeats it through its class, which swallows an unknown keyword.
+            if type(module) is extended and not self.contexts:
                 module.__class__ = before
 
 
 def _subclass(cls: type[nn.Module], method: str, replacement) -> type[nn.Module]:
     names = {
         method: replacement,
+        _EXTENDS: method,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
     replacement.extended = extended = type(cls.__name__, (cls,), names)
     return extended
+
+
+def _extension_of(cls: type, method: str) -> type | None:
+    """The class that `_subclass` made for `method` among `cls` and its bases."""
+    return next((base for base in cls.__mro__ if vars(base).get(_EXTENDS) == method), None)
 
 
 def _patched_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:

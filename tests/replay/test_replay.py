@@ -282,6 +282,12 @@ def test_fsdp2_gives_the_gradients_of_the_whole_model(one_rank, attach_first, ch
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert replay.last is None  # the last forward was live
+    del loss
+    replay.detach()
+    assert torch.equal(forward(model.eval(), ids), forward(tiny_moe().eval(), ids))
+    replay = r3.attach(model)
+    forward(model, ids, routed_experts=routing)
+    assert replay.last.routers == LAYERS
     replay.detach()
 
 
