@@ -8,3 +8,16 @@ WORKER = "r3.capture.in_engine.routing_worker.CapturingWorker"
 
 SCHEDULER = "r3.capture.in_engine.routing_scheduler.capture_scheduler"
 """For `LLM(scheduler_cls=...)`: the capture by hooks."""
+
+
+def joined_extension(other: str) -> str:
+    """The dotted name of a class that is r3's worker extension and `other`: vLLM takes only one.
+
+    Args:
+        other: dotted name of a class that vLLM's workers can import.
+
+    Example:
+        >>> joined_extension("trainer.workers.Extension")
+        'r3.weight_sync.worker.joined.trainer:workers:Extension'
+    """
+    return f"r3.weight_sync.worker.joined.{other.replace('.', ':')}"

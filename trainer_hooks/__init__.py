@@ -1,6 +1,7 @@
 """r3 inside trainers: its own GRPO trainer under FSDP2, and the parts of it that other trainers can use."""
 
 from trainer_hooks.batches import Rows, StepBatch
+from trainer_hooks.feed import RoutingFeed
 from trainer_hooks.grpo import GRPOTrainer, Task
 from trainer_hooks.launch import process_group, train
 from trainer_hooks.measure import Measured, StepGap, coverage, measure
@@ -13,6 +14,7 @@ __all__ = [
     "GRPOTrainer",
     "Measured",
     "Policy",
+    "RoutingFeed",
     "Rows",
     "Scorer",
     "StepBatch",

@@ -5,7 +5,7 @@ Limits of this version: one model behind a URL; streams of `/inference/v1/genera
 
 from r3.capture.collect import collect
 from r3.capture.endpoint import Endpoint
-from r3.capture.engine import engine_kwargs, running_engine, sampling_kwargs
+from r3.capture.engine import capture_kwargs, engine_kwargs, running_engine, sampling_kwargs
 from r3.capture.handshake import Handshake, handshake
 from r3.capture.recapture import OverlapReport, compare_overlap
 from r3.capture.rollout import Rollout, RolloutBatch, Rollouts
@@ -25,6 +25,7 @@ __all__ = [
     "Rollouts",
     "SamplingSettings",
     "async_rollout",
+    "capture_kwargs",
     "collect",
     "compare_overlap",
     "engine_kwargs",

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from r3.config import InferenceEngineConfig, R3Config
-from r3.entry_points import SCHEDULER, WORKER, WORKER_EXTENSION
+from r3.config import R3Config
+from r3.entry_points import SCHEDULER, WORKER, WORKER_EXTENSION, joined_extension
 from r3.errors import ConfigError
 from r3.vllm_compat.capture import capture_backend, rotary_kernel_fails
 
@@ -22,6 +22,7 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
 
     engine = config.generator.inference_engine
     config.check()
+    captures = engine.enable_return_routed_experts
     kwargs: dict[str, Any] = {
         "model": config.trainer.policy.model.path,
         "dtype": engine.dtype,
@@ -31,32 +32,54 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
         "tensor_parallel_size": engine.tensor_parallel_size,
         "pipeline_parallel_size": engine.pipeline_parallel_size,
         "enforce_eager": engine.enforce_eager,
-        # Log-probabilities of the sampling distribution, temperature included, and not of the raw logits.
-        "logprobs_mode": "processed_logprobs",
-        # Logits in float32, as the trainer computes them: rounded to bfloat16, they alone are most of the gap.
-        "hf_overrides": {"head_dtype": "float32"},
-        "worker_extension_cls": WORKER_EXTENSION,
         "disable_log_stats": True,
     }
     if current_platform.is_cpu():
-        if engine.enable_return_routed_experts and not engine.enforce_eager:
+        if captures and not engine.enforce_eager:
             raise ConfigError(
                 "generator.inference_engine.enforce_eager=false: vLLM's compiled CPU mode returns routing of zeros; "
                 "set it to true"
             )
         kwargs["kv_cache_memory_bytes"] = int(engine.cpu_kv_cache_gib * 2**30)
-        if rotary_kernel_fails():
-            kwargs["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     else:
         kwargs["gpu_memory_utilization"] = engine.gpu_memory_utilization
-    return kwargs | _capture_kwargs(engine)
+    more = capture_kwargs(pipeline_parallel_size=engine.pipeline_parallel_size, capture=captures)
+    return kwargs | {name: value for name, value in more.items() if name != "enforce_eager"}
 
 
-def _capture_kwargs(engine: InferenceEngineConfig) -> dict[str, Any]:
-    if not engine.enable_return_routed_experts:
-        return {"enable_return_routed_experts": False}
-    way = capture_backend(pipeline_parallel_size=engine.pipeline_parallel_size)
-    kwargs: dict[str, Any] = {"enable_return_routed_experts": way != "hooks"}
+def capture_kwargs(
+    *, pipeline_parallel_size: int = 1, worker_extension_cls: str | None = None, capture: bool = True
+) -> dict[str, Any]:
+    """The keyword arguments of `vllm.LLM` that capture and weight syncs need, and no others.
+
+    For an engine that a trainer makes: merge `hf_overrides` and `compilation_config` with its own, and let the others
+    replace its own.
+
+    Args:
+        pipeline_parallel_size: of the engine.
+        worker_extension_cls: the trainer's own, by its dotted name: vLLM takes one, so r3's is joined with it.
+        capture: False leaves out what records routing: for syncs alone.
+
+    Raises:
+        ConfigError: this vLLM cannot capture so.
+    """
+    from vllm.platforms import current_platform
+
+    kwargs: dict[str, Any] = {
+        # Log-probabilities of the sampling distribution, temperature included, and not of the raw logits.
+        "logprobs_mode": "processed_logprobs",
+        # Logits in float32, as the trainer computes them: rounded to bfloat16, they alone are most of the gap.
+        "hf_overrides": {"head_dtype": "float32"},
+        "worker_extension_cls": joined_extension(worker_extension_cls) if worker_extension_cls else WORKER_EXTENSION,
+    }
+    if current_platform.is_cpu():
+        kwargs["enforce_eager"] = True  # vLLM's compiled CPU mode returns routing of zeros
+        if rotary_kernel_fails():
+            kwargs["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+    if not capture:
+        return kwargs | {"enable_return_routed_experts": False}
+    way = capture_backend(pipeline_parallel_size=pipeline_parallel_size)
+    kwargs["enable_return_routed_experts"] = way != "hooks"
     if way == "hooks":
         kwargs["worker_cls"] = WORKER
     if way != "vllm":

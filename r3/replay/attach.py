@@ -9,7 +9,7 @@ from r3.errors import ReplayError, RoutingError
 from r3.replay.audit import require_all_replayed
 from r3.replay.graph import mark_outputs
 from r3.replay.patching import KEYWORD, ForwardReport, ModelPatch, ReplayContext, tokens_of
-from r3.routing import RolloutRouting, RoutingSpec
+from r3.routing import RolloutRouting, RoutingSpec, routing_of
 from r3.routing.positions import ModelInputs
 
 
@@ -58,21 +58,10 @@ class Replay:
     def routing(self, expert_ids: Tensor) -> RolloutRouting:
         """`RolloutRouting` of an integer tensor `[B, S, L, K]` in which rows of -1, also of some layers, are not valid.
 
-        L counts the layers that have a router, or all decoder layers, of which those without a router are dropped. An
-        unsigned tensor has no -1: all its rows are valid.
+        L counts the layers that have a router, or all decoder layers. Other marks for missing rows:
+        `r3.routing.routing_of`.
         """
-        columns = expert_ids.shape[2] if expert_ids.dim() == 4 else -1
-        layer_ids, num_layers = self.spec.layer_ids, self.spec.num_layers
-        if columns == num_layers != len(layer_ids):
-            expert_ids = expert_ids[:, :, list(layer_ids)]
-        elif columns != len(layer_ids):
-            raise RoutingError(
-                f"{KEYWORD}: expected [B, S, L, K] with L = {len(layer_ids)} layers that have a router (or all "
-                f"{num_layers} decoder layers), got {tuple(expert_ids.shape)}"
-            )
-        # torch would compare 255 in uint8, an expert's id, as equal to -1.
-        missing = expert_ids == -1 if expert_ids.dtype.is_signed else torch.zeros_like(expert_ids, dtype=torch.bool)
-        return RolloutRouting(expert_ids, ~missing.all(-1), layer_ids, self.spec.num_experts)
+        return routing_of(self.spec, expert_ids)
 
     @torch.compiler.disable  # reads values, which would only break the graph
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -317,7 +317,7 @@ class ModelPatch:
 
         def change(module: nn.Module, method: str, extend, key: str, value: object) -> None:
             after = _extension_of(type(module), method)  # that an earlier attach left, or FSDP2 has subclassed
-            before = type(module) if after is None else after.__base__
+            before = type(module) if after is None else after.__bases__[0]
             if after is None:
                 if (before, method) not in extended:
                     extended[before, method] = extend(before, method)

@@ -2,6 +2,7 @@
 
 from r3.routing.checks import bad_rows, check_rows
 from r3.routing.layout import Packing, pad, shard, unshard
+from r3.routing.rows import routing_of
 from r3.routing.spec import RoutingSpec, compact_dtype
 from r3.routing.transfer import prefetch
 from r3.routing.types import RolloutRouting
@@ -15,6 +16,7 @@ __all__ = [
     "compact_dtype",
     "pad",
     "prefetch",
+    "routing_of",
     "shard",
     "unshard",
 ]

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from r3.errors import RoutingError
+
 
 def compact_dtype(num_experts: int) -> torch.dtype:
     """Smallest integer dtype for ids of `num_experts` experts: uint8 up to 256, int16 up to 32768, else int32."""
@@ -37,6 +39,21 @@ class RoutingSpec:
     num_experts: int
     top_k: int
     table_layers: tuple[int, ...] = ()
+
+    def columns(self, expert_ids: Tensor) -> Tensor:
+        """The columns of `expert_ids` `[B, S, L, K]` that have a router, where L may count all decoder layers.
+
+        Raises:
+            RoutingError: L is neither the layers that have a router nor all, or K is not `top_k`.
+        """
+        layers = len(self.layer_ids)
+        columns, slots = expert_ids.shape[2:] if expert_ids.dim() == 4 else (-1, -1)
+        if columns not in (layers, self.num_layers) or slots != self.top_k:
+            raise RoutingError(
+                f"expert_ids: expected [B, S, L, K] with L = {layers} layers that have a router (or all "
+                f"{self.num_layers} decoder layers) and K = {self.top_k}, got {tuple(expert_ids.shape)}"
+            )
+        return expert_ids if columns == layers else expert_ids[:, :, list(self.layer_ids)]
 
 
 class Parts(NamedTuple):

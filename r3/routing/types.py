@@ -272,21 +272,36 @@ class RolloutRouting:
 
     @classmethod
     def cat(
-        cls, parts: Sequence["RolloutRouting"], *, length: int | None = None, pin_memory: bool = False
+        cls,
+        parts: Sequence["RolloutRouting"],
+        *,
+        length: int | None = None,
+        starts: Sequence[int] | None = None,
+        pin_memory: bool = False,
     ) -> "RolloutRouting":
-        """One batch of all samples of `parts`, right-padded to `length`, by default to the longest.
+        """One batch of all samples of `parts`, right-padded to `length`, by default to the end of the longest.
 
         Each id is copied once, into one buffer, page-locked if `pin_memory`.
 
+        Args:
+            parts: of one kind.
+            length: positions of the batch.
+            starts: position of each part's first one, by default 0: the padding on the left of a prompt.
+            pin_memory: whether its memory is page-locked.
+
         Raises:
-            RoutingError: no parts, parts that differ in layers, slots, experts or device, or are longer than `length`.
+            RoutingError: no parts, or parts that differ in layers, slots, experts or device, that end after `length`,
+                or have no start from 0 up each.
         """
         _require_one_kind(parts)
-        longest = max(part.shape[1] for part in parts)
+        starts = [0] * len(parts) if starts is None else starts
+        if len(starts) != len(parts) or min(starts) < 0:
+            raise RoutingError(f"starts: expected {len(parts)} positions from 0 up, one a part, got {list(starts)}")
+        longest = max(start + part.shape[1] for start, part in zip(starts, parts, strict=True))
         length = longest if length is None else length
         if length < longest:
-            raise RoutingError(f"length: expected at least that of the longest part, {longest}, got {length}")
-        if len(parts) == 1 and length == longest and not pin_memory:
+            raise RoutingError(f"length: expected at least {longest}, where the longest part ends, got {length}")
+        if len(parts) == 1 and length == parts[0].shape[1] and not pin_memory:
             return parts[0]
         first = parts[0].expert_ids
         samples = sum(part.shape[0] for part in parts)
@@ -295,12 +310,12 @@ class RolloutRouting:
         validities = in_one_form([part.validity for part in parts])
         validity = torch.empty(samples, length, *validities[0].shape[2:], dtype=torch.bool, **where)
         at = 0
-        for part, valid in zip(parts, validities, strict=True):
-            b, s = part.shape[:2]
-            expert_ids[at : at + b, :s] = part.expert_ids
-            expert_ids[at : at + b, s:] = 0
-            validity[at : at + b, :s] = valid
-            validity[at : at + b, s:] = False
+        for part, valid, start in zip(parts, validities, starts, strict=True):
+            b, end = part.shape[0], start + part.shape[1]
+            for target, rows in ((expert_ids, part.expert_ids), (validity, valid)):
+                target[at : at + b, start:end] = rows
+                target[at : at + b, :start] = 0
+                target[at : at + b, end:] = 0
             at += b
         return replace_trusted(parts[0], expert_ids, validity, weight_version=_version(parts))
 

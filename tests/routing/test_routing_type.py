@@ -128,7 +128,7 @@ def test_rows_of_ragged_samples_become_a_right_padded_batch():
     assert torch.equal(made.expert_ids[0, :5].long(), ids[0, :5])
     assert torch.equal(made.expert_ids[1, :10].long(), ids[1])
     assert not made.expert_ids[0, 5:].any()
-    with pytest.raises(RoutingError, match="the longest part, 10, got 8"):
+    with pytest.raises(RoutingError, match="where the longest part ends, got 8"):
         RolloutRouting.cat(samples, length=8)
 
 
