@@ -208,7 +208,6 @@ def test_layers_that_choose_by_token_id_have_no_column_and_are_said():
     assert not r3.attach(CASES["deepseek_v3"].build()).spec.table_layers
 
 
-@pytest.mark.skipif("deepseek_v2-group_limited" not in CASES, reason="transformers itself fails there before 5.13")
 def test_group_limited_weights_come_from_the_scores_before_the_mask(monkeypatch):
     model = CASES["deepseek_v2-group_limited"].build()
     monkeypatch.setattr(topk, "_MASKED_FILL", frozenset())
