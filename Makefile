@@ -1,5 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-browser test-newest test-mutants docs lint format env clean
+.PHONY: help demo test test-long test-browser test-newest test-oldest test-trl test-verl test-skyrl test-swift test-mutants docs \
+	lint format env clean
 
 # Each engine is three processes that import vLLM: without bytecode each of them compiles it anew, for 15 s.
 unexport PYTHONDONTWRITEBYTECODE
@@ -12,9 +13,12 @@ READY := .venv/.r3-ready
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The newest CPU build of vLLM has an environment of its own. It captures in another way; these are tests of capture and sync.
-NEWEST := .venv-newest
 NEWEST_TESTS := engine/test_capture_hooks capture/test_collect capture/test_rows capture/test_response_parsing capture/test_stitch \
 	engine/test_capture_server engine/test_sync
+
+# The oldest transformers that the project declares, without an engine: what a trainer does.
+OLDEST_TESTS := replay routing parallel weight_sync/test_chunking.py weight_sync/test_delta.py weight_sync/test_digest.py \
+	weight_sync/test_named_weights.py weight_sync/test_transports.py
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,8 +36,19 @@ test-long: $(READY)  ## the long tests: engines that are stopped and killed, wei
 test-browser: $(READY)  ## look at the reports' pages in a headless Chromium
 	$(BIN)/python $(PYTEST) -m browser $(ARGS)
 
-test-newest: $(NEWEST)/.r3-ready  ## capture and weight sync with the newest CPU build of vLLM
-	$(NEWEST)/bin/python $(PYTEST) -m "not gpu" $(NEWEST_TESTS:%=tests/%.py) $(ARGS)
+test-newest: .venv-newest/.r3-ready  ## capture and weight sync with the newest CPU build of vLLM
+	.venv-newest/bin/python $(PYTEST) -m "not gpu" $(NEWEST_TESTS:%=tests/%.py) $(ARGS)
+
+test-oldest: .venv-oldest/.r3-ready  ## replay and names of weights with the oldest transformers that will do
+	.venv-oldest/bin/python $(PYTEST) -m "not gpu and not long" $(OLDEST_TESTS:%=tests/%) $(ARGS)
+
+# Each trainer has an environment of its own: what one asks of transformers, another refuses.
+test-trl: .venv-trl/.r3-ready  ## the trainers of TRL
+test-verl: .venv-verl/.r3-ready  ## the FSDP workers of verl
+test-skyrl: .venv-skyrl/.r3-ready  ## the FSDP workers of SkyRL
+test-swift: .venv-swift/.r3-ready  ## the GRPO trainer of ms-swift
+test-trl test-verl test-skyrl test-swift:
+	.venv-$(@:test-%=%)/bin/python $(PYTEST) -m "not gpu" tests/trainers/$(@:test-%=%) $(ARGS)
 
 docs: $(READY)  ## build the documentation into build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -57,13 +72,13 @@ env: $(READY)  ## make .venv (R3_EXTRA=cpu|newest|gpu chooses the vLLM build)
 $(READY): pyproject.toml scripts/make-env
 	scripts/make-env
 
-$(NEWEST)/.r3-ready: pyproject.toml scripts/make-env
-	R3_VENV=$(NEWEST) R3_EXTRA=newest scripts/make-env
+.venv-%/.r3-ready: pyproject.toml scripts/make-env
+	R3_VENV=.venv-$* R3_EXTRA=$* scripts/make-env
 
 .venv/.mutants-ready: $(READY)
 	R3_MORE=mutants scripts/make-env
 	touch $@
 
 clean:  ## remove the environment, caches and builds
-	rm -rf .venv $(NEWEST) .venv-uv build dist mutants .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist mutants .pytest_cache .ruff_cache .hypothesis
 	find r3 trainer_hooks examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

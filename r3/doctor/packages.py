@@ -9,7 +9,7 @@ from functools import partial
 from r3.doctor.check import Check, brief, guarded
 
 PYTHON = ((3, 10), (3, 13))
-TORCH, TRANSFORMERS = "2.9", "5.17"
+TORCH, TRANSFORMERS = "2.9", "5.9"
 OPTIONAL = {
     "accelerate": ("accelerate", "training on several GPUs"),
     "flash-attn": ("flash_attn", "its attention kernels"),

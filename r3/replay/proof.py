@@ -109,7 +109,7 @@ def _failure(run: Callable[..., Any], arguments: tuple[Tensor, ...]) -> str:
     """Why `run` fails on `arguments`; empty if it does not."""
     try:
         run(*arguments)
-    except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
         return f"{', '.join(str(tuple(a.shape)) for a in arguments)}: {type(error).__name__}: {error}"
     return ""
 

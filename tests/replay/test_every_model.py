@@ -193,6 +193,14 @@ def test_the_family_files_are_needed(name, message, monkeypatch):
         r3.attach(model)
 
 
+def test_a_router_that_fails_by_itself_is_refused_by_name():
+    """So did DeepSeek V2 with group limits before transformers 5.13."""
+    model = CASES["mixtral"].build()
+    del model.model.layers[1].mlp.gate.top_k
+    with pytest.raises(r3.UnsupportedModelError, match=r"layers\.1\.mlp\.gate .*could not be run on its own.*'top_k'"):
+        r3.attach(model)
+
+
 def test_layers_that_choose_by_token_id_have_no_column_and_are_said():
     spec = r3.attach(CASES["deepseek_v4-hash"].build()).spec
     assert spec.table_layers

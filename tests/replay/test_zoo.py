@@ -66,7 +66,7 @@ def test_every_family_with_a_router_is_here():
     missing = found - here - NOT_HERE.keys()
     assert not missing, f"families without a case; add one, or say why not in NOT_HERE: {sorted(missing)}"
     assert not here & NOT_HERE.keys()
-    assert len(found) > 60, "the search itself finds too little"
+    assert len(found) > 40, "the search itself finds too little"
 
 
 @pytest.mark.parametrize("name", CASES)

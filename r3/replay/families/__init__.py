@@ -6,15 +6,15 @@ the experts of each token and returns the ids. A family has an entry here if one
 
 from torch import nn
 
-from r3.replay.families import deepseek_v4, ernie4_5_vl, jetmoe, llama4, refused, zaya
+from r3.replay.families import deepseek_v4, ernie4_5_vl, llama4, refused, top_k_gating, zaya
 from r3.replay.families.family import DEFAULT, Family
 
 _FAMILIES: dict[str, Family] = {
     **deepseek_v4.FAMILIES,
     **ernie4_5_vl.FAMILIES,
-    **jetmoe.FAMILIES,
     **llama4.FAMILIES,
     **refused.FAMILIES,
+    **top_k_gating.FAMILIES,
     **zaya.FAMILIES,
 }
 

@@ -136,7 +136,9 @@ class Case:
         def report(ids: Tensor, weights: Tensor) -> None:
             seen[layer] = Seen(ids, weights, *inputs[0])
 
-        stack.callback(router.register_forward_pre_hook(before, with_kwargs=True).remove)
+        # The block's input too: DeepSeek V2 before transformers 5.13 takes its gate's weight and never calls the gate.
+        for module in (block, router):
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.enter_context(self.observer(block, router, report))
 
     def _randomise(self, model: nn.Module) -> None:

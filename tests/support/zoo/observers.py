@@ -75,7 +75,7 @@ def llama4(block: nn.Module, router: nn.Module, report: Report) -> Any:
     )
 
 
-def jetmoe(block: nn.Module, router: nn.Module, report: Report) -> Any:
+def by_expert(block: nn.Module, router: nn.Module, report: Report) -> Any:
     """Tokens come sorted by expert: counts of each expert, the token of each row, and its weight."""
     routed: list[tuple] = []
 
