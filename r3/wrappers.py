@@ -1,5 +1,7 @@
 """What may stand around a model or parts of it: torch.compile, activation checkpointing, FSDP."""
 
+from torch import nn
+
 COMPILED = "_orig_mod"
 CHECKPOINTED = "_checkpoint_wrapped_module"
 FSDP1 = "_fsdp_wrapped_module"
@@ -10,6 +12,13 @@ WRAPPERS = (COMPILED, CHECKPOINTED, FSDP1)
 def own_path(path: str) -> str:
     """`path` of a module or weight as the bare model has it."""
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside the wrappers of checkpointing, FSDP1 and torch.compile."""
+    while len(children := dict(module.named_children())) == 1 and children.keys() & set(WRAPPERS):
+        (module,) = children.values()
+    return module
 
 
 def original_class(module: object) -> type:

@@ -15,12 +15,15 @@ def push_from_all_ranks(
     barrier: RankBarrier,
     frozen: Sequence[str] = (),
 ) -> SyncReceipt | None:
-    """A sync of sharded weights: one rank has the `sync`, and all gather. Every rank calls this, `frozen` alike.
+    """A sync that commits on all ranks, or raises on all. Every rank calls this, `frozen` alike, and all gather.
+
+    Either one rank has the `sync`, or each has one of its own: of the `vllm.LLM` that an external launcher started in
+    its process, alone or as one of a tensor-parallel group.
 
     Sharded tensors are gathered one by one: no rank holds more than a chunk, or one tensor, beside its shards.
 
     Returns:
-        The receipt on the rank with the `sync`, None on the others.
+        The receipt on a rank with a `sync`, None on the others.
 
     Raises:
         SyncError: on every rank, if the sync did not commit everywhere or a rank could not gather; it says why.

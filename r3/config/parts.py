@@ -24,7 +24,7 @@ from r3.config.fields import (
 DTYPES = ("float32", "bfloat16", "float16")
 MIXED_VERSIONS = ("keep", "invalidate", "drop")
 SINKS = ("tensorboard", "trackio", "wandb")
-TRANSPORTS = ("files", "gloo", "ipc", "nccl")
+TRANSPORTS = ("files", "gloo", "in_process", "ipc", "nccl")
 ENGINE_FAULTS = ("repetition", "logprobs", "selection")
 MOST_REPEAT_NATS = 0.1
 """Mean over tokens of how far an engine's second answer to a prompt at temperature 0 may be from its first."""

@@ -57,7 +57,8 @@ class Ulysses:
         self._group = group
         self._barrier = barrier
         self._activity = _Activity()
-        decoder = _decoder(model)
+        outermost = _transformers_model(model)
+        decoder = outermost.get_decoder()
         self._config: Any = decoder.config
         self._inputs = ModelInputs(model)
         self._implementation: str = self._config._attn_implementation or "eager"
@@ -71,12 +72,12 @@ class Ulysses:
         self._plain_config = copy.copy(self._config)
         self._name = f"ulysses_{id(self):x}_{self._implementation}"
         self._handles: list[Any] = []
-        self._proved = False
         ALL_ATTENTION_FUNCTIONS.register(self._name, self._attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(self._name, self._mask)
         self._config._attn_implementation = self._name
         try:
-            self._prove(model)
+            with self._proving():
+                prove_local(outermost)
             self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
             # After replay has compared its routing with this rank's tokens.
             self._handles.append(model.register_forward_pre_hook(self._widen, with_kwargs=True))
@@ -132,8 +133,6 @@ class Ulysses:
 
     @torch.compiler.disable
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if not self._proved:
-            self._prove(model)
         tokens = _tokens(args, kwargs)
         problem = self._problem(tokens, kwargs)
         self._agree(problem, tokens, kwargs)
@@ -246,13 +245,6 @@ class Ulysses:
 
     # The proof.
 
-    def _prove(self, model: nn.Module) -> None:
-        if any(parameter.is_meta for parameter in model.parameters()):
-            return  # at the first forward, when there is something to compute with
-        with self._proving():
-            prove_local(model)
-        self._proved = True
-
     @contextmanager
     def _proving(self) -> Iterator[None]:
         self._activity.proof = True
@@ -297,11 +289,11 @@ def ulysses(model: nn.Module, group: dist.ProcessGroup | None = None, *, barrier
     return Ulysses(model, group, barrier)
 
 
-def _decoder(model: nn.Module) -> Any:
+def _transformers_model(model: nn.Module) -> Any:
     outermost = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if outermost is None:
         raise ParallelError(f"expected a transformers model or a wrapper around one, got {type(model).__name__}")
-    return outermost.get_decoder()
+    return outermost
 
 
 def _by_token(position_ids: Tensor, shape: tuple[int, ...]) -> bool:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from r3.errors import UnsupportedModelError, summary
 from r3.replay.families import family_of, has_entry
-from r3.wrappers import WRAPPERS, own_path
+from r3.wrappers import own_path, unwrapped
 
 # A block, or its experts, chooses in this method if the router itself only returns logits.
 ROUTE = "route_tokens_to_experts"
@@ -76,13 +76,6 @@ def _routing_method(router: nn.Module, block: nn.Module) -> tuple[nn.Module, str
         if owner is not None and hasattr(owner, ROUTE):
             return owner, ROUTE
     return router, "forward"
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside the wrappers of checkpointing, FSDP and torch.compile."""
-    while len(children := dict(module.named_children())) == 1 and children.keys() & WRAPPERS:
-        (module,) = children.values()
-    return module
 
 
 def _layer_list(model: nn.Module, path: str) -> tuple[nn.ModuleList, int]:

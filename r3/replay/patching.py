@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from r3.errors import ReplayError
+from r3.own_methods import Moved, method_of
 from r3.replay.discovery import RouterMap, RouterSite, find_routers
 from r3.replay.graph import UNMARKED, evaluated_node, mark_inputs, mark_outputs, nearest_mark, packs_for_repeat
-from r3.replay.own import Moved, method_of
 from r3.replay.proof import prove_all
 from r3.replay.topk import Choice, TopKSubstitution
 from r3.routing import RoutingSpec

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import UnsupportedModelError, summary
-from r3.replay.discovery import ROUTE, RouterSite, unwrapped
+from r3.own_methods import code_of, on_copy, set_aside
+from r3.replay.discovery import ROUTE, RouterSite
 from r3.replay.families import family_of
-from r3.replay.own import code_of, on_copy, set_aside
 from r3.replay.topk import Choice, TopKRecorder, TopKSubstitution
+from r3.wrappers import unwrapped
 
 _TOKENS = 64
 

@@ -1,5 +1,6 @@
 """Differences between releases of vLLM in its engines and their workers."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,16 @@ def drafting_model(runner: Any) -> Any:
     """The draft model of a model runner, or None: `drafter` in vLLM's first runner, `speculator` in its second."""
     drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
     return getattr(drafter, "model", None)
+
+
+def memory_asleep() -> set[str]:
+    """What sleep mode has taken from this process's worker: "weights", "kv_cache". To touch it ends the process.
+
+    Read in vLLM 0.30, whose CPU builds ignore sleep mode; where it keeps no such state, nothing counts as asleep.
+    """
+    allocator = getattr(sys.modules.get("vllm.device_allocator.cumem"), "CuMemAllocator", None)
+    blocks = getattr(getattr(allocator, "instance", None), "pointer_to_data", {})
+    return {block.tag for block in blocks.values() if getattr(block, "is_asleep", False)}
 
 
 def allow_amx() -> None:

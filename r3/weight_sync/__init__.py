@@ -6,7 +6,14 @@ from r3.weight_sync.integrity.digest import ContentDigests, combine, digest
 from r3.weight_sync.quantization.fp8 import quantised
 from r3.weight_sync.sender.chunking import gather_all
 from r3.weight_sync.sender.session import SyncReceipt, WeightSync
-from r3.weight_sync.transports import FilesTransport, GlooTransport, IpcTransport, NcclTransport, Transport
+from r3.weight_sync.transports import (
+    FilesTransport,
+    GlooTransport,
+    InProcessTransport,
+    IpcTransport,
+    NcclTransport,
+    Transport,
+)
 from r3.weight_sync.weights.named import LazyWeight, Weight, adapter_weights, gathered, named_weights
 
 __all__ = [
@@ -15,6 +22,7 @@ __all__ = [
     "Engine",
     "FilesTransport",
     "GlooTransport",
+    "InProcessTransport",
     "IpcTransport",
     "LazyWeight",
     "NcclTransport",

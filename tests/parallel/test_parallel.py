@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from r3 import ParallelError, SyncError
 from r3.diagnostics import LogprobSums
 from r3.parallel import next_tokens, token_logprobs
+from r3.parallel.small_copy import small_copy
 
 
 def installed(distribution):
@@ -261,6 +263,39 @@ def test_models_whose_positions_meet_elsewhere_are_refused(two, name):
         assert ELSEWHERE[name] in found
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(where=[0, 1], fsdp=False),
+        dict(where=[0, 1], fsdp=True),
+        dict(where=[1], fsdp=True),
+        dict(where=[1], fsdp=True, attached_last=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["softmax", "dense first"])
+def test_a_model_may_be_on_meta_on_all_ranks_or_on_some(two, family, how):
+    """As trainers build it that load a checkpoint on one rank alone: no rank computes with weights of others."""
+    for found in two.all(call_on_meta, family, how, timeout_s=60):
+        assert found["logits"] < 2e-5
+        assert found["gradients"] < 2e-5
+
+
+def test_a_copy_of_a_large_model_is_small():
+    config = Qwen3MoeConfig(num_hidden_layers=40, num_experts=128, moe_intermediate_size=768, vocab_size=150_000)
+    config.mlp_only_layers = [0]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    copied = small_copy(model)
+    assert len(copied.model.layers) == 2
+    held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in copied.parameters()}
+    assert sum(held.values()) < 1 << 28 < sum(p.nbytes for p in model.parameters()) / 100
+    assert all(p.shape == model.get_parameter(name).shape for name, p in copied.named_parameters())
+    assert len(model.model.layers) == model.config.num_hidden_layers == 40
+    again = small_copy(model)
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in copied.named_parameters())
+
+
 def test_heads_that_cannot_be_split_are_refused():
     with contextlib.closing(Ranks(3)) as three:
         for found in three.run(call, "softmax", dict(sequence=3)):
@@ -282,6 +317,10 @@ def test_a_rank_that_cannot_gather_fails_the_sync_on_every_rank(two):
     assert "rank 1: SyncError: 1 weights could not be gathered" in str(first)
     assert isinstance(second, SyncError)
     assert "MemoryError: no memory for" in str(second)
+
+
+def call_on_meta(family, how):
+    return jobs.on_meta(family, **how)
 
 
 def call(family, options):

@@ -29,5 +29,18 @@ class BreakableWorker(WeightSyncWorker):
             setattr(where, name, closing)
         return []
 
+    def r3_test_fail(self, method: str) -> list:
+        """Let `method` answer an error, as a worker does that runs out of memory."""
+
+        def fail(state):
+            raise MemoryError("no memory left")
+
+        setattr(self, method, lambda *args: self._r3_reply(fail))
+        return []
+
+    def r3_test_mend(self, method: str) -> list:
+        delattr(self, method)
+        return []
+
     def r3_test_length(self, text: str) -> dict:
         return self._r3_reply(lambda state: {"length": len(text)})

@@ -1,5 +1,6 @@
 """What ranks compute in tests/parallel/test_parallel.py: one training step of a tiny model, in every layout."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -380,3 +381,69 @@ def alone_and_sliced(name: str) -> dict[str, float] | str:
 
 def pad_row(tensor: torch.Tensor, length: int) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, (0, 0, 0, length - tensor.shape[1]))
+
+
+def on_meta(family: str, where: Sequence[int], *, fsdp: bool, attached_last: bool = False) -> dict[str, float]:
+    """A model that is on meta on the ranks in `where` when Ulysses attention is attached, and gets its weights later.
+
+    Returns the largest differences of logits and of gradients from one whole forward with stock attention.
+    """
+    whole, replay = build(family)
+    batch = batch_for(replay, family)
+    packing = Packing.from_mask(batch.mask, multiple_of=dist.get_world_size())
+    routing, tokens = batch.routing.pack(packing), packing.pack(batch.input_ids)
+    alone = ulysses(whole)
+    expected = whole(
+        input_ids=tokens, position_ids=packing.position_ids(), routed_experts=routing, use_cache=False
+    ).logits
+    wanted = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
+    (expected * wanted).sum().backward()
+    alone.detach()
+    replay.detach()
+
+    with torch.device("meta" if dist.get_rank() in where else "cpu"):
+        model = type(whole)(copy.deepcopy(whole.config)).train()
+    r3.attach(model)
+    if not attached_last:
+        ulysses(model, dist.group.WORLD)
+    if fsdp:
+        shard_parameters(model, make_mesh("cpu"), param_dtype=torch.float32)
+    if attached_last:
+        ulysses(model, dist.group.WORLD)
+    filled_from_rank_0(model, whole, where)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    logits = model(
+        input_ids=shard(tokens, rank, size),
+        position_ids=shard(packing.position_ids(), rank, size),
+        routed_experts=routing.shard(rank, size),
+        use_cache=False,
+    ).logits
+    (logits * shard(wanted, rank, size)).sum().backward()
+    found = gradients(model)
+    worst = 0.0
+    for name, gradient in gradients(whole).items():
+        mine = found.get(name, torch.zeros_like(gradient))
+        if fsdp:
+            mine = mine * size  # the mean over ranks
+        else:
+            dist.all_reduce(mine)
+        worst = max(worst, float((mine - gradient).abs().max() / (gradient.abs().max() + 1e-6)))
+    return {"logits": float((logits - shard(expected, rank, size)).detach().abs().max()), "gradients": worst}
+
+
+def filled_from_rank_0(model: torch.nn.Module, whole: torch.nn.Module, where: Sequence[int]) -> None:
+    """As trainers load a checkpoint on one rank: the others have only meta tensors until then."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    if dist.get_rank() in where:
+        model.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state = whole.state_dict() if dist.get_rank() == 0 else {}
+    set_model_state_dict(model, state, options=options)
+    buffers = dict(whole.named_buffers())
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name] if dist.get_rank() == 0 else torch.zeros_like(buffers[name]))
+        dist.broadcast(buffer, 0)
+    for module, of in zip(model.modules(), whole.modules(), strict=True):
+        if isinstance(getattr(module, "original_inv_freq", None), torch.Tensor):
+            module.original_inv_freq = of.original_inv_freq

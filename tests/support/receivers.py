@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import threading
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -21,7 +22,12 @@ def for_nccl(name: str, gpu: int) -> dict[str, str]:
 
 
 class Workers:
-    """`size` processes, each with a receiver of its own. Calls go to all; answers are waited for apart."""
+    """`size` processes, each with a receiver of its own. Calls go to all; answers are waited for apart.
+
+    Args:
+        size: how many.
+        device: "cpu" or "cuda"; "threads" for threads of this process in place of processes, on the CPU.
+    """
 
     def __init__(self, size: int, device: str = "cpu") -> None:
         self._device = device
@@ -33,7 +39,8 @@ class Workers:
 
     def _start(self, rank: int) -> None:
         here, there = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(there, rank, self._device), daemon=True)
+        kind = threading.Thread if self._device == "threads" else self._context.Process
+        process = kind(target=_serve, args=(there, rank, self._device), daemon=True)
         process.start()
         self.processes[rank : rank + 1] = [process]
         self._ends[rank : rank + 1] = [here]
@@ -55,8 +62,11 @@ class Workers:
         self._start(rank)
 
     def close(self) -> None:
-        for process in self.processes:
-            process.kill()
+        for process, end in zip(self.processes, self._ends, strict=True):
+            if self._device == "threads":
+                end.close()
+            else:
+                process.kill()
             process.join()
 
 
@@ -80,8 +90,11 @@ class Answers:
 def _serve(end: Connection, rank: int, device: str) -> None:
     from r3.weight_sync.transports import RECEIVERS
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    if device == "threads":
+        device = "cpu"
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        torch.set_num_threads(1)
     where = torch.device(device)
     if device == "cuda":
         where = torch.device("cuda", (rank + 1) % torch.cuda.device_count())

@@ -88,6 +88,32 @@ def calls_of_a_sync(worker: WeightSyncWorker, version: int, **changes) -> list[s
     return [call for call in worker.__dict__["r3_state"].receiver.calls if not call.startswith("release")]
 
 
+def test_weights_that_sleep_are_refused_and_a_kv_cache_that_sleeps_is_left_alone(vllm_config, monkeypatch):
+    """With the state that sleep mode of vLLM keeps on a GPU: there, to write to memory that sleeps ends the process."""
+    from vllm.device_allocator.cumem import AllocationData, CuMemAllocator
+
+    monkeypatch.setattr("r3.weight_sync.worker.extension.RECEIVERS", RECEIVERS | {"direct": Direct})
+    worker = worker_with(initial(Toy(), weights_of(0)), vllm_config)
+    cache = torch.ones(4)
+    worker.model_runner.kv_caches = [cache]
+    blocks = {tag: AllocationData((0, 0, 0, 0), tag, is_asleep=True) for tag in ("weights", "kv_cache")}
+    allocator = object.__new__(CuMemAllocator)
+    allocator.pointer_to_data = dict(enumerate(blocks.values()))
+    monkeypatch.setattr(CuMemAllocator, "instance", allocator)
+    _, begun = replies_up_to_begin(worker, weights_of(1), 1)
+    assert "weights are asleep" in begun["error"]
+    assert 'llm.wake_up(tags=["weights"])' in begun["error"]
+    worker.r3_abort("sync 1", "refused")
+    assert worker.r3_status()["state"] == "idle"
+    blocks["weights"].is_asleep = False
+    for version, kept in ((2, 1.0), (3, 0.0)):  # both heal a worker that a failed sync has poisoned
+        worker.__dict__["r3_state"].cause = "a sync failed"
+        replies = replies_of_a_sync(worker, weights_of(version), version)
+        assert not any("error" in reply for reply in replies), replies
+        assert cache.eq(kept).all()
+        blocks["kv_cache"].is_asleep = False
+
+
 @pytest.mark.parametrize(
     ("process", "second"),
     [(None, ["receive"]), (derive, ["receive", "wait"])],

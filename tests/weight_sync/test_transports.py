@@ -24,6 +24,7 @@ NEVER = lambda: False
     params=[
         "files",
         "gloo",
+        "in_process",
         pytest.param("ipc", marks=pytest.mark.gpu),
         pytest.param("nccl", marks=pytest.mark.gpu),
     ]
@@ -34,6 +35,13 @@ def name(request):
 
 # Transports between whose sides something waits.
 connected = pytest.mark.parametrize("name", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+
+
+# Transports to processes, which may die.
+between_processes = pytest.mark.parametrize(
+    "name",
+    ["files", "gloo", pytest.param("ipc", marks=pytest.mark.gpu), pytest.param("nccl", marks=pytest.mark.gpu)],
+)
 
 
 @pytest.fixture
@@ -56,8 +64,8 @@ def pools():
 
 
 @pytest.fixture
-def workers(pools, device):
-    return pools(device)
+def workers(pools, device, name):
+    return pools("threads" if name == "in_process" else device)
 
 
 @pytest.fixture
@@ -186,6 +194,7 @@ def test_ipc_shares_memory_that_lasts_once_and_lets_go_of_all_other(pools, keep_
     assert [ref.expired() for ref in memory] == [True] * (len(memory) - 1) + [False]
 
 
+@between_processes
 def test_a_worker_that_was_restarted_joins_at_the_next_sync(transport, workers, device):
     joined(transport, workers)
     pushed(transport, workers, ragged(device))
@@ -195,6 +204,7 @@ def test_a_worker_that_was_restarted_joins_at_the_next_sync(transport, workers, 
     assert [sorted(found) for found in pushed(transport, workers, chunks)] == [sorted(as_bytes(chunks))] * 3
 
 
+@between_processes
 def test_a_worker_that_dies_between_chunks_ends_the_sync_within_the_timeout_and_not_the_next(
     transport, workers, device
 ):
@@ -265,6 +275,20 @@ def test_a_worker_that_has_answered_with_an_error_ends_the_wait_at_once():
     with pytest.raises(SyncError, match="does not come"):
         wait_until(NEVER, lambda: True, 60.0, "broadcast")
     assert time.monotonic() - start < 5.0
+
+
+def test_tensors_are_handed_over_without_a_copy_and_not_to_another_process(pools):
+    transport = transport_of("in_process")
+    offer = transport.offer(1, {None})
+    receiver = RECEIVERS["in_process"](offer, 0, torch.device("cpu"), 1.0)
+    chunk = ragged()[1]
+    received = receiver.receive(transport.publish(0, chunk))
+    assert [tensor.data_ptr() for _, tensor in received] == [tensor.data_ptr() for _, tensor in chunk]
+    transport.release(1)
+    with pytest.raises(SyncError, match="chunk 0: expected one of"):
+        receiver.receive({"index": 0})
+    for answer in pools("cpu").run("join", offer, 1.0):
+        assert "expected a worker in the trainer's own process" in str(answer)
 
 
 def test_a_file_that_was_cut_is_refused(workers, pools, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 from r3.errors import SyncError
 from r3.weight_sync.engines.async_llm import AsyncEngine
 from r3.weight_sync.engines.engine import Engine, Reply, RunningRequests, checked_mode
+from r3.weight_sync.engines.launched_llm import LaunchedEngine, is_launched
 from r3.weight_sync.engines.offline_llm import OfflineEngine
 from r3.weight_sync.engines.vllm_serve import ServerEngine
 
@@ -24,7 +25,8 @@ def engine_of(
 
     Args:
         engine: a `vllm.LLM`, an `AsyncLLM`, the URL of a `vllm serve` in development mode, or an `Engine`, which is
-            returned unchanged. (`WeightSync` takes several: replicas, or the ranks of a data-parallel group.)
+            returned unchanged. (`WeightSync` takes several: replicas, or the ranks of a data-parallel group.) Of LLMs
+            that an external launcher started, each rank gives its own.
         on_running: what a pause does with requests that run: "wait" for their end, "abort" them, or "keep" them frozen
             (their keys and values are recomputed, and their next tokens come from the new weights). A `vllm.LLM` must
             be idle in each case.
@@ -44,7 +46,7 @@ def engine_of(
     if isinstance(engine, str):
         return ServerEngine(engine, mode, api_key)
     if isinstance(engine, _loaded("vllm.entrypoints.llm", "LLM")):
-        return OfflineEngine(engine)
+        return LaunchedEngine(engine) if is_launched(engine) else OfflineEngine(engine)
     if isinstance(engine, _loaded("vllm.v1.engine.async_llm", "AsyncLLM")):
         return AsyncEngine(engine, mode, loop)
     raise SyncError(

@@ -66,10 +66,7 @@ class OfflineEngine(Engine):
         return [{"world_size": parallel.world_size} | reply | ranks for reply in replies]
 
     def pause(self, timeout_s: float) -> bool:
-        unfinished = self._run(
-            "has_unfinished_requests", self._llm.llm_engine.has_unfinished_requests, Deadline(timeout_s)
-        )
-        if unfinished:
+        if self._run("has_unfinished_requests", self._has_unfinished_requests, Deadline(timeout_s)):
             raise SyncError(
                 f"{self.name}: expected an idle engine, got unfinished requests: finish or abort them before a sync "
                 "(a vllm.LLM has no pause)"
@@ -101,6 +98,9 @@ class OfflineEngine(Engine):
         update = version_setter(self._llm)
         if update is not None:
             self._run("update_weight_version", lambda: update(str(version)), Deadline(timeout_s))
+
+    def _has_unfinished_requests(self) -> bool:
+        return self._llm.llm_engine.has_unfinished_requests()
 
     def _run(self, operation: str, function: Callable[[], Any], deadline: Deadline) -> Any:
         if (cause := self._dead()) is not None:

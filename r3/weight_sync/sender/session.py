@@ -46,7 +46,8 @@ class WeightSync:
         engine: a `vllm.LLM`, an `AsyncLLM`, the URL of a `vllm serve`, an `Engine`, or several of these. All run with
             `worker_extension_cls=r3.weight_sync.WORKER_EXTENSION`.
         on_running: what becomes of requests that run when a sync begins: `wait`, `abort` or `keep` (see `engine_of`).
-        transport: a `Transport`, or the name of one: files, gloo, nccl, ipc.
+        transport: a `Transport`, or the name of one: files, gloo, nccl, ipc, in_process. None: in_process where the
+            workers are in this process (an LLM that an external launcher started), else files.
         delta: send only what changed since the last acknowledged version. Trainer and each worker then keep a copy of
             the weights in main memory. The first sync, and any after a failure, is complete.
         dtype: 16-, 32- and 64-bit floating-point tensors are sent in this dtype (the engine's), None to send all as
@@ -76,7 +77,7 @@ class WeightSync:
         engine: Any | Sequence[Any],
         *,
         on_running: RunningRequests = "wait",
-        transport: str | Transport = "files",
+        transport: str | Transport | None = None,
         delta: bool = False,
         dtype: torch.dtype | None = None,
         chunk_bytes: int = 512 << 20,
@@ -94,6 +95,8 @@ class WeightSync:
         if not self.engines:
             raise SyncError("engine: expected at least one, got an empty list")
         self._group = EngineGroup(self.engines, timeout_s)
+        if transport is None:
+            transport = "in_process" if all(each.in_this_process for each in self.engines) else "files"
         self._transport = transport_of(transport)
         self._transport.timeout_s = timeout_s
         self._base = DeltaBase() if delta else None

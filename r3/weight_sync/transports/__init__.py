@@ -6,15 +6,17 @@ from types import MappingProxyType
 from r3.errors import SyncError
 from r3.weight_sync.transports.broadcast import GlooReceiver, GlooTransport, NcclReceiver, NcclTransport
 from r3.weight_sync.transports.files import FilesReceiver, FilesTransport
+from r3.weight_sync.transports.in_process import InProcessReceiver, InProcessTransport
 from r3.weight_sync.transports.ipc import IpcReceiver, IpcTransport
 from r3.weight_sync.transports.transport import Announced, Chunk, Descriptor, Receiver, Transport
 
 TRANSPORTS: Mapping[str, type[Transport]] = MappingProxyType(
-    {t.name: t for t in (FilesTransport, GlooTransport, IpcTransport, NcclTransport)}
+    {t.name: t for t in (FilesTransport, GlooTransport, InProcessTransport, IpcTransport, NcclTransport)}
 )
 _receivers: dict[str, type[Receiver]] = {
     "files": FilesReceiver,
     "gloo": GlooReceiver,
+    "in_process": InProcessReceiver,
     "ipc": IpcReceiver,
     "nccl": NcclReceiver,
 }
@@ -56,6 +58,7 @@ __all__ = [
     "Descriptor",
     "FilesTransport",
     "GlooTransport",
+    "InProcessTransport",
     "IpcTransport",
     "NcclTransport",
     "Receiver",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from r3.errors import summary
-from r3.vllm_compat.engines import allow_amx
+from r3.vllm_compat.engines import allow_amx, memory_asleep
 from r3.weight_sync.delta import DeltaBase
 from r3.weight_sync.integrity.digest import combine
 from r3.weight_sync.protocol import Reply
@@ -131,7 +131,8 @@ class WeightSyncWorker:
                     raise RuntimeError(
                         f"{len(wrong)} tensors of the engine were left uninitialised: {'; '.join(wrong[:16])}"
                     )
-                if state.cause:
+                # A KV cache that is asleep has no memory: it gets new memory when it wakes.
+                if state.cause and "kv_cache" not in memory_asleep():
                     _zero(self.model_runner.kv_caches)
                 if self.model_runner.device.type == "cuda":
                     torch.cuda.synchronize(self.model_runner.device)
@@ -181,6 +182,11 @@ class WeightSyncWorker:
 
     def _r3_open(self, state: WorkerState, sync: ReceivedSync, request: dict[str, Any]) -> Reply:
         offer, complete = request["offer"], request["base_version"] is None
+        if "weights" in memory_asleep():
+            raise _RefusedError(
+                "the engine's weights are asleep (sleep mode), and nothing can be copied into them: wake them before "
+                'the sync, llm.wake_up(tags=["weights"]); the KV cache may stay asleep'
+            )
         if offer["transport"] not in RECEIVERS:
             raise _RefusedError(f"expected a transport of {sorted(RECEIVERS)}, got {offer['transport']!r}")
         base = state.base if request["keep_base"] else None

@@ -16,7 +16,7 @@ from torch import nn
 
 _BELOW_HOOK = "_old_forward"
 _OF_FORWARD = ("_hf_hook", _BELOW_HOOK, "forward")
-_ASIDE = "_r3_own"
+ASIDE = "_r3_own"
 
 
 def _slot(module: nn.Module, method: str) -> str | None:
@@ -48,7 +48,7 @@ class Moved:
         if self._slot is None:
             return
         if getattr(self._value, "__func__", None) is not self._before:
-            module.__dict__.setdefault(_ASIDE, {})[extended] = self._value
+            module.__dict__.setdefault(ASIDE, {})[extended] = self._value
         if self._slot == method:
             del module.__dict__[method]
         else:
@@ -70,23 +70,23 @@ class Moved:
                 del own[name]
         if not restored and self._method not in own:
             own[self._method], restored = self._value, True
-        aside = own.get(_ASIDE, {})
+        aside = own.get(ASIDE, {})
         if restored:  # else something new holds on to the extended method
             aside.pop(self._extended, None)
         if not aside:
-            own.pop(_ASIDE, None)
+            own.pop(ASIDE, None)
 
 
 def method_of(original: Callable, extended: type, module: nn.Module) -> Callable:
     """`original`, or a function that calls the method of `module` that was moved aside for its class `extended`."""
-    aside = module.__dict__.get(_ASIDE)
+    aside = module.__dict__.get(ASIDE)
     if aside is None or extended not in aside:
         return original
     return partial(_run_aside, extended)
 
 
 def _run_aside(extended: type, module: nn.Module, *args, **kwargs):
-    return module.__dict__[_ASIDE][extended](*args, **kwargs)
+    return module.__dict__[ASIDE][extended](*args, **kwargs)
 
 
 def code_of(module: nn.Module, method: str) -> Callable | None:
@@ -107,7 +107,7 @@ def code_of(module: nn.Module, method: str) -> Callable | None:
             extended = getattr(value.__func__, "extended", None)  # taken from the module under an earlier attach
             if extended is None:
                 return value.__func__
-            aside = module.__dict__.get(_ASIDE, {}).get(extended)
+            aside = module.__dict__.get(ASIDE, {}).get(extended)
             value = aside or MethodType(getattr(extended.__base__, method), module)
             inner.append(value)
             continue
@@ -134,12 +134,12 @@ def _wrapped(value: Any) -> list[Any]:
 
 def set_aside(module: nn.Module) -> list[Any]:
     """Attributes that `on_copy` drops, so that they are not copied: they may reference all weights, or the model."""
-    return [module.__dict__[name] for name in (*_OF_FORWARD, _ASIDE) if name in module.__dict__]
+    return [module.__dict__[name] for name in (*_OF_FORWARD, ASIDE) if name in module.__dict__]
 
 
 def on_copy(copied: nn.Module, method: str, code: Callable) -> None:
     """Have a copy of a module run `code` as its `method`, without hooks and wrappers."""
-    for name in (*_OF_FORWARD, _ASIDE, method):
+    for name in (*_OF_FORWARD, ASIDE, method):
         copied.__dict__.pop(name, None)
     if code is not getattr(type(copied), method):
         copied.__dict__[method] = MethodType(code, copied)
