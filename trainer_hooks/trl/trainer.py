@@ -1,0 +1,204 @@
+"""`RoutingReplayMixin`: routing replay for TRL's GRPO and RLOO trainers, and for what derives from them.
+
+Between TRL's own methods: the engine's answers are kept with their routing (`_generate_single_turn`), put together for
+the sequences that TRL made of them (`_generate`), numbered so that TRL's shuffling carries the numbers along
+(`_generate_and_score_completions`), and given to the model's forwards (`_get_per_token_logps_and_entropies`).
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainingArguments
+
+import r3
+from r3.errors import ReplayError, SyncError
+from r3.parallel import RankBarrier
+from r3.routing import RolloutRouting
+from r3.weight_sync import SyncReceipt, WeightSync, named_weights
+from trainer_hooks.feed import RoutingFeed
+from trainer_hooks.publish import push_from_all_ranks
+from trainer_hooks.support import require_seams, require_supported
+from trainer_hooks.trl import limits
+from trainer_hooks.trl.engine import EngineAnswers, capturing_engine
+from trainer_hooks.trl.sequences import Routings, Turns, row_numbers
+
+_ROWS = "routing_rows"
+_Trainer: Any = object  # one of TRL's, behind the mixin
+
+
+class RoutingReplayMixin(_Trainer):
+    """Put before a TRL trainer among the bases of a class.
+
+    Args:
+        moe_enable_routing_replay: on or off; by default as the configuration says, and on where it has no such setting.
+        weight_sync_kwargs: further arguments of `r3.weight_sync.WeightSync`: transport, delta, chunk_bytes, timeout_s.
+            By default weights are handed over in memory to an engine in this process, and go to a server by NCCL from a
+            GPU, by files from a CPU.
+
+    All other arguments are the trainer's.
+
+    Attributes:
+        replay: the handle of replay; None if it is off.
+
+    Raises:
+        ConfigError: a TRL that has moved, or settings with which replay would be wrong.
+        UnsupportedModelError: the model cannot be replayed.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        moe_enable_routing_replay: bool | None = None,
+        weight_sync_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        config = kwargs.get("args") or next((each for each in args if isinstance(each, TrainingArguments)), None)
+        if moe_enable_routing_replay is None:
+            moe_enable_routing_replay = getattr(config, "moe_enable_routing_replay", True)
+        self.replay: r3.Replay | None = None
+        if not moe_enable_routing_replay:
+            super().__init__(*args, **kwargs)
+            return
+        require_seams("trl", limits.TESTED, limits.seams(type(self)))
+        if config is None:
+            raise r3.ConfigError("args: expected a configuration with use_vllm=True, got none: vLLM captures routing")
+        require_supported("TRL", limits.BEFORE_START, limits.subject(config, kwargs))
+        with capturing_engine():
+            super().__init__(*args, **kwargs)
+        require_supported("TRL", limits.AFTER_START, limits.subject(config, kwargs, self.accelerator.state))
+        # Before accelerate wraps the model, which has not happened yet.
+        self.replay = r3.attach(self.model)
+        self._feed = RoutingFeed(self.replay)
+        self._turns: Turns | None = None
+        self._made: Routings | None = None
+        self._placed: RolloutRouting | None = None
+        self._generation_step = 0
+        self._loss_rows: RolloutRouting | None = None
+        self._start_sync(self.replay, weight_sync_kwargs or {})
+
+    # --- engine
+
+    def _start_sync(self, replay: r3.Replay, settings: dict[str, Any]) -> None:
+        generation = self.vllm_generation
+        self._barrier = RankBarrier() if self.accelerator.num_processes > 1 else None
+        self._sync = None
+        if generation.mode == "colocate":
+            dtype = generation.llm.llm_engine.vllm_config.model_config.dtype
+            settings = {"dtype": dtype} | settings
+            self._sync = WeightSync(generation.llm, **settings)
+        elif self.accelerator.is_main_process:
+            client = generation.vllm_client
+            dtype = getattr(torch, client.get_server_info()["model_config"]["dtype"].removeprefix("torch."))
+            transport = "nccl" if self.accelerator.device.type == "cuda" else "files"
+            settings = {"dtype": dtype, "transport": transport} | settings
+            self._sync = WeightSync(client.base_url, **settings)
+        self._version = 0 if self._sync is None else self._sync.version or 0
+        self._engine = EngineAnswers(generation, replay.spec, self._barrier)
+        generation.sync_weights = self._sync_weights
+        generation.logprobs = 0 if generation.logprobs is None else generation.logprobs  # capture checks them
+
+    def _sync_weights(self) -> None:
+        """In place of `VLLMGeneration.sync_weights`, which loads parameter by parameter outside any reload."""
+        generation = self.vllm_generation
+        if generation.mode == "colocate" and generation.enable_sleep_mode:
+            torch.cuda.empty_cache()
+            generation.llm.wake_up(tags=["weights"])
+            generation._llm_weights_sleeping = False
+        self._version += 1
+        weights = named_weights(self.accelerator.unwrap_model(self.model))
+        receipt: SyncReceipt | None
+        if self._barrier is None:
+            if self._sync is None:
+                raise SyncError("expected a weight sync on the only rank, got none")
+            receipt = self._sync.push(weights, version=self._version)
+        else:
+            receipt = push_from_all_ranks(self._sync, weights, self._version, self._barrier)
+        if receipt is not None:
+            self._metrics["train"]["sync/seconds"].append(receipt.seconds)
+
+    # --- generation
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        if self.replay is None:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        self._engine.forget()
+        result = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if self._turns is not None:
+            self._turns.add(self._engine.take(len(prompt_ids), self._version))
+        self._engine.forget()
+        return result
+
+    def _generate(self, prompts: list) -> Any:
+        result = super()._generate(prompts)
+        if self.replay is not None and self._turns is not None:
+            self._made = self._turns.routing(result[0], result[1])
+        return result
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.replay is None or not self.model.training:
+            return super()._generate_and_score_completions(inputs)
+        self._turns, self._made, self._placed = Turns(), None, None
+        try:
+            batch = super()._generate_and_score_completions(inputs)
+            prompts, completions = batch["prompt_ids"], batch["completion_ids"]
+            routing = self._of_generation(torch.cat([prompts, completions], dim=1), completions.shape[1])
+            assert self._made is not None
+            self._metrics["train"]["routing/replayed_frac"].append(self._made.replayed_share)
+        finally:
+            self._turns = self._made = None
+        self._generation_step += 1
+        self._placed = routing
+        batch[_ROWS] = row_numbers(self._generation_step, len(prompts))
+        return batch
+
+    def _of_generation(self, input_ids: Tensor, completion_columns: int) -> RolloutRouting:
+        """`[B, S, L, K]` of the rows that TRL made of the current generation."""
+        if self._placed is None:
+            if self._made is None:
+                raise ReplayError("TRL scores completions before it has generated them: r3's hook knows no such order")
+            self._placed = self._made.placed(input_ids, input_ids.shape[1] - completion_columns)
+        return self._placed
+
+    # --- forwards
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        if self.replay is None or not self.model.training:
+            return super()._compute_loss(model, inputs)
+        numbers = inputs.get(_ROWS)
+        if numbers is None or self._placed is None or not (numbers[:, 0] == self._generation_step).all():
+            raise ReplayError(
+                "expected the inputs of a loss to be numbered by the last generation, they are not: something between "
+                "TRL's generation and its loss makes rows of its own"
+            )
+        self._loss_rows = self._placed.select(numbers[:, 1])
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._loss_rows = None
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        routing = self._loss_rows
+        if routing is None and self._turns is not None:
+            routing = self._of_generation(input_ids, logits_to_keep)
+        if routing is None or self._is_reference(model):
+            feed: Any = contextlib.nullcontext()
+        else:
+            feed = self._feed.rows(routing)
+        with feed:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+
+    def _is_reference(self, model: Any) -> bool:
+        """Whether this forward is the reference's: a model of its own, or the policy's without its adapter."""
+        if model is self.ref_model:
+            return True
+        policy = self.accelerator.unwrap_model(self.model)
+        if not hasattr(policy, "peft_config"):
+            return False
+        active = policy.active_adapter
+        return bool(policy._adapters_disabled) or active == "ref" or active == ["ref"]
