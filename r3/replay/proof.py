@@ -87,11 +87,14 @@ def _trial(site: RouterSite, generator: torch.Generator) -> tuple[nn.Module, Cal
         if block is None:
             return output
         route = getattr(block, ROUTE)
+        names = list(inspect.signature(route).parameters)
         arguments_by_name = {
             "hidden_states": hidden,
             "router_logits": output[0] if isinstance(output, tuple) else output,
         }
-        return route(*(arguments_by_name[name] for name in inspect.signature(route).parameters))
+        if names == ["hidden_states"]:  # what HunYuan before transformers 5.13 calls the logits
+            names = ["router_logits"]
+        return route(*(arguments_by_name[name] for name in names))
 
     hidden = torch.randn(_TOKENS, gate.shape[1], generator=generator).to(gate.dtype)
     bias = torch.randn(gate.shape[0], generator=generator)

@@ -115,7 +115,7 @@ def test_grouped_routers_have_the_margin_among_the_experts_that_their_groups_all
     restricted = 0
     for column, ((_, router), each) in enumerate(zip(case.routers(model), logits, strict=True)):
         scores = each.sigmoid() + router.e_score_correction_bias.double()
-        n_groups, kept = router.num_group, router.topk_group
+        n_groups, kept = model.config.n_group, model.config.topk_group
         best = scores.unflatten(-1, (n_groups, -1)).topk(2, dim=-1).values.sum(-1).topk(kept, dim=-1).indices
         allowed = torch.zeros(BATCH, LENGTH, n_groups, dtype=torch.bool).scatter(-1, best, True)
         allowed = allowed.repeat_interleave(case.num_experts // n_groups, -1)
