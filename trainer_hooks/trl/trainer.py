@@ -84,16 +84,15 @@ class RoutingReplayMixin(_Trainer):
         generation = self.vllm_generation
         self._barrier = RankBarrier() if self.accelerator.num_processes > 1 else None
         self._sync = None
+        chosen: dict[str, Any] = {}
         if generation.mode == "colocate":
-            dtype = generation.llm.llm_engine.vllm_config.model_config.dtype
-            settings = {"dtype": dtype} | settings
-            self._sync = WeightSync(generation.llm, **settings)
+            chosen["dtype"] = generation.llm.llm_engine.vllm_config.model_config.dtype
+            self._sync = WeightSync(generation.llm, **(chosen | settings))
         elif self.accelerator.is_main_process:
             client = generation.vllm_client
-            dtype = getattr(torch, client.get_server_info()["model_config"]["dtype"].removeprefix("torch."))
-            transport = "nccl" if self.accelerator.device.type == "cuda" else "files"
-            settings = {"dtype": dtype, "transport": transport} | settings
-            self._sync = WeightSync(client.base_url, **settings)
+            chosen["dtype"] = getattr(torch, client.get_server_info()["model_config"]["dtype"].removeprefix("torch."))
+            chosen["transport"] = "nccl" if self.accelerator.device.type == "cuda" else "files"
+            self._sync = WeightSync(client.base_url, **(chosen | settings))
         self._version = 0 if self._sync is None else self._sync.version or 0
         self._engine = EngineAnswers(generation, replay.spec, self._barrier)
         generation.sync_weights = self._sync_weights

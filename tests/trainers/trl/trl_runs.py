@@ -1,0 +1,174 @@
+"""Runs of TRL's trainers that tests look at: what the engine answered, what each forward of the policy gave.
+
+python trl_runs.py SETTINGS.json RESULT.pt        # one rank of a launcher
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from conformance import Oracle
+from datasets import Dataset
+from places import DEMO_MODEL
+from torch import Tensor
+
+from trainer_hooks import trl as hooks
+
+PROMPTS = [f"{a}+{b}=\n" * (1 + a % 3) for a in range(10, 14) for b in range(10, 14)]
+
+
+def varied(completions: list, **_: Any) -> list[float]:
+    """A reward that differs within a group."""
+    return [float(len(set(str(completion)))) for completion in completions]
+
+
+class Watched:
+    """Put before one of r3's trainers: records what its forwards gave beside what a plain model gives.
+
+    Attributes:
+        scored: of each call that scores with the policy, the largest distance in nats from the replayed and from the
+            live plain model, and whether it was in the loss.
+        rows, sampled: the engine's own rows and log-probabilities of each sequence, by its tokens.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.scored: list[dict[str, Any]] = []
+        self.rows: dict[tuple[int, ...], Tensor] = {}
+        self.sampled: dict[tuple[int, ...], Tensor] = {}
+        super().__init__(*args, **kwargs)
+        if self.replay is not None:
+            take = self._engine.take
+            self._engine.take = lambda *a: self._kept(take(*a))
+
+    def _kept(self, rollouts: list) -> list:
+        for rollout in rollouts:
+            ids = (*rollout.prompt_ids, *rollout.token_ids)
+            self.rows[ids] = rollout.routing.expert_ids[0, :-1]
+            self.sampled[ids] = rollout.logprobs
+        return rollouts
+
+    def _sync_weights(self) -> None:
+        # As the engine has them: else float32 weights alone are a gap.
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.copy_(parameter.to(torch.bfloat16).to(parameter.dtype))
+        super()._sync_weights()
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        result = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        if self.replay is not None and self.rows:
+            self._look(model, input_ids, result[0].detach(), logits_to_keep)
+        return result
+
+    def _look(self, model: Any, input_ids: Tensor, got: Tensor, keep: int) -> None:
+        reference = self._is_reference(model)
+        plain = self.ref_model if model is self.ref_model else self.accelerator.unwrap_model(self.model)
+        oracle = Oracle(plain_model(plain), self.rows)
+        entry = {
+            "in_loss": self._loss_rows is not None,
+            "training": self.model.training,
+            "reference": reference,
+            "replayed": 0.0,
+            "live": 0.0,
+            "sequences": len(got),
+        }
+        prompt = input_ids.shape[1] - keep
+        for row, logps in zip(input_ids.tolist(), got, strict=True):
+            ids, start = self._sequence(row)
+            first = prompt - start  # tokens of the prompt
+            mine = logps[: len(ids) - first]
+            for name in ("replayed", "live"):
+                wanted = oracle.logprobs(ids, replayed=name == "replayed", temperature=self.temperature)[first - 1 :]
+                entry[name] = max(entry[name], (mine - wanted).abs().max().item())
+                if name == "live" and not entry["in_loss"] and not reference and ids in self.sampled:
+                    sampled = self.sampled[ids]
+                    entry.setdefault("gap", []).append(
+                        ((mine - sampled).abs().mean().item(), (wanted - sampled).abs().mean().item())
+                    )
+        self.scored.append(entry)
+
+    def _sequence(self, row: list[int]) -> tuple[tuple[int, ...], int]:
+        """The known sequence in a padded row, and where it begins: the longest, since a turn is in its next."""
+        found = [
+            (len(ids), start, ids)
+            for ids in self.rows
+            for start in range(len(row) - len(ids) + 1)
+            if tuple(row[start : start + len(ids)]) == ids
+        ]
+        assert found, "a row of the loss is no sequence that the engine answered"
+        _, start, ids = max(found)
+        return ids, start
+
+
+def plain_model(model: Any) -> Any:
+    """A model of the same weights without hooks, wrappers and TRL's fused head; LoRA added where it is active."""
+    from transformers import AutoModelForCausalLM
+
+    state = {}
+    for name, value in model.state_dict().items():
+        state[name] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+    if hasattr(model, "peft_config"):
+        for path, layer in model.named_modules():
+            if hasattr(layer, "lora_A") and not layer.disable_adapters:
+                added = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+                state[f"{path}.base_layer.weight"] += layer.scaling["default"] * added.detach()
+        state = {
+            name.removeprefix("base_model.model.").replace(".base_layer", ""): value
+            for name, value in state.items()
+            if "lora_" not in name
+        }
+    made = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    made.load_state_dict(state)
+    return made
+
+
+class WatchedGRPO(Watched, hooks.GRPOTrainer):
+    pass
+
+
+class WatchedRLOO(Watched, hooks.RLOOTrainer):
+    pass
+
+
+TRAINERS = {"grpo": (WatchedGRPO, hooks.GRPOConfig), "rloo": (WatchedRLOO, hooks.RLOOConfig)}
+
+
+def trainer(folder: Path, *, kind: str = "grpo", given: dict | None = None, **settings: Any) -> Any:
+    """A trainer of the demo's model on PROMPTS."""
+    made, config = TRAINERS[kind]
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "max_steps": 2,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "model_init_kwargs": {"dtype": "float32"},
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": 256,
+        "vllm_gpu_memory_utilization": 0.02,
+    } | settings
+    given = {"train_dataset": Dataset.from_dict({"prompt": PROMPTS})} | (given or {})
+    return made(model=str(DEMO_MODEL), reward_funcs=varied, args=config(**settings), **given)
+
+
+def main(settings: str, result: str) -> None:
+    given = json.loads(Path(settings).read_text())
+    made = trainer(Path(settings).parent, **given)
+    made.train()
+    rank = made.accelerator.process_index
+    torch.save({"scored": made.scored, "log": made.state.log_history}, f"{result}.{rank}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
