@@ -21,6 +21,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def flattened(model: nn.Module) -> bool:
+    """Whether FSDP1 wraps `model` or a part of it: its weights are then in flat shards, without shapes of their own."""
+    return any(FSDP1 in module._modules for module in model.modules())
+
+
 def original_class(module: object) -> type:
     """The class of `module` before `fully_shard` put one of its own in front."""
     from torch.distributed.fsdp import FSDPModule

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from r3.errors import ReplayError
+from r3.errors import ReplayError, UnsupportedModelError
 from r3.own_methods import Moved, method_of
 from r3.replay.discovery import RouterMap, RouterSite, find_routers
 from r3.replay.graph import UNMARKED, evaluated_node, mark_inputs, mark_outputs, nearest_mark, packs_for_repeat
 from r3.replay.proof import prove_all
 from r3.replay.topk import Choice, TopKSubstitution
 from r3.routing import RoutingSpec
+from r3.wrappers import flattened
 
 KEYWORD = "routed_experts"
 _MODEL = "_r3_patch"
@@ -287,6 +288,12 @@ class ModelPatch:
         routers = find_routers(model)
         patch = routers.layers[0].__dict__.get(_MODEL)
         if patch is None:
+            if flattened(model):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: FullyShardedDataParallel (FSDP1) has flattened its weights, so that its "
+                    "routers cannot be proved: attach before FullyShardedDataParallel wraps the model (or use "
+                    "fully_shard, FSDP2, before which and after which attach works)"
+                )
             patch = cls(routers)
             try:
                 patch._install()
