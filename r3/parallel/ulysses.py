@@ -29,7 +29,7 @@ from r3.parallel.sequence_slices import Sequences
 from r3.parallel.slicing_proof import prove_local
 from r3.routing import RolloutRouting
 from r3.routing.positions import ModelInputs, text_positions
-from r3.wrappers import flattened
+from r3.wrappers import FLATTENED, flattened
 
 _ROUTING = "routed_experts"
 
@@ -60,10 +60,7 @@ class Ulysses:
         self._activity = _Activity()
         outermost = _transformers_model(model)
         if flattened(model):
-            raise ParallelError(
-                f"{type(model).__name__}: FullyShardedDataParallel (FSDP1) has flattened its weights, so that "
-                "nothing can be proved of it: attach Ulysses attention before FullyShardedDataParallel wraps the model"
-            )
+            raise ParallelError(FLATTENED)
         decoder = outermost.get_decoder()
         self._config: Any = decoder.config
         self._inputs = ModelInputs(model)

@@ -20,7 +20,7 @@ from r3.replay.graph import UNMARKED, evaluated_node, mark_inputs, mark_outputs,
 from r3.replay.proof import prove_all
 from r3.replay.topk import Choice, TopKSubstitution
 from r3.routing import RoutingSpec
-from r3.wrappers import flattened
+from r3.wrappers import FLATTENED, flattened
 
 KEYWORD = "routed_experts"
 _MODEL = "_r3_patch"
@@ -289,11 +289,7 @@ class ModelPatch:
         patch = routers.layers[0].__dict__.get(_MODEL)
         if patch is None:
             if flattened(model):
-                raise UnsupportedModelError(
-                    f"{type(model).__name__}: FullyShardedDataParallel (FSDP1) has flattened its weights, so that its "
-                    "routers cannot be proved: attach before FullyShardedDataParallel wraps the model (or use "
-                    "fully_shard, FSDP2, before which and after which attach works)"
-                )
+                raise UnsupportedModelError(FLATTENED)
             patch = cls(routers)
             try:
                 patch._install()
