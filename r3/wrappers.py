@@ -8,6 +8,11 @@ FSDP1 = "_fsdp_wrapped_module"
 WRAPPERS = (COMPILED, CHECKPOINTED, FSDP1)
 """Children by which wrappers hold what they wrap: components of a path that the bare model does not have."""
 
+FLATTENED = (
+    "FullyShardedDataParallel (FSDP1) has flattened the weights, so that nothing can be proved of this model: attach "
+    "before FullyShardedDataParallel wraps it, or use fully_shard (FSDP2), before or after which attach works"
+)
+
 
 def own_path(path: str) -> str:
     """`path` of a module or weight as the bare model has it."""
@@ -19,6 +24,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while len(children := dict(module.named_children())) == 1 and children.keys() & set(WRAPPERS):
         (module,) = children.values()
     return module
+
+
+def flattened(model: nn.Module) -> bool:
+    """Whether FSDP1 wraps `model` or a part of it: its weights are then in flat shards, without shapes of their own."""
+    return any(FSDP1 in module._modules for module in model.modules())
 
 
 def original_class(module: object) -> type:

@@ -29,6 +29,7 @@ from r3.parallel.sequence_slices import Sequences
 from r3.parallel.slicing_proof import prove_local
 from r3.routing import RolloutRouting
 from r3.routing.positions import ModelInputs, text_positions
+from r3.wrappers import FLATTENED, flattened
 
 _ROUTING = "routed_experts"
 
@@ -58,6 +59,8 @@ class Ulysses:
         self._barrier = barrier
         self._activity = _Activity()
         outermost = _transformers_model(model)
+        if flattened(model):
+            raise ParallelError(FLATTENED)
         decoder = outermost.get_decoder()
         self._config: Any = decoder.config
         self._inputs = ModelInputs(model)

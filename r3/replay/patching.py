@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from r3.errors import ReplayError
+from r3.errors import ReplayError, UnsupportedModelError
 from r3.own_methods import Moved, method_of
 from r3.replay.discovery import RouterMap, RouterSite, find_routers
 from r3.replay.graph import UNMARKED, evaluated_node, mark_inputs, mark_outputs, nearest_mark, packs_for_repeat
 from r3.replay.proof import prove_all
 from r3.replay.topk import Choice, TopKSubstitution
 from r3.routing import RoutingSpec
+from r3.wrappers import FLATTENED, flattened
 
 KEYWORD = "routed_experts"
 _MODEL = "_r3_patch"
@@ -291,6 +292,8 @@ class ModelPatch:
         routers = find_routers(model)
         patch = routers.layers[0].__dict__.get(_MODEL)
         if patch is None:
+            if flattened(model):
+                raise UnsupportedModelError(FLATTENED)
             patch = cls(routers)
             try:
                 patch._install()

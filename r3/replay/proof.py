@@ -79,7 +79,10 @@ def _trial(site: RouterSite, generator: torch.Generator) -> tuple[nn.Module, Cal
     router = _random_copy(site.router, generator)
     gate = next((p for p in router.parameters() if p.dim() == 2), None)
     if gate is None:
-        raise _NotReplayable("it has no 2-D weight [E, H]")
+        raise _NotReplayable(
+            "it has no 2-D weight [E, H]. If a wrapper has flattened or partitioned the weights, attach before it "
+            "wraps the model"
+        )
     block = _bare_copy(site.owner, site.router, router, generator) if site.method == ROUTE else None
 
     def run(hidden: Tensor, *bias: Tensor) -> Any:

@@ -281,6 +281,34 @@ def test_a_model_may_be_on_meta_on_all_ranks_or_on_some(two, family, how):
         assert found["gradients"] < 2e-5
 
 
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_replay_attached_before_fsdp1_wraps_is_exact(two, use_orig_params):
+    """Under gradient checkpointing. With flat parameters FSDP1 shows no gradients by name: their norm is compared."""
+    for found in two.all(jobs.under_fsdp1, use_orig_params):
+        plain, wrapped = found["plain"], found["fsdp1"]
+        assert torch.equal(wrapped["logits"], plain["logits"])
+        assert wrapped["loss"] == plain["loss"]
+        assert wrapped["norm"] == pytest.approx(plain["norm"], rel=1e-5)
+        assert wrapped["grads"].keys() == (plain["grads"].keys() if use_orig_params else set())
+        for name, gradient in wrapped["grads"].items():
+            assert gap(gradient, plain["grads"][name]) < 1e-6
+
+
+def test_ulysses_attached_before_fsdp1_wraps_is_exact(two):
+    check(two.all(call, "softmax", dict(sequence=2, fsdp="fsdp1", checkpointing=True))[0], "softmax")
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_after_fsdp1_has_wrapped_a_model_the_error_says_to_attach_before(two, use_orig_params):
+    for said in two.all(jobs.too_late, use_orig_params):
+        for place in ("around", "inside"):
+            assert "UnsupportedModelError" in said[f"attach, {place}"]
+            assert "attach before FullyShardedDataParallel wraps" in said[f"attach, {place}"]
+            assert "ParallelError" in said[f"ulysses, {place}"]
+            assert "before FullyShardedDataParallel wraps" in said[f"ulysses, {place}"]
+            assert "the trainer's own generator of (checkpoint name, full tensor)" in said[f"named_weights, {place}"]
+
+
 def test_a_copy_of_a_large_model_is_small():
     config = Qwen3MoeConfig(num_hidden_layers=40, num_experts=128, moe_intermediate_size=768, vocab_size=150_000)
     config.mlp_only_layers = [0]

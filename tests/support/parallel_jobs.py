@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from zoo import CASES
@@ -23,6 +24,7 @@ from r3.parallel import (
 from r3.routing import Packing, RolloutRouting, shard
 from r3.weight_sync import WeightSync, combine, gathered, named_weights
 from r3.weight_sync.engines import Engine
+from r3.wrappers import own_path
 from trainer_hooks.publish import push_from_all_ranks
 
 LENGTHS = (7, 4, 9, 3)
@@ -114,7 +116,7 @@ def step(
     *,
     layout: str = "packed",
     sequence: int = 1,
-    fsdp: bool = False,
+    fsdp: bool | str = False,
     checkpointing: bool | str = False,
     side: str = "right",
     device: str = "cpu",
@@ -137,7 +139,11 @@ def step(
             layer.compile()
     elif compiled == "model":
         model.compile()
-    trained = shard_parameters(model, mesh, param_dtype=dtype) if fsdp else model
+    trained: Any = model
+    if fsdp == "fsdp1":
+        trained = wrapped_by_fsdp1(model, use_orig_params=True)
+    elif fsdp:
+        trained = shard_parameters(model, mesh, param_dtype=dtype)
     whole = batch_for(replay, family)
     mine = slice(mesh.data_rank, None, mesh.data_size) if fsdp or mesh.data_size > 1 else slice(None)
     part = select(whole, mine)
@@ -191,7 +197,8 @@ def step(
     if mesh.data_size > 1:
         dist.all_reduce(everyone)
         everyone /= mesh.sequence_size
-    result = {"logprobs": everyone, "loss": float(value) / dist.get_world_size(), "grads": gradients(trained)}
+    grads = gradients_under_fsdp1(trained) if fsdp == "fsdp1" else gradients(trained)
+    result = {"logprobs": everyone, "loss": float(value) / dist.get_world_size(), "grads": grads}
     attached.detach()
     return result if dist.get_rank() == 0 else {"loss": result["loss"]}
 
@@ -447,3 +454,69 @@ def filled_from_rank_0(model: torch.nn.Module, whole: torch.nn.Module, where: Se
     for module, of in zip(model.modules(), whole.modules(), strict=True):
         if isinstance(getattr(module, "original_inv_freq", None), torch.Tensor):
             module.original_inv_freq = of.original_inv_freq
+
+
+def under_fsdp1(use_orig_params: bool) -> dict[str, Any]:
+    """A training step with gradient checkpointing: the plain replayed model, and one attached before FSDP1 wraps it.
+
+    Returns logits, loss and gradients of both, by whose they are.
+    """
+    found = {}
+    for kind in ("plain", "fsdp1"):
+        model, replay = build("softmax")
+        batch = batch_for(replay, "softmax")
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        if kind == "fsdp1":
+            model = wrapped_by_fsdp1(model, use_orig_params)
+        mine = slice(dist.get_rank(), None, dist.get_world_size())
+        part = select(batch, mine)
+        logits = model(
+            input_ids=part.input_ids, attention_mask=part.mask.long(), routed_experts=part.routing, use_cache=False
+        ).logits
+        loss = -(logits[:, :-1].log_softmax(-1).gather(-1, part.input_ids[:, 1:, None])[..., 0] * part.weights[:, 1:])
+        loss = loss.sum()
+        loss.backward()
+        assert replay.last.rows_replayed > 0
+        if kind == "fsdp1":
+            grads = gradients_under_fsdp1(model) if use_orig_params else {}
+            norm = float(model.clip_grad_norm_(1e9))
+        else:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= dist.get_world_size()
+            grads = gradients(model)
+            norm = float(torch.stack([gradient.norm() for gradient in grads.values()]).norm())
+        found[kind] = {"logits": logits.detach(), "loss": float(loss.detach()), "grads": grads, "norm": norm}
+    return found
+
+
+def gradients_under_fsdp1(model: Any) -> dict[str, torch.Tensor]:
+    with type(model).summon_full_params(model, with_grads=True):
+        return {own_path(name): gradient for name, gradient in gradients(model.module).items()}
+
+
+def wrapped_by_fsdp1(model: torch.nn.Module, use_orig_params: bool) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy({type(layer) for layer in model.model.layers}),
+        device_id=torch.device("cpu"),
+        use_orig_params=use_orig_params,
+    )
+
+
+def too_late(use_orig_params: bool) -> dict[str, str]:
+    """What attaching says after FSDP1 has wrapped a model, and `named_weights`."""
+    model, replay = build("softmax")
+    replay.detach()
+    wrapped = wrapped_by_fsdp1(model, use_orig_params)
+    said = {}
+    for name, call in (("attach", r3.attach), ("ulysses", ulysses), ("named_weights", named_weights)):
+        for place, given in (("around", wrapped), ("inside", wrapped.module)):
+            with pytest.raises(r3.R3Error) as refusal:
+                call(given)
+            said[f"{name}, {place}"] = f"{refusal.typename}: {refusal.value}"
+    return said

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from r3.errors import SyncError, summary
 from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization, gathered, is_sharded
 from r3.weight_sync.weights.peft_merge import is_tuner, live_choice, merged, tuned_module
-from r3.wrappers import CHECKPOINTED, COMPILED, FSDP1
+from r3.wrappers import CHECKPOINTED, COMPILED, flattened
 
 # Wrappers of one module: torch.compile, activation checkpointing.
 _TRANSPARENT = (COMPILED, CHECKPOINTED)
 # Wrappers of a whole model, from the outside in: these, DistributedDataParallel, and PEFT's two levels.
 _AROUND = (*_TRANSPARENT, "module", "base_model", "model")
+_FULL = (
+    "Give WeightSync.push the trainer's own generator of (checkpoint name, full tensor), on every rank that gathers, "
+    "or use fully_shard (FSDP2), or ZeRO-1 or 2"
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ def hugging_face_model(model: nn.Module) -> tuple[Any, Any]:
     from torch.distributed.fsdp import FSDPModule
     from transformers import PreTrainedModel
 
+    if flattened(model):
+        raise SyncError(f"{type(model).__name__}: weights in flat shards of FSDP1 cannot be read by name. {_FULL}")
     inner: nn.Module | None = model
     shard = None
     while inner is not None and not isinstance(inner, PreTrainedModel):
@@ -50,12 +56,10 @@ def hugging_face_model(model: nn.Module) -> tuple[Any, Any]:
     if inner is None:
         raise SyncError(f"model: expected a transformers model, plain or wrapped, got {type(model).__name__}")
     for name, parameter in inner.named_parameters():
-        if FSDP1 in name or "_flat_param" in name:
-            raise SyncError(f"{name}: weights in flat shards of FSDP1 cannot be sent; use fully_shard (FSDP2)")
+        if "_flat_param" in name:
+            raise SyncError(f"{name}: weights in flat shards of FSDP1 cannot be read by name. {_FULL}")
         if hasattr(parameter, "ds_id"):
-            raise SyncError(
-                f"{name}: weights that DeepSpeed ZeRO-3 has partitioned cannot be sent; use FSDP2, or ZeRO-1 or 2"
-            )
+            raise SyncError(f"{name}: weights that DeepSpeed ZeRO-3 has partitioned cannot be read by name. {_FULL}")
     return inner, shard
 
 
