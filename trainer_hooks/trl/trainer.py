@@ -58,6 +58,11 @@ class RoutingReplayMixin(_Trainer):
         if moe_enable_routing_replay is None:
             moe_enable_routing_replay = getattr(config, "moe_enable_routing_replay", True)
         self.replay: r3.Replay | None = None
+        self._turns: Turns | None = None
+        self._made: Routings | None = None
+        self._placed: RolloutRouting | None = None
+        self._loss_rows: RolloutRouting | None = None
+        self._generation_step = 0
         if not moe_enable_routing_replay:
             super().__init__(*args, **kwargs)
             return
@@ -71,11 +76,6 @@ class RoutingReplayMixin(_Trainer):
         # Before accelerate wraps the model, which has not happened yet.
         self.replay = r3.attach(self.model)
         self._feed = RoutingFeed(self.replay)
-        self._turns: Turns | None = None
-        self._made: Routings | None = None
-        self._placed: RolloutRouting | None = None
-        self._generation_step = 0
-        self._loss_rows: RolloutRouting | None = None
         self._start_sync(self.replay, weight_sync_kwargs or {})
 
     # --- engine

@@ -19,13 +19,12 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module", autouse=True)
 def one_engine():
     """Trainers of a process share an engine: each start takes a minute. Every trainer syncs before it samples."""
-    real, made = generation.LLM, {}
+    real, made = generation.LLM, []
 
     def shared(**kwargs):
-        key = repr(sorted(kwargs.items()))
-        if key not in made:
-            made[key] = real(**kwargs)
-        return made[key]
+        if not made:
+            made.append(real(**kwargs))
+        return made[0]
 
     generation.LLM = shared
     yield
@@ -34,7 +33,7 @@ def one_engine():
 
 def checked(made, *, third: bool = True):
     """Every forward of the policy in training is the plain replayed one; TRL's gap falls to a third."""
-    scored = [each for each in made.scored if each["training"] and not each["reference"]]
+    scored = [each for each in made.scored if each["training"] and each["sequences"] and not each["reference"]]
     assert any(each["in_loss"] for each in scored)
     assert max(each["replayed"] for each in scored) < EQUAL
     assert min(each["live"] for each in scored) > 100 * EQUAL
@@ -52,6 +51,7 @@ def test_grpo_replays_through_accumulation_iterations_and_shuffling(tmp_path):
         gradient_accumulation_steps=2,
         num_iterations=2,
         max_steps=4,
+        max_completion_length=24,
         gradient_checkpointing=True,
         mask_truncated_completions=True,
     )
@@ -94,23 +94,20 @@ def test_lora_replays_and_its_reference_is_live(tmp_path):
     assert min(each["replayed"] for each in references) > EQUAL
 
 
-def test_evaluation_is_live_and_leaves_training_alone(tmp_path):
-    def run(**settings):
-        made = trainer(
-            tmp_path,
-            given={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:4]})},
-            per_device_eval_batch_size=4,
-            max_steps=2,
-            **settings,
-        )
-        made.train()
-        return made
-
-    made = run(eval_strategy="steps", eval_steps=1)
+def test_evaluation_is_live(tmp_path):
+    made = trainer(
+        tmp_path,
+        given={"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:4]})},
+        per_device_eval_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    made.train()
     checked(made)
     assert sum("eval_loss" in line for line in made.state.log_history) == 2
     evaluated = [each for each in made.scored if not each["training"]]
-    assert all(each["live"] < EQUAL for each in evaluated if each["sequences"])
+    assert len(evaluated) >= 4
+    assert max(each["live"] for each in evaluated if each["sequences"]) < EQUAL
 
 
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
@@ -175,7 +172,7 @@ def test_a_trl_that_has_moved_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", moved)
     monkeypatch.setattr(hooks.RoutingReplayMixin, "_compute_loss", moved)
     with pytest.raises(
-        r3.ConfigError, match=r"trl 1\..*_compute_loss: expected parameters model, inputs, got batch, model"
+        r3.ConfigError, match=r"_compute_loss: expected parameters model, inputs, got batch"
     ):
         trainer(tmp_path)
 

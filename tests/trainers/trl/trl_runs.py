@@ -61,10 +61,10 @@ class Watched:
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
         if self.replay is not None and self.rows:
-            self._look(model, input_ids, result[0].detach(), logits_to_keep)
+            self._look(model, input_ids, attention_mask, result[0].detach(), logits_to_keep)
         return result
 
-    def _look(self, model: Any, input_ids: Tensor, got: Tensor, keep: int) -> None:
+    def _look(self, model: Any, input_ids: Tensor, mask: Tensor, got: Tensor, keep: int) -> None:
         reference = self._is_reference(model)
         plain = self.ref_model if model is self.ref_model else self.accelerator.unwrap_model(self.model)
         oracle = Oracle(plain_model(plain), self.rows)
@@ -74,21 +74,26 @@ class Watched:
             "reference": reference,
             "replayed": 0.0,
             "live": 0.0,
-            "sequences": len(got),
+            "sequences": 0,
         }
         prompt = input_ids.shape[1] - keep
-        for row, logps in zip(input_ids.tolist(), got, strict=True):
-            ids, start = self._sequence(row)
+        for row, attended, logps in zip(input_ids, mask.bool(), got, strict=True):
+            if not attended[prompt]:
+                continue  # TRL masks all of a completion that was cut: its tokens see nothing, and are not in the loss
+            if self.model.training:
+                ids, start = self._sequence(row.tolist())
+            else:
+                ids, start = tuple(row[attended].tolist()), int(attended.int().argmax())
             first = prompt - start  # tokens of the prompt
             mine = logps[: len(ids) - first]
-            for name in ("replayed", "live"):
+            entry["sequences"] += 1
+            for name in ("replayed", "live") if self.model.training else ("live",):
                 wanted = oracle.logprobs(ids, replayed=name == "replayed", temperature=self.temperature)[first - 1 :]
                 entry[name] = max(entry[name], (mine - wanted).abs().max().item())
                 if name == "live" and not entry["in_loss"] and not reference and ids in self.sampled:
                     sampled = self.sampled[ids]
-                    entry.setdefault("gap", []).append(
-                        ((mine - sampled).abs().mean().item(), (wanted - sampled).abs().mean().item())
-                    )
+                    gap = ((mine - sampled).abs().mean().item(), (wanted - sampled).abs().mean().item())
+                    entry.setdefault("gap", []).append(gap)
         self.scored.append(entry)
 
     def _sequence(self, row: list[int]) -> tuple[tuple[int, ...], int]:
@@ -156,7 +161,7 @@ def trainer(folder: Path, *, kind: str = "grpo", given: dict | None = None, **se
         "use_vllm": True,
         "vllm_mode": "colocate",
         "vllm_max_model_length": 256,
-        "vllm_gpu_memory_utilization": 0.02,
+        "vllm_gpu_memory_utilization": 0.1,
     } | settings
     given = {"train_dataset": Dataset.from_dict({"prompt": PROMPTS})} | (given or {})
     return made(model=str(DEMO_MODEL), reward_funcs=varied, args=config(**settings), **given)
