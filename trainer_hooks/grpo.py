@@ -10,8 +10,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from r3.capture import Rollouts, collect, resolve_mixed_versions, sampling_kwargs
 from r3.config import R3Config
@@ -19,10 +18,11 @@ from r3.weight_sync import SyncReceipt, WeightSync
 from r3.weight_sync.timing import StageTimer
 from trainer_hooks.batches import StepBatch, broadcast
 from trainer_hooks.measure import Measured, StepGap, coverage, measure
-from trainer_hooks.objective import clipped_loss, group_advantages
+from trainer_hooks.objective import group_advantages
 from trainer_hooks.policy import Policy
 from trainer_hooks.publish import push_from_all_ranks
 from trainer_hooks.step_log import StepLog
+from trainer_hooks.update import update
 
 
 class Task(Protocol):
@@ -161,50 +161,8 @@ class GRPOTrainer:
         )
 
     def update(self, whole: StepBatch, gap: StepGap | None = None) -> dict[str, float]:
-        """`updates_per_step` optimizer steps on the step's rollouts, token-weighted, with routing replayed.
-
-        `gap` collects the log-probabilities of the first step only: later ones are of weights that did not sample.
-        """
-        trainer, policy = self.config.trainer, self.policy
-        low, high = trainer.algorithm.eps_clip_low, trainer.algorithm.eps_clip_high
-        replayed = trainer.policy.fsdp_config.moe_enable_routing_replay
-        policy.model.train()
-        totals = dict.fromkeys(("loss", "clipped", "rows_replayed", "rows_live", "pairs_live"), 0.0)
-        layers = len(policy.replay.spec.layer_ids) if policy.replay else 0
-        norms = []
-        for mini in whole.split(-(-len(whole.advantages) // trainer.updates_per_step)):
-            # The tokens of all ranks, divided by the ranks over which gradients are averaged.
-            tokens = int(mini.batch.response_mask.sum()) / dist.get_world_size()
-            for rows in policy.rows(mini, trainer.micro_train_batch_size):
-                logprobs = policy.logprobs(rows, replayed=replayed)
-                if gap is not None and not norms:
-                    gap.add(rows, {"replayed" if replayed else "live": logprobs.detach()})
-                loss, clipped = clipped_loss(logprobs, rows.logprobs, rows.advantages, low=low, high=high)
-                (loss / tokens).backward()
-                totals["loss"] += float(loss.detach())
-                totals["clipped"] += float(clipped)
-                # Live rows of tokens only: `policy.replay.last` counts the rows of padding too.
-                last, real = policy.replay.last if policy.replay else None, int(rows.tokens.sum())
-                totals["rows_replayed"] += last.rows_replayed if last else 0
-                totals["rows_live"] += real - (last.rows_replayed if last else 0)
-                totals["pairs_live"] += real * layers - (last.pairs_replayed if last else 0)
-            norm = nn.utils.clip_grad_norm_(policy.model.parameters(), trainer.policy.optimizer_config.max_grad_norm)
-            norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))  # pyrefly: ignore
-            policy.optimizer.step()
-            policy.optimizer.zero_grad(set_to_none=True)
-        summed = torch.tensor(list(totals.values()), dtype=torch.float64, device=policy.device)
-        dist.all_reduce(summed)
-        totals = dict(zip(totals, summed.tolist(), strict=True))
-        tokens = int(whole.batch.response_mask.sum())
-        return {
-            "train/loss": totals["loss"] / tokens,
-            "train/clipped_frac": totals["clipped"] / tokens,
-            "train/grad_norm": sum(norms) / len(norms),
-            "train/updates": len(norms),
-            "routing/rows_replayed": totals["rows_replayed"],
-            "routing/rows_live": totals["rows_live"],
-            "routing/pairs_live": totals["pairs_live"],
-        }
+        """`updates_per_step` optimizer steps on the step's rollouts: see `trainer_hooks.update`."""
+        return update(self.config, self.policy, whole, gap)
 
     def push(self, version: int) -> SyncReceipt | None:
         """Sync the policy's weights into the engine. Returns the receipt on the rank that has the engine."""

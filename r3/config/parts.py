@@ -25,6 +25,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 MIXED_VERSIONS = ("keep", "invalidate", "drop")
 SINKS = ("tensorboard", "trackio", "wandb")
 TRANSPORTS = ("files", "gloo", "ipc", "nccl")
+CORRECTIONS = ("none", "tis", "mis", "icepop", "gspo")
+LEVELS = ("token", "sequence")
 ENGINE_FAULTS = ("repetition", "logprobs", "selection")
 MOST_REPEAT_NATS = 0.1
 """Mean over tokens of how far an engine's second answer to a prompt at temperature 0 may be from its first."""
@@ -77,6 +79,45 @@ class AlgorithmConfig:
     eps_clip_high: float = setting(
         0.28, "The ratio of probabilities is clipped above 1 plus this.", at_least(0), unit="ratio"
     )
+    correction: str = setting(
+        "none",
+        "Of the gap between trainer and rollout: `tis` truncates importance weights, `mis` drops what is above the "
+        "bound, `icepop` what is outside two; `gspo` takes ratios of sequences. `none` takes the ratio to the rollout.",
+        one_of(CORRECTIONS),
+    )
+    correction_level: str = setting(
+        "token", "Whether `tis` and `mis` weigh single tokens or sequences.", one_of(LEVELS)
+    )
+    correction_low: float | None = setting(
+        None,
+        "`icepop` drops tokens with less trainer over rollout; null for 0.5.",
+        between(0, 1),
+        unit="ratio",
+    )
+    correction_high: float | None = setting(
+        None,
+        "`tis` truncates there, `mis` and `icepop` drop what is above; null for 2, of sequences and `icepop` for 5.",
+        between(1, 1e6),
+        unit="ratio",
+    )
+
+    def problems(self) -> list[str]:
+        """What contradicts or makes no sense, by dotted name."""
+        prefix, problems = "trainer.algorithm", []
+        uses = {
+            "correction_level": self.correction_level == "token" or self.correction in ("tis", "mis"),
+            "correction_low": self.correction_low is None or self.correction == "icepop",
+            "correction_high": self.correction_high is None or self.correction in ("tis", "mis", "icepop"),
+        }
+        for name, used in uses.items():
+            if not used:
+                problems.append(
+                    f"{prefix}.{name}={getattr(self, name)}: {prefix}.correction={self.correction} does not use it; "
+                    "leave it at its default"
+                )
+        if (self.correction_low, self.correction_high) == (1, 1):
+            problems.append(f"{prefix}.correction_low: expected below correction_high (1), got 1")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +204,10 @@ class TrainerConfig:
     )
     seed: int = setting(0, "Of the random numbers of trainer, engine and task.", between(0, 2**32 - 1), unit="seed")
     output_dir: str = setting("", "Run folder; by default a new one under `runs/`.", PATH)
+
+    def problems(self) -> list[str]:
+        """What contradicts or makes no sense, by dotted name."""
+        return [*self.algorithm.problems(), *self.diagnostics.problems()]
 
 
 @dataclass(frozen=True, kw_only=True)

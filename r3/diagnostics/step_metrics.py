@@ -33,7 +33,11 @@ STEP_METRICS = (
         unit="pairs",
         notes="L for a row without routing, fewer for one that lacks some layers",
     ),
-    Metric(name="train/loss", formula="loss, mean over the sampled tokens"),
+    Metric(
+        name="train/loss",
+        formula="loss, mean over the sampled tokens",
+        notes="with `correction=gspo` over the sequences",
+    ),
     Metric(name="train/grad_norm", formula="norm of the gradient before it is clipped, mean over the updates"),
     Metric(name="train/clipped_frac", formula="share of the sampled tokens whose ratio is outside the clip bounds"),
     Metric(name="train/updates", formula="updates of the step", unit="updates"),
