@@ -37,3 +37,17 @@ def clipped_loss(
     outside = ((ratio < 1 - low) | (ratio > 1 + high)).sum()
     objective = clipped_objective(ratio, advantages, low, high)
     return -(objective if weights is None else objective * weights).sum(), outside
+
+
+def kl_to_reference(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """KL(policy || reference) by token in nats, estimated from the sampled tokens: exp(d) - 1 - d, d = reference - policy.
+
+    Never negative, and unbiased where the tokens are sampled from the policy. Schulman 2020, "Approximating KL
+    Divergence", estimator k3; as a term of the loss: Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, equation 4.
+
+    Args:
+        logprobs: `[R, N]`, carries the gradient.
+        reference_logprobs: `[R, N]`, of the same tokens.
+    """
+    diff = reference_logprobs - logprobs
+    return diff.expm1() - diff

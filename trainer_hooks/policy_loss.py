@@ -11,7 +11,8 @@ each of one sampled token; A is the token's advantage, and `clip` PPO's min(r A,
     gspo          clip(s, A)                  s: that of its sequence, exp of the mean of log p / p_rollout
 
 The loss is the negative mean over all sampled tokens of the update, dropped ones included; with `gspo` the mean over
-its sequences of the means over their tokens, as its paper has it. The weights are those of
+its sequences of the means over their tokens, as its paper has it. `kl_coef` adds that multiple of the KL to the
+reference (`kl_to_reference`), averaged alike and without w. The weights are those of
 `r3.diagnostics.corrections`, which names their sources. `gspo` takes the ratio to the rollout and not to p_old: its
 paper proposes that to do without a second computation (Zheng et al. 2025, arXiv 2507.18071, section 5.4).
 """
@@ -28,7 +29,7 @@ from r3.config import AlgorithmConfig
 from r3.diagnostics import CorrectionSums, gspo, icepop, masked_importance, truncated_importance
 from r3.diagnostics.corrections import Correction
 from trainer_hooks.batches import Rows, StepBatch
-from trainer_hooks.objective import clipped_loss
+from trainer_hooks.objective import clipped_loss, kl_to_reference
 
 OWN_RATIO = ("tis", "mis", "icepop")
 """Corrections with weights of p_old."""
@@ -40,11 +41,13 @@ class MicroLoss:
     total: scalar, sum over this rank's tokens; divided by the update's tokens it is this rank's part of the loss.
     clipped: how many tokens have ratios outside the clip bounds.
     correction: what the correction did; None without one.
+    kl: sum of the KL to the reference over this rank's tokens, in nats; None without a reference.
     """
 
     total: Tensor
     clipped: Tensor
     correction: CorrectionSums | None = None
+    kl: Tensor | None = None
 
 
 class PolicyLoss:
@@ -65,12 +68,13 @@ class PolicyLoss:
         self.group = group
         self.share = _sequence_share(update, samples) if algorithm.correction == "gspo" else None
 
-    def __call__(self, rows: Rows, logprobs: Tensor, old: Tensor) -> MicroLoss:
+    def __call__(self, rows: Rows, logprobs: Tensor, old: Tensor, reference: Tensor | None = None) -> MicroLoss:
         """Of `rows`.
 
         Args:
             logprobs: `[R, N]` in nats, of the policy that is trained.
             old: `[R, N]`, of the trainer's policy before the first update of the step; used by `OWN_RATIO` alone.
+            reference: `[R, N]`, of the reference policy; None without one.
 
         Raises:
             DiagnosticsError: log-probabilities that are not finite, if there is a correction.
@@ -88,7 +92,14 @@ class PolicyLoss:
         total, clipped = clipped_loss(
             ratio, rows.advantages, low=algorithm.eps_clip_low, high=algorithm.eps_clip_high, weights=weights
         )
-        return MicroLoss(total=total, clipped=clipped, correction=None if correction is None else correction.sums)
+        kl = None
+        if reference is not None:
+            by_token = kl_to_reference(logprobs, reference)
+            total = total + algorithm.kl_coef * (by_token if self.share is None else by_token * weights).sum()
+            kl = by_token.detach().sum()
+        return MicroLoss(
+            total=total, clipped=clipped, correction=None if correction is None else correction.sums, kl=kl
+        )
 
     def _correction(self, rows: Rows, logprobs: Tensor, old: Tensor) -> Correction | None:
         algorithm, sides = self.algorithm, (old, rows.logprobs, rows.mask)

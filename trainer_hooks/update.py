@@ -47,7 +47,7 @@ def update(config: R3Config, policy: Policy, whole: StepBatch, gap: StepGap | No
             if gap is not None and not norms:
                 gap.add(rows, {"replayed" if replayed else "live": logprobs.detach()})
             old = next(later) if later is not None and norms else logprobs.detach()
-            loss = loss_of(rows, logprobs, old)
+            loss = loss_of(rows, logprobs, old, policy.reference_logprobs(rows))
             (loss.total / tokens).backward()
             totals.add(rows, loss)
         norm = nn.utils.clip_grad_norm_(policy.model.parameters(), trainer.policy.optimizer_config.max_grad_norm)
@@ -90,6 +90,8 @@ class _Totals:
         sums["rows_replayed"] += last.rows_replayed if last else 0
         sums["rows_live"] += real - (last.rows_replayed if last else 0)
         sums["pairs_live"] += real * self._layers - (last.pairs_replayed if last else 0)
+        if loss.kl is not None:
+            sums["kl"] = sums.get("kl", 0.0) + float(loss.kl)
         if loss.correction is not None:
             self._correction = loss.correction if self._correction is None else self._correction + loss.correction
 
@@ -105,6 +107,8 @@ class _Totals:
             "routing/rows_live": totals["rows_live"],
             "routing/pairs_live": totals["pairs_live"],
         }
+        if "kl" in totals:
+            found["train/kl"] = totals["kl"] / tokens
         if self._correction is not None:
             found |= {f"correction/{name}": value for name, value in self._correction.reduce().metrics().items()}
         return found

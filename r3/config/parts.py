@@ -100,6 +100,12 @@ class AlgorithmConfig:
         between(1, 1e6),
         unit="ratio",
     )
+    kl_coef: float = setting(
+        0.0,
+        "Weight of the KL to the starting checkpoint in the loss; 0 for none, and no second model.",
+        at_least(0),
+        unit="per nat",
+    )
 
     def problems(self) -> list[str]:
         """What contradicts or makes no sense, by dotted name."""

@@ -5,7 +5,7 @@ Declared here, and not in a trainer, because the report shows them of any loop t
 
 from __future__ import annotations
 
-from r3.diagnostics.metric import Chart, Metric
+from r3.diagnostics.metric import SCHULMAN, Chart, Metric
 
 STEP_METRICS = (
     Metric(
@@ -40,6 +40,13 @@ STEP_METRICS = (
     ),
     Metric(name="train/grad_norm", formula="norm of the gradient before it is clipped, mean over the updates"),
     Metric(name="train/clipped_frac", formula="share of the sampled tokens whose ratio is outside the clip bounds"),
+    Metric(
+        name="train/kl",
+        formula="exp(d) - 1 - d, mean over the sampled tokens; d = reference - policy",
+        unit="nats",
+        notes="with `kl_coef` only; the reference is routed live, so that it holds the routing gap too",
+        source=SCHULMAN,
+    ),
     Metric(name="train/updates", formula="updates of the step", unit="updates"),
     Metric(name="sync/version", formula="version that the step's weight sync committed", unit=""),
     Metric(name="sync/bytes", formula="size of that sync", unit="bytes"),
