@@ -40,7 +40,7 @@ def clipped_loss(
 
 
 def kl_to_reference(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """KL(policy || reference) by token in nats, estimated from the sampled tokens: exp(d) - 1 - d, d = reference - policy.
+    """KL(policy || reference) by token in nats, from the sampled tokens: exp(d) - 1 - d, with d = reference - policy.
 
     Never negative, and unbiased where the tokens are sampled from the policy. Schulman 2020, "Approximating KL
     Divergence", estimator k3; as a term of the loss: Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, equation 4.

@@ -14,6 +14,7 @@ from r3.parallel import RankBarrier, make_mesh, shard_parameters, token_logprobs
 from r3.routing import prefetch
 from r3.weight_sync import LazyWeight, named_weights
 from trainer_hooks.batches import Rows, StepBatch
+from trainer_hooks.schedule import lr_schedule
 
 logger = logging.getLogger("r3")
 
@@ -52,9 +53,10 @@ class Policy:
             betas=(0.9, 0.95),
             weight_decay=policy.optimizer_config.weight_decay,
         )
+        self.scheduler = lr_schedule(self.optimizer, policy.optimizer_config, max_steps=config.trainer.max_steps)
 
     def _load(self, config: R3Config, *, trained: bool) -> nn.Module:
-        """The starting checkpoint under FSDP2: to be trained, with replay; or the reference, live and without gradients."""
+        """The starting checkpoint under FSDP2: to train, with replay; or the reference, live and without gradients."""
         from transformers import AutoModelForCausalLM
 
         policy = config.trainer.policy
@@ -72,8 +74,8 @@ class Policy:
             sharded.eval().requires_grad_(False)
             if dist.get_rank() == 0:
                 logger.warning(
-                    "trainer.algorithm.kl_coef=%g: the reference is %s with live routing, which is not replayed: its KL "
-                    "to the policy holds the gap between two routings too",
+                    "trainer.algorithm.kl_coef=%g: the reference, %s, is routed live and not replayed: its KL to the "
+                    "policy holds the gap between two routings too",
                     config.trainer.algorithm.kl_coef,
                     policy.model.path,
                 )

@@ -81,21 +81,21 @@ class PolicyLoss:
         """
         algorithm = self.algorithm
         correction = self._correction(rows, logprobs, old)
-        weights = None
+        share = None if self.share is None else self.share.to(logprobs.device)[rows.sample_ids].to(logprobs.dtype)
+        weights = share
         if correction is None:
             ratio = (logprobs - rows.logprobs).exp()
-        elif self.share is None:
-            ratio, weights = (logprobs - old).exp(), correction.weights
-        else:
+        elif algorithm.correction == "gspo":
             ratio = correction.weights.where(rows.mask, 1)
-            weights = self.share.to(ratio.device)[rows.sample_ids].to(ratio.dtype)
+        else:
+            ratio, weights = (logprobs - old).exp(), correction.weights
         total, clipped = clipped_loss(
             ratio, rows.advantages, low=algorithm.eps_clip_low, high=algorithm.eps_clip_high, weights=weights
         )
         kl = None
         if reference is not None:
             by_token = kl_to_reference(logprobs, reference)
-            total = total + algorithm.kl_coef * (by_token if self.share is None else by_token * weights).sum()
+            total = total + algorithm.kl_coef * (by_token if share is None else by_token * share).sum()
             kl = by_token.detach().sum()
         return MicroLoss(
             total=total, clipped=clipped, correction=None if correction is None else correction.sums, kl=kl

@@ -54,7 +54,10 @@ def update(config: R3Config, policy: Policy, whole: StepBatch, gap: StepGap | No
         norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))  # pyrefly: ignore
         policy.optimizer.step()
         policy.optimizer.zero_grad(set_to_none=True)
+    (lr,) = {group["lr"] for group in policy.optimizer.param_groups}
+    policy.scheduler.step()
     return totals.metrics(int(whole.batch.response_mask.sum())) | {
+        "train/lr": lr,
         "train/grad_norm": sum(norms) / len(norms),
         "train/updates": len(norms),
     }

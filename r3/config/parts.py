@@ -26,6 +26,7 @@ MIXED_VERSIONS = ("keep", "invalidate", "drop")
 SINKS = ("tensorboard", "trackio", "wandb")
 TRANSPORTS = ("files", "gloo", "ipc", "nccl")
 CORRECTIONS = ("none", "tis", "mis", "icepop", "gspo")
+SCHEDULERS = ("constant", "linear", "cosine")
 LEVELS = ("token", "sequence")
 ENGINE_FAULTS = ("repetition", "logprobs", "selection")
 MOST_REPEAT_NATS = 0.1
@@ -51,10 +52,22 @@ class FSDPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    lr: float = setting(1e-6, "Learning rate of AdamW, the same at every step.", at_least(0), unit="per update")
+    lr: float = setting(1e-6, "Learning rate of AdamW; with a scheduler, the highest.", at_least(0), unit="per update")
     weight_decay: float = setting(0.0, "Weight decay of AdamW; 0 for none.", at_least(0), unit="per lr")
     max_grad_norm: float = setting(
         1.0, "Gradients whose norm over all parameters is larger are scaled down to it.", above(0), unit="L2 norm"
+    )
+    scheduler: str = setting(
+        "constant",
+        "Learning rate after the warm-up: `constant`, or falling to 0 after `trainer.max_steps`, `linear` or as half a "
+        "`cosine`. All updates of a step have the same.",
+        one_of(SCHEDULERS),
+    )
+    warmup_steps: int = setting(
+        0,
+        "Steps over which the learning rate rises in equal parts, ending below its highest.",
+        at_least(0),
+        unit="steps",
     )
 
 
@@ -213,7 +226,14 @@ class TrainerConfig:
 
     def problems(self) -> list[str]:
         """What contradicts or makes no sense, by dotted name."""
-        return [*self.algorithm.problems(), *self.diagnostics.problems()]
+        problems = [*self.algorithm.problems(), *self.diagnostics.problems()]
+        warmup = self.policy.optimizer_config.warmup_steps
+        if 0 < warmup >= self.max_steps:
+            problems.append(
+                f"trainer.policy.optimizer_config.warmup_steps: expected fewer than trainer.max_steps "
+                f"({self.max_steps}), got {warmup}"
+            )
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)

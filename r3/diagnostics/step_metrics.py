@@ -38,6 +38,7 @@ STEP_METRICS = (
         formula="loss, mean over the sampled tokens",
         notes="with `correction=gspo` over the sequences",
     ),
+    Metric(name="train/lr", formula="learning rate of the step's updates", unit="per update"),
     Metric(name="train/grad_norm", formula="norm of the gradient before it is clipped, mean over the updates"),
     Metric(name="train/clipped_frac", formula="share of the sampled tokens whose ratio is outside the clip bounds"),
     Metric(
