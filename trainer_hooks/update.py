@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from r3.config import R3Config
 from r3.diagnostics import CorrectionSums
+from r3.errors import CaptureError
 from trainer_hooks.batches import Rows, StepBatch
 from trainer_hooks.measure import StepGap
 from trainer_hooks.policy import Policy
@@ -28,13 +29,17 @@ def update(config: R3Config, policy: Policy, whole: StepBatch, gap: StepGap | No
     `gap` collects the log-probabilities of the first update only: later ones are of weights that did not sample.
 
     Raises:
-        CaptureError: rollouts that cannot be dealt to the ranks in equal numbers.
+        CaptureError: rollouts that cannot be dealt to the ranks in equal numbers, or an update without a sampled token.
         DiagnosticsError: log-probabilities that are not finite, if there is a correction.
     """
     trainer = config.trainer
     replayed = trainer.policy.fsdp_config.moe_enable_routing_replay
     policy.model.train()
     minis = list(whole.split(-(-len(whole.advantages) // trainer.updates_per_step)))
+    if empty := sum(not mini.batch.response_mask.any() for mini in minis):
+        raise CaptureError(
+            f"rollouts of an update: expected at least one sampled token, got none in {empty} of {len(minis)} updates"
+        )
     # The first update's are those that its own forwards give.
     later = _old_logprobs(config, policy, minis[1:]) if trainer.algorithm.correction in OWN_RATIO else None
     totals, norms = _Totals(policy), []

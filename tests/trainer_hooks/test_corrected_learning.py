@@ -1,6 +1,8 @@
 """What the policy learns under a correction of the gap: loss, gradients and metrics against each method's own formula,
 in float64, one rollout at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from learning_steps import (
@@ -212,6 +214,26 @@ def test_rollouts_that_would_leave_a_rank_waiting_are_refused_on_all(batch, two)
         for error in two.run(deal, batch, rollouts):
             assert isinstance(error, r3.CaptureError)
             assert f"expected a multiple of 2, the ranks with rows of their own, got {rollouts}" in str(error)
+
+
+@pytest.mark.parametrize("method", ["none", "tis", "gspo"])
+def test_a_rank_without_a_sampled_token_goes_along(path, batch, two, method):
+    """With two ranks, rollouts 1 and 3 are those of the second."""
+    without = replace(batch, response_mask=batch.response_mask.clone())
+    without.response_mask[1::2] = False
+    config = settings(path, **METHODS.get(method, {}), **{MICRO: 1})
+    alone = learn(config, without, ADVANTAGES)
+    for trace in two.all(learn, config, without, ADVANTAGES):
+        assert trace.metrics[0]["train/loss"] == pytest.approx(alone.metrics[0]["train/loss"], rel=1e-5)
+        for name, gradient in alone.gradients[0].items():
+            torch.testing.assert_close(trace.gradients[0][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_an_update_without_a_sampled_token_is_refused(path, batch):
+    without = replace(batch, response_mask=batch.response_mask.clone())
+    without.response_mask[2:] = False
+    with pytest.raises(r3.CaptureError, match="got none in 1 of 2 updates"):
+        learn(settings(path, **{UPDATES: 2}), without, ADVANTAGES)
 
 
 @pytest.mark.parametrize("method", ["tis", "mis", "icepop"])
