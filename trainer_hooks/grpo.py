@@ -17,10 +17,12 @@ from r3.config import R3Config
 from r3.weight_sync import SyncReceipt, WeightSync
 from r3.weight_sync.timing import StageTimer
 from trainer_hooks.batches import StepBatch, broadcast
+from trainer_hooks.evaluation import evaluate, require_held_out
 from trainer_hooks.measure import Measured, StepGap, coverage, measure
 from trainer_hooks.objective import group_advantages
 from trainer_hooks.policy import Policy
 from trainer_hooks.publish import push_from_all_ranks
+from trainer_hooks.random_states import seed_engine
 from trainer_hooks.step_log import StepLog
 from trainer_hooks.update import update
 
@@ -29,7 +31,7 @@ class Task(Protocol):
     """A source of problems, and of rewards for their completions."""
 
     def problems(self, step: int, count: int) -> list[Any]:
-        """`count` problems for `step`."""
+        """`count` problems for `step`, the same ones if it is asked again, as after a resume."""
         ...
 
     def prompt(self, problem: Any) -> str: ...
@@ -42,13 +44,17 @@ class GRPOTrainer:
 
     Args:
         config: all settings.
-        task: source of prompts and rewards.
+        task: source of prompts and rewards; with `eval_problems`, if the settings ask for evaluation (`HeldOut`).
         policy: the policy to train.
         engine: a running `vllm.LLM` with the policy's weights, on the first rank; None on the others.
         log: record of the steps, on the first rank; None on the others.
+
+    Raises:
+        ConfigError: the settings ask for evaluation, and the task has no held-out problems.
     """
 
     def __init__(self, config: R3Config, task: Task, policy: Policy, engine: Any, log: StepLog | None = None) -> None:
+        require_held_out(config, task)
         self.config = config
         self.task = task
         self.policy = policy
@@ -82,7 +88,7 @@ class GRPOTrainer:
                         self.log.add(step, {**(checked if step == 1 else {}), **metrics}, details)
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, Any] | None]:
-        """One step: rollouts, rewards, training, sync. Returns its metrics, and its details if they are due."""
+        """Rollouts, rewards, training, sync, evaluation. Returns the step's metrics, and details if they are due."""
         diagnostics = self.config.trainer.diagnostics
         clock = StageTimer()
         with clock.stage("rollout"), self.policy.barrier.guard():
@@ -112,12 +118,16 @@ class GRPOTrainer:
                 "sync/chunks": receipt.chunks,
                 "sync/seconds": receipt.seconds,
             }
+        if self.config.trainer.evaluates(step):
+            with clock.stage("eval"), self.policy.barrier.guard():
+                if self.engine is not None:
+                    metrics |= evaluate(self.config, self.task, self.engine, self.policy.tokenizer)
         return metrics | {f"time/{stage}_s": seconds for stage, seconds in clock.stages_s.items()}, details
 
     def experience(self, step: int) -> tuple[StepBatch, dict[str, float]]:
         """The rollouts of a step with their advantages, and metrics of rewards and of captured routing."""
         problems = self.task.problems(step, self.config.trainer.train_batch_size)
-        rollouts = self.rollout(problems)
+        rollouts = self.rollout(problems, step)
         if self.log is not None and self.config.trainer.diagnostics.saves_rollouts(step):
             self.log.save(step, rollouts)
         rewards = self.rewards(problems, rollouts)
@@ -129,12 +139,13 @@ class GRPOTrainer:
             **coverage(rollouts, batch, trainer_version=step - 1),
         }
 
-    def rollout(self, problems: Sequence[Any]) -> Rollouts:
-        """`n_samples_per_prompt` completions of each problem, with routing if it is captured."""
+    def rollout(self, problems: Sequence[Any], step: int) -> Rollouts:
+        """`n_samples_per_prompt` completions of each problem, with routing if it is captured; drawn for `step`."""
         from vllm import SamplingParams
 
         assert self.sync is not None
         self.sync.require_committed()
+        seed_engine(self.engine, self.config.trainer.seed, step)
         tokenizer = self.policy.tokenizer
         prompts = [{"prompt_token_ids": tokenizer(self.task.prompt(problem)).input_ids} for problem in problems]
         outputs = self.engine.generate(prompts, SamplingParams(**sampling_kwargs(self.config)), use_tqdm=False)

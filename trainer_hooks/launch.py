@@ -17,6 +17,7 @@ from r3.config import R3Config, local_rank, process_rank
 from r3.diagnostics import RunFolder, require_sinks
 from r3.report import write_report
 from trainer_hooks.engine_check import check_engine
+from trainer_hooks.evaluation import require_held_out
 from trainer_hooks.grpo import GRPOTrainer, Task
 from trainer_hooks.policy import Policy
 from trainer_hooks.step_log import StepLog
@@ -36,6 +37,7 @@ def train(config: R3Config, task: Task) -> Path:
     """
     rank, world = process_rank()
     config.check(world)
+    require_held_out(config, task)
     require_sinks(config.trainer.diagnostics.sinks)  # before there is a folder that a second try would find in use
     path = Path(config.trainer.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     log = StepLog(config, RunFolder(path, config.to_flat())) if rank == 0 else contextlib.nullcontext()

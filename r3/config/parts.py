@@ -222,7 +222,21 @@ class TrainerConfig:
         3600.0, "Longest wait of a rank for the others, such as for the first one's rollouts.", above(0), unit="s"
     )
     seed: int = setting(0, "Of the random numbers of trainer, engine and task.", between(0, 2**32 - 1), unit="seed")
+    eval_every: int = setting(
+        0,
+        "Evaluate after every so many steps, and after the last, on held-out problems of the task; 0 for never.",
+        at_least(0),
+        unit="steps",
+    )
+    eval_batch_size: int = setting(64, "Held-out problems, one completion each.", at_least(1), unit="problems")
+    eval_temperature: float = setting(
+        0.0, "Of completions in evaluation; 0 for the likeliest tokens.", at_least(0), unit="ratio"
+    )
     output_dir: str = setting("", "Run folder; by default a new one under `runs/`.", PATH)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the weights after `step`, which counts from 1, are evaluated."""
+        return self.eval_every > 0 and (step % self.eval_every == 0 or step == self.max_steps)
 
     def problems(self) -> list[str]:
         """What contradicts or makes no sense, by dotted name."""

@@ -20,6 +20,18 @@ STEP_METRICS = (
         ),
     ),
     Metric(name="reward/std_in_group", formula="mean over prompts of the standard deviation of their rewards"),
+    Metric(
+        name="eval/reward",
+        formula="mean reward of one completion of each held-out problem, after the step",
+        notes="at evaluated steps",
+        chart=Chart(
+            section="training",
+            title="Reward of held-out problems",
+            unit="mean reward",
+            caption="Mean over problems that training does not see, one completion each.",
+            label="held-out reward",
+        ),
+    ),
     Metric(name="rollout/tokens_mean", formula="mean number of sampled tokens in a rollout", unit="tokens"),
     Metric(
         name="routing/rows_replayed",
@@ -66,7 +78,7 @@ STEP_METRICS = (
         ),
     ),
     Metric(
-        name="time/{rollout,measure,train,sync}_s",
+        name="time/{rollout,measure,train,sync,eval}_s",
         formula="duration of each phase",
         unit="s",
         notes="`measure`: the two forwards that compare live and replayed, at measured steps",
