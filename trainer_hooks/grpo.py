@@ -6,6 +6,7 @@ into the running engine. `trainer.policy.fsdp_config.moe_enable_routing_replay=f
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from r3.capture import Rollouts, collect, resolve_mixed_versions, sampling_kwarg
 from r3.config import R3Config
 from r3.weight_sync import SyncReceipt, WeightSync
 from r3.weight_sync.timing import StageTimer
+from trainer_hooks import checkpoint
 from trainer_hooks.batches import StepBatch, broadcast
 from trainer_hooks.evaluation import evaluate, require_held_out
 from trainer_hooks.measure import Measured, StepGap, coverage, measure
@@ -74,18 +76,36 @@ class GRPOTrainer:
             timeout_s=engine.weight_sync.timeout_s,
         )
 
-    def train(self, checked: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Run `trainer.max_steps` steps, and record each. The metrics in `checked` are recorded with the first.
+    def train(
+        self,
+        checked: Mapping[str, float] = MappingProxyType({}),
+        *,
+        run_folder: Path | None = None,
+        resume_from: Path | None = None,
+    ) -> None:
+        """Run the steps up to `trainer.max_steps`, and record each.
+
+        Args:
+            checked: metrics that are recorded with the first step.
+            run_folder: where checkpoints are saved; needed on every rank if the settings ask for them.
+            resume_from: a checkpoint to go on from. The engine gets its weights before anything is sampled.
 
         Raises:
             AlarmError: an alarm stops the run; a `ParallelError` on the other ranks.
+            ConfigError: the checkpoint is of a run with other settings.
         """
         with contextlib.closing(self.sync) if self.sync is not None else contextlib.nullcontext():
-            for step in range(1, self.config.trainer.max_steps + 1):
+            done = 0
+            if resume_from is not None:
+                done = checkpoint.load(resume_from, self.config, self.policy)
+                self.push(version=done)
+            for step in range(done + 1, self.config.trainer.max_steps + 1):
                 metrics, details = self.step(step)
                 with self.policy.barrier.guard():
                     if self.log is not None:
-                        self.log.add(step, {**(checked if step == 1 else {}), **metrics}, details)
+                        self.log.add(step, {**(checked if step == done + 1 else {}), **metrics}, details)
+                if run_folder is not None and self.config.trainer.saves(step):
+                    checkpoint.save(run_folder, step, self.config, self.policy)
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, Any] | None]:
         """Rollouts, rewards, training, sync, evaluation. Returns the step's metrics, and details if they are due."""

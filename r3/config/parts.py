@@ -234,6 +234,29 @@ class TrainerConfig:
     )
     output_dir: str = setting("", "Run folder; by default a new one under `runs/`.", PATH)
 
+    save_every: int = setting(
+        0,
+        "Save a checkpoint to go on from after every so many steps, and after the last; 0 for never.",
+        at_least(0),
+        unit="steps",
+    )
+    keep_checkpoints: int = setting(
+        0, "Remove all but so many of the newest checkpoints; 0 keeps all.", at_least(0), unit="checkpoints"
+    )
+    save_hf: bool = setting(
+        True, "Leave the trained policy as a Hugging Face checkpoint, `policy/` in the run folder, after the last step."
+    )
+    resume_from: str = setting(
+        "",
+        "Go on from a checkpoint, from the newest of a run folder, or with `auto` from the newest of `output_dir`, if "
+        "it has one.",
+        PATH,
+    )
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is saved after `step`, which counts from 1."""
+        return self.save_every > 0 and (step % self.save_every == 0 or step == self.max_steps)
+
     def evaluates(self, step: int) -> bool:
         """Whether the weights after `step`, which counts from 1, are evaluated."""
         return self.eval_every > 0 and (step % self.eval_every == 0 or step == self.max_steps)
@@ -246,6 +269,12 @@ class TrainerConfig:
             problems.append(
                 f"trainer.policy.optimizer_config.warmup_steps: expected fewer than trainer.max_steps "
                 f"({self.max_steps}), got {warmup}"
+            )
+        if self.keep_checkpoints and not self.save_every:
+            problems.append("trainer.keep_checkpoints: expected trainer.save_every above 0 with it, got 0")
+        if self.resume_from == "auto" and not (self.output_dir and self.save_every):
+            problems.append(
+                "trainer.resume_from=auto needs trainer.output_dir, where it looks, and trainer.save_every above 0"
             )
         return problems
 
