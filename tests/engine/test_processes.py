@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from models import tiny_dense
 from places import DEMO_MODEL
@@ -92,8 +93,9 @@ def test_a_run_that_was_killed_goes_on_in_its_folder_with_the_engine_at_its_weig
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    for pid in session(run.pid):
-        os.kill(pid, signal.SIGKILL)
+    leader = psutil.Process(run.pid)
+    for process in [leader, *leader.children(recursive=True)]:
+        process.kill()
     run.communicate()
     done = max(int(path.name[-6:]) for path in (folder / "checkpoints").glob("step-??????"))
     before = records(folder)[:done]

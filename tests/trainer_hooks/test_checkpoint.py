@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint is the one that did not stop, to the last bit; what it leaves, others can load."""
+"""A run that goes on from a checkpoint is the one that did not stop, to the last bit; and its policy can be loaded."""
 
 import logging
 import multiprocessing
