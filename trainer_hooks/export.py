@@ -64,6 +64,8 @@ class _Writer:
         config = AutoConfig.from_pretrained(source)
         config.save_pretrained(folder)
         policy.tokenizer.save_pretrained(folder)
+        if (sampling := Path(source) / "generation_config.json").is_file():
+            shutil.copy(sampling, folder)
         self._folder = folder
         self._dtype = config.dtype or torch.float32
         self._shard: dict[str, Tensor] = {}

@@ -36,7 +36,9 @@ RUN = {
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("model"))
+    made = save_checkpoint(tmp_path_factory.mktemp("model"))
+    (made / "generation_config.json").write_text('{"eos_token_id": 1}')
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +214,7 @@ def test_the_exported_policy_is_the_trained_one_by_its_own_names(path, batch, tw
     folder = tmp_path / "policy"
     args = (config, batch, folder, shard_bytes)
     weights, names = exported(*args) if ranks == 1 else two.all(exported, *args)[0]
-    assert {"config.json", "tokenizer.json"} <= set(names)
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= set(names)
     shards = [name for name in names if name.endswith(".safetensors")]
     assert shards == ["model.safetensors"] if shard_bytes == 2**30 else len(shards) > 3
     original = load_file(path / "model.safetensors")
