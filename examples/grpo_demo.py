@@ -38,6 +38,10 @@ class ReasoningGymTask:
     def problems(self, step: int, count: int) -> list[dict[str, Any]]:
         return [self._data[step * count + i] for i in range(count)]
 
+    def eval_problems(self, count: int) -> list[dict[str, Any]]:
+        # From the other end, which training does not come to.
+        return [self._data[len(self._data) - 1 - i] for i in range(count)]
+
     def prompt(self, problem: dict[str, Any]) -> str:
         return problem["question"] + "\n"
 

@@ -1,6 +1,7 @@
 """r3 inside trainers: its own GRPO trainer under FSDP2, and the parts of it that other trainers can use."""
 
 from trainer_hooks.batches import Rows, StepBatch
+from trainer_hooks.evaluation import HeldOut
 from trainer_hooks.feed import RoutingFeed
 from trainer_hooks.grpo import GRPOTrainer, Task
 from trainer_hooks.launch import process_group, train
@@ -12,6 +13,7 @@ from trainer_hooks.publish import push_from_all_ranks
 
 __all__ = [
     "GRPOTrainer",
+    "HeldOut",
     "Measured",
     "Policy",
     "RoutingFeed",

@@ -52,7 +52,17 @@ class StepBatch:
             yield self.select(slice(at, at + size))
 
     def rows(self, mesh: Mesh, *, size: int, packed: bool) -> Iterator["Rows"]:
-        """The rows of this rank: its slice of every `mesh.data_size`-th rollout, `size` rollouts at a time."""
+        """The rows of this rank: its slice of every `mesh.data_size`-th rollout, `size` rollouts at a time.
+
+        Raises:
+            CaptureError: no rollouts, or a number that would give the ranks different numbers of forwards, in which
+                every rank takes part; on all ranks.
+        """
+        if not len(self.advantages) or len(self.advantages) % mesh.data_size:
+            raise CaptureError(
+                f"rollouts of an update: expected a multiple of {mesh.data_size}, the ranks with rows of their own, "
+                f"got {len(self.advantages)}; every rank takes part in every forward"
+            )
         for part in self.select(slice(mesh.data_rank, None, mesh.data_size)).split(size):
             yield Rows.of(part, packed=packed).shard(mesh.sequence_rank, mesh.sequence_size)
 

@@ -6,30 +6,34 @@ into the running engine. `trainer.policy.fsdp_config.moe_enable_routing_replay=f
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from r3.capture import Rollouts, collect, resolve_mixed_versions, sampling_kwargs
 from r3.config import R3Config
 from r3.weight_sync import SyncReceipt, WeightSync
 from r3.weight_sync.timing import StageTimer
+from trainer_hooks import checkpoint
 from trainer_hooks.batches import StepBatch, broadcast
+from trainer_hooks.evaluation import evaluate, require_held_out
 from trainer_hooks.measure import Measured, StepGap, coverage, measure
-from trainer_hooks.objective import clipped_loss, group_advantages
+from trainer_hooks.objective import group_advantages
 from trainer_hooks.policy import Policy
 from trainer_hooks.publish import push_from_all_ranks
+from trainer_hooks.random_states import seed_engine
 from trainer_hooks.step_log import StepLog
+from trainer_hooks.update import update
 
 
 class Task(Protocol):
     """A source of problems, and of rewards for their completions."""
 
     def problems(self, step: int, count: int) -> list[Any]:
-        """`count` problems for `step`."""
+        """`count` problems for `step`, the same ones if it is asked again, as after a resume."""
         ...
 
     def prompt(self, problem: Any) -> str: ...
@@ -42,13 +46,17 @@ class GRPOTrainer:
 
     Args:
         config: all settings.
-        task: source of prompts and rewards.
+        task: source of prompts and rewards; with `eval_problems`, if the settings ask for evaluation (`HeldOut`).
         policy: the policy to train.
         engine: a running `vllm.LLM` with the policy's weights, on the first rank; None on the others.
         log: record of the steps, on the first rank; None on the others.
+
+    Raises:
+        ConfigError: the settings ask for evaluation, and the task has no held-out problems.
     """
 
     def __init__(self, config: R3Config, task: Task, policy: Policy, engine: Any, log: StepLog | None = None) -> None:
+        require_held_out(config, task)
         self.config = config
         self.task = task
         self.policy = policy
@@ -68,21 +76,39 @@ class GRPOTrainer:
             timeout_s=engine.weight_sync.timeout_s,
         )
 
-    def train(self, checked: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Run `trainer.max_steps` steps, and record each. The metrics in `checked` are recorded with the first.
+    def train(
+        self,
+        checked: Mapping[str, float] = MappingProxyType({}),
+        *,
+        run_folder: Path | None = None,
+        resume_from: Path | None = None,
+    ) -> None:
+        """Run the steps up to `trainer.max_steps`, and record each.
+
+        Args:
+            checked: metrics that are recorded with the first step.
+            run_folder: where checkpoints are saved; needed on every rank if the settings ask for them.
+            resume_from: a checkpoint to go on from. The engine gets its weights before anything is sampled.
 
         Raises:
             AlarmError: an alarm stops the run; a `ParallelError` on the other ranks.
+            ConfigError: the checkpoint is of a run with other settings.
         """
         with contextlib.closing(self.sync) if self.sync is not None else contextlib.nullcontext():
-            for step in range(1, self.config.trainer.max_steps + 1):
+            done = 0
+            if resume_from is not None:
+                done = checkpoint.load(resume_from, self.config, self.policy)
+                self.push(version=done)
+            for step in range(done + 1, self.config.trainer.max_steps + 1):
                 metrics, details = self.step(step)
                 with self.policy.barrier.guard():
                     if self.log is not None:
-                        self.log.add(step, {**(checked if step == 1 else {}), **metrics}, details)
+                        self.log.add(step, {**(checked if step == done + 1 else {}), **metrics}, details)
+                if run_folder is not None and self.config.trainer.saves(step):
+                    checkpoint.save(run_folder, step, self.config, self.policy)
 
     def step(self, step: int) -> tuple[dict[str, float], dict[str, Any] | None]:
-        """One step: rollouts, rewards, training, sync. Returns its metrics, and its details if they are due."""
+        """Rollouts, rewards, training, sync, evaluation. Returns the step's metrics, and details if they are due."""
         diagnostics = self.config.trainer.diagnostics
         clock = StageTimer()
         with clock.stage("rollout"), self.policy.barrier.guard():
@@ -112,12 +138,16 @@ class GRPOTrainer:
                 "sync/chunks": receipt.chunks,
                 "sync/seconds": receipt.seconds,
             }
+        if self.config.trainer.evaluates(step):
+            with clock.stage("eval"), self.policy.barrier.guard():
+                if self.engine is not None:
+                    metrics |= evaluate(self.config, self.task, self.engine, self.policy.tokenizer)
         return metrics | {f"time/{stage}_s": seconds for stage, seconds in clock.stages_s.items()}, details
 
     def experience(self, step: int) -> tuple[StepBatch, dict[str, float]]:
         """The rollouts of a step with their advantages, and metrics of rewards and of captured routing."""
         problems = self.task.problems(step, self.config.trainer.train_batch_size)
-        rollouts = self.rollout(problems)
+        rollouts = self.rollout(problems, step)
         if self.log is not None and self.config.trainer.diagnostics.saves_rollouts(step):
             self.log.save(step, rollouts)
         rewards = self.rewards(problems, rollouts)
@@ -129,12 +159,13 @@ class GRPOTrainer:
             **coverage(rollouts, batch, trainer_version=step - 1),
         }
 
-    def rollout(self, problems: Sequence[Any]) -> Rollouts:
-        """`n_samples_per_prompt` completions of each problem, with routing if it is captured."""
+    def rollout(self, problems: Sequence[Any], step: int) -> Rollouts:
+        """`n_samples_per_prompt` completions of each problem, with routing if it is captured; drawn for `step`."""
         from vllm import SamplingParams
 
         assert self.sync is not None
         self.sync.require_committed()
+        seed_engine(self.engine, self.config.trainer.seed, step)
         tokenizer = self.policy.tokenizer
         prompts = [{"prompt_token_ids": tokenizer(self.task.prompt(problem)).input_ids} for problem in problems]
         outputs = self.engine.generate(prompts, SamplingParams(**sampling_kwargs(self.config)), use_tqdm=False)
@@ -161,50 +192,8 @@ class GRPOTrainer:
         )
 
     def update(self, whole: StepBatch, gap: StepGap | None = None) -> dict[str, float]:
-        """`updates_per_step` optimizer steps on the step's rollouts, token-weighted, with routing replayed.
-
-        `gap` collects the log-probabilities of the first step only: later ones are of weights that did not sample.
-        """
-        trainer, policy = self.config.trainer, self.policy
-        low, high = trainer.algorithm.eps_clip_low, trainer.algorithm.eps_clip_high
-        replayed = trainer.policy.fsdp_config.moe_enable_routing_replay
-        policy.model.train()
-        totals = dict.fromkeys(("loss", "clipped", "rows_replayed", "rows_live", "pairs_live"), 0.0)
-        layers = len(policy.replay.spec.layer_ids) if policy.replay else 0
-        norms = []
-        for mini in whole.split(-(-len(whole.advantages) // trainer.updates_per_step)):
-            # The tokens of all ranks, divided by the ranks over which gradients are averaged.
-            tokens = int(mini.batch.response_mask.sum()) / dist.get_world_size()
-            for rows in policy.rows(mini, trainer.micro_train_batch_size):
-                logprobs = policy.logprobs(rows, replayed=replayed)
-                if gap is not None and not norms:
-                    gap.add(rows, {"replayed" if replayed else "live": logprobs.detach()})
-                loss, clipped = clipped_loss(logprobs, rows.logprobs, rows.advantages, low=low, high=high)
-                (loss / tokens).backward()
-                totals["loss"] += float(loss.detach())
-                totals["clipped"] += float(clipped)
-                # Live rows of tokens only: `policy.replay.last` counts the rows of padding too.
-                last, real = policy.replay.last if policy.replay else None, int(rows.tokens.sum())
-                totals["rows_replayed"] += last.rows_replayed if last else 0
-                totals["rows_live"] += real - (last.rows_replayed if last else 0)
-                totals["pairs_live"] += real * layers - (last.pairs_replayed if last else 0)
-            norm = nn.utils.clip_grad_norm_(policy.model.parameters(), trainer.policy.optimizer_config.max_grad_norm)
-            norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))  # pyrefly: ignore
-            policy.optimizer.step()
-            policy.optimizer.zero_grad(set_to_none=True)
-        summed = torch.tensor(list(totals.values()), dtype=torch.float64, device=policy.device)
-        dist.all_reduce(summed)
-        totals = dict(zip(totals, summed.tolist(), strict=True))
-        tokens = int(whole.batch.response_mask.sum())
-        return {
-            "train/loss": totals["loss"] / tokens,
-            "train/clipped_frac": totals["clipped"] / tokens,
-            "train/grad_norm": sum(norms) / len(norms),
-            "train/updates": len(norms),
-            "routing/rows_replayed": totals["rows_replayed"],
-            "routing/rows_live": totals["rows_live"],
-            "routing/pairs_live": totals["pairs_live"],
-        }
+        """`updates_per_step` optimizer steps on the step's rollouts: see `trainer_hooks.update`."""
+        return update(self.config, self.policy, whole, gap)
 
     def push(self, version: int) -> SyncReceipt | None:
         """Sync the policy's weights into the engine. Returns the receipt on the rank that has the engine."""

@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,16 @@ from r3.capture import running_engine
 from r3.config import R3Config, local_rank, process_rank
 from r3.diagnostics import RunFolder, require_sinks
 from r3.report import write_report
+from trainer_hooks import checkpoint
 from trainer_hooks.engine_check import check_engine
+from trainer_hooks.evaluation import require_held_out
+from trainer_hooks.export import export_policy
 from trainer_hooks.grpo import GRPOTrainer, Task
 from trainer_hooks.policy import Policy
 from trainer_hooks.step_log import StepLog
+
+POLICY = "policy"
+"""The trained policy, in the run folder."""
 
 
 def train(config: R3Config, task: Task) -> Path:
@@ -28,7 +35,8 @@ def train(config: R3Config, task: Task) -> Path:
     All processes that it started have ended when it returns, also after Ctrl-C or an exception.
 
     Raises:
-        ConfigError: settings that contradict each other, before anything is started.
+        ConfigError: settings that contradict each other, before anything is started; or a checkpoint to resume from
+            that is missing, or of a run with other settings.
         UnsupportedModelError: the model cannot be replayed.
         CaptureError, SyncError: capture or a sync failed; raised in the step in which it did.
         AlarmError: the engine differs from the trainer before the first step, or a metric is beyond a bound of
@@ -36,20 +44,40 @@ def train(config: R3Config, task: Task) -> Path:
     """
     rank, world = process_rank()
     config.check(world)
+    require_held_out(config, task)
     require_sinks(config.trainer.diagnostics.sinks)  # before there is a folder that a second try would find in use
     path = Path(config.trainer.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    log = StepLog(config, RunFolder(path, config.to_flat())) if rank == 0 else contextlib.nullcontext()
+    resume_from = checkpoint.chosen(config, path) if rank == 0 else None
+    log = StepLog(config, _run_folder(config, path, resume_from)) if rank == 0 else contextlib.nullcontext()
     torch.manual_seed(config.trainer.seed)
     with process_group(), log as log:
+        path, resume_from = _of_first_rank((path, resume_from))
         policy = Policy(config)
         with contextlib.ExitStack() as stack:
             with policy.barrier.guard():
                 engine = stack.enter_context(running_engine(config)) if rank == 0 else None
             checked = check_engine(config, policy, engine)
-            GRPOTrainer(config, task, policy, engine, log).train(checked)
+            trainer = GRPOTrainer(config, task, policy, engine, log)
+            trainer.train(checked, run_folder=path, resume_from=resume_from)
+        if config.trainer.save_hf:
+            export_policy(policy, config.trainer.policy.model.path, path / POLICY)
     if rank == 0:
         write_report(path)
     return path
+
+
+def _run_folder(config: R3Config, path: Path, resume_from: Path | None) -> RunFolder:
+    """A new one; or that of the run that goes on, without what it recorded after its checkpoint."""
+    own = resume_from is not None and resume_from.resolve().is_relative_to((path / checkpoint.FOLDER).resolve())
+    if own or (config.trainer.resume_from == checkpoint.AUTO and path.is_dir() and any(path.iterdir())):
+        return RunFolder.reopen(path, config.to_flat(), step=checkpoint.step_of(resume_from) if resume_from else 0)
+    return RunFolder(path, config.to_flat())
+
+
+def _of_first_rank(value: Any) -> Any:
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
+    return holder[0]
 
 
 @contextlib.contextmanager

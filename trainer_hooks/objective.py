@@ -22,19 +22,32 @@ def clipped_objective(ratio: Tensor, advantages: Tensor, low: float, high: float
 
 
 def clipped_loss(
-    logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, *, low: float, high: float
+    ratio: Tensor, advantages: Tensor, *, low: float, high: float, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of the negative objective, and how many tokens have ratios outside the bounds.
+    """Sum over tokens of the negative objective, times `weights`, and how many have ratios outside the bounds.
 
-    The ratio is to the policy that sampled: to the rollout's own log-probabilities, not to the trainer's idea of them.
-    Where there is no label, all three are 0: nothing is added to either.
+    Where there is no label, the ratio is 1 and the advantage 0: nothing is added to either.
 
     Args:
-        logprobs: `[R, N]` in nats, of the policy that is trained.
-        rollout_logprobs: `[R, N]`, of the same tokens when they were sampled.
+        ratio: `[R, N]`, of the policy that is trained to the one before: exp of a difference of log-probabilities.
         advantages: `[R, N]`.
         low, high: ratios from 1 - low to 1 + high are within the bounds.
+        weights: `[R, N]`, constants of the loss; None for 1.
     """
-    ratio = (logprobs - rollout_logprobs).exp()
     outside = ((ratio < 1 - low) | (ratio > 1 + high)).sum()
-    return -clipped_objective(ratio, advantages, low, high).sum(), outside
+    objective = clipped_objective(ratio, advantages, low, high)
+    return -(objective if weights is None else objective * weights).sum(), outside
+
+
+def kl_to_reference(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """KL(policy || reference) by token in nats, from the sampled tokens: exp(d) - 1 - d, with d = reference - policy.
+
+    Never negative, and unbiased where the tokens are sampled from the policy. Schulman 2020, "Approximating KL
+    Divergence", estimator k3; as a term of the loss: Shao et al. 2024 (DeepSeekMath), arXiv 2402.03300, equation 4.
+
+    Args:
+        logprobs: `[R, N]`, carries the gradient.
+        reference_logprobs: `[R, N]`, of the same tokens.
+    """
+    diff = reference_logprobs - logprobs
+    return diff.expm1() - diff

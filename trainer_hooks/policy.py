@@ -1,10 +1,12 @@
 """A causal language model under FSDP2 with replay attached, as the trainer updates it and the metrics score it."""
 
+import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import r3
 from r3.config import R3Config
@@ -12,6 +14,9 @@ from r3.parallel import RankBarrier, make_mesh, shard_parameters, token_logprobs
 from r3.routing import prefetch
 from r3.weight_sync import LazyWeight, named_weights
 from trainer_hooks.batches import Rows, StepBatch
+from trainer_hooks.schedule import lr_schedule
+
+logger = logging.getLogger("r3")
 
 CPU = torch.device("cpu")
 
@@ -28,10 +33,9 @@ class Policy:
     """
 
     def __init__(self, config: R3Config) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
 
         policy = config.trainer.policy
-        fsdp, capture = policy.fsdp_config, config.generator.inference_engine.enable_return_routed_experts
         self.temperature = config.generator.sampling_params.temperature
         self.fused_experts = config.generator.inference_engine.weight_sync.fused_experts
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
@@ -39,30 +43,59 @@ class Policy:
         self.barrier = RankBarrier(timeout_s=config.trainer.timeout_s)
         self.packed = config.trainer.use_sample_packing
         self.tokenizer = AutoTokenizer.from_pretrained(policy.model.path)
-        model = AutoModelForCausalLM.from_pretrained(policy.model.path, dtype=torch.float32).to(self.device)
-        # Before sharding, so that a model that cannot be replayed or sliced is refused before anything is built on it.
-        self.replay = r3.attach(model, required=fsdp.moe_enable_routing_replay) if capture else None
         self.sliced = self.packed or self.mesh.sequence_size > 1
-        if self.sliced:
-            ulysses(model, self.mesh.sequence_group, barrier=self.barrier if dist.get_world_size() > 1 else None)
-        if fsdp.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model = shard_parameters(model, self.mesh, param_dtype=getattr(torch, fsdp.param_dtype))
+        self.replay: r3.Replay | None = None
+        self.model = self._load(config, trained=True)
+        self.reference = self._load(config, trained=False) if config.trainer.algorithm.kl_coef else None
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=policy.optimizer_config.lr,
             betas=(0.9, 0.95),
             weight_decay=policy.optimizer_config.weight_decay,
         )
+        self.scheduler = lr_schedule(self.optimizer, policy.optimizer_config, max_steps=config.trainer.max_steps)
+
+    def _load(self, config: R3Config, *, trained: bool) -> nn.Module:
+        """The starting checkpoint under FSDP2: to train, with replay; or the reference, live and without gradients."""
+        from transformers import AutoModelForCausalLM
+
+        policy = config.trainer.policy
+        fsdp, capture = policy.fsdp_config, config.generator.inference_engine.enable_return_routed_experts
+        model = AutoModelForCausalLM.from_pretrained(policy.model.path, dtype=torch.float32).to(self.device)
+        # Before sharding, so that a model that cannot be replayed or sliced is refused before anything is built on it.
+        if trained and capture:
+            self.replay = r3.attach(model, required=fsdp.moe_enable_routing_replay)
+        if self.sliced:
+            ulysses(model, self.mesh.sequence_group, barrier=self.barrier if dist.get_world_size() > 1 else None)
+        if trained and fsdp.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        sharded = shard_parameters(model, self.mesh, param_dtype=getattr(torch, fsdp.param_dtype))
+        if not trained:
+            sharded.eval().requires_grad_(False)
+            if dist.get_rank() == 0:
+                logger.warning(
+                    "trainer.algorithm.kl_coef=%g: the reference, %s, is routed live and not replayed: its KL to the "
+                    "policy holds the gap between two routings too",
+                    config.trainer.algorithm.kl_coef,
+                    policy.model.path,
+                )
+        return sharded
 
     def logprobs(self, rows: Rows, *, replayed: bool) -> Tensor:
         """Float32 `[R, N]` log-probabilities in nats of `rows.labels`, at the sampling temperature.
 
         0 where there is no label. `replayed` says whether routing is replayed or live.
         """
-        routing = {"routed_experts": rows.routing} if replayed else {}
+        return self._score(self.model, rows, {"routed_experts": rows.routing} if replayed else {})
+
+    @torch.no_grad()
+    def reference_logprobs(self, rows: Rows) -> Tensor | None:
+        """As `logprobs`, of the reference with its own routing, without gradient; None if there is no reference."""
+        return None if self.reference is None else self._score(self.reference, rows, {})
+
+    def _score(self, model: nn.Module, rows: Rows, routing: dict[str, Any]) -> Tensor:
         padding = {} if self.sliced else {"attention_mask": rows.tokens.long()}
-        logits = self.model(
+        logits = model(
             input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, **padding, **routing
         ).logits
         return token_logprobs(logits, rows.labels, temperature=self.temperature)

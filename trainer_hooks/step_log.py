@@ -23,7 +23,7 @@ class StepLog:
         self.config = config
         self.folder = folder
         self.alarms = Alarms(diagnostics)
-        self.table = LiveTable()
+        self.table = LiveTable(total=config.trainer.max_steps)
         self.sinks = open_sinks(
             diagnostics.sinks, run_folder=folder, settings=config.to_flat(), project=diagnostics.project
         )

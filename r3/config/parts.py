@@ -25,6 +25,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 MIXED_VERSIONS = ("keep", "invalidate", "drop")
 SINKS = ("tensorboard", "trackio", "wandb")
 TRANSPORTS = ("files", "gloo", "in_process", "ipc", "nccl")
+CORRECTIONS = ("none", "tis", "mis", "icepop", "gspo")
+SCHEDULERS = ("constant", "linear", "cosine")
+LEVELS = ("token", "sequence")
 ENGINE_FAULTS = ("repetition", "logprobs", "selection")
 MOST_REPEAT_NATS = 0.1
 """Mean over tokens of how far an engine's second answer to a prompt at temperature 0 may be from its first."""
@@ -49,10 +52,22 @@ class FSDPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    lr: float = setting(1e-6, "Learning rate of AdamW, the same at every step.", at_least(0), unit="per update")
+    lr: float = setting(1e-6, "Learning rate of AdamW; with a scheduler, the highest.", at_least(0), unit="per update")
     weight_decay: float = setting(0.0, "Weight decay of AdamW; 0 for none.", at_least(0), unit="per lr")
     max_grad_norm: float = setting(
         1.0, "Gradients whose norm over all parameters is larger are scaled down to it.", above(0), unit="L2 norm"
+    )
+    scheduler: str = setting(
+        "constant",
+        "Learning rate after the warm-up: `constant`, or falling to 0 after `trainer.max_steps`, `linear` or as half a "
+        "`cosine`. All updates of a step have the same.",
+        one_of(SCHEDULERS),
+    )
+    warmup_steps: int = setting(
+        0,
+        "Steps over which the learning rate rises in equal parts, ending below its highest.",
+        at_least(0),
+        unit="steps",
     )
 
 
@@ -77,6 +92,51 @@ class AlgorithmConfig:
     eps_clip_high: float = setting(
         0.28, "The ratio of probabilities is clipped above 1 plus this.", at_least(0), unit="ratio"
     )
+    correction: str = setting(
+        "none",
+        "Of the gap between trainer and rollout: `tis` truncates importance weights, `mis` drops what is above the "
+        "bound, `icepop` what is outside two; `gspo` takes ratios of sequences. `none` takes the ratio to the rollout.",
+        one_of(CORRECTIONS),
+    )
+    correction_level: str = setting(
+        "token", "Whether `tis` and `mis` weigh single tokens or sequences.", one_of(LEVELS)
+    )
+    correction_low: float | None = setting(
+        None,
+        "`icepop` drops tokens with less trainer over rollout; null for 0.5.",
+        between(0, 1),
+        unit="ratio",
+    )
+    correction_high: float | None = setting(
+        None,
+        "`tis` truncates there, `mis` and `icepop` drop what is above; null for 2, of sequences and `icepop` for 5.",
+        between(1, 1e6),
+        unit="ratio",
+    )
+    kl_coef: float = setting(
+        0.0,
+        "Weight of the KL to the starting checkpoint in the loss; 0 for none, and no second model.",
+        at_least(0),
+        unit="per nat",
+    )
+
+    def problems(self) -> list[str]:
+        """What contradicts or makes no sense, by dotted name."""
+        prefix, problems = "trainer.algorithm", []
+        uses = {
+            "correction_level": self.correction_level == "token" or self.correction in ("tis", "mis"),
+            "correction_low": self.correction_low is None or self.correction == "icepop",
+            "correction_high": self.correction_high is None or self.correction in ("tis", "mis", "icepop"),
+        }
+        for name, used in uses.items():
+            if not used:
+                problems.append(
+                    f"{prefix}.{name}={getattr(self, name)}: {prefix}.correction={self.correction} does not use it; "
+                    "leave it at its default"
+                )
+        if (self.correction_low, self.correction_high) == (1, 1):
+            problems.append(f"{prefix}.correction_low: expected below correction_high (1), got 1")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +222,61 @@ class TrainerConfig:
         3600.0, "Longest wait of a rank for the others, such as for the first one's rollouts.", above(0), unit="s"
     )
     seed: int = setting(0, "Of the random numbers of trainer, engine and task.", between(0, 2**32 - 1), unit="seed")
+    eval_every: int = setting(
+        0,
+        "Evaluate after every so many steps, and after the last, on held-out problems of the task; 0 for never.",
+        at_least(0),
+        unit="steps",
+    )
+    eval_batch_size: int = setting(64, "Held-out problems, one completion each.", at_least(1), unit="problems")
+    eval_temperature: float = setting(
+        0.0, "Of completions in evaluation; 0 for the likeliest tokens.", at_least(0), unit="ratio"
+    )
     output_dir: str = setting("", "Run folder; by default a new one under `runs/`.", PATH)
+
+    save_every: int = setting(
+        0,
+        "Save a checkpoint to go on from after every so many steps, and after the last; 0 for never.",
+        at_least(0),
+        unit="steps",
+    )
+    keep_checkpoints: int = setting(
+        0, "Remove all but so many of the newest checkpoints; 0 keeps all.", at_least(0), unit="checkpoints"
+    )
+    save_hf: bool = setting(
+        True, "Leave the trained policy as a Hugging Face checkpoint, `policy/` in the run folder, after the last step."
+    )
+    resume_from: str = setting(
+        "",
+        "Go on from a checkpoint, from the newest of a run folder, or with `auto` from the newest of `output_dir`, if "
+        "it has one.",
+        PATH,
+    )
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is saved after `step`, which counts from 1."""
+        return self.save_every > 0 and (step % self.save_every == 0 or step == self.max_steps)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the weights after `step`, which counts from 1, are evaluated."""
+        return self.eval_every > 0 and (step % self.eval_every == 0 or step == self.max_steps)
+
+    def problems(self) -> list[str]:
+        """What contradicts or makes no sense, by dotted name."""
+        problems = [*self.algorithm.problems(), *self.diagnostics.problems()]
+        warmup = self.policy.optimizer_config.warmup_steps
+        if 0 < warmup >= self.max_steps:
+            problems.append(
+                f"trainer.policy.optimizer_config.warmup_steps: expected fewer than trainer.max_steps "
+                f"({self.max_steps}), got {warmup}"
+            )
+        if self.keep_checkpoints and not self.save_every:
+            problems.append("trainer.keep_checkpoints: expected trainer.save_every above 0 with it, got 0")
+        if self.resume_from == "auto" and not (self.output_dir and self.save_every):
+            problems.append(
+                "trainer.resume_from=auto needs trainer.output_dir, where it looks, and trainer.save_every above 0"
+            )
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)

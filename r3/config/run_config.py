@@ -60,7 +60,7 @@ class R3Config:
         found = list(problems_of(self))
         problems = [problem for problem, _ in found]
         if not any(of_type for _, of_type in found):
-            problems += [*self.trainer.diagnostics.problems(), *self._contradictions()]
+            problems += [*self.trainer.problems(), *self._contradictions()]
         if ranks is not None and not problems:
             problems += self._problems_of_ranks(ranks)
         if problems:

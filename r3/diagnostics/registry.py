@@ -57,7 +57,7 @@ GROUPS = (
     Group(name="load", metrics=LoadSums.METRICS, prefixes=ROUTING),
     Group(name="margin", metrics=MarginSums.METRICS, prefixes=ROUTING),
     Group(name="coverage", over="the rows of all rollouts", metrics=CoverageSums.METRICS, prefixes=ROUTING),
-    Group(name="corrections", metrics=CorrectionSums.METRICS),
+    Group(name="corrections", metrics=CorrectionSums.METRICS, prefixes=("correction/",)),
     Group(name="engine", metrics=EngineAgreement.METRICS, prefixes=("engine/",)),
     Group(name="step", metrics=STEP_METRICS, prefixes=("",)),
 )

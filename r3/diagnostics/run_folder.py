@@ -45,9 +45,32 @@ class RunFolder:
                 f"{' and more' if len(found) > 4 else ''}; choose another path, or move the earlier run away"
             )
         self.path.mkdir(parents=True, exist_ok=True)
+        self._write_settings(settings)
+        (self.path / METRICS_FILE).touch()
+
+    @classmethod
+    def reopen(cls, path: str | os.PathLike[str], settings: Mapping[str, Any], *, step: int) -> RunFolder:
+        """The folder of a run that goes on after `step`: what it has of later steps is taken out.
+
+        Raises `DiagnosticsError` if `path` is no run folder, or has lines that cannot be read.
+        """
+        folder = cls.__new__(cls)
+        folder.path = Path(path)
+        if not (folder.path / SETTINGS_FILE).is_file():
+            raise DiagnosticsError(f"run folder: expected one with {SETTINGS_FILE} to go on with, got {folder.path}")
+        for name in (METRICS_FILE, DETAILS_FILE):
+            file = folder.path / name
+            if file.is_file():
+                kept = [json.dumps(record) + "\n" for record in _read_lines(file) if record["step"] <= step]
+                shortened = file.with_name(f"{name}.partial")
+                shortened.write_text("".join(kept), encoding="utf-8")
+                shortened.replace(file)
+        folder._write_settings(settings)
+        return folder
+
+    def _write_settings(self, settings: Mapping[str, Any]) -> None:
         settings_json = json.dumps(json_values(settings), indent=2, default=str, allow_nan=False)
         (self.path / SETTINGS_FILE).write_text(settings_json + "\n", encoding="utf-8")
-        (self.path / METRICS_FILE).touch()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Append one line; it has left this process when the call returns.

@@ -5,7 +5,7 @@ Declared here, and not in a trainer, because the report shows them of any loop t
 
 from __future__ import annotations
 
-from r3.diagnostics.metric import Chart, Metric
+from r3.diagnostics.metric import SCHULMAN, Chart, Metric
 
 STEP_METRICS = (
     Metric(
@@ -20,6 +20,18 @@ STEP_METRICS = (
         ),
     ),
     Metric(name="reward/std_in_group", formula="mean over prompts of the standard deviation of their rewards"),
+    Metric(
+        name="eval/reward",
+        formula="mean reward of one completion of each held-out problem, after the step",
+        notes="at evaluated steps",
+        chart=Chart(
+            section="training",
+            title="Reward of held-out problems",
+            unit="mean reward",
+            caption="Mean over problems that training does not see, one completion each.",
+            label="held-out reward",
+        ),
+    ),
     Metric(name="rollout/tokens_mean", formula="mean number of sampled tokens in a rollout", unit="tokens"),
     Metric(
         name="routing/rows_replayed",
@@ -33,9 +45,21 @@ STEP_METRICS = (
         unit="pairs",
         notes="L for a row without routing, fewer for one that lacks some layers",
     ),
-    Metric(name="train/loss", formula="loss, mean over the sampled tokens"),
+    Metric(
+        name="train/loss",
+        formula="loss, mean over the sampled tokens",
+        notes="with `correction=gspo` over the sequences",
+    ),
+    Metric(name="train/lr", formula="learning rate of the step's updates", unit="per update"),
     Metric(name="train/grad_norm", formula="norm of the gradient before it is clipped, mean over the updates"),
     Metric(name="train/clipped_frac", formula="share of the sampled tokens whose ratio is outside the clip bounds"),
+    Metric(
+        name="train/kl",
+        formula="exp(d) - 1 - d, mean over the sampled tokens; d = reference - policy",
+        unit="nats",
+        notes="with `kl_coef` only; the reference is routed live, so that it holds the routing gap too",
+        source=SCHULMAN,
+    ),
     Metric(name="train/updates", formula="updates of the step", unit="updates"),
     Metric(name="sync/version", formula="version that the step's weight sync committed", unit=""),
     Metric(name="sync/bytes", formula="size of that sync", unit="bytes"),
@@ -54,7 +78,7 @@ STEP_METRICS = (
         ),
     ),
     Metric(
-        name="time/{rollout,measure,train,sync}_s",
+        name="time/{rollout,measure,train,sync,eval}_s",
         formula="duration of each phase",
         unit="s",
         notes="`measure`: the two forwards that compare live and replayed, at measured steps",

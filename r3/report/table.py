@@ -14,6 +14,7 @@ from r3.report.cells import COLUMNS, Column, layer_shares, percent
 if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.live import Live
+    from rich.progress import Progress
     from rich.table import Table
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -22,16 +23,19 @@ logger = logging.getLogger("r3")
 
 
 class LiveTable:
-    """Shows the last `rows` steps as a table on standard error, and which layers route differently.
+    """Shows the last `rows` steps as a table on standard error, which layers route differently, and the progress.
 
     Where standard error is not a terminal, or `rich` is not installed, each step is one line at level INFO of the
-    logger "r3" instead. `console` overrides where to draw.
+    logger "r3" instead. With `total` steps a bar says how many are done, and how long the others may take. `console`
+    overrides where to draw.
 
     >>> with LiveTable() as table:
     ...     table.update({"step": 1, "reward/mean": 0.5})
     """
 
-    def __init__(self, *, rows: int = 12, console: Console | None = None):
+    def __init__(self, *, rows: int = 12, total: int | None = None, console: Console | None = None):
+        self._total = total
+        self._bar: Progress | None = None
         self._records: deque[dict[str, Any]] = deque(maxlen=rows)
         self._console = console
         self._live: Live | None = None
@@ -45,6 +49,9 @@ class LiveTable:
             # No refresh thread: the table changes once a step, and a thread would draw over other output in between.
             self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
             self._live.start()
+            if self._total is not None:
+                self._bar = _progress(console, self._total)
+                self._live.update(self._bar, refresh=True)
         return self
 
     def __exit__(
@@ -57,6 +64,8 @@ class LiveTable:
     def update(self, step_metrics: Mapping[str, Any]) -> None:
         """Add one step, a mapping with the keys of `metrics.jsonl`; keys that are missing are shown as such."""
         self._records.append(dict(step_metrics))
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step_metrics["step"])
         if self._live is not None:
             self._live.update(self._view(), refresh=True)
         else:
@@ -69,7 +78,7 @@ class LiveTable:
         parts: list[Any] = [self._fitted()]
         if line := layer_line(self._records[-1]):
             parts.append(Text(line, no_wrap=False))
-        return Group(*parts)
+        return Group(*parts, *([] if self._bar is None else [self._bar]))
 
     def _fitted(self) -> Table:
         assert self._console is not None
@@ -126,3 +135,20 @@ def _terminal() -> Console | None:
         logger.warning("rich is not installed: one log line a step instead of a live table")
         return None
     return Console(stderr=True)
+
+
+def _progress(console: Console, total: int) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    # Drawn by the table's `Live`, and never started itself.
+    bar = Progress(*columns, console=console, auto_refresh=False, speed_estimate_period=float("inf"))
+    bar.add_task("steps", total=total)
+    return bar

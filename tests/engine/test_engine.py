@@ -34,7 +34,7 @@ def test_replay_lowers_k3_to_a_third_of_live_or_less(trainer):
     from trainer_hooks.batches import StepBatch
 
     # A few tokens make up most of the live gap: fewer rollouts than these would measure chance.
-    rollouts = trainer.rollout(trainer.task.problems(0, 64))
+    rollouts = trainer.rollout(trainer.task.problems(0, 64), 0)
     batch = rollouts.batch(trainer.policy.tokenizer.pad_token_id)
     metrics = trainer.measure(StepBatch.of(batch, torch.zeros(len(rollouts)))).metrics
     assert metrics["logprob_diff/replayed/tokens"] > 20_000
@@ -53,7 +53,7 @@ def replayed_k3(policy, batch):
 
 
 def test_rows_shifted_by_one_make_the_gap_jump(trainer):
-    batch = trainer.rollout(trainer.task.problems(1, 4)).batch(trainer.policy.tokenizer.pad_token_id)
+    batch = trainer.rollout(trainer.task.problems(1, 4), 1).batch(trainer.policy.tokenizer.pad_token_id)
     ids = batch.routing.expert_ids.roll(1, dims=1)
     shifted = r3.RolloutRouting(ids, batch.routing.valid & (ids.sum((2, 3)) > 0), batch.routing.layer_ids, 32)
     right = replayed_k3(trainer.policy, batch)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 from models import tiny_dense
 from places import DEMO_MODEL
@@ -49,6 +50,12 @@ def test_a_run_without_replay_trains_on_live_routing_and_ends_cleanly(tmp_path):
         f"trainer.output_dir={tmp_path / 'run'}",
         "trainer.max_steps=2",
         "trainer.policy.fsdp_config.moe_enable_routing_replay=false",
+        # What is recorded only if it is asked for.
+        "trainer.algorithm.correction=tis",
+        "trainer.algorithm.correction_level=sequence",
+        "trainer.algorithm.kl_coef=0.01",
+        "trainer.eval_every=1",
+        "trainer.eval_batch_size=4",
     )
     output, _ = run.communicate(timeout=240)
     assert run.returncode == 0, output
@@ -65,10 +72,44 @@ def test_a_run_without_replay_trains_on_live_routing_and_ends_cleanly(tmp_path):
         assert {f"routing/differing_rows/layer_{layer:02d}" for layer in range(8)} <= step.keys()
         assert {key for key in step if not is_declared(key)} == {"step"}
     # The first step has the engine's check as well: all that is declared is recorded, and the other way round.
-    assert {without_layer(key) for key in steps[0]} == {"step", *(key for _, keys in declared() for key in keys)}
+    masks = {"correction/masked_frac", "correction/seq_masked_frac"}
+    known = {"step", *(key for _, keys in declared() for key in keys)} - masks
+    assert {without_layer(key) for key in steps[0]} == known
+    assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
     assert "<svg" in (tmp_path / "run" / "report.html").read_text()
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["trainer.policy.fsdp_config.moe_enable_routing_replay"] is False
+
+
+@pytest.mark.engine
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["one rank", "two ranks"])
+def test_a_run_that_was_killed_goes_on_in_its_folder_with_the_engine_at_its_weights(tmp_path, launcher):
+    folder = tmp_path / "run"
+    settings = [f"trainer.output_dir={folder}", "trainer.save_every=1", "trainer.resume_from=auto"]
+    run = start(*settings, "trainer.max_steps=40", launcher=launcher)
+    deadline = time.monotonic() + 240
+    while not (folder / "checkpoints" / "step-000002" / "run.json").exists():
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    leader = psutil.Process(run.pid)
+    for process in [leader, *leader.children(recursive=True)]:
+        process.kill()
+    run.communicate()
+    done = max(int(path.name[-6:]) for path in (folder / "checkpoints").glob("step-??????"))
+    before = records(folder)[:done]
+
+    run = start(*settings, f"trainer.max_steps={done + 2}", launcher=launcher)
+    output, _ = run.communicate(timeout=280)
+    assert run.returncode == 0, output
+    steps = records(folder)
+    assert [step["step"] for step in steps] == list(range(1, done + 3))
+    assert steps[:done] == before
+    assert [step["sync/version"] for step in steps[done:]] == [done + 1, done + 2]
+    for step in steps[done:]:  # rollouts of other weights than the trainer's would be far off
+        assert step["logprob_diff/replayed/k3"] < 3 * max(each["logprob_diff/replayed/k3"] for each in before)
+    assert (folder / "policy" / "model.safetensors").exists()
 
 
 @pytest.mark.engine

@@ -29,6 +29,18 @@ def test_table_never_cuts_numbers(width):
     assert re.search(r"layers 1 to 100:\s+▁▁▁▁█\s+most 7.0%\s+in\s+layer 100", last)
 
 
+def test_a_bar_says_how_many_of_the_steps_are_done():
+    out = StringIO()
+    console = Console(file=out, force_terminal=True, width=100, color_system=None)
+    with LiveTable(console=console, total=12) as table:
+        assert "0/12" in out.getvalue(), "before the first step there is a bar alone"
+        for step in (5, 6):  # as after a resume
+            table.update({"step": step} | few_metrics(step))
+    last = out.getvalue().split("\x1b[2K")[-1]
+    assert re.search(r"steps ━+\S*\s*━* +6/12 \d:\d\d:\d\d", last)
+    assert "6.00e-04" in last
+
+
 def test_without_a_terminal_each_step_is_a_log_line(caplog):
     caplog.set_level(logging.INFO, logger="r3")
     with LiveTable() as table:

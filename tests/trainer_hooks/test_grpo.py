@@ -38,7 +38,7 @@ def test_the_loss_is_the_sum_over_tokens_and_counts_those_outside_the_bounds():
     sampled = torch.linspace(-3, -1, 10, dtype=torch.float64).view(2, 5)
     logprobs = (sampled + ratios.log()).requires_grad_()
     advantages = torch.tensor([[2.0], [-3.0]], dtype=torch.float64).expand(2, 5)
-    loss, outside = clipped_loss(logprobs, sampled, advantages, low=0.2, high=0.3)
+    loss, outside = clipped_loss((logprobs - sampled).exp(), advantages, low=0.2, high=0.3)
     better, worse = 0.5 + 0.85 + 1.0 + 1.25 + 1.3, 0.8 + 0.85 + 1.0 + 1.25 + 2.0
     assert float(loss.detach()) == pytest.approx(-2 * better + 3 * worse)
     assert int(outside) == 4
@@ -50,7 +50,7 @@ def test_the_loss_is_the_sum_over_tokens_and_counts_those_outside_the_bounds():
 
 def test_positions_without_a_label_add_nothing_to_the_loss():
     zeros = torch.zeros(2, 3)
-    loss, outside = clipped_loss(zeros, zeros, zeros, low=0.0, high=0.0)
+    loss, outside = clipped_loss(zeros.exp(), zeros, low=0.0, high=0.0)
     assert (float(loss), int(outside)) == (0.0, 0)
 
 

@@ -208,7 +208,7 @@ class Given(GRPOTrainer):
         self.engine, self.given, self.recorded = "in name", rollouts, []
         self.log = self
 
-    def rollout(self, problems: Any) -> Rollouts:
+    def rollout(self, problems: Any, step: int) -> Rollouts:
         assert list(problems) == [0, 1]
         return self.given
 

@@ -49,6 +49,10 @@ class WeightSyncWorker:
         """State, cause if poisoned, and what a sender needs to know of this worker."""
         return self._r3_reply(lambda state: {})
 
+    def r3_seed(self, seed: int) -> None:
+        """Sample on as an engine that was started with `seed`. No part of a sync: vLLM takes one extension only."""
+        torch.manual_seed(seed)
+
     def r3_reserve(self, sync_id: str, version: int, sender: str, lease_s: float) -> Reply:
         """Keep this worker for one sync. Nothing is touched yet.
 

@@ -171,9 +171,7 @@ def test_a_trl_that_has_moved_is_refused_by_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trl.GRPOTrainer, "_compute_loss", moved)
     monkeypatch.setattr(hooks.RoutingReplayMixin, "_compute_loss", moved)
-    with pytest.raises(
-        r3.ConfigError, match=r"_compute_loss: expected parameters model, inputs, got batch"
-    ):
+    with pytest.raises(r3.ConfigError, match=r"_compute_loss: expected parameters model, inputs, got batch"):
         trainer(tmp_path)
 
 

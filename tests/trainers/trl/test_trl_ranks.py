@@ -1,0 +1,66 @@
+"""TRL on two ranks, an engine in each or one over both, sharded by FSDP2; and with a server."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conformance import EQUAL
+from places import DEMO_MODEL
+from vllm_server import running_server
+
+import r3
+
+pytestmark = [pytest.mark.engine, pytest.mark.long]
+RUNS = Path(__file__).with_name("trl_runs.py")
+FSDP2 = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2, "reshard_after_forward": True}}
+
+
+def ranks(count: int, folder: Path, **settings) -> list[dict]:
+    """The results of `trl_runs.main` on each rank."""
+    given, result = folder / "settings.json", folder / "result.pt"
+    given.write_text(json.dumps(settings))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    command = [*launcher, "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    paths = [str(RUNS.parent), str(RUNS.parents[1]), os.environ["PYTHONPATH"]]
+    done = subprocess.run(
+        [*command, str(RUNS), str(given), str(result)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [torch.load(f"{result}.{rank}", weights_only=False) for rank in range(count)]
+
+
+def check(results: list[dict]) -> None:
+    for result in results:
+        scored = [each for each in result["scored"] if each["sequences"]]
+        assert any(each["in_loss"] for each in scored)
+        assert max(each["replayed"] for each in scored) < EQUAL
+        gaps = torch.tensor([gap for each in scored for gap in each.get("gap", [])])
+        replayed, live = gaps.mean(0)
+        assert replayed < live / 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"vllm_tensor_parallel_size": 2}, FSDP2, {"kind": "rloo"}],
+    ids=["data-parallel", "tensor-parallel", "fsdp2", "rloo"],
+)
+def test_two_ranks_with_engines_in_them(tmp_path, settings):
+    check(ranks(2, tmp_path, **settings))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_server_answers_for_all_ranks(tmp_path, monkeypatch, count):
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # TRL and r3 sync through its development routes
+    config = r3.R3Config.from_overrides(
+        ["generator.inference_engine.max_model_len=256"], {"trainer.policy.model.path": str(DEMO_MODEL)}
+    )
+    with running_server(config, tmp_path) as server:
+        check(ranks(count, tmp_path, vllm_mode="server", vllm_server_base_url=server.url))
