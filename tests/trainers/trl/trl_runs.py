@@ -61,7 +61,7 @@ class Watched:
             model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
         if self.replay is not None and self.rows:
-            self._look(model, input_ids, attention_mask, result[0].detach(), logits_to_keep)
+            self._look(model, input_ids.cpu(), attention_mask.cpu(), result[0].detach().float().cpu(), logits_to_keep)
         return result
 
     def _look(self, model: Any, input_ids: Tensor, mask: Tensor, got: Tensor, keep: int) -> None:

@@ -1,0 +1,32 @@
+"""TRL with an engine on the trainer's own GPU, and asleep while it trains.
+
+python -m pytest tests/trainers/trl/test_trl_gpu.py -m gpu
+"""
+
+import pytest
+import torch
+from trl_runs import trainer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.engine]
+
+
+@pytest.mark.parametrize("asleep", [False, True], ids=["awake", "sleep-mode"])
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_a_colocated_engine_is_replayed_and_synced(tmp_path, asleep, kind):
+    made = trainer(
+        tmp_path,
+        kind=kind,
+        use_cpu=False,
+        max_steps=3,
+        max_completion_length=32,
+        vllm_enable_sleep_mode=asleep,
+        gradient_checkpointing=True,
+    )
+    made.train()
+    scored = [each for each in made.scored if each["training"] and each["sequences"]]
+    assert sum(each["in_loss"] for each in scored) == 3
+    assert max(each["replayed"] for each in scored) < 1e-3  # a GPU's float32 against a CPU's
+    replayed, live = torch.tensor([gap for each in scored for gap in each.get("gap", [])]).mean(0)
+    assert replayed < live / 3
+    assert made._sync.poisoned is None
+    assert made._sync.version >= 3
