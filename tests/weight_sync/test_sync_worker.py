@@ -100,13 +100,16 @@ def test_weights_that_sleep_are_refused_and_a_kv_cache_that_sleeps_is_left_alone
     allocator = object.__new__(CuMemAllocator)
     allocator.pointer_to_data = dict(enumerate(blocks.values()))
     monkeypatch.setattr(CuMemAllocator, "instance", allocator)
-    _, begun = replies_up_to_begin(worker, weights_of(1), 1)
+    replies = replies_of_a_sync(worker, weights_of(1), 1)  # what sleeps is of another engine in this process
+    assert not any("error" in reply for reply in replies), replies
+    monkeypatch.setattr(vllm_config.model_config, "enable_sleep_mode", True)
+    _, begun = replies_up_to_begin(worker, weights_of(2), 2)
     assert "weights are asleep" in begun["error"]
     assert 'llm.wake_up(tags=["weights"])' in begun["error"]
-    worker.r3_abort("sync 1", "refused")
+    worker.r3_abort("sync 2", "refused")
     assert worker.r3_status()["state"] == "idle"
     blocks["weights"].is_asleep = False
-    for version, kept in ((2, 1.0), (3, 0.0)):  # both heal a worker that a failed sync has poisoned
+    for version, kept in ((3, 1.0), (4, 0.0)):  # both heal a worker that a failed sync has poisoned
         worker.__dict__["r3_state"].cause = "a sync failed"
         replies = replies_of_a_sync(worker, weights_of(version), version)
         assert not any("error" in reply for reply in replies), replies

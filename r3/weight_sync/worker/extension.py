@@ -136,7 +136,7 @@ class WeightSyncWorker:
                         f"{len(wrong)} tensors of the engine were left uninitialised: {'; '.join(wrong[:16])}"
                     )
                 # A KV cache that is asleep has no memory: it gets new memory when it wakes.
-                if state.cause and "kv_cache" not in memory_asleep():
+                if state.cause and "kv_cache" not in self._r3_asleep():
                     _zero(self.model_runner.kv_caches)
                 if self.model_runner.device.type == "cuda":
                     torch.cuda.synchronize(self.model_runner.device)
@@ -184,9 +184,13 @@ class WeightSyncWorker:
 
         return self._r3_reply(abort)
 
+    def _r3_asleep(self) -> set[str]:
+        # vLLM keeps it for the whole process, in which there may be another engine.
+        return memory_asleep() if self.vllm_config.model_config.enable_sleep_mode else set()
+
     def _r3_open(self, state: WorkerState, sync: ReceivedSync, request: dict[str, Any]) -> Reply:
         offer, complete = request["offer"], request["base_version"] is None
-        if "weights" in memory_asleep():
+        if "weights" in self._r3_asleep():
             raise _RefusedError(
                 "the engine's weights are asleep (sleep mode), and nothing can be copied into them: wake them before "
                 'the sync, llm.wake_up(tags=["weights"]); the KV cache may stay asleep'
