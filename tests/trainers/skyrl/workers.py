@@ -1,0 +1,51 @@
+"""SkyRL's policy worker in this process, on the CPU, without Ray and without FSDP."""
+
+from types import SimpleNamespace
+
+import stand_ins  # noqa: F401  (before SkyRL)
+from places import DEMO_MODEL
+from skyrl.backends.skyrl_train.workers.model_wrapper import HFModelWrapper
+
+from trainer_hooks.skyrl.worker import RoutingReplayPolicyWorkerBase
+
+
+class Strategy:
+    """What the worker's methods call of SkyRL's strategy, for one rank."""
+
+    def backward(self, loss, model, optimizer):
+        loss.backward()
+
+    def all_reduce(self, metrics, op, group):
+        return metrics
+
+
+def bare_worker(cls, cfg):
+    worker = cls(
+        cfg=cfg.trainer,
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        master_addr="localhost",
+        master_port=12345,
+        sequence_parallel_size=1,
+    )
+    worker.strategy = Strategy()
+    worker.device_mesh = SimpleNamespace(get_group=lambda name: None)
+    worker.mesh_rank = SimpleNamespace(dp_size=1)
+    worker.scheduler = SimpleNamespace(get_last_lr=lambda: [0.0])
+    return worker
+
+
+def wrapper(packed=False, **options):
+    """SkyRL's model. It asks for flash attention when it packs; plain attention tells packed rows apart as well."""
+    model = HFModelWrapper(str(DEMO_MODEL), use_flash_attention_2=False, bf16=False, **options)
+    model.remove_microbatch_padding = packed
+    return model
+
+
+def policy_worker(cfg, packed=False, cls=RoutingReplayPolicyWorkerBase, **options):
+    worker = bare_worker(cls, cfg)
+    model = wrapper(packed, **options)
+    worker._seq_parallel_monkey_patch(model=model.model)  # as init_model does
+    worker.model = model
+    return worker
