@@ -42,9 +42,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
 
 def require_skyrl() -> None:
     """Raise `ConfigError` unless the installed SkyRL has all that the hook relies on."""
-    seams = (
-        Seam(where=path.replace(":", "."), target=_found(path), parameters=names) for path, names in SEAMS.items()
-    )
+    seams = (Seam(where=path.replace(":", "."), target=_found(path), parameters=names) for path, names in SEAMS.items())
     require_seams("skyrl", TESTED, seams)
 
 

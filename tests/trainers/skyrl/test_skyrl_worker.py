@@ -1,4 +1,4 @@
-"""SkyRL's FSDP policy worker with replay: its own collation, micro-batches, model and methods, against plain forwards."""
+"""SkyRL's policy worker with replay: its own collation, micro-batches, model and methods, against plain forwards."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from skyrl.backends.skyrl_train.workers.worker_utils import BaseBatchIterator, T
 from workers import bare_worker, policy_worker, wrapper
 
 import r3
+from trainer_hooks.skyrl.worker import RoutingReplayPolicyWorkerBase
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -35,7 +36,9 @@ def old_logprobs(worker, batch):
 def trained(worker, batch):
     """Log-probabilities of the training forward, and gradients."""
     output = worker.forward_backward(batch)
-    logprobs = [torch.tensor(row["logprobs"]) for row in output.loss_fn_outputs[: len(of_samples(batch, batch["rewards"]))]]
+    logprobs = [
+        torch.tensor(row["logprobs"]) for row in output.loss_fn_outputs[: len(of_samples(batch, batch["rewards"]))]
+    ]
     return logprobs, {name: p.grad.clone() for name, p in worker.model.model.named_parameters() if p.grad is not None}
 
 
@@ -65,9 +68,12 @@ def test_training_is_on_replayed_forwards(plain, packed, more, checkpointing):
     loss = 0.0
     parts = [of_samples(batch, batch[name]) for name in ("action_log_probs", "advantages", "loss_mask")]
     for logprobs, old, advantages, mask in zip(plain_logprobs(model), *parts, strict=True):
-        loss = loss + worker.policy_loss_fn(
-            logprobs[None], old[None], advantages[None], config=cfg.trainer.algorithm, loss_mask=mask[None]
-        )[0]
+        loss = (
+            loss
+            + worker.policy_loss_fn(
+                logprobs[None], old[None], advantages[None], config=cfg.trainer.algorithm, loss_mask=mask[None]
+            )[0]
+        )
     loss.backward()
     wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == wanted.keys()
@@ -186,8 +192,6 @@ def test_rows_of_another_model_are_an_error(change, message):
 
 def test_a_policy_that_was_made_without_replay_is_an_error(monkeypatch):
     monkeypatch.setattr(FSDPPolicyWorkerBase, "init_model", lambda self, path, steps: None)
-    from trainer_hooks.skyrl.worker import RoutingReplayPolicyWorkerBase
-
     with pytest.raises(r3.ReplayError, match="not attached"):
         bare_worker(RoutingReplayPolicyWorkerBase, settings()).init_model("model", 1)
 
@@ -196,8 +200,6 @@ def test_gpt_oss_is_refused():
     cfg = settings()
     model = wrapper().model
     model.config.model_type = "gpt_oss"
-    from trainer_hooks.skyrl.worker import RoutingReplayPolicyWorkerBase
-
     with pytest.raises(r3.ConfigError, match=r"gpt-oss.*attention"):
         bare_worker(RoutingReplayPolicyWorkerBase, cfg)._seq_parallel_monkey_patch(model=model)
 
