@@ -1,10 +1,10 @@
 """The stand-ins of `stand_ins.py`, before SkyRL is imported. Without SkyRL no test here is collected."""
 
-import importlib.util
-
 import pytest
 
-if importlib.util.find_spec("skyrl") is None:
+from trainer_hooks.support import installed_version
+
+if installed_version("skyrl") is None:
     collect_ignore_glob = ["*.py"]  # `make test-skyrl` has an environment with it
 else:
     import stand_ins

@@ -62,22 +62,34 @@ def samples() -> list[tuple[list[int], list[int], np.ndarray]]:
 
 
 def training_batch(cfg):
-    """The batch that SkyRL's trainer makes of these rollouts, as a worker gets it: padded, and through pickle."""
-    trainer = RayPPOTrainer.__new__(RayPPOTrainer)
-    trainer.cfg, trainer.all_metrics = cfg, {}
-    trainer.tokenizer = SimpleNamespace(pad_token_id=0)
-    trainer.dispatch = SimpleNamespace(get_lcm_dp_size=lambda: DP_SIZE)
+    """The batch of these rollouts, two a prompt."""
     prompts, responses, rows = (list(part) for part in zip(*samples(), strict=True))
-    batch = trainer.convert_to_training_input(
+    return training_batch_of(
+        cfg,
         {
             "prompt_token_ids": prompts,
             "response_ids": responses,
-            "rewards": [[0.0] * len(response) for response in responses],
+            "rewards": [0.0] * len(responses),
             "loss_masks": [[1] * len(response) for response in responses],
             "rollout_logprobs": [[-1.0] * len(response) for response in responses],
             "rollout_expert_indices": rows,
         },
-        [str(index // 2) for index in range(len(prompts))],
+    )
+
+
+def training_batch_of(cfg, output):
+    """The batch that SkyRL's trainer makes of a generator's output, as a worker gets it: padded, and through pickle."""
+    trainer = RayPPOTrainer.__new__(RayPPOTrainer)
+    trainer.cfg, trainer.all_metrics = cfg, {}
+    trainer.tokenizer = SimpleNamespace(pad_token_id=0)
+    trainer.dispatch = SimpleNamespace(get_lcm_dp_size=lambda: DP_SIZE)
+    rewards = [
+        [0.0] * len(response) if isinstance(reward, float) else reward
+        for reward, response in zip(output["rewards"], output["response_ids"], strict=True)
+    ]
+    per_prompt = cfg.generator.n_samples_per_prompt
+    batch = trainer.convert_to_training_input(
+        output | {"rewards": rewards}, [str(index // per_prompt) for index in range(len(rewards))]
     )
     shape = batch["loss_mask"].shape
     generator = torch.Generator().manual_seed(2)
@@ -108,7 +120,7 @@ def plain_model():
 def of_samples(batch, padded) -> list[torch.Tensor]:
     """The response's part of `[B, response_length]` of each sample that is not a filling."""
     mask = batch["response_mask"].bool()
-    return [padded[index][mask[index]] for index in range(len(SHAPES))]
+    return [padded[index][mask[index]] for index in range(len(mask)) if batch["loss_mask"][index].any()]
 
 
 def farthest(left, right) -> float:
