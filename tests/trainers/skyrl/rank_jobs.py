@@ -59,7 +59,7 @@ def sliced(packed):
 
 
 def _on_cpu():
-    stand_ins.methods_on_cpu(setattr)
+    stand_ins.methods_on_cpu()
     torch.cuda.set_device = lambda device: None
     torch.cuda.empty_cache = lambda: None
     fsdp_utils.init_device_mesh = lambda device, **options: init_device_mesh("cpu", **options)

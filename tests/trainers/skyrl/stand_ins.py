@@ -35,7 +35,7 @@ _padding.unpad_input, _padding.pad_input = unpad_input, pad_input
 sys.modules["flash_attn.bert_padding"] = _padding
 
 
-def methods_on_cpu(patch) -> None:
+def methods_on_cpu(patch=setattr) -> None:
     """SkyRL's worker methods name CUDA: as its own CPU tests do, this says CPU and no autocast. `patch(owner, name,
     value)`."""
     patch(torch.cuda, "current_device", lambda: torch.device("cpu"))

@@ -1,11 +1,14 @@
 """SkyRL's policy worker with replay: its own collation, micro-batches, model and methods, against plain forwards."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from rollouts import DP_SIZE, farthest, of_samples, plain_logprobs, plain_model, settings, training_batch
 from skyrl.backends.skyrl_train.utils.packed_tensor import PackedTensor
 from skyrl.backends.skyrl_train.workers.fsdp.fsdp_worker import FSDPPolicyWorkerBase, FSDPRefWorkerBase
 from skyrl.backends.skyrl_train.workers.worker_utils import BaseBatchIterator, TokenBasedBatchIterator
+from skyrl.train.trainer import RayPPOTrainer
 from workers import bare_worker, policy_worker, wrapper
 
 import r3
@@ -50,6 +53,27 @@ def test_old_logprobs_are_those_of_replayed_forwards(plain, packed, more):
     got = old_logprobs(policy_worker(cfg, packed), training_batch(cfg))
     assert farthest(got, replayed) < 1e-5
     assert farthest(got, live) > 1
+
+
+def test_skyrls_trainer_gets_replayed_old_logprobs(plain, monkeypatch):
+    """By the trainer's own method, which chooses what of a batch a worker gets, and its own measure of the gap."""
+    cfg = settings("trainer.recompute_old_logprobs_per_minibatch=true")
+    batch, worker = training_batch(cfg), policy_worker(cfg)
+    trainer = RayPPOTrainer.__new__(RayPPOTrainer)
+    trainer.cfg, trainer.all_metrics, trainer.ref_model = cfg, {}, None
+    trainer.dispatch = SimpleNamespace(
+        stage_data=lambda model, data, boundaries: [[data[start:end]] for start, end in boundaries],
+        forward_from_staged=lambda model, parts: worker.forward(parts[0]),
+        empty_cache=lambda: None,
+    )
+    monkeypatch.setattr(RayPPOTrainer, "has_critic", False)
+    rollout = torch.zeros_like(batch["rollout_logprobs"])
+    for row, mask, logprobs in zip(rollout, batch["response_mask"].bool(), plain[0], strict=False):
+        row[mask] = logprobs
+    batch["rollout_logprobs"] = rollout
+    got = trainer.fwd_logprobs_values_reward(batch[: len(plain[0])])
+    assert farthest(of_samples(got, got["action_log_probs"]), plain[0]) < 1e-5
+    assert trainer.all_metrics["policy/rollout_train_logprobs_abs_diff_max"] < 1e-5
 
 
 @layouts

@@ -20,6 +20,7 @@ class Strategy:
 
 
 def bare_worker(cls, cfg):
+    """A worker of one rank, without a model."""
     worker = cls(
         cfg=cfg.trainer,
         world_size=1,
@@ -29,11 +30,15 @@ def bare_worker(cls, cfg):
         master_port=12345,
         sequence_parallel_size=1,
     )
+    alone(worker)
+    return worker
+
+
+def alone(worker) -> None:
     worker.strategy = Strategy()
     worker.device_mesh = SimpleNamespace(get_group=lambda name: None)
     worker.mesh_rank = SimpleNamespace(dp_size=1)
     worker.scheduler = SimpleNamespace(get_last_lr=lambda: [0.0])
-    return worker
 
 
 def wrapper(packed=False, **options):
@@ -45,7 +50,13 @@ def wrapper(packed=False, **options):
 
 def policy_worker(cfg, packed=False, cls=RoutingReplayPolicyWorkerBase, **options):
     worker = bare_worker(cls, cfg)
-    model = wrapper(packed, **options)
-    worker._seq_parallel_monkey_patch(model=model.model)  # as init_model does
-    worker.model = model
+    ready(worker, packed, **options)
     return worker
+
+
+def ready(worker, packed=False, **options) -> None:
+    """What `init_model` does, but for FSDP and the optimizer."""
+    alone(worker)
+    model = wrapper(packed, **options)
+    worker._seq_parallel_monkey_patch(model=model.model)
+    worker.model = model
