@@ -1,11 +1,11 @@
 """SkyRL's FSDP policy worker, whose forwards replay the rollouts' routing."""
 
 import contextlib
+import logging
 from typing import Any
 
 import ray
 import torch
-from loguru import logger
 from skyrl.backends.skyrl_train.training_batch import TrainingInputBatch
 from skyrl.backends.skyrl_train.workers.fsdp.fsdp_worker import FSDPPolicyWorkerBase
 from skyrl.train.dataset.replay_buffer import Experience
@@ -16,6 +16,8 @@ from r3.errors import ReplayError
 from trainer_hooks.feed import RoutingFeed
 from trainer_hooks.skyrl.rows import routing_of_microbatch
 from trainer_hooks.support import Refusal, require_supported
+
+logger = logging.getLogger("r3")
 
 REFUSALS = (
     Refusal(
@@ -43,7 +45,7 @@ class RoutingReplayPolicyWorkerBase(FSDPPolicyWorkerBase):
         replay = r3.attach(model)
         self._feed = RoutingFeed(replay)
         spec = replay.spec
-        logger.info(f"Routing replay: {len(spec.layer_ids)} layers, {spec.top_k} of {spec.num_experts} experts")
+        logger.info("Routing replay: %d layers, %d of %d experts", len(spec.layer_ids), spec.top_k, spec.num_experts)
         super()._seq_parallel_monkey_patch(model, use_parent_class)
 
     def _forward_micro_batch(self, micro_batch: TrainingInputBatch) -> Any:
