@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT = Path(__file__).with_name("public_api.txt")
 INTERNAL = {"vllm_compat"}
 PARTS = sorted({path.parent.name for path in ROOT.glob("r3/*/__init__.py")} - INTERNAL)
-MODULES = ["r3", *(f"r3.{part}" for part in PARTS), "trainer_hooks"]
+MODULES = ["r3", *(f"r3.{part}" for part in PARTS), "trainer_hooks", "trainer_hooks.skyrl"]
 
 
 def public_names(module: Any) -> list[str]:

@@ -1,7 +1,8 @@
 """A trainer's tests run where that trainer is installed: `make test-trl`, `test-verl`, `test-skyrl`, `test-swift`."""
 
-from importlib.util import find_spec
+from trainer_hooks.support import installed_version
 
-PACKAGES = {"trl": "trl", "verl": "verl", "skyrl": "skyrl", "swift": "swift"}
+# Not by whether it can be imported: `examples/` has folders of these names.
+PACKAGES = {"trl": "trl", "verl": "verl", "skyrl": "skyrl", "swift": "ms-swift"}
 
-collect_ignore = [folder for folder, package in PACKAGES.items() if find_spec(package) is None]
+collect_ignore = [folder for folder, package in PACKAGES.items() if installed_version(package) is None]

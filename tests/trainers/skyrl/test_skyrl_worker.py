@@ -1,0 +1,240 @@
+"""SkyRL's policy worker with replay: its own collation, micro-batches, model and methods, against plain forwards."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rollouts import DP_SIZE, farthest, of_samples, plain_logprobs, plain_model, settings, training_batch
+from skyrl.backends.skyrl_train.utils.packed_tensor import PackedTensor
+from skyrl.backends.skyrl_train.workers.fsdp.fsdp_worker import FSDPPolicyWorkerBase, FSDPRefWorkerBase
+from skyrl.backends.skyrl_train.workers.worker_utils import BaseBatchIterator, TokenBasedBatchIterator
+from skyrl.train.trainer import RayPPOTrainer
+from workers import bare_worker, policy_worker, wrapper
+
+import r3
+from trainer_hooks.skyrl.worker import RoutingReplayPolicyWorkerBase
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+SAMPLES, TOKENS = (), ("trainer.max_tokens_per_microbatch=30",)
+layouts = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+microbatches = pytest.mark.parametrize("more", [SAMPLES, TOKENS], ids=["by samples", "by tokens"])
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Replayed and live log-probabilities of each sample."""
+    model = plain_model()
+    with torch.no_grad():
+        return plain_logprobs(model), plain_logprobs(model, replayed=False)
+
+
+def old_logprobs(worker, batch):
+    """As SkyRL's dispatch does: a part of the batch for each rank, one after the other here."""
+    parts = batch.chunk(len(batch) // DP_SIZE)
+    outputs = [row["logprobs"] for part in parts for row in worker.forward(part).loss_fn_outputs]
+    return of_samples(batch, torch.tensor(outputs))
+
+
+def trained(worker, batch):
+    """Log-probabilities of the training forward, and gradients."""
+    output = worker.forward_backward(batch)
+    logprobs = [
+        torch.tensor(row["logprobs"]) for row in output.loss_fn_outputs[: len(of_samples(batch, batch["rewards"]))]
+    ]
+    return logprobs, {name: p.grad.clone() for name, p in worker.model.model.named_parameters() if p.grad is not None}
+
+
+@layouts
+@microbatches
+def test_old_logprobs_are_those_of_replayed_forwards(plain, packed, more):
+    cfg = settings(*more)
+    replayed, live = plain
+    got = old_logprobs(policy_worker(cfg, packed), training_batch(cfg))
+    assert farthest(got, replayed) < 1e-5
+    assert farthest(got, live) > 1
+
+
+def test_skyrls_trainer_gets_replayed_old_logprobs(plain, monkeypatch):
+    """By the trainer's own method, which chooses what of a batch a worker gets, and its own measure of the gap."""
+    cfg = settings("trainer.recompute_old_logprobs_per_minibatch=true")
+    batch, worker = training_batch(cfg), policy_worker(cfg)
+    trainer = RayPPOTrainer.__new__(RayPPOTrainer)
+    trainer.cfg, trainer.all_metrics, trainer.ref_model = cfg, {}, None
+    trainer.dispatch = SimpleNamespace(
+        stage_data=lambda model, data, boundaries: [[data[start:end]] for start, end in boundaries],
+        forward_from_staged=lambda model, parts: worker.forward(parts[0]),
+        empty_cache=lambda: None,
+    )
+    monkeypatch.setattr(RayPPOTrainer, "has_critic", False)
+    rollout = torch.zeros_like(batch["rollout_logprobs"])
+    for row, mask, logprobs in zip(rollout, batch["response_mask"].bool(), plain[0], strict=False):
+        row[mask] = logprobs
+    batch["rollout_logprobs"] = rollout
+    got = trainer.fwd_logprobs_values_reward(batch[: len(plain[0])])
+    assert farthest(of_samples(got, got["action_log_probs"]), plain[0]) < 1e-5
+    assert trainer.all_metrics["policy/rollout_train_logprobs_abs_diff_max"] < 1e-5
+
+
+@layouts
+@microbatches
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["", "checkpointed", "checkpointed reentrant"])
+def test_training_is_on_replayed_forwards(plain, packed, more, reentrant):
+    cfg = settings(*more)
+    batch = training_batch(cfg)
+    worker = policy_worker(cfg, packed)
+    if reentrant is not None:
+        worker.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    got, grads = trained(worker, batch)
+    assert farthest(got, plain[0]) < 1e-5
+
+    model = plain_model().train()
+    loss = 0.0
+    parts = [of_samples(batch, batch[name]) for name in ("action_log_probs", "advantages", "loss_mask")]
+    for logprobs, old, advantages, mask in zip(plain_logprobs(model), *parts, strict=True):
+        loss = (
+            loss
+            + worker.policy_loss_fn(
+                logprobs[None], old[None], advantages[None], config=cfg.trainer.algorithm, loss_mask=mask[None]
+            )[0]
+        )
+    loss.backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert grads.keys() == wanted.keys()
+    assert any("gate" in name for name in wanted)
+    for name, grad in wanted.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5 * grad.abs().max().item() + 1e-7)
+
+
+@layouts
+def test_a_loss_without_gradients_is_on_replayed_forwards(plain, packed):
+    cfg = settings()
+    output = policy_worker(cfg, packed).forward(training_batch(cfg), loss_fn="cross_entropy")
+    got = [torch.tensor(row["logprobs"]) for row in output.loss_fn_outputs[:6]]
+    assert farthest(got, plain[0]) < 1e-5
+
+
+@layouts
+def test_micro_batches_that_only_keep_ranks_in_step_change_nothing(plain, packed, monkeypatch):
+    cfg = settings(*TOKENS)
+    batch = training_batch(cfg)
+    alone, grads = trained(policy_worker(cfg, packed), batch)
+    monkeypatch.setattr(TokenBasedBatchIterator, "_sync_num_microbatches", lambda self: len(self._microbatches) + 2)
+    worker = policy_worker(cfg, packed)
+    filled, filled_grads = trained(worker, batch)
+    assert worker._feed.replay.last.rows_replayed == 0, "the last micro-batch was a filling"
+    assert farthest(filled, alone) < 1e-5
+    for name, grad in grads.items():
+        torch.testing.assert_close(filled_grads[name], grad)
+    assert farthest(old_logprobs(worker, batch), plain[0]) < 1e-5
+
+
+def test_training_needs_no_old_logprobs(plain):
+    cfg = settings("trainer.algorithm.policy_loss_type=rollout_is")
+    batch = training_batch(cfg)
+    batch["action_log_probs"] = None  # SkyRL leaves out the forward that would make them
+    got, _ = trained(policy_worker(cfg), batch)
+    assert farthest(got, plain[0]) < 1e-5
+
+
+def test_lora_is_replayed(plain):
+    cfg = settings()
+    worker = policy_worker(cfg, lora_rank=4, target_modules="all-linear")
+    batch = training_batch(cfg)
+    assert farthest(old_logprobs(worker, batch), plain[0]) < 1e-5, "an adapter begins as nothing"
+    _, grads = trained(worker, batch)
+    assert grads
+    assert all("lora" in name for name in grads)
+
+
+def test_the_reference_is_live(plain):
+    cfg = settings()
+    batch = training_batch(cfg)
+    policy_worker(cfg)
+    reference = bare_worker(FSDPRefWorkerBase, cfg)
+    reference.model = wrapper()
+    assert farthest(old_logprobs(reference, batch), plain[1]) < 1e-5
+
+
+def test_the_policy_of_skyrl_alone_is_untouched():
+    """Beside a policy that replays: the same numbers, bit for bit, as before r3 was attached to anything."""
+    cfg = settings()
+    batch = training_batch(cfg)
+    alone = policy_worker(cfg, cls=FSDPPolicyWorkerBase)
+    before, before_grads = old_logprobs(alone, batch), trained(alone, batch)[1]
+    policy_worker(cfg)
+    again = policy_worker(cfg, cls=FSDPPolicyWorkerBase)
+    assert farthest(old_logprobs(again, batch), before) == 0
+    grads = trained(again, batch)[1]
+    assert all(torch.equal(grads[name], grad) for name, grad in before_grads.items())
+
+
+@pytest.mark.parametrize("name", ["rollout_expert_indices", "router_padding_mask"])
+def test_the_policy_runs_no_forward_without_rows(name):
+    cfg = settings()
+    batch = training_batch(cfg)
+    batch[name] = None
+    worker = policy_worker(cfg)
+    for run in (worker.forward, worker.forward_backward, lambda data: worker.forward(data, loss_fn="cross_entropy")):
+        with pytest.raises(r3.ReplayError, match="rollout_expert_indices and router_padding_mask, got none"):
+            run(batch)
+    worker.model.train()
+    part = batch.chunk(2)[0]
+    with pytest.raises(r3.ReplayError, match="training forward"):
+        worker.model(part["sequences"], 3, attention_mask=part["attention_mask"])
+
+
+def test_rows_of_other_tokens_are_an_error():
+    cfg = settings()
+    worker = policy_worker(cfg)
+    batch = training_batch(cfg)
+    rows = batch["rollout_expert_indices"]
+    lengths = rows.sequence_lengths.tolist()
+    lengths[0], lengths[1] = lengths[1], lengths[0]
+    batch["rollout_expert_indices"] = PackedTensor.from_segments(list(rows.values.split(lengths)))
+    with pytest.raises(r3.RoutingError, match=r"a row for each token, \[13, 21, 7\] by sample, got \[21, 13, 7\]"):
+        worker.forward(batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values[:, 0], r"expected \[T, L, K\], got"),
+        (lambda values: values[:, :5], "L = 8 layers"),
+        (lambda values: values[..., :3], "K = 4"),
+        (lambda values: values + 30, r"not 4 distinct expert ids in \[0, 32\)"),
+    ],
+)
+def test_rows_of_another_model_are_an_error(change, message):
+    cfg = settings()
+    batch = training_batch(cfg)
+    rows = batch["rollout_expert_indices"]
+    batch["rollout_expert_indices"] = PackedTensor(change(rows.values), rows.cu_seqlens)
+    with pytest.raises(r3.RoutingError, match=message):
+        policy_worker(cfg).forward(batch)
+
+
+def test_a_policy_that_was_made_without_replay_is_an_error(monkeypatch):
+    monkeypatch.setattr(FSDPPolicyWorkerBase, "init_model", lambda self, path, steps: None)
+    with pytest.raises(r3.ReplayError, match="not attached"):
+        bare_worker(RoutingReplayPolicyWorkerBase, settings()).init_model("model", 1)
+
+
+def test_gpt_oss_is_refused():
+    cfg = settings()
+    model = wrapper().model
+    model.config.model_type = "gpt_oss"
+    with pytest.raises(r3.ConfigError, match=r"gpt-oss.*attention"):
+        bare_worker(RoutingReplayPolicyWorkerBase, cfg)._seq_parallel_monkey_patch(model=model)
+
+
+def test_dummy_ids_are_not_replayed():
+    """SkyRL fills up with experts 0 to K-1, which look like a choice."""
+    cfg = settings()
+    batch = training_batch(cfg)
+    worker = policy_worker(cfg)
+    experience = BaseBatchIterator.batch_to_experience(batch)
+    worker._forward_backward_micro(experience, 1.0)
+    captured = int((~batch["router_padding_mask"]).sum())
+    assert captured < int(batch["attention_mask"].sum())
+    assert worker._feed.replay.last.rows_replayed == captured

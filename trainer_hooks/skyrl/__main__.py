@@ -1,0 +1,3 @@
+from trainer_hooks.skyrl import main
+
+main()
