@@ -11,11 +11,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
 
 @pytest.mark.parametrize("asleep", [False, True], ids=["awake", "sleep-mode"])
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_a_colocated_engine_is_replayed_and_synced(tmp_path, asleep, kind):
+def test_a_colocated_engine_is_replayed_and_synced(tmp_path, asleep):
     made = trainer(
         tmp_path,
-        kind=kind,
         use_cpu=False,
         max_steps=3,
         max_completion_length=32,
