@@ -15,6 +15,7 @@ device.empty_cache = lambda: None
 device.mem_get_info = lambda *_: (0, 0)
 device.memory_allocated = device.memory_reserved = lambda *_: 0
 device.max_memory_allocated = device.max_memory_reserved = lambda *_: 0
+device.get_device_name = lambda *_: "cpu"
 device.get_rng_state, device.set_rng_state = torch.get_rng_state, torch.set_rng_state
 device.manual_seed = device.manual_seed_all = torch.manual_seed
 

@@ -1,19 +1,16 @@
 """verl's FSDP engine with R3: every sample is trained on the routing of its own tokens, in each of verl's layouts."""
 
-import contextlib
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from places import DEMO_MODEL
-from transformers import AutoModelForCausalLM
 from verl import DataProto
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
-from verl.trainer.config import CheckpointConfig
 from verl.trainer.ppo.padding_utils import construct_minimal_padding_template
 from verl.utils import tensordict_utils as tu
-from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
+from verl.workers.engine import FSDPEngineWithLMHead
+from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 from verl_jobs import (
@@ -30,7 +27,6 @@ from verl_jobs import (
     samples,
 )
 
-import r3
 from trainer_hooks.verl.engine import RoutingReplayEngine
 
 NATS = 2e-5
@@ -185,7 +181,10 @@ def test_lora_is_replayed_and_its_reference_live(one_rank):
     assert made.replay.last is None
 
 
-def test_a_reference_engine_is_live(one_rank):
+def test_a_reference_engine_is_live(one_rank, monkeypatch):
+    # verl offloads a reference to pinned memory, which wants a GPU.
+    offload = partial(transformer_impl.CPUOffloadPolicy, pin_memory=False)
+    monkeypatch.setattr(transformer_impl, "CPUOffloadPolicy", lambda pin_memory: offload())
     made = engine("R3", forward_only=True)
     ids = samples()
     assert made.replay is None

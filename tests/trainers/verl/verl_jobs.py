@@ -159,3 +159,28 @@ def errors_of_ranks(sequence_size: int, settings: dict, data_settings: dict) -> 
     live, _ = reference(mine, None)
     _, want = reference(ids, [rows_of(part) for part in ids])
     return furthest(got, replayed), furthest(got, live), furthest_gradient(grads, want)
+
+
+def recorded(made: Any, data: TensorDict) -> list[torch.Tensor]:
+    """The routing that old log-probabilities bring with them, by sample."""
+    with made.eval_mode():
+        return list(made.infer_batch(data)["model_output"]["routed_experts"].unbind())
+
+
+def recorded_by_reference(ids: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the plain model chooses for each sample alone."""
+    model = AutoModelForCausalLM.from_pretrained(str(DEMO_MODEL), dtype=torch.float32)
+    result = []
+    for part in ids:
+        with r3.record(model) as recorder, torch.no_grad():
+            model(input_ids=part[None], use_cache=False)
+        result.append(recorder.expert_ids[0].to(torch.int16))
+    return result
+
+
+def recorded_on_ranks(sequence_size: int) -> bool:
+    """Whether R2 records on each rank what the plain model chooses."""
+    made = engine("R2", ulysses_sequence_parallel_size=sequence_size)
+    ids = samples()
+    got = recorded(made, batch(ids, None))
+    return all(torch.equal(mine, other) for mine, other in zip(got, recorded_by_reference(ids), strict=True))
