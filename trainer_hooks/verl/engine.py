@@ -23,6 +23,8 @@ logger = logging.getLogger("r3")
 
 ROLLOUT_KEY = "actor_rollout_ref.rollout.enable_rollout_routing_replay"
 BYPASS_KEY = "algorithm.rollout_correction.bypass_mode"
+METRIC = "actor/replayed_rows"
+"""Part of a micro-batch's tokens whose routing was replayed; others are padding, last tokens, or were not captured."""
 _FIELD = "routed_experts"  # of verl's batches and model outputs, int16 and jagged [B, ., L, K]
 
 
@@ -69,8 +71,8 @@ class RoutingReplayEngine(FSDPEngineWithLMHead):
             if self.use_ulysses_sp and not patched and self.rank == 0:
                 logger.warning(
                     "ulysses_sequence_parallel_size > 1 without FlashAttention: verl splits no other attention, and "
-                    "log-probabilities are wrong. Use attn_implementation=flash_attention_2; or set +router_replay.mode "
-                    "in this engine's fsdp_config, with which r3 splits any attention (a reference stays live)"
+                    "log-probabilities are wrong. Use attn_implementation=flash_attention_2, or set router_replay.mode "
+                    "in this engine's fsdp_config: with it r3 splits any attention (a reference stays live)"
                 )
             return super()._build_fsdp_module(module)
         if not self.engine_config.forward_only:
@@ -90,14 +92,16 @@ class RoutingReplayEngine(FSDPEngineWithLMHead):
         finally:
             self._without_adapter = False
 
-    @property
-    def _replays(self) -> bool:
-        return self.replay is not None and not self._without_adapter
-
     def forward_step(self, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
-        if not (self._replays and self.mode_of_replay == "R2" and forward_only):
+        if self.replay is None or self._without_adapter:
             return super().forward_step(micro_batch, loss_function, forward_only)
-        assert self.replay is not None
+        if self.mode_of_replay == "R3" or not forward_only:
+            loss, output = super().forward_step(micro_batch, loss_function, forward_only)
+            report = self.replay.last
+            assert report is not None
+            rows = report.rows_replayed + report.rows_live
+            output["metrics"] = output["metrics"] | {METRIC: report.rows_replayed / rows}
+            return loss, output
         try:
             with r3.record(self.replay.model) as self._recorder:
                 return super().forward_step(micro_batch, loss_function, forward_only)
@@ -115,7 +119,7 @@ class RoutingReplayEngine(FSDPEngineWithLMHead):
                     f"{KEY}=R2 with {ROLLOUT_KEY}=True: R2 replays the trainer's own routing, and the batch brings the "
                     f"rollout's. Set {ROLLOUT_KEY}=False, or the mode to R3"
                 )
-        elif self._replays:
+        elif not self._without_adapter:
             inputs[KEYWORD] = self._routing(rows, micro_batch, outputs)
         return inputs, outputs
 

@@ -58,6 +58,6 @@ HFModelConfig(path={str(DEMO_MODEL)!r}, external_lib="trainer_hooks.verl")
 
 def test_an_engine_that_fails_to_import_is_not_silent(installed):
     """verl hides what its plugins raise while they are loaded."""
-    done = run("import sys, verl\nsys.modules['r3.replay'] = None\nimport verl.workers.engine", installed)
+    done = run("import sys, verl\nsys.modules['trainer_hooks.verl.rows'] = None\nimport verl.workers.engine", installed)
     assert done.returncode == 1
-    assert "ModuleNotFoundError: import of r3.replay halted" in done.stderr
+    assert "ModuleNotFoundError: import of trainer_hooks.verl.rows halted" in done.stderr

@@ -11,7 +11,18 @@ from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.padding import left_right_2_no_padding
-from verl_jobs import batch, configs, engine, furthest, logprobs, recorded, recorded_by_reference, recorded_on_ranks, samples
+from verl_jobs import (
+    batch,
+    configs,
+    engine,
+    furthest,
+    logprobs,
+    recorded,
+    recorded_by_reference,
+    recorded_on_ranks,
+    reference,
+    samples,
+)
 
 from r3 import ReplayError
 
@@ -72,19 +83,21 @@ def test_the_update_replays_what_was_recorded(one_rank):
         ),
         meta_info=dict(max_token_len_per_gpu=40, temperature=1.0, global_token_num=[len(part) for part in ids]),
     )
+    order = (2, 0, 3, 1)
+    whole.reorder(torch.tensor(order))  # as verl balances its ranks
     trainer = SimpleNamespace(config=actor, actor_rollout_wg=SimpleNamespace(compute_log_prob=worker.infer_batch))
     old, _ = RayPPOTrainer._compute_old_log_prob(trainer, whole)
     whole = whole.union(old)
-    whole.reorder(torch.tensor([2, 0, 3, 1]))
     forget_routers(worker.engine.module)
 
     data = left_right_2_no_padding(whole.to_tensordict())
     tu.assign_non_tensor(data, max_token_len_per_gpu=200, calculate_entropy=False)
-    again = trained_logprobs(worker.engine, data)
-    before = [whole.batch["old_log_probs"][at][: len(ids[sample]) - prompt] for at, sample in enumerate((2, 0, 3, 1))]
-    assert furthest([part[prompt - 1 :] for part in again], before) < NATS
-    live = logprobs(worker.engine, batch([ids[sample] for sample in (2, 0, 3, 1)], None))
-    assert furthest([part[prompt - 1 :] for part in live], before) > 1
+    got = trained_logprobs(worker.engine, data)
+    ids = [ids[sample] for sample in order]
+    want, _ = reference(ids, recorded_by_reference(ids), forget_routers)
+    assert furthest(got, want) < NATS
+    live, _ = reference(ids, None, forget_routers)
+    assert furthest(live, want) > 1
 
 
 def test_without_a_recording_the_update_is_refused(one_rank):

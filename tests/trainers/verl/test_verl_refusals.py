@@ -124,7 +124,7 @@ def test_another_verl_is_refused_where_replay_is_on(one_rank, monkeypatch):
     def forward_step(self, batch, loss_function): ...
 
     monkeypatch.setattr(FSDPEngineWithLMHead, "forward_step", forward_step)
-    with pytest.raises(ConfigError, match=r"(?s)verl 0\.9.*forward_step: expected parameters micro_batch, loss_function"):
+    with pytest.raises(ConfigError, match=r"(?s)verl 0\.9.*forward_step: expected parameters micro_batch,"):
         RoutingReplayEngine(**configs("R3"))
     RoutingReplayEngine(**configs("disabled"))
 

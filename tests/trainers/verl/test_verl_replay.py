@@ -74,9 +74,12 @@ def test_samples_without_routing_are_live(replaying):
     ids, rows = [*ids, template["input_ids"]], [*rows, template["routed_experts"]]
     rows[1] = torch.zeros_like(rows[1])
     want, _ = reference(ids, rows)
-    got = logprobs(replaying, batch(ids, rows, max_token_len_per_gpu=200))
-    assert furthest(got, want) < NATS
-    assert replaying.replay.last.rows_replayed == sum(len(ids[at]) - 1 for at in (0, 2, 3))
+    data = partial(batch, ids, rows, max_token_len_per_gpu=200)
+    assert furthest(logprobs(replaying, data()), want) < NATS
+    with replaying.eval_mode():
+        metrics = replaying.infer_batch(data())["metrics"]
+    replayed = sum(len(ids[at]) - 1 for at in (0, 2, 3))
+    assert metrics["actor/replayed_rows"] == pytest.approx([replayed / sum(map(len, ids))])
 
 
 def test_rows_as_the_agent_loop_returns_them(replaying):
@@ -127,6 +130,12 @@ def test_left_padded_batch_reordered_by_the_trainer(replaying):
     assert furthest(logprobs(replaying, data), want) < NATS
 
 
+def train(made: Any, data: Any) -> dict:
+    """One update towards likelier samples."""
+    with made.train_mode():
+        return made.train_batch(data, lambda model_output, **_: (-model_output["log_probs"].values().mean(), {}))
+
+
 def worker(mode: str, **settings: Any) -> TrainingWorker:
     made = TrainingWorker(config=TrainingWorkerConfig(model_type="language_model", **configs(mode, **settings)))
     made.reset()
@@ -171,8 +180,7 @@ def test_lora_is_replayed_and_its_reference_live(one_rank):
     rows = [rows_of(part) for part in ids]
     want, _ = reference(ids, rows)
     assert furthest(logprobs(made, batch(ids, rows)), want) < NATS  # a new adapter adds nothing
-    with made.train_mode():
-        made.train_batch(batch(ids, rows), lambda model_output, data, dp_group: (model_output["log_probs"].values().mean(), {}))
+    train(made, batch(ids, rows))
     assert furthest(logprobs(made, batch(ids, rows)), want) > 1e-3
     live, _ = reference(ids, None)
     with made.disable_adapter():
@@ -212,11 +220,7 @@ def train_twice(cls: type, **settings: Any) -> tuple:
     made.initialize()
     results = []
     for _ in range(2):
-        with made.train_mode():
-            output = made.train_batch(
-                batch(samples(), None),
-                lambda model_output, data, dp_group: (-model_output["log_probs"].values().mean(), {}),
-            )
+        output = train(made, batch(samples(), None))
         results += [output["metrics"]["grad_norm"], *output["loss"], *logprobs(made, batch(samples(), None))]
     return results, [name for name, _ in made.module.named_parameters()], made.module.state_dict().keys()
 

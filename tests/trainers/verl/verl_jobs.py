@@ -3,6 +3,7 @@
 Routing is a function of the token: rows of other tokens show as other log-probabilities.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -57,7 +58,11 @@ def batch(ids: list[torch.Tensor], rows: list[torch.Tensor] | None, **settings: 
         fields["routed_experts"] = jagged(rows)
     data = TensorDict(fields, batch_size=[len(ids)])
     defaults = dict(
-        use_dynamic_bsz=True, max_token_len_per_gpu=40, use_remove_padding=True, temperature=1.0, calculate_entropy=False
+        use_dynamic_bsz=True,
+        max_token_len_per_gpu=40,
+        use_remove_padding=True,
+        temperature=1.0,
+        calculate_entropy=False,
     )
     tu.assign_non_tensor(data, pad_mode=DatasetPadMode.NO_PADDING, **defaults | settings)
     return data
@@ -111,9 +116,12 @@ def gradients(made: Any, data: TensorDict) -> dict[str, torch.Tensor]:
         }
 
 
-def reference(ids: list[torch.Tensor], rows: list[torch.Tensor] | None) -> tuple[list[torch.Tensor], dict]:
+def reference(
+    ids: list[torch.Tensor], rows: list[torch.Tensor] | None, change: Callable[[torch.nn.Module], None] = lambda _: None
+) -> tuple[list[torch.Tensor], dict]:
     """Log-probabilities and gradients of the plain model, a sample at a time; rows of zeros are live."""
     model = AutoModelForCausalLM.from_pretrained(str(DEMO_MODEL), dtype=torch.float32)
+    change(model)
     replay = r3.attach(model)
     result = []
     for at, part in enumerate(ids):
