@@ -23,6 +23,7 @@ from verl_jobs import (
     gradients,
     logprobs,
     reference,
+    reference_on_ranks,
     rows_of,
     samples,
 )
@@ -197,6 +198,11 @@ def test_a_reference_engine_is_live(one_rank, monkeypatch):
     ids = samples()
     assert made.replay is None
     assert furthest(logprobs(made, batch(ids, [rows_of(part) for part in ids])), reference(ids, None)[0]) < NATS
+
+
+def test_a_reference_with_ulysses_is_split_where_the_mode_is_set(two_ranks):
+    assert max(two_ranks.all(reference_on_ranks, "R3")) < NATS
+    assert max(two_ranks.all(reference_on_ranks, "disabled")) > 1  # verl by itself, without FlashAttention
 
 
 def test_old_logprobs_and_update_agree(replaying):

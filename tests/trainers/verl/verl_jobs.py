@@ -4,7 +4,7 @@ Routing is a function of the token: rows of other tokens show as other log-proba
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine import EngineRegistry
+from verl.workers.engine.fsdp import transformer_impl
 
 import r3
 
@@ -192,3 +193,15 @@ def recorded_on_ranks(sequence_size: int) -> bool:
     ids = samples()
     got = recorded(made, batch(ids, None))
     return all(torch.equal(mine, other) for mine, other in zip(got, recorded_by_reference(ids), strict=True))
+
+
+def reference_on_ranks(mode: str) -> float:
+    """How far a reference with Ulysses, and sdpa, is from the plain model without replay."""
+    unpinned = partial(transformer_impl.CPUOffloadPolicy, pin_memory=False)
+    transformer_impl.CPUOffloadPolicy, pinned = lambda pin_memory: unpinned(), transformer_impl.CPUOffloadPolicy
+    try:
+        made = engine(mode, ulysses_sequence_parallel_size=2, forward_only=True)
+    finally:
+        transformer_impl.CPUOffloadPolicy = pinned
+    ids = samples()
+    return furthest(logprobs(made, batch(ids, [rows_of(part) for part in ids])), reference(ids, None)[0])
