@@ -9,10 +9,10 @@ import pytest
 HERE = Path(__file__).parent
 if find_spec("verl") is None:
     collect_ignore_glob = ["test_*.py"]  # `make test-verl`
-
-# Before verl is imported, here and in the processes that tests start.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])
-os.environ |= {"VERL_PLATFORM": "r3cpu", "VERL_USE_EXTERNAL_MODULES": "cpu_platform,trainer_hooks.verl"}
+else:
+    # Before verl is imported, here and in the processes that tests start.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ["PYTHONPATH"]])
+    os.environ |= {"VERL_PLATFORM": "r3cpu", "VERL_USE_EXTERNAL_MODULES": "cpu_platform,trainer_hooks.verl"}
 
 
 @pytest.fixture(scope="session")

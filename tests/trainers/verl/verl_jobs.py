@@ -95,7 +95,7 @@ def logprobs(made: Any, data: TensorDict) -> list[torch.Tensor]:
     """Of the next token, for each position but a sample's last."""
     with made.eval_mode():
         output = made.infer_batch(data)
-    return [part[:-1] for part in output["model_output"]["log_probs"].unbind()]
+    return [part[:-1].cpu() for part in output["model_output"]["log_probs"].unbind()]
 
 
 def gradients(made: Any, data: TensorDict) -> dict[str, torch.Tensor]:
@@ -168,6 +168,15 @@ def errors_of_ranks(sequence_size: int, settings: dict, data_settings: dict) -> 
     live, _ = reference(mine, None)
     _, want = reference(ids, [rows_of(part) for part in ids])
     return furthest(got, replayed), furthest(got, live), furthest_gradient(grads, want)
+
+
+def logprob_errors_of_ranks(sequence_size: int, settings: dict) -> tuple[float, float]:
+    """Furthest log-probability from the replayed and from the live reference, the samples on each data rank."""
+    made = engine("R3", ulysses_sequence_parallel_size=sequence_size, **settings)
+    ids = samples()
+    rows = [rows_of(part) for part in ids]
+    got = logprobs(made, batch(ids, rows))
+    return furthest(got, reference(ids, rows)[0]), furthest(got, reference(ids, None)[0])
 
 
 def recorded(made: Any, data: TensorDict) -> list[torch.Tensor]:
