@@ -1,13 +1,13 @@
 """verl without a GPU: a platform of the tests, registered as verl's plugins are, and r3's plugin after it."""
 
+import importlib.metadata
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-if find_spec("verl") is None:
+if not list(importlib.metadata.distributions(name="verl")):  # as a module, examples/verl would be found
     collect_ignore_glob = ["test_*.py"]  # `make test-verl`
 else:
     # Before verl is imported, here and in the processes that tests start.
