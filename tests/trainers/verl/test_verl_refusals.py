@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import verl.trainer.config
 from hydra import compose, initialize_config_dir
+from models import tiny_moe
 from omegaconf import OmegaConf
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine import FSDPEngineWithLMHead
@@ -85,11 +85,7 @@ def test_fused_kernels_are_refused(one_rank):
 
 
 def test_one_expert_a_token_is_refused(one_rank, tmp_path):
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
-    config = Qwen3MoeConfig(
-        vocab_size=64, intermediate_size=32, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=1, **sizes
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
+    tiny_moe(num_experts_per_tok=1).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"routes each token to one expert.*Turn replay off"):
         engine("R3", model={"path": str(tmp_path), "load_tokenizer": False})
 
