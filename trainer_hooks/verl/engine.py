@@ -65,7 +65,7 @@ class RoutingReplayEngine(FSDPEngineWithLMHead):
             require_seams("verl", "0.9.1", _seams())
 
     def _build_fsdp_module(self, module: Any) -> Any:
-        """Attach between LoRA, around which routing must be passed, and FSDP, which shards what attach reads."""
+        """Attach to what FSDP is to wrap, with LoRA in it: FSDP1 does not let replay in afterwards."""
         patched = "flash" in (self.model_config.hf_config._attn_implementation or "eager")
         if self.mode_of_replay == "disabled":
             if self.use_ulysses_sp and not patched and self.rank == 0:
