@@ -12,7 +12,7 @@ from r3.config import MOST_REPEAT_NATS, R3Config
 from r3.diagnostics import EngineAgreement
 from r3.doctor.engine_agreement import PROMPT_TOKENS, PROMPTS, SAMPLED_TOKENS, ask_twice, family_of, probe_prompts
 from trainer_hooks.batches import StepBatch, broadcast
-from trainer_hooks.measure import measure
+from trainer_hooks.measurement import measure
 from trainer_hooks.policy import Policy
 
 logger = logging.getLogger("r3")

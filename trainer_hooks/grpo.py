@@ -20,7 +20,7 @@ from r3.weight_sync.timing import StageTimer
 from trainer_hooks import checkpoint
 from trainer_hooks.batches import StepBatch, broadcast
 from trainer_hooks.evaluation import evaluate, require_held_out
-from trainer_hooks.measure import Measured, StepGap, coverage, measure
+from trainer_hooks.measurement import Measured, StepGap, coverage, measure
 from trainer_hooks.objective import group_advantages
 from trainer_hooks.policy import Policy
 from trainer_hooks.publish import push_from_all_ranks

@@ -18,7 +18,7 @@ from r3.config import R3Config
 from r3.diagnostics import CorrectionSums
 from r3.errors import CaptureError
 from trainer_hooks.batches import Rows, StepBatch
-from trainer_hooks.measure import StepGap
+from trainer_hooks.measurement import StepGap
 from trainer_hooks.policy import Policy
 from trainer_hooks.policy_loss import OWN_RATIO, MicroLoss, PolicyLoss
 

@@ -18,7 +18,7 @@ from r3.routing import RoutingSpec
 from trainer_hooks.batches import StepBatch
 from trainer_hooks.grpo import GRPOTrainer
 from trainer_hooks.launch import process_group
-from trainer_hooks.measure import StepGap, coverage, measure
+from trainer_hooks.measurement import StepGap, coverage, measure
 from trainer_hooks.policy import Policy
 
 EXACT = ("tokens", "rows", "sequences")

@@ -1,0 +1,63 @@
+"""How the engine with replay comes into verl: each test is a process that imports verl anew."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from places import DEMO_MODEL, ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CLASSES = """
+from verl.workers.engine import EngineRegistry
+print(*(EngineRegistry.get_engine_cls(*key).__name__ for key in (
+    ("language_model", "fsdp"), ("language_model", "fsdp2"), ("value_model", "fsdp2"))))
+"""
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """Environment in which the project's entry points are those of its pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    folder = tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = [
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
+        for group, points in project["entry-points"].items()
+    ]
+    (folder / "entry_points.txt").write_text("\n".join(lines))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VERL_")}
+    return environment | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}
+
+
+def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_installed_is_enough(installed):
+    """And costs a process that only imports verl none of its engines."""
+    done = run("import sys, verl\nassert 'verl.workers.engine' not in sys.modules" + CLASSES, installed)
+    assert done.stdout.split() == ["RoutingReplayEngine", "RoutingReplayEngine", "FSDPEngineWithValueHead"], done.stderr
+
+
+def test_external_lib_is_enough(installed):
+    code = f"""
+from verl.workers.config import HFModelConfig
+import verl.workers.engine
+HFModelConfig(path={str(DEMO_MODEL)!r}, external_lib="trainer_hooks.verl")
+HFModelConfig(path={str(DEMO_MODEL)!r}, external_lib="trainer_hooks.verl")
+"""
+    done = run(code + CLASSES, installed | {"VERL_USE_EXTERNAL_PLUGINS": "none"})
+    assert done.stdout.split() == ["RoutingReplayEngine", "RoutingReplayEngine", "FSDPEngineWithValueHead"], done.stderr
+
+
+def test_an_engine_that_fails_to_import_is_not_silent(installed):
+    """verl hides what its plugins raise while they are loaded."""
+    done = run("import sys, verl\nsys.modules['trainer_hooks.verl.rows'] = None\nimport verl.workers.engine", installed)
+    assert done.returncode == 1
+    assert "ModuleNotFoundError: import of trainer_hooks.verl.rows halted" in done.stderr
