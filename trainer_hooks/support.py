@@ -29,14 +29,14 @@ class Refusal:
 
 
 def require_supported(trainer: str, refusals: Iterable[Refusal], subject: Any) -> None:
-    """Raise for every one of `refusals` that `subject` has.
+    """Raise for every one of `refusals` that `subject`, an object of `trainer`'s, has.
 
     Raises:
         ConfigError: names the settings, why each is refused, and what to do instead.
     """
     found = [f"{each.setting}: {each.why}. {each.cure}" for each in refusals if each.found(subject)]
     if found:
-        raise ConfigError(f"moe_enable_routing_replay with {trainer}:{summary(found)}")
+        raise ConfigError(f"routing replay in {trainer}:{summary(found)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def require_seams(package: str, tested: str, seams: Iterable[Seam]) -> None:
     if problems:
         raise ConfigError(
             f"{package} {installed_version(package)}: it has moved from what r3's hook relies on (tested with "
-            f"{tested}). Install one of these, or turn moe_enable_routing_replay off:{summary(problems)}"
+            f"{tested}). Install one of these, or turn replay off:{summary(problems)}"
         )
 
 

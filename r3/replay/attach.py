@@ -61,7 +61,7 @@ class Replay:
         L counts the layers that have a router, or all decoder layers. Other marks for missing rows:
         `r3.routing.routing_of`.
         """
-        return routing_of(self.spec, expert_ids)
+        return routing_of(self.spec, self.spec.columns(expert_ids))
 
     @torch.compiler.disable  # reads values, which would only break the graph
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -81,7 +81,7 @@ def test_all_other_checks_of_skyrl_remain(setting, message):
     ],
 )
 def test_what_replay_cannot_do_is_refused_by_name(setting, message):
-    with pytest.raises(r3.ConfigError, match=f"moe_enable_routing_replay with SkyRL:\n.*{message}"):
+    with pytest.raises(r3.ConfigError, match=f"routing replay in SkyRL:\n.*{message}"):
         validate_cfg(settings(setting))
 
 
