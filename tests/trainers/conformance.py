@@ -1,0 +1,42 @@
+"""What holds for every trainer: the log-probabilities of its loss are those of a plain replayed forward.
+
+The oracle knows nothing of the trainer. It has the engine's own rows by the tokens of each sequence, and runs each
+sequence alone, unpadded, through a plain Hugging Face model that r3 is attached to.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import r3
+
+EQUAL = 1e-5  # nats, between a padded, packed or cut forward in float32 and that of one sequence alone
+
+
+class Oracle:
+    """Log-probabilities of whole sequences by a plain model.
+
+    Args:
+        model: any model of the weights wanted; it is copied.
+        rows: integer `[T, L, K]` for the first T tokens of each sequence of token ids, as an engine gave them.
+    """
+
+    def __init__(self, model: nn.Module, rows: Mapping[tuple[int, ...], Tensor]) -> None:
+        self.model = copy.deepcopy(model).float().eval()
+        self.replay = r3.attach(self.model)
+        self.rows = rows
+
+    @torch.no_grad()
+    def logprobs(self, ids: Sequence[int], *, replayed: bool, temperature: float = 1.0) -> Tensor:
+        """float32 `[len(ids) - 1]` in nats, of each token after the first."""
+        tokens = torch.tensor([list(ids)])
+        routing = {}
+        if replayed:
+            rows = self.rows[tuple(ids)].to(torch.int32)
+            whole = torch.full((1, len(ids), *rows.shape[1:]), -1, dtype=torch.int32)
+            whole[0, : len(rows)] = rows
+            routing = {"routed_experts": whole}
+        logits = self.model(input_ids=tokens, use_cache=False, **routing).logits[0, :-1] / temperature
+        return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
