@@ -1,17 +1,21 @@
 """Runs of ms-swift's own pipeline (`swift rlhf --rlhf_type grpo`) that tests look at.
 
-The engine is a stand-in: it samples tokens at random and says that they went to experts of their own. All else is
-swift: arguments, template, dataset, sampler, collating, trainer. A row that is put beside another token is another.
+The engine is a real one, or a stand-in that samples tokens at random and says that they went to experts of their own:
+a row that is put beside another token is another. All else is swift: arguments, template, dataset, sampler, collating,
+trainer.
 """
 
 import copy
 import json
 import random
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from conformance import Oracle
 from places import DEMO_MODEL
@@ -59,8 +63,6 @@ class StandIn:
         self.template = copy.copy(template)
         self.template.padding_free = False
         self.random = random.Random(seed)
-        self.sequences: dict[tuple[int, ...], int] = {}  # tokens -> P
-        self.spoil: Any = lambda choice: choice
         quiet = lambda: None
         self.engine = SimpleNamespace(reset_mm_cache=quiet, reset_prefix_cache=quiet, reset_encoder_cache=quiet)
 
@@ -75,7 +77,6 @@ class StandIn:
         if length < config.max_tokens:
             tokens[-1] = END
         ids = prompt + tokens
-        self.sequences[tuple(ids)] = len(prompt)
         choice = ChatCompletionResponseChoice(
             index=0,
             message=ChatMessage(role="assistant", content=self.template.tokenizer.decode(tokens)),
@@ -85,25 +86,51 @@ class StandIn:
             routed_experts=rows_of(ids[:-1]),
         )
         usage = UsageInfo(len(prompt), len(tokens), len(ids))
-        response = ChatCompletionResponse("stand-in", [self.spoil(choice)], usage, prompt_token_ids=prompt)
+        response = ChatCompletionResponse("stand-in", [choice], usage, prompt_token_ids=prompt)
         return RolloutOutput(response=response)
+
+
+@dataclass
+class Known:
+    """What the engine answered for a sequence."""
+
+    prompt: int
+    rows: Tensor
+    logprobs: Tensor
 
 
 class Watched:
     """Put before a GRPO trainer: scores of the policy beside those of a plain model.
 
     Attributes:
+        known: the engine's answers, by their tokens.
         scored: of each call, its mode and largest distances in nats from the replayed and the live plain model.
     """
 
     spoil: Any = None
 
-    def _prepare_vllm_engine(self) -> StandIn:
+    def _prepare_vllm_engine(self) -> Any:
         self.scored: list[dict[str, Any]] = []
-        made = StandIn(self.template)
-        if self.spoil is not None:
-            made.spoil = self.spoil
+        self.known: dict[tuple[int, ...], Known] = {}
+        made = self._engine()
+        infer = made.infer
+        made.infer = lambda *args, **kwargs: [self._keep(output) for output in infer(*args, **kwargs)]
         return made
+
+    def _engine(self) -> Any:
+        return StandIn(self.template)
+
+    def _keep(self, output: RolloutOutput) -> RolloutOutput:
+        response = output.response
+        choice = response.choices[0]
+        self.known[(*response.prompt_token_ids, *choice.token_ids)] = Known(
+            len(response.prompt_token_ids),
+            torch.from_numpy(np.array(choice.routed_experts)),
+            torch.tensor([each["logprob"] for each in choice.logprobs["content"]]),
+        )
+        if self.spoil is not None:
+            self.spoil(response)
+        return output
 
     def _move_full_model_to_vllm(self) -> None:
         """The stand-in has no weights."""
@@ -116,25 +143,23 @@ class Watched:
 
     def _compared(self, model: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> dict[str, Any]:
         policy = self.accelerator.unwrap_model(self.model)
-        disabled = hasattr(policy, "peft_config") and bool(policy._adapters_disabled)
-        entry = {
+        entry: dict[str, Any] = {
             "in_loss": torch.is_grad_enabled(),
             "training": self.model.training,
-            "reference": disabled or model is self.ref_model,
+            "reference": model is self.ref_model or bool(getattr(policy, "_adapters_disabled", False)),
+            "gaps": {},
         }
-        known = self.engine.sequences
-        oracle = Oracle(plain_model(self.accelerator.unwrap_model(model)), {ids: _rows(ids) for ids in known})
+        rows = {ids: known.rows for ids, known in self.known.items()}
+        oracle = Oracle(plain_model(self.accelerator.unwrap_model(model)), rows)
         for name in ("replayed", "live"):
-            entry[name] = 0.0
+            entry[name], gaps = 0.0, []
             for ids, row, here in zip(sequences(inputs), logps, mask, strict=True):
                 wanted = oracle.logprobs(ids, replayed=name == "replayed", temperature=self.temperature)
-                distance = (row[here] - wanted[known[ids] - 1 :]).abs().max().item()
-                entry[name] = max(entry[name], distance)
+                wanted = wanted[self.known[ids].prompt - 1 :]
+                entry[name] = max(entry[name], (row[here] - wanted).abs().max().item())
+                gaps.append((wanted - self.known[ids].logprobs).abs().mean().item())
+            entry["gaps"][name] = sum(gaps) / len(gaps)
         return entry
-
-
-def _rows(ids: tuple[int, ...]) -> Tensor:
-    return torch.from_numpy(rows_of(list(ids[:-1])))
 
 
 def sequences(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
@@ -149,8 +174,6 @@ def sequences(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
 
 def plain_model(model: Any) -> Any:
     """A model of the same weights without hooks and wrappers; LoRA added where it is active."""
-    from transformers import AutoModelForCausalLM
-
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     if hasattr(model, "peft_config"):
         for path, layer in model.named_modules():
@@ -162,13 +185,35 @@ def plain_model(model: Any) -> Any:
             for name, value in state.items()
             if "lora_" not in name
         }
-    made = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    made = _demo_model()
     made.load_state_dict(state)
     return made
 
 
+@cache
+def _demo_model() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+
+
 class WatchedGRPO(Watched, hook.GRPOTrainer):
     """r3's, with the stand-in."""
+
+
+class RealGRPO(Watched, hook.GRPOTrainer):
+    """r3's, with the engine that swift starts, in bfloat16."""
+
+    def _engine(self) -> Any:
+        self.model.model_info.torch_dtype = torch.bfloat16
+        return hook.GRPOTrainer._prepare_vllm_engine(self)
+
+    def _move_full_model_to_vllm(self) -> None:
+        # As the engine has them: else float32 weights alone are a gap.
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.copy_(parameter.to(torch.bfloat16).to(parameter.dtype))
+        hook.GRPOTrainer._move_full_model_to_vllm(self)
 
 
 class PlainGRPO(Watched, hook.grpo_trainer.GRPOTrainer):
@@ -233,19 +278,21 @@ def settings_of(folder: Path, **settings: Any) -> RLHFArguments:
     return made
 
 
-def run(folder: Path, *, trainer: str = "WatchedGRPO", module: str = __name__, spoil: Any = None, **settings: Any):
-    """Train by swift's pipeline; returns the trainer."""
-    before, vllm = TrainerFactory.TRAINER_MAPPING["grpo"], rollout_mixin.is_vllm_available
-    arguments = settings_of(folder, **settings)
-    TrainerFactory.TRAINER_MAPPING["grpo"] = f"{module}.{trainer}"
-    rollout_mixin.is_vllm_available = lambda: True
-    ask, hook.engine.ask_for_capture = hook.engine.ask_for_capture, lambda args: None
-    Watched.spoil = staticmethod(spoil) if spoil else None
-    pipeline = Pipeline(arguments)
-    try:
+def run(folder: Path, *, trainer: str = "WatchedGRPO", spoil: Any = None, **settings: Any) -> Any:
+    """Train by swift's pipeline; returns the trainer.
+
+    Args:
+        folder: for its files.
+        trainer: one of this module.
+        spoil: changes the engine's responses.
+        settings: of swift, beside those of `settings_of`.
+    """
+    pipeline = Pipeline(settings_of(folder, **settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TrainerFactory.TRAINER_MAPPING, "grpo", f"{__name__}.{trainer}")
+        patch.setattr(Watched, "spoil", staticmethod(spoil) if spoil else None)
+        if trainer != "RealGRPO":
+            patch.setattr(rollout_mixin, "is_vllm_available", lambda: True)
+            patch.setattr(rollout_mixin, "check_vllm_version_ge", lambda version: True)
         pipeline.main()
-    finally:
-        TrainerFactory.TRAINER_MAPPING["grpo"], rollout_mixin.is_vllm_available = before, vllm
-        hook.engine.ask_for_capture = ask
-        Watched.spoil = None
     return pipeline.trainer
