@@ -149,8 +149,9 @@ class Watched:
             "reference": model is self.ref_model or bool(getattr(policy, "_adapters_disabled", False)),
             "gaps": {},
         }
-        rows = {ids: known.rows for ids, known in self.known.items()}
-        oracle = Oracle(plain_model(self.accelerator.unwrap_model(model)), rows)
+        oracle = _oracle()
+        oracle.model.load_state_dict(plain_weights(self.accelerator.unwrap_model(model)))
+        oracle.rows = {ids: known.rows for ids, known in self.known.items()}
         for name in ("replayed", "live"):
             entry[name], gaps = 0.0, []
             for ids, row, here in zip(sequences(inputs), logps, mask, strict=True):
@@ -172,8 +173,8 @@ def sequences(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
     return [tuple(part.tolist()) for part in ids[0].tensor_split(starts[1:])]
 
 
-def plain_model(model: Any) -> Any:
-    """A model of the same weights without hooks and wrappers; LoRA added where it is active."""
+def plain_weights(model: Any) -> dict[str, Tensor]:
+    """The weights of a model without its wrappers; LoRA added where it is active."""
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     if hasattr(model, "peft_config"):
         for path, layer in model.named_modules():
@@ -185,16 +186,14 @@ def plain_model(model: Any) -> Any:
             for name, value in state.items()
             if "lora_" not in name
         }
-    made = _demo_model()
-    made.load_state_dict(state)
-    return made
+    return state
 
 
 @cache
-def _demo_model() -> Any:
+def _oracle() -> Oracle:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    return Oracle(AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32), {})
 
 
 class WatchedGRPO(Watched, hook.GRPOTrainer):

@@ -27,11 +27,11 @@ def log_of(made):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(num_iterations=2, max_steps=4),
-        dict(padding_free=True, num_iterations=2, max_steps=4),
-        dict(padding_side="left"),
-        dict(steps_per_generation=4, max_steps=2, gradient_checkpointing=True),
-        dict(dynamic_sample=True, max_resample_times=2),
+        dict(num_iterations=2),
+        dict(padding_free=True, num_iterations=2),
+        dict(padding_side="left", max_steps=1),
+        dict(steps_per_generation=4, gradient_checkpointing=True),
+        dict(dynamic_sample=True, max_resample_times=2, max_steps=1),
     ],
     ids=["padded", "padding_free", "left", "gradient_checkpointing", "dynamic_sample"],
 )
@@ -53,7 +53,7 @@ def test_a_reference_model_is_live(tmp_path):
 
 
 def test_lora_replays_and_its_reference_is_live(tmp_path):
-    made = run(tmp_path, tuner_type="lora", beta=0.04, learning_rate=1e-3, max_steps=2)
+    made = run(tmp_path, tuner_type="lora", beta=0.04, learning_rate=1e-3)
     assert hasattr(made.model, "peft_config")
     checked(made)
     references = [each for each in made.scored if each["reference"]]
@@ -62,14 +62,8 @@ def test_lora_replays_and_its_reference_is_live(tmp_path):
 
 
 def test_evaluation_is_live_and_leaves_training_alone(tmp_path):
-    made = run(
-        tmp_path,
-        eval_strategy="steps",
-        eval_steps=1,
-        split_dataset_ratio=0.5,
-        per_device_eval_batch_size=4,
-        max_steps=1,
-    )
+    evaluation = dict(eval_strategy="steps", eval_steps=1, split_dataset_ratio=0.5, per_device_eval_batch_size=4)
+    made = run(tmp_path, max_steps=1, **evaluation)
     checked(made)
     evaluated = [each for each in made.scored if not each["training"]]
     assert evaluated
