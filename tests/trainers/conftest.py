@@ -4,4 +4,7 @@ from importlib.util import find_spec
 
 PACKAGES = {"trl": "trl", "verl": "verl", "skyrl": "skyrl", "swift": "swift"}
 
-collect_ignore = [folder for folder, package in PACKAGES.items() if find_spec(package) is None]
+# The folders here are namespace packages of these names: they have no origin.
+collect_ignore = [
+    folder for folder, package in PACKAGES.items() if (found := find_spec(package)) is None or not found.origin
+]

@@ -7,7 +7,9 @@ trainer.
 
 import copy
 import json
+import os
 import random
+import socket
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -275,6 +277,16 @@ def settings_of(folder: Path, **settings: Any) -> RLHFArguments:
         # swift admits it with FlashAttention alone. transformers' eager attention knows packed rows by their positions.
         made.padding_free = made.training_args.padding_free = True
     return made
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# swift makes a process group also of one process: without this, on a port that all tests of a machine share.
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
 
 
 def run(folder: Path, *, trainer: str = "WatchedGRPO", spoil: Any = None, **settings: Any) -> Any:

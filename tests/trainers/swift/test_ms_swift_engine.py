@@ -1,7 +1,5 @@
 """swift's GRPO pipeline with r3's trainer and the vLLM engine that swift starts in its process: nothing stands in."""
 
-import socket
-
 import pytest
 from conformance import EQUAL
 from swift_runs import run
@@ -14,13 +12,8 @@ pytestmark = pytest.mark.engine
 def test_a_run_with_its_engine(tmp_path, monkeypatch):
     """swift's own sync cannot reload this engine on a CPU; r3's can. Replay lowers the gap to a third."""
     pytest.importorskip("vllm")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
-    for name, value in launched.items():
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("VLLM_PLUGINS", "")  # those of swift want torchvision
     made = run(
         tmp_path,
