@@ -3,4 +3,4 @@
 from swift.trainers import TrainerFactory
 
 # By name: the trainer brings vLLM with it, which swift imports when the device is set.
-TrainerFactory.TRAINER_MAPPING["grpo"] = "trainer_hooks.ms_swift.trainer.GRPOTrainer"
+TrainerFactory.TRAINER_MAPPING["grpo"] = f"{__package__}.trainer.GRPOTrainer"
