@@ -140,7 +140,8 @@ class Watched:
     def _get_per_token_logps_and_entropies(self, model: Any, model_inputs: Any, grpo_batch: Any, *a: Any, **k: Any):
         inputs = dict(model_inputs)
         result = super()._get_per_token_logps_and_entropies(model, model_inputs, grpo_batch, *a, **k)
-        self.scored.append(self._compared(model, inputs, grpo_batch.completion_mask, result[0].detach()))
+        if getattr(self, "replay", None) is not None:
+            self.scored.append(self._compared(model, inputs, grpo_batch.completion_mask, result[0].detach()))
         return result
 
     def _compared(self, model: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> dict[str, Any]:
@@ -219,9 +220,6 @@ class RealGRPO(Watched, hook.GRPOTrainer):
 
 class PlainGRPO(Watched, hook.grpo_trainer.GRPOTrainer):
     """swift's own, with the stand-in."""
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        return super(Watched, self)._get_per_token_logps_and_entropies(*args, **kwargs)
 
 
 class Pipeline(SwiftRLHF):

@@ -104,9 +104,9 @@ def test_off_is_bit_identical_to_swift(tmp_path, padding_free):
     settings = dict(padding_free=padding_free, learning_rate=1e-3)
     plain = run(tmp_path, trainer="PlainGRPO", **settings)
     off = run(tmp_path, vllm_engine_kwargs={"enable_return_routed_experts": False}, **settings)
-    on = run(tmp_path, **settings)
     assert off.replay is None
-    assert log_of(off) == log_of(plain) != log_of(on)
+    assert log_of(off) == log_of(plain)
+    assert "grad_norm" in log_of(plain)[0]
     for (name, value), other in zip(off.model.state_dict().items(), plain.model.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
 
