@@ -21,7 +21,7 @@ except ImportError:  # Python 3.10
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-OTHER_NAMES = {"yaml": "pyyaml"}
+OTHER_NAMES = {"yaml": "pyyaml", "swift": "ms-swift"}
 """Module -> distribution, where they differ by more than a hyphen."""
 NEVER_NEEDED = {
     "torchvision": "doctor looks whether one that is there fits torch",

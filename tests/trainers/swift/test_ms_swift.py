@@ -1,0 +1,183 @@
+"""swift's GRPO pipeline with r3's trainer and a stand-in for the engine: each forward is replayed as it should."""
+
+import copy
+
+import pytest
+import torch
+from conformance import EQUAL
+from swift_runs import PROMPTS, run, sequences
+
+import r3
+
+
+def checked(made):
+    """Every forward of the policy in training is the plain replayed one, and far from a live one."""
+    scored = [each for each in made.scored if each["training"] and not each["reference"]]
+    assert any(each["in_loss"] for each in scored)
+    assert max(each["replayed"] for each in scored) < EQUAL
+    assert min(each["live"] for each in scored) > 100 * EQUAL
+    return scored
+
+
+def log_of(made):
+    timing = ("time", "runtime", "per_second", "(s/it)")
+    return [{k: v for k, v in line.items() if not k.endswith(timing)} for line in made.state.log_history]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(num_iterations=2),
+        dict(padding_free=True, num_iterations=2),
+        dict(padding_side="left", max_steps=1),
+        dict(steps_per_generation=4, gradient_checkpointing=True),
+        dict(dynamic_sample=True, max_resample_times=2, max_steps=1),
+    ],
+    ids=["padded", "padding_free", "left", "gradient_checkpointing", "dynamic_sample"],
+)
+def test_replays(tmp_path, settings):
+    made = run(tmp_path, **settings)
+    assert made.template.padding_free == settings.get("padding_free", False)
+    assert made.template.padding_side == settings.get("padding_side", "right")
+    scored = checked(made)
+    assert sum(each["in_loss"] for each in scored) == 2 * made.state.max_steps
+    assert all(line["routing/replayed_frac"] > 0.9 for line in log_of(made) if "routing/replayed_frac" in line)
+
+
+def test_a_reference_model_is_live(tmp_path):
+    made = run(tmp_path, beta=0.04, max_steps=1)
+    checked(made)
+    references = [each for each in made.scored if each["reference"]]
+    assert len(references) == 2
+    assert max(each["live"] for each in references) < EQUAL < min(each["replayed"] for each in references)
+
+
+def test_lora_replays_and_its_reference_is_live(tmp_path):
+    made = run(tmp_path, tuner_type="lora", lora_dropout=0.0, beta=0.04, learning_rate=1e-3)
+    assert hasattr(made.model, "peft_config")
+    checked(made)
+    references = [each for each in made.scored if each["reference"]]
+    assert len(references) == 4
+    assert max(each["live"] for each in references) < EQUAL < min(each["replayed"] for each in references)
+
+
+def test_evaluation_is_live_and_leaves_training_alone(tmp_path):
+    evaluation = dict(eval_strategy="steps", eval_steps=1, split_dataset_ratio=0.5, per_device_eval_batch_size=4)
+    made = run(tmp_path, max_steps=1, **evaluation)
+    checked(made)
+    evaluated = [each for each in made.scored if not each["training"]]
+    assert evaluated
+    assert max(each["live"] for each in evaluated) < EQUAL
+
+
+def test_gradients_are_those_of_the_plain_replayed_model(tmp_path):
+    made = run(tmp_path, max_steps=1)
+    batch = made._buffered_inputs[0]
+    mask = batch["grpo_batch"].completion_mask
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)) * mask
+    plain = copy.deepcopy(made.model)
+    made.model.train()
+    made.model.zero_grad()
+    logps, _ = made._get_per_token_logps_and_entropies(made.model, dict(batch["model_inputs"]), batch["grpo_batch"])
+    (logps * weights).sum().backward()
+
+    plain = type(plain).from_pretrained(made.model.model_dir, dtype=torch.float32)
+    plain.load_state_dict(made.model.state_dict())
+    r3.attach(plain)
+    for ids, row, here in zip(sequences(batch["model_inputs"]), weights, mask, strict=True):
+        known = made.known[ids]
+        rows = torch.full((1, len(ids), *known.rows.shape[1:]), -1)
+        rows[0, :-1] = known.rows
+        tokens = torch.tensor([ids])
+        logits = plain(input_ids=tokens, routed_experts=rows, use_cache=False).logits[0, :-1]
+        scores = logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[known.prompt - 1 :, 0]
+        (scores * row[here]).sum().backward()
+    gates = 0
+    for (name, parameter), (_, other) in zip(made.model.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
+        gates += "gate.weight" in name and parameter.grad.abs().max() > 0
+    assert gates == 8
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_off_is_bit_identical_to_swift(tmp_path, padding_free):
+    settings = dict(padding_free=padding_free, learning_rate=1e-3)
+    plain = run(tmp_path, trainer="PlainGRPO", **settings)
+    off = run(tmp_path, vllm_engine_kwargs={"enable_return_routed_experts": False}, **settings)
+    assert off.replay is None
+    assert log_of(off) == log_of(plain)
+    assert "grad_norm" in log_of(plain)[0]
+    for (name, value), other in zip(off.model.state_dict().items(), plain.model.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+REFUSED = {
+    "use_vllm false": dict(use_vllm=False, vllm_mode=None),
+    "vllm_enable_lora": dict(tuner_type="lora", vllm_enable_lora=True),
+    "multi_turn_scheduler": dict(multi_turn_scheduler="math_tip_trick"),
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_refused_at_start_by_name(tmp_path, setting):
+    with pytest.raises(r3.ConfigError, match=f"moe_enable_routing_replay with ms-swift:\n.*{setting}: "):
+        run(tmp_path, **REFUSED[setting])
+
+
+def other_token(response):
+    response.choices[0].token_ids[0] ^= 2
+
+
+def other_prompt(response):
+    response.prompt_token_ids[0] ^= 2
+
+
+def no_rows(response):
+    response.choices[0].routed_experts = None
+
+
+def row_missing(response):
+    response.choices[0].routed_experts = response.choices[0].routed_experts[1:]
+
+
+def row_damaged(response):
+    response.choices[0].routed_experts[3, 2] = 5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (other_prompt, "sample 0: expected the .* tokens that the engine read and sampled"),
+        (no_rows, "sample 0: no routing: the engine does not return it"),
+        (row_missing, "sample 0: expected integer routing"),
+        (row_damaged, r"sample 0: [\s\S]*position 3, decoder layer 2"),
+    ],
+)
+def test_what_the_engine_did_not_do_is_not_trained_on(tmp_path, spoil, says):
+    with pytest.raises(r3.R3Error, match=says):
+        run(tmp_path, spoil=spoil)
+
+
+def test_a_forward_without_rows_raises(tmp_path):
+    made = run(tmp_path, max_steps=1)
+    batch = made._buffered_inputs[0]
+    made.model.train()
+    inputs = {name: value for name, value in batch["model_inputs"].items() if name != "routed_experts"}
+    with pytest.raises(r3.ReplayError, match="forward of the policy in training without `routed_experts`"):
+        made._get_per_token_logps_and_entropies(made.model, inputs, batch["grpo_batch"])
+    with pytest.raises(r3.ReplayError, match="without routing"):
+        made.model(input_ids=inputs["input_ids"])
+
+
+def test_a_swift_that_moved_is_refused(tmp_path, monkeypatch):
+    from swift.rlhf_trainers import grpo_trainer
+
+    collate = grpo_trainer.collate_to_grpo_micro_batch
+    monkeypatch.setattr(grpo_trainer, "collate_to_grpo_micro_batch", lambda batch: collate(batch))
+    with pytest.raises(r3.ConfigError, match=r"ms-swift 4\.\d+.*moved[\s\S]*collate_to_grpo_micro_batch"):
+        run(tmp_path)
+
+
+def test_prompts_differ_in_length():
+    """Else padding would not be tested."""
+    assert len({len(prompt) for prompt in PROMPTS}) == 3
