@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 from places import DEMO_MODEL, IMPORTED
 
+from trainer_hooks.support import installed_version
+
 # No test may depend on a model hub: all models are made in the test or shipped with the examples.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,6 +20,11 @@ os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 SIDE_BY_SIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 THREADS = min(4, max(1, (os.cpu_count() or 1) // SIDE_BY_SIDE))
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+
+# A trainer's tests run where that trainer is installed (`make test-trl`). Asked by distribution, since folders of these
+# names could be imported too.
+_TRAINERS = {"trl": "trl", "verl": "verl", "skyrl": "skyrl", "swift": "ms-swift"}
+collect_ignore = [f"trainers/{folder}" for folder, package in _TRAINERS.items() if installed_version(package) is None]
 
 # The same examples in every run, so that a run fails for what it changed; --hypothesis-profile=default draws new ones.
 hypothesis.settings.register_profile("same", derandomize=True)

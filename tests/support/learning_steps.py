@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import DEMO_MODEL
 from models import Choices
+from places import DEMO_MODEL
 from torch import Tensor
 from zoo import CASES
 

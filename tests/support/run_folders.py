@@ -22,6 +22,7 @@ def step_metrics(step, rng, *, layers, experts, replay, steps, worse=1.0):
     drift = (1 + 0.8 * step / max(steps, 20)) * worse
     metrics = {
         "reward/mean": 0.9 / (1 + math.exp(-(step - steps / 2) / (steps / 6 + 1))) + rng.gauss(0, 0.02),
+        "eval/reward": 0.9 / (1 + math.exp(-(step - steps / 2) / (steps / 6 + 1))),
         "reward/std_in_group": 0.3 + rng.gauss(0, 0.02),
         "rollout/tokens_mean": tokens / 256,
     }

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEMO_MODEL
 from learning_steps import (
     ADVANTAGES,
     CASE,
@@ -23,6 +22,7 @@ from learning_steps import (
     save_checkpoint,
     settings,
 )
+from places import DEMO_MODEL
 from ranks import Ranks
 
 import r3

@@ -1,5 +1,5 @@
-"""The recipe of examples/skyrl, as far as a CPU goes: settings, problems, the environment, and SkyRL's generator with
-an engine that is a stand-in. Then what the generator made, through collation and the policy worker."""
+"""The recipe of examples/trainers/skyrl, as far as a CPU goes: settings, problems, the environment, and SkyRL's
+generator with an engine that is a stand-in. Then what the generator made, through collation and the policy worker."""
 
 import asyncio
 import shlex
@@ -19,7 +19,7 @@ from workers import policy_worker
 from trainer_hooks.skyrl.config import validate_cfg
 from trainer_hooks.skyrl.entry_point import parsed
 
-FOLDER = EXAMPLES / "skyrl"
+FOLDER = EXAMPLES / "trainers" / "skyrl"
 SAYS = " 96 plus 21 is 117. <answer>{}</answer><|end|>"
 
 
@@ -76,7 +76,7 @@ class Engine:
 def recipe():
     """The arguments of the recipe in README.md."""
     text = (FOLDER / "README.md").read_text()
-    block = text.split("examples/skyrl/train.py \\\n")[1].split("\n\n")[0]
+    block = text.split("examples/trainers/skyrl/train.py \\\n")[1].split("\n\n")[0]
     return shlex.split(block.replace("\\\n", " "))
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conformance import Oracle
 from places import DEMO_MODEL
 from swift.arguments import RLHFArguments
 from swift.infer_engine.protocol import (
@@ -34,6 +33,7 @@ from swift.rewards import ORM, orms
 from swift.rlhf_trainers import rollout_mixin
 from swift.trainers import TrainerFactory
 from torch import Tensor
+from trainers.conformance import Oracle
 
 import trainer_hooks.ms_swift.plugin  # noqa: F401
 from trainer_hooks.ms_swift import trainer as hook

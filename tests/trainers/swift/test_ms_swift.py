@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conformance import EQUAL
 from swift_runs import PROMPTS, run, sequences
+from trainers.conformance import EQUAL
 
 import r3
 

@@ -1,8 +1,8 @@
 """swift's GRPO pipeline with r3's trainer and the vLLM engine that swift starts in its process: nothing stands in."""
 
 import pytest
-from conformance import EQUAL
 from swift_runs import run
+from trainers.conformance import EQUAL
 
 from trainer_hooks.ms_swift import engine
 

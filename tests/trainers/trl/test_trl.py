@@ -4,10 +4,10 @@ import pytest
 import torch
 import trl
 import trl.generation.vllm_generation as generation
-from conformance import EQUAL
 from datasets import Dataset
 from peft import LoraConfig
 from places import DEMO_MODEL
+from trainers.conformance import EQUAL
 from trl_runs import PROMPTS, TRAINERS, trainer, varied
 
 import r3

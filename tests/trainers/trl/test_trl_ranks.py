@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance import EQUAL
 from places import DEMO_MODEL
+from trainers.conformance import EQUAL
 from vllm_server import running_server
 
 import r3

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conformance import Oracle
 from datasets import Dataset
 from places import DEMO_MODEL
 from torch import Tensor
+from trainers.conformance import Oracle
 
 from trainer_hooks import trl as hooks
 

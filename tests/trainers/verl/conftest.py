@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-if not list(importlib.metadata.distributions(name="verl")):  # as a module, examples/verl would be found
+if not list(importlib.metadata.distributions(name="verl")):  # as a module, examples/trainers/verl would be found
     collect_ignore_glob = ["test_*.py"]  # `make test-verl`
 else:
     # Before verl is imported, here and in the processes that tests start.

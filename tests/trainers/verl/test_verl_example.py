@@ -1,4 +1,4 @@
-"""examples/verl: its data, reward and settings, as verl reads them. Training itself wants a GPU."""
+"""examples/trainers/verl: its data, reward and settings, as verl reads them. Training itself wants a GPU."""
 
 import importlib.util
 import os
@@ -17,7 +17,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 
 from trainer_hooks.verl.mode import replay_mode
 
-FOLDER = EXAMPLES / "verl"
+FOLDER = EXAMPLES / "trainers" / "verl"
 
 
 @pytest.fixture(scope="module")

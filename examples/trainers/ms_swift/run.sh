@@ -2,7 +2,7 @@
 # GRPO by ms-swift on the demo's model and task, with routing replay. On a CPU, from the root of the checkout:
 #
 #   R3_EXTRA=swift scripts/make-env
-#   PATH=$PWD/.venv-swift/bin:$PATH examples/ms_swift/run.sh --max_steps 2
+#   PATH=$PWD/.venv-swift/bin:$PATH examples/trainers/ms_swift/run.sh --max_steps 2
 #
 # Further arguments are swift's. What is for a CPU alone is marked; docs/how-to/ms-swift.md has the lines for GPUs.
 set -euo pipefail
@@ -19,7 +19,7 @@ export VLLM_PLUGINS=""
 python -m swift.cli.rlhf \
   --rlhf_type grpo \
   --external_plugins "$here/plugin.py" \
-  --model "$here/../chain_sum_moe" --model_type qwen3_moe --template default --use_chat_template false \
+  --model "$here/../../chain_sum_moe" --model_type qwen3_moe --template default --use_chat_template false \
   --tuner_type full \
   --dataset "$work/problems.jsonl" --split_dataset_ratio 0 \
   --reward_funcs chain_sum \

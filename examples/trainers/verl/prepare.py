@@ -1,6 +1,6 @@
 """Chain sums as verl reads them, and the demo's model with a chat template, which verl wants of every tokenizer.
 
-python examples/verl/prepare.py FOLDER
+python examples/trainers/verl/prepare.py FOLDER
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 QUESTION = "State the final answer to the following arithmetic problem: {} =\n"
-MODEL = Path(__file__).resolve().parent.parent / "chain_sum_moe"
+MODEL = Path(__file__).resolve().parents[2] / "chain_sum_moe"
 # The model knows no roles.
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# GRPO on chain sums with verl on one GPU, routing replayed: python examples/verl/prepare.py FOLDER, then
-#     examples/verl/train.sh FOLDER
+# GRPO on chain sums with verl on one GPU, routing replayed: python examples/trainers/verl/prepare.py FOLDER, then
+#     examples/trainers/verl/train.sh FOLDER
 # Further arguments are verl's own settings, `key=value`, and win.
 set -e
 folder=$1

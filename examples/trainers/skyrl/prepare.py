@@ -1,6 +1,6 @@
 """Writes what the recipe needs: problems for SkyRL, and the demo's model with a chat template.
 
-    python examples/skyrl/prepare.py runs/skyrl
+    python examples/trainers/skyrl/prepare.py runs/skyrl
 
 SkyRL makes prompts with the tokenizer's chat template. The demo's model was trained on bare text, so its template
 says nothing but the text itself.
@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-EXAMPLES = Path(__file__).resolve().parents[1]
+EXAMPLES = Path(__file__).resolve().parents[2]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 TERMS = {"min_terms": 3, "max_terms": 4, "min_digits": 2, "max_digits": 2}  # those of `r3 demo`
 

@@ -1,8 +1,8 @@
 """The demo's task with TRL's GRPOTrainer and routing replay.
 
-    python examples/trl/grpo_chain_sum.py
-    python examples/trl/grpo_chain_sum.py --moe_enable_routing_replay false --max_steps 10
-    torchrun --nproc-per-node 2 examples/trl/grpo_chain_sum.py
+    python examples/trainers/trl/grpo_chain_sum.py
+    python examples/trainers/trl/grpo_chain_sum.py --moe_enable_routing_replay false --max_steps 10
+    torchrun --nproc-per-node 2 examples/trainers/trl/grpo_chain_sum.py
 
 Arguments are those of `trl.GRPOConfig`. Needs the extras `trl` and `examples`, and a vLLM build.
 """
@@ -17,7 +17,7 @@ from trl import TrlParser
 
 from trainer_hooks.trl import GRPOConfig, GRPOTrainer  # in place of: from trl import GRPOConfig, GRPOTrainer
 
-EXAMPLES = Path(__file__).resolve().parents[1]
+EXAMPLES = Path(__file__).resolve().parents[2]
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/trl",
     "use_vllm": True,
