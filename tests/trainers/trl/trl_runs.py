@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from places import DEMO_MODEL
 from torch import Tensor
-from trainers.conformance import Oracle
+from trainers.conformance import Oracle, distance
 
 from trainer_hooks import trl as hooks
 
@@ -89,7 +89,7 @@ class Watched:
             entry["sequences"] += 1
             for name in ("replayed", "live") if self.model.training else ("live",):
                 wanted = oracle.logprobs(ids, replayed=name == "replayed", temperature=self.temperature)[first - 1 :]
-                entry[name] = max(entry[name], (mine - wanted).abs().max().item())
+                entry[name] = max(entry[name], distance(mine, wanted))
                 if name == "live" and not entry["in_loss"] and not reference and ids in self.sampled:
                     sampled = self.sampled[ids]
                     gap = ((mine - sampled).abs().mean().item(), (wanted - sampled).abs().mean().item())
