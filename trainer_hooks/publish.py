@@ -12,7 +12,7 @@ def push_from_all_ranks(
     sync: WeightSync | None,
     weights: Sequence[tuple[str, Weight]],
     version: int,
-    barrier: RankBarrier,
+    barrier: RankBarrier | None,
     frozen: Sequence[str] = (),
 ) -> SyncReceipt | None:
     """A sync that commits on all ranks, or raises on all. Every rank calls this, `frozen` alike, and all gather.
@@ -20,7 +20,8 @@ def push_from_all_ranks(
     Either one rank has the `sync`, or each has one of its own: of the `vllm.LLM` that an external launcher started in
     its process, alone or as one of a tensor-parallel group.
 
-    Sharded tensors are gathered one by one: no rank holds more than a chunk, or one tensor, beside its shards.
+    Sharded tensors are gathered one by one: no rank holds more than a chunk, or one tensor, beside its shards. Without
+    a `barrier` this is the only rank, which has a `sync`.
 
     Returns:
         The receipt on a rank with a `sync`, None on the others.
@@ -28,6 +29,9 @@ def push_from_all_ranks(
     Raises:
         SyncError: on every rank, if the sync did not commit everywhere or a rank could not gather; it says why.
     """
+    if barrier is None:
+        assert sync is not None
+        return sync.push(weights, version=version, frozen=frozen)
     try:
         if sync is None:
             with barrier.guard():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from learning_steps import ADVANTAGES, Tensors, full, make_rollouts, plain_model, save_checkpoint, settings
+from learning_steps import ADVANTAGES, Tensors, full, plain_model, save_checkpoint, settings
 from ranks import Ranks
 
 import r3
@@ -39,18 +39,6 @@ def path(tmp_path_factory):
     made = save_checkpoint(tmp_path_factory.mktemp("model"))
     (made / "generation_config.json").write_text('{"eos_token_id": 1}')
     return made
-
-
-@pytest.fixture(scope="module")
-def batch(path):
-    return make_rollouts(path)
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 class Fixed(GRPOTrainer):

@@ -11,13 +11,10 @@ from learning_steps import (
     LOW,
     Trace,
     learn,
-    make_rollouts,
     plain_model,
     sampled_logprobs,
-    save_checkpoint,
     settings,
 )
-from ranks import Ranks
 
 import r3
 from trainer_hooks.batches import Rows, StepBatch
@@ -56,23 +53,6 @@ METHODS = {
         f"{ALGORITHM}.eps_clip_high": 0.06,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def batch(path):
-    return make_rollouts(path)
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 def surrogate(ratio, advantage, low, high):

@@ -16,14 +16,11 @@ from learning_steps import (
     formula,
     full,
     learn,
-    make_rollouts,
     plain_model,
     sampled_logprobs,
-    save_checkpoint,
     settings,
 )
 from places import DEMO_MODEL
-from ranks import Ranks
 
 import r3
 from r3.capture import Rollout, Rollouts, engine_kwargs
@@ -38,23 +35,6 @@ PACKED = "trainer.use_sample_packing"
 UPDATES = "trainer.updates_per_step"
 SLICES = "trainer.policy.sequence_parallel_size"
 REPLAY = "trainer.policy.fsdp_config.moe_enable_routing_replay"
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def batch(path):
-    return make_rollouts(path)
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 def require_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], relative: float) -> None:

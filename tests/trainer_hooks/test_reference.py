@@ -11,13 +11,10 @@ from learning_steps import (
     LOW,
     full,
     learn,
-    make_rollouts,
     plain_model,
     sampled_logprobs,
-    save_checkpoint,
     settings,
 )
-from ranks import Ranks
 
 from trainer_hooks.batches import Rows, StepBatch
 from trainer_hooks.launch import process_group
@@ -30,23 +27,6 @@ KL = {"trainer.algorithm.kl_coef": COEF}
 UPDATES = "trainer.updates_per_step"
 MICRO = "trainer.micro_train_batch_size"
 CORRECTION = "trainer.algorithm.correction"
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def batch(path):
-    return make_rollouts(path)
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
 
 
 def truth(path, state, batch, rollouts, *, by_sequence):

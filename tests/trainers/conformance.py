@@ -6,6 +6,7 @@ sequence alone, unpadded, through a plain Hugging Face model that r3 is attached
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,3 +47,21 @@ class Oracle:
             routing = {"routed_experts": whole}
         logits = self.model(input_ids=tokens, use_cache=False, **routing).logits[0, :-1] / temperature
         return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
+
+
+def plain_weights(model: Any) -> dict[str, Tensor]:
+    """The weights of a model without its wrappers; sharded ones gathered, LoRA added where it is active."""
+    state = {}
+    for name, value in model.state_dict().items():
+        state[name] = value.full_tensor() if hasattr(value, "full_tensor") else value.detach().clone()
+    if hasattr(model, "peft_config"):
+        for path, layer in model.named_modules():
+            if hasattr(layer, "lora_A") and not layer.disable_adapters:
+                added = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+                state[f"{path}.base_layer.weight"] += layer.scaling["default"] * added.detach()
+        state = {
+            name.removeprefix("base_model.model.").replace(".base_layer", ""): value
+            for name, value in state.items()
+            if "lora_" not in name
+        }
+    return state

@@ -1,6 +1,5 @@
 """What r3 relies on in ms-swift, and what it refuses."""
 
-import inspect
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +24,7 @@ def seams() -> Iterator[Seam]:
         "_get_per_token_logps_and_entropies": ("model", "model_inputs", "grpo_batch"),
         "null_ref_context": (),
     }.items():
-        method = getattr(trainer, name, None)
-        yield Seam(where=f"GRPOTrainer.{name}", target=method and inspect.unwrap(method), parameters=parameters)
+        yield Seam(where=f"GRPOTrainer.{name}", target=getattr(trainer, name, None), parameters=parameters)
     yield Seam(where="GRPOTrainer.sample_cls", target=getattr(trainer, "sample_cls", None))
     yield Seam(
         where="GRPOSample.apply_rollout_output",

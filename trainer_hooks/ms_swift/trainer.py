@@ -72,10 +72,7 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
             return
         self._version += 1
         weights = named_weights(self.accelerator.unwrap_model(self.model))
-        if self._barrier is None:
-            receipt = self._sync.push(weights, version=self._version)
-        else:
-            receipt = push_from_all_ranks(self._sync, weights, self._version, self._barrier)
+        receipt = push_from_all_ranks(self._sync, weights, self._version, self._barrier)
         if receipt is not None:
             self._metrics["train"]["sync/seconds"].append(receipt.seconds)
 

@@ -1,6 +1,5 @@
 """What r3 relies on in TRL, and what it refuses."""
 
-import inspect
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,7 @@ def seams(trainer: type) -> Iterator[Seam]:
         "_get_per_token_logps_and_entropies": _LOGPS,
         "_compute_loss": ("model", "inputs"),
     }.items():
-        yield Seam(where=f"{trainer.__name__}.{name}", target=_unwrapped(trainer, name), parameters=parameters)
+        yield Seam(where=f"{trainer.__name__}.{name}", target=getattr(trainer, name, None), parameters=parameters)
     generation = vllm_generation.VLLMGeneration
     for name in ("sync_weights", "generate"):
         yield Seam(where=f"VLLMGeneration.{name}", target=getattr(generation, name, None))
@@ -32,11 +31,6 @@ def seams(trainer: type) -> Iterator[Seam]:
         yield Seam(where=f"trl.generation.vllm_generation.{name}", target=getattr(vllm_generation, name, None))
     yield Seam(where="VLLMClient._post", target=getattr(VLLMClient, "_post", None), parameters=("url",))
     yield Seam(where="VLLMClient.init_communicator", target=getattr(VLLMClient, "init_communicator", None))
-
-
-def _unwrapped(trainer: type, name: str) -> Any:
-    method = getattr(trainer, name, None)
-    return method and inspect.unwrap(method)
 
 
 def subject(args: Any, given: dict[str, Any], state: Any = None) -> SimpleNamespace:

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 import r3
-from r3.errors import ReplayError, SyncError
+from r3.errors import ReplayError
 from r3.parallel import RankBarrier
 from r3.routing import RolloutRouting
-from r3.weight_sync import SyncReceipt, WeightSync, named_weights
+from r3.weight_sync import WeightSync, named_weights
 from trainer_hooks.feed import RoutingFeed
 from trainer_hooks.publish import push_from_all_ranks
 from trainer_hooks.support import require_seams, require_supported
@@ -107,13 +107,7 @@ class RoutingReplayMixin(_Trainer):
             generation._llm_weights_sleeping = False
         self._version += 1
         weights = named_weights(self.accelerator.unwrap_model(self.model))
-        receipt: SyncReceipt | None
-        if self._barrier is None:
-            if self._sync is None:
-                raise SyncError("expected a weight sync on the only rank, got none")
-            receipt = self._sync.push(weights, version=self._version)
-        else:
-            receipt = push_from_all_ranks(self._sync, weights, self._version, self._barrier)
+        receipt = push_from_all_ranks(self._sync, weights, self._version, self._barrier)
         if receipt is not None:
             self._metrics["train"]["sync/seconds"].append(receipt.seconds)
 

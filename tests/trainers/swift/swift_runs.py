@@ -33,7 +33,7 @@ from swift.rewards import ORM, orms
 from swift.rlhf_trainers import rollout_mixin
 from swift.trainers import TrainerFactory
 from torch import Tensor
-from trainers.conformance import Oracle
+from trainers.conformance import Oracle, plain_weights
 
 import trainer_hooks.ms_swift.plugin  # noqa: F401
 from trainer_hooks.ms_swift import trainer as hook
@@ -174,22 +174,6 @@ def sequences(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
     positions = inputs["position_ids"].flatten()
     starts = (positions == 0).nonzero().flatten().tolist()
     return [tuple(part.tolist()) for part in ids[0].tensor_split(starts[1:])]
-
-
-def plain_weights(model: Any) -> dict[str, Tensor]:
-    """The weights of a model without its wrappers; LoRA added where it is active."""
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    if hasattr(model, "peft_config"):
-        for path, layer in model.named_modules():
-            if hasattr(layer, "lora_A") and not layer.disable_adapters:
-                added = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-                state[f"{path}.base_layer.weight"] += layer.scaling["default"] * added.detach()
-        state = {
-            name.removeprefix("base_model.model.").replace(".base_layer", ""): value
-            for name, value in state.items()
-            if "lora_" not in name
-        }
-    return state
 
 
 @cache

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from places import DEMO_MODEL
 from torch import Tensor
-from trainers.conformance import Oracle, distance
+from trainers.conformance import Oracle, distance, plain_weights
 
 from trainer_hooks import trl as hooks
 
@@ -113,21 +113,8 @@ def plain_model(model: Any) -> Any:
     """A model of the same weights without hooks, wrappers and TRL's fused head; LoRA added where it is active."""
     from transformers import AutoModelForCausalLM
 
-    state = {}
-    for name, value in model.state_dict().items():
-        state[name] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
-    if hasattr(model, "peft_config"):
-        for path, layer in model.named_modules():
-            if hasattr(layer, "lora_A") and not layer.disable_adapters:
-                added = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-                state[f"{path}.base_layer.weight"] += layer.scaling["default"] * added.detach()
-        state = {
-            name.removeprefix("base_model.model.").replace(".base_layer", ""): value
-            for name, value in state.items()
-            if "lora_" not in name
-        }
     made = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
-    made.load_state_dict(state)
+    made.load_state_dict(plain_weights(model))
     return made
 
 
