@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 from benchmarks.machine import machine
 
 SIDES = ("trl", "replay", "r3")
-LARGE = dict(layers=12, hidden=1024, experts=64, intermediate=384, vocab=151_936, prompts=32, samples=8, tokens=1024)
-LARGE |= dict(micro_batch=16, prompt=64, memory=0.35)
-SMALL = dict(layers=2, hidden=64, experts=8, intermediate=32, vocab=512, prompts=2, samples=2, tokens=8)
-SMALL |= dict(micro_batch=2, prompt=8, memory=0.1)
+LARGE: dict[str, Any] = dict(
+    layers=12, hidden=1024, experts=64, intermediate=384, vocab=151_936, prompt=64, tokens=1024
+)
+LARGE |= dict(prompts=32, samples=8, micro_batch=16, memory=0.35)
+SMALL: dict[str, Any] = dict(layers=2, hidden=64, experts=8, intermediate=32, vocab=512, prompt=8, tokens=8)
+SMALL |= dict(prompts=2, samples=2, micro_batch=2, memory=0.1)
 TOP_K = 8
 
 
@@ -62,8 +65,11 @@ def checkpoint(folder: Path, size: dict[str, Any]) -> None:
 
 
 class StepTimes(TrainerCallback):
-    def __init__(self) -> None:
+    """Seconds of each step; `after` is called with those of a step that has ended."""
+
+    def __init__(self, after: Callable[[float], None] = lambda seconds: None) -> None:
         self.seconds: list[float] = []
+        self.after = after
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()
@@ -72,6 +78,7 @@ class StepTimes(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._began)
+        self.after(self.seconds[-1])
 
 
 def run(side: str, folder: Path, size: dict[str, Any], steps: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from r3.errors import CaptureError
 from r3.parallel import IGNORED, Mesh, next_tokens
 from r3.routing import Packing, RolloutRouting, shard
 from r3.routing.checks import require_same_rows
+from trainer_hooks.micro_batches import even_groups
 
 
 @dataclass
@@ -43,7 +44,7 @@ class StepBatch:
         """All rollouts of a step, numbered in their order."""
         return cls(batch, advantages, torch.arange(len(advantages)))
 
-    def select(self, samples: slice) -> "StepBatch":
+    def select(self, samples: slice | list[int]) -> "StepBatch":
         return StepBatch(self.batch.select(samples), self.advantages[samples], self.sample_ids[samples])
 
     def split(self, size: int) -> Iterator["StepBatch"]:
@@ -51,19 +52,32 @@ class StepBatch:
         for at in range(0, len(self.advantages), size):
             yield self.select(slice(at, at + size))
 
-    def rows(self, mesh: Mesh, *, size: int, packed: bool) -> Iterator["Rows"]:
-        """The rows of this rank: its slice of every `mesh.data_size`-th rollout, `size` rollouts at a time.
+    def rows(self, mesh: Mesh, *, size: int, packed: bool, tokens: int = 0) -> Iterator["Rows"]:
+        """The rows of this rank's rollouts, a forward at a time.
+
+        Args:
+            mesh: of the ranks; those of one data rank share rows.
+            size: rollouts in a forward; every `mesh.data_size`-th is this rank's.
+            tokens: instead, the most tokens in a forward, over which rollouts are spread evenly; 0 counts rollouts.
+            packed: several rollouts a row.
 
         Raises:
             CaptureError: no rollouts, or a number that would give the ranks different numbers of forwards, in which
                 every rank takes part; on all ranks.
         """
-        if not len(self.advantages) or len(self.advantages) % mesh.data_size:
+        rollouts, ranks = len(self.advantages), mesh.data_size
+        if rollouts < ranks or (not tokens and rollouts % ranks):
             raise CaptureError(
-                f"rollouts of an update: expected a multiple of {mesh.data_size}, the ranks with rows of their own, "
-                f"got {len(self.advantages)}; every rank takes part in every forward"
+                f"rollouts of an update: expected {'at least' if tokens else 'a multiple of'} {ranks}, the ranks with "
+                f"rows of their own, got {rollouts}; every rank takes part in every forward"
             )
-        for part in self.select(slice(mesh.data_rank, None, mesh.data_size)).split(size):
+        if tokens:
+            lengths = self.batch.attention_mask.sum(1).tolist()
+            groups = even_groups(lengths, most=tokens, multiple_of=ranks)[mesh.data_rank :: ranks]
+            parts = (self.select(group) for group in groups)
+        else:
+            parts = self.select(slice(mesh.data_rank, None, ranks)).split(size)
+        for part in parts:
             yield Rows.of(part, packed=packed).shard(mesh.sequence_rank, mesh.sequence_size)
 
 

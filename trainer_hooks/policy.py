@@ -42,6 +42,7 @@ class Policy:
         self.mesh = make_mesh(self.device.type, policy.sequence_parallel_size)
         self.barrier = RankBarrier(timeout_s=config.trainer.timeout_s)
         self.packed = config.trainer.use_sample_packing
+        self.micro_batch_tokens = config.trainer.micro_train_batch_tokens
         self.tokenizer = AutoTokenizer.from_pretrained(policy.model.path)
         self.sliced = self.packed or self.mesh.sequence_size > 1
         self.replay: r3.Replay | None = None
@@ -52,6 +53,7 @@ class Policy:
             lr=policy.optimizer_config.lr,
             betas=(0.9, 0.95),
             weight_decay=policy.optimizer_config.weight_decay,
+            fused=True,
         )
         self.scheduler = lr_schedule(self.optimizer, policy.optimizer_config, max_steps=config.trainer.max_steps)
 
@@ -101,8 +103,9 @@ class Policy:
         return token_logprobs(logits, rows.labels, temperature=self.temperature)
 
     def rows(self, whole: StepBatch, size: int) -> Iterator[Rows]:
-        """This rank's part of `whole` on its device, `size` rollouts at a time."""
-        return prefetch(whole.rows(self.mesh, size=size, packed=self.packed), self.device)
+        """This rank's part of `whole` on its device, `size` rollouts or `micro_batch_tokens` tokens at a time."""
+        rows = whole.rows(self.mesh, size=size, tokens=self.micro_batch_tokens, packed=self.packed)
+        return prefetch(rows, self.device)
 
     def named_weights(self) -> list[tuple[str, LazyWeight]]:
         """All weights by the names of a checkpoint; sharded ones are gathered when they are sent."""

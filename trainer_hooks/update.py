@@ -9,6 +9,7 @@ same communication.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,7 @@ def update(config: R3Config, policy: Policy, whole: StepBatch, gap: StepGap | No
     # The first update's are those that its own forwards give.
     later = _old_logprobs(config, policy, minis[1:]) if trainer.algorithm.correction in OWN_RATIO else None
     totals, norms = _Totals(policy), []
+    sampled: list[tuple[Rows, Tensor]] = []  # by the weights that sampled the rollouts
     for mini in minis:
         loss_of = PolicyLoss(trainer.algorithm, mini, samples=len(whole.advantages), group=policy.mesh.sequence_group)
         # The tokens of all ranks, divided by the ranks over which gradients are averaged.
@@ -50,20 +52,24 @@ def update(config: R3Config, policy: Policy, whole: StepBatch, gap: StepGap | No
         for rows in policy.rows(mini, trainer.micro_train_batch_size):
             logprobs = policy.logprobs(rows, replayed=replayed)
             if gap is not None and not norms:
-                gap.add(rows, {"replayed" if replayed else "live": logprobs.detach()})
+                sampled.append((replace(rows, routing=None), logprobs.detach()))
             old = next(later) if later is not None and norms else logprobs.detach()
             loss = loss_of(rows, logprobs, old, policy.reference_logprobs(rows))
             (loss.total / tokens).backward()
             totals.add(rows, loss)
         norm = nn.utils.clip_grad_norm_(policy.model.parameters(), trainer.policy.optimizer_config.max_grad_norm)
-        norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))  # pyrefly: ignore
+        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # pyrefly: ignore
         policy.optimizer.step()
         policy.optimizer.zero_grad(set_to_none=True)
+    # The host reads nothing from the device before the last kernel is queued.
+    if gap is not None:
+        for rows, logprobs in sampled:
+            gap.add(rows, {"replayed" if replayed else "live": logprobs})
     (lr,) = {group["lr"] for group in policy.optimizer.param_groups}
     policy.scheduler.step()
     return totals.metrics(int(whole.batch.response_mask.sum())) | {
         "train/lr": lr,
-        "train/grad_norm": sum(norms) / len(norms),
+        "train/grad_norm": float(torch.stack(norms).mean()),
         "train/updates": len(norms),
     }
 
@@ -86,26 +92,31 @@ class _Totals:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._layers = len(policy.replay.spec.layer_ids) if policy.replay else 0
-        self._sums = dict.fromkeys(("loss", "clipped", "rows_replayed", "rows_live", "pairs_live"), 0.0)
+        self._sums: dict[str, Tensor | float] = {}
         self._correction: CorrectionSums | None = None
 
     def add(self, rows: Rows, loss: MicroLoss) -> None:
-        replay, sums = self._policy.replay, self._sums
-        sums["loss"] += float(loss.total.detach())
-        sums["clipped"] += float(loss.clipped)
+        replay = self._policy.replay
         # Live rows of tokens only: `replay.last` counts the rows of padding too.
-        last, real = replay.last if replay else None, int(rows.tokens.sum())
-        sums["rows_replayed"] += last.rows_replayed if last else 0
-        sums["rows_live"] += real - (last.rows_replayed if last else 0)
-        sums["pairs_live"] += real * self._layers - (last.pairs_replayed if last else 0)
+        last, real = replay.last if replay else None, rows.tokens.sum().double()
+        found: dict[str, Tensor | float] = {
+            "loss": loss.total.detach(),
+            "clipped": loss.clipped,
+            "rows_replayed": last.rows_replayed if last else 0,
+            "rows_live": real - (last.rows_replayed if last else 0),
+            "pairs_live": real * self._layers - (last.pairs_replayed if last else 0),
+        }
         if loss.kl is not None:
-            sums["kl"] = sums.get("kl", 0.0) + float(loss.kl)
+            found["kl"] = loss.kl
+        for name, value in found.items():
+            self._sums[name] = self._sums.get(name, 0.0) + (value.double() if isinstance(value, Tensor) else value)
         if loss.correction is not None:
             self._correction = loss.correction if self._correction is None else self._correction + loss.correction
 
     def metrics(self, tokens: int) -> dict[str, float]:
         """Of all ranks, each of which calls this; `tokens` is the number of sampled tokens."""
-        summed = torch.tensor(list(self._sums.values()), dtype=torch.float64, device=self._policy.device)
+        device = self._policy.device
+        summed = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in self._sums.values()])
         dist.all_reduce(summed)
         totals = dict(zip(self._sums, summed.tolist(), strict=True))
         found = {

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from r3.capture.response_parsing import Read, http_samples
 from r3.capture.rollout import Rollout, Rollouts
@@ -125,7 +126,7 @@ def _result(future: Any) -> Any:
 def _rollout(
     sample: Sample, prompt_index: int, spec: RoutingSpec | None, weight_version: int | None, prompt_start: int
 ) -> Rollout:
-    _require_logprobs(sample.logprobs)
+    logprobs = _checked_logprobs(sample.logprobs)
     if not isinstance(sample.finish_reason, str | None):
         raise CaptureError(f"finish_reason: expected text or None, got {sample.finish_reason!r:.80}")
     if prompt_start < 0:
@@ -147,7 +148,7 @@ def _rollout(
         prompt_ids=sample.prompt_ids,
         token_ids=sample.token_ids,
         response_mask=torch.ones(len(sample.token_ids), dtype=torch.bool),
-        logprobs=torch.tensor(sample.logprobs, dtype=torch.float32),
+        logprobs=logprobs,
         routing=routing,
         finish_reason=sample.finish_reason,
         prompt_index=prompt_index,
@@ -162,6 +163,14 @@ def _rollout(
             f"{', '.join(f'{version} from token {start}' for start, version in sample.versions)}"
         )
     return stamp_versions(rollout, sample.versions)
+
+
+def _checked_logprobs(logprobs: Sequence[float]) -> Tensor:
+    """float32 `[G]`, on the host."""
+    values = np.array(logprobs)
+    if values.dtype != np.float64 or not np.isfinite(values).all() or values.max(initial=0.0) > LARGEST_LOGPROB:
+        _require_logprobs(logprobs)
+    return torch.from_numpy(values.astype(np.float32))
 
 
 def _require_logprobs(logprobs: Sequence[float]) -> None:

@@ -90,6 +90,9 @@ def capture_kwargs(
 def sampling_kwargs(config: R3Config) -> dict[str, Any]:
     """Keyword arguments for `vllm.SamplingParams`: the whole distribution at the set temperature, with its logprobs.
 
+    Log-probabilities come as one list instead of an object a token, and text is not made: with both, vLLM samples half
+    as fast. Decode `Rollout.token_ids` where text is needed.
+
     Never raises: `R3Config` has checked the settings.
 
     Example:
@@ -105,6 +108,8 @@ def sampling_kwargs(config: R3Config) -> dict[str, Any]:
         "top_k": -1,
         "max_tokens": sampling.max_generate_length,
         "logprobs": 0,
+        "flat_logprobs": True,
+        "detokenize": False,
     }
 
 

@@ -175,8 +175,8 @@ class RolloutBatch:
         """The same batch in page-locked host memory, from which `to` a GPU runs beside computation."""
         return self._map(lambda part: part.pin_memory())
 
-    def select(self, samples: slice) -> "RolloutBatch":
-        """The chosen rollouts; shares memory."""
+    def select(self, samples: slice | list[int]) -> "RolloutBatch":
+        """The chosen rollouts; a slice shares memory."""
         return self._map(lambda part: part.select(samples) if isinstance(part, RolloutRouting) else part[samples])
 
     def _map(self, change: Callable[[Any], Any]) -> "RolloutBatch":

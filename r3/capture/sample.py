@@ -50,10 +50,7 @@ def engine_sample(output: Any, completion: Any, routing: bool) -> Sample:
     return Sample(
         prompt_ids=token_list(output.prompt_token_ids, "prompt_token_ids"),
         token_ids=token_ids,
-        logprobs=[
-            _logprob(i, token, entry)
-            for i, (token, entry) in enumerate(zip(token_ids, completion.logprobs, strict=True))
-        ],
+        logprobs=_sampled_logprobs(completion.logprobs, token_ids),
         routed_experts=row_array(completion.routed_experts) if routing else None,
         finish_reason=completion.finish_reason,
         versions=parse_version_spans(weight_versions(completion), getattr),
@@ -76,6 +73,20 @@ def token_list(tokens: Any, name: str) -> list[int]:
         return ids
     place, wrong = next((i, token) for i, token in enumerate(ids) if type(token) is not int or token < 0)
     raise CaptureError(f"{name}: expected a list of integers from 0 up, got {wrong!r:.80} at {place}")
+
+
+def _sampled_logprobs(entries: Any, token_ids: list[int]) -> list[float]:
+    """Of the token that was sampled at each position.
+
+    vLLM gives a dictionary of objects a position; or, with `SamplingParams(flat_logprobs=True)`, one list for all
+    positions, each of which begins with the sampled token's.
+    """
+    if hasattr(entries, "start_indices"):
+        if entries.token_ids == token_ids:  # no more were asked for
+            return entries.logprobs
+        if [entries.token_ids[start] for start in entries.start_indices] == token_ids:
+            return [entries.logprobs[start] for start in entries.start_indices]
+    return [_logprob(i, token, entry) for i, (token, entry) in enumerate(zip(token_ids, entries, strict=True))]
 
 
 def _logprob(place: int, token: int, entry: Any) -> float:

@@ -19,6 +19,9 @@ ROUTES: tuple[Route, ...] = ("completions", "chat", "generate")
 # Fields that the OpenAI client has; others that vLLM understands go into `extra_body`.
 OPENAI_NAMES = frozenset({"n", "temperature", "top_p", "max_tokens", "seed", "stop", "logprobs", "top_logprobs"})
 
+# Of `SamplingParams`: these routes answer with text, and with an object a token.
+NOT_OPENAI = ("flat_logprobs", "detokenize")
+
 
 def server_args(config: R3Config) -> list[str]:
     """Arguments of `vllm serve`: the model, and an engine like `LLM(**engine_kwargs(config))`.
@@ -92,6 +95,8 @@ def request_fields(config: R3Config, route: Route = "completions", prompt_start:
     start = {"routed_experts_prompt_start": prompt_start} if prompt_start else {}
     if route == "generate":
         return {"sampling_params": sampling | start, "return_token_ids": True}
+    for name in NOT_OPENAI:
+        del sampling[name]
     if route == "chat":
         sampling |= {"logprobs": True, "top_logprobs": sampling["logprobs"]}
     # Tokens as ids in the log-probabilities let `collect` check that these are of the tokens that were sampled.

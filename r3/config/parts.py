@@ -217,6 +217,13 @@ class TrainerConfig:
         at_least(1),
         unit="rollouts",
     )
+    micro_train_batch_tokens: int = setting(
+        0,
+        "Most tokens in one forward and backward of a rank, over which rollouts are then spread evenly, instead of "
+        "`micro_train_batch_size` rollouts; a longer rollout is alone. 0 counts rollouts.",
+        at_least(0),
+        unit="tokens",
+    )
     use_sample_packing: bool = setting(True, "Several rollouts a row, instead of padding.")
     timeout_s: float = setting(
         3600.0, "Longest wait of a rank for the others, such as for the first one's rollouts.", above(0), unit="s"
@@ -269,6 +276,10 @@ class TrainerConfig:
             problems.append(
                 f"trainer.policy.optimizer_config.warmup_steps: expected fewer than trainer.max_steps "
                 f"({self.max_steps}), got {warmup}"
+            )
+        if self.micro_train_batch_tokens and not self.use_sample_packing:
+            problems.append(
+                "trainer.micro_train_batch_tokens needs trainer.use_sample_packing=true: padding would be on top of it"
             )
         if self.keep_checkpoints and not self.save_every:
             problems.append("trainer.keep_checkpoints: expected trainer.save_every above 0 with it, got 0")

@@ -167,3 +167,45 @@ def test_an_engine_is_compared_with_the_policy_before_the_first_step(trainer, en
     finally:
         with torch.no_grad():
             norm.copy_(before)
+
+
+def test_rollouts_that_come_in_few_messages_are_those_that_come_token_by_token(engine, trainer):
+    """Answers that are read when complete come so; a stop string has each step sent. One at a time, for equal sums."""
+    from vllm import SamplingParams
+
+    def sampled(seed, **how):
+        assert engine.reset_prefix_cache()
+        params = SamplingParams(seed=seed, logprobs=0, temperature=1.0, max_tokens=90, ignore_eos=True, **how)
+        (output,) = engine.generate([{"prompt_token_ids": list(range(3, 9 + seed))}], params, use_tqdm=False)
+        return output, collect([output], trainer.policy.replay.spec).items[0]
+
+    for seed in range(3):
+        quick, one = sampled(seed, flat_logprobs=True, detokenize=False)
+        slow, other = sampled(seed, stop=["never sampled"])
+        assert slow.outputs[0].text
+        assert not quick.outputs[0].text
+        assert one.token_ids == other.token_ids
+        assert torch.equal(one.logprobs, other.logprobs)
+        assert torch.equal(one.routing.expert_ids, other.routing.expert_ids)
+        assert torch.equal(one.routing.valid, other.routing.valid)
+        assert one.routing.rows_valid == len(one) - 1
+
+
+def test_a_request_for_more_logprobs_beside_others_leaves_theirs_their_own(engine, trainer):
+    """The engine's rows of a step are as wide as the widest request of that step, which ends before the others."""
+    from vllm import SamplingParams
+
+    wanted = [0, 3, 0, 5]
+    params = [
+        SamplingParams(seed=i, logprobs=k, max_tokens=40 if k else 90, ignore_eos=True) for i, k in enumerate(wanted)
+    ]
+    asked = [{"prompt_token_ids": list(range(3, 9 + i))} for i in range(len(params))]
+    outputs = engine.generate(asked, params, use_tqdm=False)
+    for k, output, rollout in zip(wanted, outputs, collect(outputs, trainer.policy.replay.spec), strict=True):
+        entries = output.outputs[0].logprobs
+        assert len(entries) == len(rollout.token_ids) == (40 if k else 90)
+        assert {len(entry) for entry in entries} <= {max(k, 1), k + 1}
+        for entry, token, logprob in zip(entries, rollout.token_ids, rollout.logprobs.tolist(), strict=True):
+            assert (
+                entry[token].logprob == logprob == max(e.logprob for e in entry.values() if e.rank == entry[token].rank)
+            )

@@ -31,6 +31,7 @@ from trainer_hooks.policy import Policy
 
 CLIP = "trainer.policy.optimizer_config.max_grad_norm"
 MICRO = "trainer.micro_train_batch_size"
+TOKENS = "trainer.micro_train_batch_tokens"
 PACKED = "trainer.use_sample_packing"
 UPDATES = "trainer.updates_per_step"
 SLICES = "trainer.policy.sequence_parallel_size"
@@ -76,6 +77,12 @@ def test_gradients_and_step_are_those_of_the_formula_however_rollouts_are_batche
     require_learned(trace, path, batch, minis=[[0, 1, 2, 3]])
 
 
+@pytest.mark.parametrize("tokens", [1, max(LENGTHS) + 1, sum(LENGTHS)])
+def test_gradients_and_step_are_those_of_the_formula_however_tokens_are_batched(path, batch, tokens):
+    trace = learn(settings(path, **{TOKENS: tokens}), batch, ADVANTAGES)
+    require_learned(trace, path, batch, minis=[[0, 1, 2, 3]])
+
+
 def test_gradients_are_clipped_to_the_norm_over_all_parameters(path, batch):
     trace = learn(settings(path, **{CLIP: 0.01}), batch, ADVANTAGES)
     assert trace.metrics[0]["train/grad_norm"] > 0.1
@@ -92,10 +99,11 @@ def test_each_of_several_updates_is_of_its_own_rollouts_alone(path, batch):
     [
         ({MICRO: 1}, [[0, 1, 2, 3]]),
         ({PACKED: False, UPDATES: 2, CLIP: 0.5}, [[0, 1], [2, 3]]),
+        ({TOKENS: max(LENGTHS)}, [[0, 1, 2, 3]]),
         ({SLICES: 2, MICRO: 3}, [[0, 1, 2, 3]]),
         ({SLICES: 2, MICRO: 1, UPDATES: 2, CLIP: 0.5}, [[0, 1], [2, 3]]),
     ],
-    ids=["data", "data padded twice", "sequence", "sequence twice"],
+    ids=["data", "data padded twice", "data by tokens", "sequence", "sequence twice"],
 )
 def test_two_ranks_learn_what_one_learns(path, batch, two, changes, minis):
     traces = two.all(learn, settings(path, **changes), batch, ADVANTAGES)

@@ -4,12 +4,17 @@ It keeps the rows of all tokens by KV slot and sends those of a request with its
 steps, and when it ends, before its blocks are freed. vLLM 0.22 to 0.30 keep the same store, and send a row a request
 and step: a few hundred small arrays a step, each of them encoded, decoded and joined by itself.
 
+A request whose answer is read when it is complete (`RequestOutputKind.FINAL_ONLY`, as `LLM.generate` and what does not
+stream ask) sends its tokens and log-probabilities with its rows: what would be a message a token is encoded, decoded
+and put away in the engine's and the caller's process, in turns with the steps of the model.
+
 Rows come from vLLM's own capture (0.22 to 0.30), or from the hooks of `routing_worker` where vLLM refuses to.
 
 Limits
-1. An aborted request has lost the rows of its last steps, fewer than `STEPS_A_MESSAGE`. Requests with stop strings
-   send their rows each step: it is the front end that ends them.
+1. An aborted request has lost the rows of its last steps, fewer than `STEPS_A_MESSAGE`; if it does not stream, their
+   tokens too. Requests with stop strings send all in each step: it is the front end that ends them.
 2. Rows of a request that was preempted are those under which its tokens were sampled, not those of its second prefill.
+3. A server's metrics of times between tokens are those between messages.
 
 Imported in the engine's process alone.
 """
@@ -18,9 +23,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from r3.capture.in_engine.held_outputs import HeldOutputs
 from r3.capture.in_engine.slot_store import SlotStore, step_positions
 from r3.vllm_compat.capture import full_attention_group, native_rows, native_store
 
@@ -53,6 +60,8 @@ class CapturingScheduler:
         self.r3_finished: dict[str, np.ndarray] = {}
         self.r3_new: set[str] = set()  # requests without a token
         self.r3_eager: set[str] = set()  # requests with stop strings
+        self.r3_held: dict[str, HeldOutputs] = {}  # of requests that nobody reads before they end
+        self.r3_ended: list[str] = []  # requests that ended in the step whose output is being worked on
         # Blocks that a request had when it was preempted, and the last step that wrote into them.
         self.r3_freed: dict[str, tuple[list[int], int]] = {}
         self.r3_scheduled = 0  # steps scheduled so far
@@ -69,6 +78,8 @@ class CapturingScheduler:
             self.r3_new.add(request.request_id)
             if request.sampling_params.stop:
                 self.r3_eager.add(request.request_id)
+            elif request.sampling_params.output_kind == RequestOutputKind.FINAL_ONLY:
+                self.r3_held.setdefault(request.request_id, HeldOutputs())
         return super().add_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -76,15 +87,28 @@ class CapturingScheduler:
         try:
             self._r3_write(scheduler_output, model_runner_output)
             outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
-            # Most requests send nothing in most steps.
-            if self.r3_finished or self.r3_new or self.r3_eager or self.r3_freed or step % STEPS_A_MESSAGE == 0:
-                for client in outputs.values():
-                    for output in client.outputs:
-                        if output.new_token_ids:
-                            output.routed_experts = self._r3_rows(output.request_id, step)
+            # Most requests send no rows in most steps.
+            rows = self.r3_finished or self.r3_new or self.r3_eager or self.r3_freed or step % STEPS_A_MESSAGE == 0
+            for client in outputs.values():
+                client.outputs = [output for output in client.outputs if self._r3_sends(output, step, bool(rows))]
+            for request_id in self.r3_ended:
+                self.r3_held.pop(request_id, None)
         finally:
             self.r3_updating = None
-        return outputs
+            self.r3_ended.clear()
+        return {client: message for client, message in outputs.items() if not _is_empty(message)}
+
+    def _r3_sends(self, output: Any, step: int, rows: bool) -> bool:
+        """Whether `output` is sent now: with its rows if they are due, and with what was held before it."""
+        if rows and output.new_token_ids:
+            output.routed_experts = self._r3_rows(output.request_id, step)
+        held = self.r3_held.get(output.request_id)
+        if held is None:
+            return True
+        if output.routed_experts is None and step % STEPS_A_MESSAGE and held.hold(output):
+            return False
+        held.release(output)
+        return True
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         if request.num_output_tokens:
@@ -102,6 +126,10 @@ class CapturingScheduler:
         self.r3_freed.pop(request.request_id, None)
         self.r3_new.discard(request.request_id)
         self.r3_eager.discard(request.request_id)
+        if self.r3_updating is None:  # aborted
+            self.r3_held.pop(request.request_id, None)
+        else:
+            self.r3_ended.append(request.request_id)
         return super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def _r3_write(self, scheduler_output: Any, model_runner_output: Any) -> None:
@@ -171,6 +199,11 @@ class CapturingScheduler:
             del self.r3_freed[request_id]
         group = 0 if self.r3_store is None else self.r3_store.group
         return self.kv_cache_manager.get_blocks(request_id).get_block_ids()[group]  # type: ignore[attr-defined]
+
+
+def _is_empty(message: Any) -> bool:
+    """Whether a step's message to a client says nothing."""
+    return not (message.outputs or message.finished_requests) and message.scheduler_stats is None
 
 
 class _Synchronous(CapturingScheduler, Scheduler):
