@@ -102,9 +102,9 @@ def plain_logprobs(model, *, replayed: bool = True) -> list[torch.Tensor]:
     """`[response]` of each sample, by a forward each of a plain model to which replay is attached."""
     out = []
     for prompt, response, rows in samples():
-        ids = torch.tensor(prompt + response)
-        routing = torch.full((1, len(ids), LAYERS, TOP_K), -1)
-        routing[0, : len(rows)] = torch.from_numpy(rows).long()
+        ids = torch.tensor(prompt + response, device=model.device)
+        routing = ids.new_full((1, len(ids), LAYERS, TOP_K), -1)
+        routing[0, : len(rows)] = torch.from_numpy(rows).to(ids)
         more = {"routed_experts": routing} if replayed else {}
         logits = model(input_ids=ids[None], use_cache=False, **more).logits
         out.append(logits.log_softmax(-1)[0, :-1].gather(-1, ids[1:, None])[-len(response) :, 0])

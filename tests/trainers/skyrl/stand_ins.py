@@ -1,10 +1,11 @@
 """Stand-ins, for these tests only, with which SkyRL imports on a CPU and under Python 3.11, which its metadata refuses.
 
-Nothing of SkyRL is replaced: `flash_attn.bert_padding`, of a package that has no CPU build, is written in plain torch,
+Nothing of SkyRL is replaced: `flash_attn.bert_padding`, where that package is not there, is written in plain torch,
 and `typing.TypedDict` is the newer one, because pydantic refuses the older. Import this before anything of SkyRL.
 """
 
 import contextlib
+import importlib.util
 import sys
 import types
 import typing
@@ -29,10 +30,11 @@ def pad_input(hidden_states, indices, batch, seqlen):
     return out.unflatten(0, (batch, seqlen))
 
 
-# The module alone, without its package: transformers would take flash attention to be there.
-_padding = types.ModuleType("flash_attn.bert_padding")
-_padding.unpad_input, _padding.pad_input = unpad_input, pad_input
-sys.modules["flash_attn.bert_padding"] = _padding
+if importlib.util.find_spec("flash_attn") is None:
+    # The module alone, without its package: transformers would take flash attention to be there.
+    _padding = types.ModuleType("flash_attn.bert_padding")
+    _padding.unpad_input, _padding.pad_input = unpad_input, pad_input
+    sys.modules["flash_attn.bert_padding"] = _padding
 
 
 def methods_on_cpu(patch=setattr) -> None:

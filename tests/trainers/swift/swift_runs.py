@@ -33,7 +33,7 @@ from swift.rewards import ORM, orms
 from swift.rlhf_trainers import rollout_mixin
 from swift.trainers import TrainerFactory
 from torch import Tensor
-from trainers.conformance import Oracle, plain_weights
+from trainers.conformance import Oracle, distance, plain_weights
 
 import trainer_hooks.ms_swift.plugin  # noqa: F401
 from trainer_hooks.ms_swift import trainer as hook
@@ -106,7 +106,7 @@ class Watched:
 
     Attributes:
         known: the engine's answers, by their tokens.
-        scored: of each call, its mode and largest distances in nats from the replayed and the live plain model.
+        scored: of each call, its mode and largest `distance` from the replayed and the live plain model.
     """
 
     spoil: Any = None
@@ -138,10 +138,12 @@ class Watched:
         """The stand-in has no weights."""
 
     def _get_per_token_logps_and_entropies(self, model: Any, model_inputs: Any, grpo_batch: Any, *a: Any, **k: Any):
-        inputs = dict(model_inputs)
+        inputs = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in model_inputs.items()}
         result = super()._get_per_token_logps_and_entropies(model, model_inputs, grpo_batch, *a, **k)
         if getattr(self, "replay", None) is not None:
-            self.scored.append(self._compared(model, inputs, grpo_batch.completion_mask, result[0].detach()))
+            self.scored.append(
+                self._compared(model, inputs, grpo_batch.completion_mask.cpu(), result[0].detach().cpu())
+            )
         return result
 
     def _compared(self, model: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> dict[str, Any]:
@@ -160,7 +162,7 @@ class Watched:
             for ids, row, here in zip(sequences(inputs), logps, mask, strict=True):
                 wanted = oracle.logprobs(ids, replayed=name == "replayed", temperature=self.temperature)
                 wanted = wanted[self.known[ids].prompt - 1 :]
-                entry[name] = max(entry[name], (row[here] - wanted).abs().max().item())
+                entry[name] = max(entry[name], distance(row[here], wanted))
                 gaps.append((wanted - self.known[ids].logprobs).abs().mean().item())
             entry["gaps"][name] = sum(gaps) / len(gaps)
         return entry
@@ -289,3 +291,27 @@ def run(folder: Path, *, trainer: str = "WatchedGRPO", spoil: Any = None, **sett
             patch.setattr(rollout_mixin, "check_vllm_version_ge", lambda version: True)
         pipeline.main()
     return pipeline.trainer
+
+
+def run_with_engine(folder: Path, **settings: Any) -> Any:
+    """`run` with the vLLM engine that swift starts in this process: 2 generations of 2 iterations.
+
+    Returns the trainer, and the mean gaps to the engine in nats, replayed and live, over the forwards before updates.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
+            patch.setenv(name, str(value))
+        patch.setenv("VLLM_PLUGINS", "")  # those of swift want torchvision
+        made = run(
+            folder,
+            trainer="RealGRPO",
+            vllm_engine_kwargs={"kv_cache_memory_bytes": 100_000_000},
+            vllm_max_model_len=128,
+            use_cpu=False,
+            num_iterations=2,
+            max_steps=4,
+            learning_rate=1e-3,
+            **settings,
+        )
+    sampled = [each["gaps"] for each in made.scored if each["training"] and not each["in_loss"]]
+    return made, {name: sum(each[name] for each in sampled) / len(sampled) for name in ("replayed", "live")}

@@ -10,10 +10,13 @@ from trl_runs import trainer
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
 
-@pytest.mark.parametrize("asleep", [False, True], ids=["awake", "sleep-mode"])
-def test_a_colocated_engine_is_replayed_and_synced(tmp_path, asleep):
+@pytest.mark.parametrize(
+    ("kind", "asleep"), [("grpo", False), ("grpo", True), ("rloo", False)], ids=["awake", "sleep-mode", "rloo"]
+)
+def test_a_colocated_engine_is_replayed_and_synced(tmp_path, kind, asleep):
     made = trainer(
         tmp_path,
+        kind=kind,
         use_cpu=False,
         max_steps=3,
         max_completion_length=32,
@@ -23,6 +26,7 @@ def test_a_colocated_engine_is_replayed_and_synced(tmp_path, asleep):
     made.train()
     scored = [each for each in made.scored if each["training"] and each["sequences"]]
     assert sum(each["in_loss"] for each in scored) == 3
+    print(kind, *(f"{each['replayed']:.1e}/{each['live']:.1e}" for each in scored))
     assert max(each["replayed"] for each in scored) < 1e-3  # a GPU's float32 against a CPU's
     replayed, live = torch.tensor([gap for each in scored for gap in each.get("gap", [])]).mean(0)
     assert replayed < live / 3

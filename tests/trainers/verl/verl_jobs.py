@@ -99,14 +99,8 @@ def logprobs(made: Any, data: TensorDict) -> list[torch.Tensor]:
 
 
 def gradients(made: Any, data: TensorDict) -> dict[str, torch.Tensor]:
-    """Of minus the mean log-probability over the samples of all ranks."""
-    tokens = torch.tensor(sum(len(part) - 1 for part in data["input_ids"].unbind()))
-    dist.all_reduce(tokens, group=made.get_data_parallel_group())
-
-    def loss(model_output: Any, data: Any, dp_group: Any) -> Any:
-        total = torch.stack([part[:-1].sum() for part in model_output["log_probs"].unbind()]).sum()
-        return -total / tokens * made.get_data_parallel_size(), {}
-
+    """Of `loss_of_ranks`."""
+    loss = loss_of_ranks(made, data)
     with made.train_mode():
         made.optimizer_zero_grad()
         made.forward_backward_batch(data, loss)
@@ -117,6 +111,27 @@ def gradients(made: Any, data: TensorDict) -> dict[str, torch.Tensor]:
         }
 
 
+def gradient_norm(made: Any, data: TensorDict) -> float:
+    """Of `loss_of_ranks`, also where parameters are flat. Makes a step."""
+    loss = loss_of_ranks(made, data)
+    with made.train_mode():
+        made.optimizer_zero_grad()
+        made.forward_backward_batch(data, loss)
+        return float(made.optimizer_step())
+
+
+def loss_of_ranks(made: Any, data: TensorDict) -> Callable:
+    """Minus the mean log-probability over the samples of all ranks."""
+    tokens = torch.tensor(float(sum(len(part) - 1 for part in data["input_ids"].unbind())))
+    dist.all_reduce(tokens, group=made.get_data_parallel_group())
+
+    def loss(model_output: Any, data: Any, dp_group: Any) -> Any:
+        total = torch.stack([part[:-1].sum() for part in model_output["log_probs"].unbind()]).sum()
+        return -total / tokens.item() * made.get_data_parallel_size(), {}
+
+    return loss
+
+
 def reference(
     ids: list[torch.Tensor], rows: list[torch.Tensor] | None, change: Callable[[torch.nn.Module], None] = lambda _: None
 ) -> tuple[list[torch.Tensor], dict]:
@@ -125,17 +140,22 @@ def reference(
     change(model)
     replay = r3.attach(model)
     result = []
-    for at, part in enumerate(ids):
+    for at, part in enumerate(part.to(model.device) for part in ids):
         routing = {}
         if rows is not None:
-            mine = rows[at].clone()
+            mine = rows[at].to(model.device, copy=True)
             mine[(mine == 0).all(-1).all(-1)] = -1
             routing = {"routed_experts": replay.routing(mine[None])}
         logits = model(input_ids=part[None], use_cache=False, **routing).logits[0].log_softmax(-1)
         result.append(logits[:-1].gather(-1, part[1:, None])[:, 0])
     (-torch.cat(result).mean()).backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return [part.detach() for part in result], grads
+    return [part.detach().cpu() for part in result], grads
+
+
+def mean_distance(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    """Mean difference between two lists of tensors, in nats."""
+    return (torch.cat(got) - torch.cat(want)).abs().mean().item()
 
 
 def furthest(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
@@ -170,19 +190,33 @@ def errors_of_ranks(sequence_size: int, settings: dict, data_settings: dict) -> 
     return furthest(got, replayed), furthest(got, live), furthest_gradient(grads, want)
 
 
-def logprob_errors_of_ranks(sequence_size: int, settings: dict) -> tuple[float, float]:
-    """Furthest log-probability from the replayed and from the live reference, the samples on each data rank."""
+def errors_of_gpus(sequence_size: int, settings: dict) -> dict[str, float]:
+    """As `errors_of_ranks`, beside a plain model on the rank's own GPU, with means and the gradients' norms."""
     made = engine("R3", ulysses_sequence_parallel_size=sequence_size, **settings)
     ids = samples()
-    rows = [rows_of(part) for part in ids]
-    got = logprobs(made, batch(ids, rows))
-    return furthest(got, reference(ids, rows)[0]), furthest(got, reference(ids, None)[0])
+    mine = ids if sequence_size > 1 else ids[dist.get_rank() :: dist.get_world_size()]
+    rows = [rows_of(part) for part in mine]
+    data = batch(mine, rows)
+    got = logprobs(made, data)
+    norm = gradient_norm(made, batch(mine, rows))
+    cuda = lambda model: model.cuda()
+    replayed, _ = reference(mine, rows, cuda)
+    live, _ = reference(mine, None, cuda)
+    _, gradient = reference(ids, [rows_of(part) for part in ids], cuda)
+    wanted = torch.stack([each.norm() for each in gradient.values()]).norm().item()
+    return {
+        "replayed": furthest(got, replayed),
+        "replayed_mean": mean_distance(got, replayed),
+        "live": furthest(got, live),
+        "live_mean": mean_distance(got, live),
+        "norm": abs(norm / wanted - 1),
+    }
 
 
 def recorded(made: Any, data: TensorDict) -> list[torch.Tensor]:
     """The routing that old log-probabilities bring with them, by sample."""
     with made.eval_mode():
-        return list(made.infer_batch(data)["model_output"]["routed_experts"].unbind())
+        return [part.cpu() for part in made.infer_batch(data)["model_output"]["routed_experts"].unbind()]
 
 
 def recorded_by_reference(ids: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -196,9 +230,9 @@ def recorded_by_reference(ids: list[torch.Tensor]) -> list[torch.Tensor]:
     return result
 
 
-def recorded_on_ranks(sequence_size: int) -> bool:
+def recorded_on_ranks(sequence_size: int, strategy: str = "fsdp2") -> bool:
     """Whether R2 records on each rank what the plain model chooses."""
-    made = engine("R2", ulysses_sequence_parallel_size=sequence_size)
+    made = engine("R2", ulysses_sequence_parallel_size=sequence_size, strategy=strategy)
     ids = samples()
     got = recorded(made, batch(ids, None))
     return all(torch.equal(mine, other) for mine, other in zip(got, recorded_by_reference(ids), strict=True))
