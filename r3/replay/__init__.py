@@ -8,8 +8,8 @@ Limits:
 """
 
 from r3.replay.attach import Replay, attach
+from r3.replay.context import ForwardReport
 from r3.replay.discovery import RouterMap, RouterSite, find_routers
-from r3.replay.patching import ForwardReport
 from r3.replay.record import Recorder, record
 
 __all__ = ["ForwardReport", "Recorder", "Replay", "RouterMap", "RouterSite", "attach", "find_routers", "record"]

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from r3.errors import ReplayError, RoutingError
 from r3.replay.audit import require_all_replayed
+from r3.replay.context import KEYWORD, ForwardReport, ReplayContext, tokens_of
 from r3.replay.graph import mark_outputs
-from r3.replay.patching import KEYWORD, ForwardReport, ModelPatch, ReplayContext, tokens_of
+from r3.replay.patching import ModelPatch
 from r3.routing import RolloutRouting, RoutingSpec, routing_of
 from r3.routing.positions import ModelInputs
 

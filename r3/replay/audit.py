@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from r3.errors import ReplayError, summary
-from r3.replay.patching import ReplayContext, RouterPatch
+from r3.replay.context import ReplayContext
+from r3.replay.patching import RouterPatch
 
 
 def require_all_replayed(routers: Iterable[RouterPatch], context: ReplayContext) -> None:

@@ -8,14 +8,13 @@ ids. If only a part of a layer is recomputed, the layer's autograd graph tells w
 
 import threading
 import weakref
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from r3.errors import ReplayError, UnsupportedModelError
 from r3.own_methods import Moved, method_of
+from r3.replay.context import KEYWORD, Activity, Carrier, ForwardId, ReplayContext
 from r3.replay.discovery import RouterMap, RouterSite, find_routers
 from r3.replay.graph import UNMARKED, evaluated_node, mark_inputs, mark_outputs, nearest_mark, packs_for_repeat
 from r3.replay.proof import prove_all
@@ -23,126 +22,9 @@ from r3.replay.topk import Choice, TopKSubstitution
 from r3.routing import RoutingSpec
 from r3.wrappers import FLATTENED, flattened
 
-KEYWORD = "routed_experts"
 _MODEL = "_r3_patch"
 _ROUTER = "_r3_router"
 _EXTENDS = "_r3_extends"  # of a class: the method
-
-
-def tokens_of(args: tuple, kwargs: dict) -> Tensor:
-    """`input_ids` `[B, S]` or `inputs_embeds` `[B, S, H]` of a model's forward."""
-    tokens = next((kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
-    if tokens is None:
-        tokens = args[0] if args else None
-    if tokens is None:
-        raise ReplayError("expected input_ids or inputs_embeds in a forward that is replayed or recorded, got neither")
-    return tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForwardReport:
-    """Report on one replayed forward.
-
-    Attributes:
-        rows_replayed: rows (tokens) replayed in every layer.
-        rows_live: the other rows, padding among them.
-        pairs_replayed, pairs_live: the same by (token, layer): rows that lack some layers are replayed in the others.
-        routers: number of routers that ran.
-    """
-
-    rows_replayed: int
-    rows_live: int
-    pairs_replayed: int
-    pairs_live: int
-    routers: int
-
-
-class ReplayContext:
-    """The routing of one forward, on its way to the layers.
-
-    Not a dataclass: FSDP2 copies those when it casts a forward's inputs, and the layers would count on copies.
-
-    Attributes:
-        ids: integer `[T, L, K]`, a column for each router of the model.
-        live: int64 `[R]`, the rows that are routed live, or None if there are none; bool `[T, L]` where layers differ.
-        report: the forward's report, complete when all routers have replayed it.
-        forward_id: kept by routers that replayed it; keeping the context itself would keep its ids in memory.
-    """
-
-    def __init__(self, ids: Tensor, live: Tensor | None, report: ForwardReport) -> None:
-        self.ids = ids
-        self.live = live
-        self.report = report
-        self.forward_id = ForwardId()
-
-
-class ForwardId:
-    """Identity of a forward; `open` until it has ended (checkpointing repeats layers afterwards)."""
-
-    def __init__(self) -> None:
-        self.open = True
-
-
-class RecordedForward:
-    """The recording of one forward, by column of a router.
-
-    Attributes:
-        readers: the recorders that want it.
-        chosen: int64 `[..., K]`, the ids that each router selected.
-        margins: float32 `[T]`, margin of each live choice; None if no reader asked.
-    """
-
-    def __init__(self) -> None:
-        self.readers: set[object] = set()
-        self.chosen: dict[int, Tensor] = {}
-        self.margins: dict[int, Tensor] | None = None
-
-
-class _Outside:
-    """The current call while no layer runs."""
-
-
-class Activity(threading.local):
-    """State of a model in this thread: the current call (None if it is live), the recording, and the last report.
-
-    A copy of it, as `copy.deepcopy` of a patched model makes, is idle.
-    """
-
-    def __init__(self) -> None:  # threading.local runs it in each thread
-        self.call: ReplayContext | type[_Outside] | None = _Outside
-        self.recording: RecordedForward | None = None
-        self.report: ForwardReport | None = None
-        self.fell_back = False  # whether a router ran in eager code inside a compiled layer
-
-    def __reduce__(self):
-        return type(self), ()
-
-    @property
-    def current(self) -> ReplayContext | type[_Outside] | None:
-        """The call whose layer runs."""
-        if self.call is _Outside:
-            for mode in _get_current_function_mode_stack():
-                if isinstance(mode, _Carrier) and mode.activity is self:
-                    if not torch.compiler.is_compiling():
-                        self.fell_back = True
-                    return mode.call
-        return self.call
-
-
-class _Carrier(TorchFunctionMode):
-    """Carries the current call through code that torch.compile traces.
-
-    Its writes to a `threading.local` are lost at a graph break; the stack of modes is restored. (In eager code a mode
-    would cost a Python call for each operation of the layer.)
-    """
-
-    def __init__(self, activity: Activity, call: ReplayContext | None) -> None:
-        super().__init__()
-        self.activity = activity
-        self.call = call
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 class _LastCall(threading.local):
@@ -381,11 +263,11 @@ def _patched_layer(cls: type[nn.Module], method: str) -> type[nn.Module]:
         if call is not None and not isinstance(call, ReplayContext):
             raise ReplayError(
                 f"`{KEYWORD}` reached a decoder layer as {type(call).__name__}: it went past the module that replay is "
-                "attached to. ReplayContext that module, or attach to the one that is called"
+                "attached to. Call that module, or attach to the one that is called"
             )
         activity = patch.activity
         if torch.compiler.is_compiling():
-            with _Carrier(activity, call):
+            with Carrier(activity, call):
                 return original(self, *args, **kwargs)
         marked = True
         if torch.is_grad_enabled():

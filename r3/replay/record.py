@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import ReplayError, summary
-from r3.replay.patching import Activity, ModelPatch, RecordedForward, tokens_of
+from r3.replay.context import Activity, RecordedForward, tokens_of
+from r3.replay.patching import ModelPatch
 from r3.routing import RolloutRouting, check_rows, compact_dtype
 from r3.routing.positions import ModelInputs
 from r3.routing.types import trusted
