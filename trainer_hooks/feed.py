@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from r3.errors import ReplayError
 from r3.replay import Replay
-from r3.replay.patching import KEYWORD, tokens_of
+from r3.replay.context import KEYWORD, tokens_of
 from r3.routing import RolloutRouting
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r3.capture.rows import checked_rows, row_array
 from r3.errors import CaptureError
-from r3.replay.patching import KEYWORD
+from r3.replay.context import KEYWORD
 from r3.routing import RolloutRouting, RoutingSpec
 
 

@@ -14,7 +14,7 @@ from swift.rlhf_trainers import grpo_trainer
 import r3
 from r3.errors import ReplayError
 from r3.parallel import RankBarrier
-from r3.replay.patching import KEYWORD
+from r3.replay.context import KEYWORD
 from r3.weight_sync import WeightSync, named_weights
 from trainer_hooks.feed import RoutingFeed
 from trainer_hooks.ms_swift import engine, limits

@@ -13,7 +13,7 @@ from verl.workers.engine import FSDPEngineWithLMHead
 import r3
 from r3.errors import ReplayError
 from r3.parallel import RankBarrier, ulysses
-from r3.replay.patching import KEYWORD
+from r3.replay.context import KEYWORD
 from r3.routing import RolloutRouting
 from trainer_hooks.support import Seam, require_seams, require_supported
 from trainer_hooks.verl.mode import KEY, REFUSALS, replay_mode
