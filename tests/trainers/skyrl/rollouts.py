@@ -1,7 +1,4 @@
-"""Rollouts in SkyRL's own shapes, and what plain replayed Hugging Face forwards make of them.
-
-A row is a function of its token, so that a row at another token is seen.
-"""
+"""Rollouts in SkyRL's own shapes, and what plain Hugging Face forwards make of them."""
 
 import pickle
 from types import SimpleNamespace
@@ -11,12 +8,10 @@ import stand_ins  # noqa: F401  (before SkyRL)
 import torch
 from places import DEMO_MODEL
 from skyrl.train.trainer import RayPPOTrainer
-from transformers import AutoModelForCausalLM
+from trainers.conformance import Oracle, Scored, plain_model, rows_of
 
-import r3
 from trainer_hooks.skyrl.entry_point import parsed
 
-LAYERS, EXPERTS, TOP_K, VOCAB = 8, 32, 4, 300
 # Prompt, response, and how many of the last tokens have no row: the sampled one, or also what a last turn was told.
 SHAPES = [(5, 8, 1), (9, 12, 1), (3, 4, 3), (7, 6, 1), (2, 9, 5), (6, 3, 1)]
 DP_SIZE = 4  # fills the batch up to 8 samples
@@ -45,19 +40,13 @@ def settings(*more: str):
     )
 
 
-def rows_of(tokens) -> np.ndarray:
-    """uint8 `[T, L, K]`: distinct experts of each token and layer."""
-    first = np.asarray(tokens)[:, None, None] * 31 + np.arange(LAYERS)[:, None] * 7
-    return ((first + np.array([0, 5, 11, 18])) % EXPERTS).astype(np.uint8)
-
-
 def samples() -> list[tuple[list[int], list[int], np.ndarray]]:
     """Prompt, response and the captured rows of each sample."""
     generator = torch.Generator().manual_seed(1)
     out = []
     for prompt, response, missing in SHAPES:
-        tokens = torch.randint(5, VOCAB, (prompt + response,), generator=generator).tolist()
-        out.append((tokens[:prompt], tokens[prompt:], rows_of(tokens)[: len(tokens) - missing]))
+        tokens = torch.randint(5, 300, (prompt + response,), generator=generator).tolist()
+        out.append((tokens[:prompt], tokens[prompt:], rows_of(tokens)[: len(tokens) - missing].numpy()))
     return out
 
 
@@ -98,30 +87,24 @@ def training_batch_of(cfg, output):
     return pickle.loads(pickle.dumps(batch))
 
 
-def plain_logprobs(model, *, replayed: bool = True) -> list[torch.Tensor]:
-    """`[response]` of each sample, by a forward each of a plain model to which replay is attached."""
-    out = []
-    for prompt, response, rows in samples():
-        ids = torch.tensor(prompt + response, device=model.device)
-        routing = ids.new_full((1, len(ids), LAYERS, TOP_K), -1)
-        routing[0, : len(rows)] = torch.from_numpy(rows).to(ids)
-        more = {"routed_experts": routing} if replayed else {}
-        logits = model(input_ids=ids[None], use_cache=False, **more).logits
-        out.append(logits.log_softmax(-1)[0, :-1].gather(-1, ids[1:, None])[-len(response) :, 0])
-    return out
+def oracle() -> Oracle:
+    """The plain model, which has the rows of the samples."""
+    rows = {(*prompt, *response): torch.from_numpy(rows) for prompt, response, rows in samples()}
+    return Oracle(plain_model(), rows)
 
 
-def plain_model():
-    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
-    r3.attach(model)
-    return model
+def plain_logprobs(plain: Oracle, *, replayed: bool = True) -> list[torch.Tensor]:
+    """`[response]` of each sample."""
+    return [plain.logprobs(prompt + response, replayed=replayed)[-len(response) :] for prompt, response, _ in samples()]
+
+
+def scored(plain: Oracle, old: list[torch.Tensor], trained: list[torch.Tensor]) -> list[Scored]:
+    """Old log-probabilities of the samples' responses, and those of the training forward."""
+    ids = [prompt + response for prompt, response, _ in samples()]
+    return [plain.scored(zip(ids, part, strict=True), in_loss=part is trained) for part in (old, trained)]
 
 
 def of_samples(batch, padded) -> list[torch.Tensor]:
     """The response's part of `[B, response_length]` of each sample that is not a filling."""
     mask = batch["response_mask"].bool()
     return [padded[index][mask[index]] for index in range(len(mask)) if batch["loss_mask"][index].any()]
-
-
-def farthest(left, right) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True))

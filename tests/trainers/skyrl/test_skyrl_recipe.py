@@ -9,10 +9,11 @@ import pytest
 import skyrl_gym
 import torch
 from places import EXAMPLES
-from rollouts import farthest, of_samples, plain_model, rows_of, settings, training_batch_of
+from rollouts import of_samples, settings, training_batch_of
 from skyrl.train.dataset import PromptDataset
 from skyrl.train.generators.skyrl_gym_generator import SkyRLGymGenerator
 from skyrl_gym.envs.base_text_env import BaseTextEnv
+from trainers.conformance import Oracle, check_replayed, plain_model, rows_of
 from transformers import AutoTokenizer
 from workers import policy_worker
 
@@ -69,7 +70,7 @@ class Engine:
             "response_ids": [response],
             "stop_reasons": ["stop"],
             "response_logprobs": [[-1.0] * len(response)],
-            "rollout_expert_indices": [rows_of(prompt + response)[start:-1]],
+            "rollout_expert_indices": [rows_of(prompt + response)[start:-1].numpy()],
         }
 
 
@@ -123,12 +124,8 @@ def test_rows_stay_with_their_tokens_from_the_generator_to_the_policy(prepared, 
     worker = policy_worker(cfg, packed=True)
     got = torch.tensor([row["logprobs"] for row in worker.forward(batch).loss_fn_outputs])
 
-    model, wanted = plain_model(), []
-    for prompt, response in zip(output["prompt_token_ids"], output["response_ids"], strict=True):
-        ids = torch.tensor(prompt + response)
-        routing = torch.from_numpy(rows_of(prompt + response)).long()[None]
-        routing[0, -1] = -1
-        with torch.no_grad():
-            logits = model(input_ids=ids[None], routed_experts=routing, use_cache=False).logits
-        wanted.append(logits.log_softmax(-1)[0, :-1].gather(-1, ids[1:, None])[-len(response) :, 0])
-    assert farthest(of_samples(batch, got)[:3], wanted) < 1e-5
+    ids = [
+        tuple(prompt + said) for prompt, said in zip(output["prompt_token_ids"], output["response_ids"], strict=True)
+    ]
+    plain = Oracle(plain_model(), {each: rows_of(each)[:-1] for each in ids})
+    check_replayed([plain.scored(zip(ids, of_samples(batch, got)[:3], strict=True))])

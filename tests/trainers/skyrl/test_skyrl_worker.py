@@ -4,11 +4,31 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rollouts import DP_SIZE, farthest, of_samples, plain_logprobs, plain_model, settings, training_batch
+from rollouts import (
+    DP_SIZE,
+    of_samples,
+    oracle,
+    plain_logprobs,
+    scored,
+    settings,
+    training_batch,
+    training_batch_of,
+)
 from skyrl.backends.skyrl_train.utils.packed_tensor import PackedTensor
 from skyrl.backends.skyrl_train.workers.fsdp.fsdp_worker import FSDPPolicyWorkerBase, FSDPRefWorkerBase
 from skyrl.backends.skyrl_train.workers.worker_utils import BaseBatchIterator, TokenBasedBatchIterator
 from skyrl.train.trainer import RayPPOTrainer
+from trainers.conformance import (
+    EQUAL,
+    Oracle,
+    check_gap,
+    check_identical,
+    check_live,
+    check_replayed,
+    furthest,
+    plain_model,
+    sampled_rollouts,
+)
 from workers import bare_worker, policy_worker, wrapper
 
 import r3
@@ -23,10 +43,7 @@ microbatches = pytest.mark.parametrize("more", [SAMPLES, TOKENS], ids=["by sampl
 
 @pytest.fixture(scope="module")
 def plain():
-    """Replayed and live log-probabilities of each sample."""
-    model = plain_model()
-    with torch.no_grad():
-        return plain_logprobs(model), plain_logprobs(model, replayed=False)
+    return oracle()
 
 
 def old_logprobs(worker, batch):
@@ -47,18 +64,29 @@ def trained(worker, batch):
 
 @layouts
 @microbatches
-def test_old_logprobs_are_those_of_replayed_forwards(plain, packed, more):
+def test_every_forward_is_replayed(plain, packed, more):
     cfg = settings(*more)
-    replayed, live = plain
-    got = old_logprobs(policy_worker(cfg, packed), training_batch(cfg))
-    assert farthest(got, replayed) < 1e-5
-    assert farthest(got, live) > 1
+    worker, batch = policy_worker(cfg, packed), training_batch(cfg)
+    check_replayed(scored(plain, old_logprobs(worker, batch), trained(worker, batch)[0]))
 
 
-def test_skyrls_trainer_gets_replayed_old_logprobs(plain, monkeypatch):
-    """By the trainer's own method, which chooses what of a batch a worker gets, and its own measure of the gap."""
+def test_skyrls_own_mismatch_falls_to_a_third(monkeypatch):
+    """By the method of SkyRL's trainer, which chooses what of a batch a worker gets; beside rollouts of bfloat16."""
     cfg = settings("trainer.recompute_old_logprobs_per_minibatch=true")
-    batch, worker = training_batch(cfg), policy_worker(cfg)
+    rollouts = sampled_rollouts()
+    responses = [list(each.ids[each.prompt :]) for each in rollouts]
+    batch = training_batch_of(
+        cfg,
+        {
+            "prompt_token_ids": [list(each.ids[: each.prompt]) for each in rollouts],
+            "response_ids": responses,
+            "rewards": [0.0] * len(responses),
+            "loss_masks": [[1] * len(response) for response in responses],
+            "rollout_logprobs": [each.logprobs.tolist() for each in rollouts],
+            "rollout_expert_indices": [each.rows.numpy() for each in rollouts],
+        },
+    )
+    worker = policy_worker(cfg)
     trainer = RayPPOTrainer.__new__(RayPPOTrainer)
     trainer.cfg, trainer.all_metrics, trainer.ref_model = cfg, {}, None
     trainer.dispatch = SimpleNamespace(
@@ -67,13 +95,14 @@ def test_skyrls_trainer_gets_replayed_old_logprobs(plain, monkeypatch):
         empty_cache=lambda: None,
     )
     monkeypatch.setattr(RayPPOTrainer, "has_critic", False)
-    rollout = torch.zeros_like(batch["rollout_logprobs"])
-    for row, mask, logprobs in zip(rollout, batch["response_mask"].bool(), plain[0], strict=False):
-        row[mask] = logprobs
-    batch["rollout_logprobs"] = rollout
-    got = trainer.fwd_logprobs_values_reward(batch[: len(plain[0])])
-    assert farthest(of_samples(got, got["action_log_probs"]), plain[0]) < 1e-5
-    assert trainer.all_metrics["policy/rollout_train_logprobs_abs_diff_max"] < 1e-5
+    got = trainer.fwd_logprobs_values_reward(batch)
+    plain = Oracle(plain_model(), {each.ids: each.rows for each in rollouts})
+    old = of_samples(got, got["action_log_probs"])
+    sampled = {each.ids: each.logprobs for each in rollouts}
+    forward = plain.scored(zip(sampled, old, strict=True), sampled)
+    check_replayed([forward])
+    live = torch.cat([(live - engine).abs() for _, live, engine in forward.sampled])
+    check_gap(trainer.all_metrics["policy/rollout_train_logprobs_abs_diff_mean"], live.mean().item())
 
 
 @layouts
@@ -86,12 +115,12 @@ def test_training_is_on_replayed_forwards(plain, packed, more, reentrant):
     if reentrant is not None:
         worker.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     got, grads = trained(worker, batch)
-    assert farthest(got, plain[0]) < 1e-5
+    check_replayed(scored(plain, got, got))
 
-    model = plain_model().train()
+    plain.model.zero_grad()
     loss = 0.0
     parts = [of_samples(batch, batch[name]) for name in ("action_log_probs", "advantages", "loss_mask")]
-    for logprobs, old, advantages, mask in zip(plain_logprobs(model), *parts, strict=True):
+    for logprobs, old, advantages, mask in zip(plain_logprobs(plain), *parts, strict=True):
         loss = (
             loss
             + worker.policy_loss_fn(
@@ -99,7 +128,7 @@ def test_training_is_on_replayed_forwards(plain, packed, more, reentrant):
             )[0]
         )
     loss.backward()
-    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    wanted = {name: p.grad for name, p in plain.model.named_parameters() if p.grad is not None}
     assert grads.keys() == wanted.keys()
     assert any("gate" in name for name in wanted)
     for name, grad in wanted.items():
@@ -111,7 +140,7 @@ def test_a_loss_without_gradients_is_on_replayed_forwards(plain, packed):
     cfg = settings()
     output = policy_worker(cfg, packed).forward(training_batch(cfg), loss_fn="cross_entropy")
     got = [torch.tensor(row["logprobs"]) for row in output.loss_fn_outputs[:6]]
-    assert farthest(got, plain[0]) < 1e-5
+    check_replayed(scored(plain, got, got))
 
 
 @layouts
@@ -123,10 +152,10 @@ def test_micro_batches_that_only_keep_ranks_in_step_change_nothing(plain, packed
     worker = policy_worker(cfg, packed)
     filled, filled_grads = trained(worker, batch)
     assert worker._feed.replay.last.rows_replayed == 0, "the last micro-batch was a filling"
-    assert farthest(filled, alone) < 1e-5
+    assert furthest(filled, alone) < EQUAL
     for name, grad in grads.items():
         torch.testing.assert_close(filled_grads[name], grad)
-    assert farthest(old_logprobs(worker, batch), plain[0]) < 1e-5
+    check_replayed(scored(plain, old_logprobs(worker, batch), filled))
 
 
 def test_training_needs_no_old_logprobs(plain):
@@ -134,15 +163,15 @@ def test_training_needs_no_old_logprobs(plain):
     batch = training_batch(cfg)
     batch["action_log_probs"] = None  # SkyRL leaves out the forward that would make them
     got, _ = trained(policy_worker(cfg), batch)
-    assert farthest(got, plain[0]) < 1e-5
+    check_replayed(scored(plain, got, got))
 
 
 def test_lora_is_replayed(plain):
     cfg = settings()
     worker = policy_worker(cfg, lora_rank=4, target_modules="all-linear")
     batch = training_batch(cfg)
-    assert farthest(old_logprobs(worker, batch), plain[0]) < 1e-5, "an adapter begins as nothing"
-    _, grads = trained(worker, batch)
+    old, (got, grads) = old_logprobs(worker, batch), trained(worker, batch)
+    check_replayed(scored(plain, old, got))  # an adapter begins as nothing
     assert grads
     assert all("lora" in name for name in grads)
 
@@ -153,7 +182,8 @@ def test_the_reference_is_live(plain):
     policy_worker(cfg)
     reference = bare_worker(FSDPRefWorkerBase, cfg)
     reference.model = wrapper()
-    assert farthest(old_logprobs(reference, batch), plain[1]) < 1e-5
+    old = old_logprobs(reference, batch)
+    check_live(scored(plain, old, old))
 
 
 def test_the_policy_of_skyrl_alone_is_untouched():
@@ -161,12 +191,10 @@ def test_the_policy_of_skyrl_alone_is_untouched():
     cfg = settings()
     batch = training_batch(cfg)
     alone = policy_worker(cfg, cls=FSDPPolicyWorkerBase)
-    before, before_grads = old_logprobs(alone, batch), trained(alone, batch)[1]
+    before = old_logprobs(alone, batch), trained(alone, batch)
     policy_worker(cfg)
     again = policy_worker(cfg, cls=FSDPPolicyWorkerBase)
-    assert farthest(old_logprobs(again, batch), before) == 0
-    grads = trained(again, batch)[1]
-    assert all(torch.equal(grads[name], grad) for name, grad in before_grads.items())
+    check_identical((old_logprobs(again, batch), trained(again, batch)), before)
 
 
 @pytest.mark.parametrize("name", ["rollout_expert_indices", "router_padding_mask"])

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from places import DEMO_MODEL
@@ -33,13 +32,15 @@ from swift.rewards import ORM, orms
 from swift.rlhf_trainers import rollout_mixin
 from swift.trainers import TrainerFactory
 from torch import Tensor
-from trainers.conformance import Oracle, distance, plain_weights
+from torch.nn.utils.rnn import pad_sequence
+from trainers.conformance import VOCABULARY, Oracle, Scored, plain_model, plain_weights, rows_of
 
 import trainer_hooks.ms_swift.plugin  # noqa: F401
 from trainer_hooks.ms_swift import trainer as hook
 
 PROMPTS = [f"{a}+{b}=\n" * (1 + a % 3) for a in range(10, 14) for b in range(10, 14)]
-LAYERS, EXPERTS, SLOTS, VOCABULARY, END = 8, 32, 4, 384, 1
+END = 1
+METRIC = "k3_kl"
 
 
 class Varied(ORM):
@@ -50,12 +51,6 @@ class Varied(ORM):
 
 
 orms["varied"] = Varied
-
-
-def rows_of(ids: list[int]) -> np.ndarray:
-    """uint8 `[len(ids), layers, slots]`: experts that depend on the token and the layer alone."""
-    first = np.array(ids)[:, None] * 7 + np.arange(LAYERS) * 5
-    return ((first[..., None] + np.arange(SLOTS) * 3) % EXPERTS).astype(np.uint8)
 
 
 class StandIn:
@@ -85,7 +80,7 @@ class StandIn:
             finish_reason="stop" if tokens[-1] == END else "length",
             logprobs={"content": [{"token": "", "logprob": -1.0} for _ in tokens]},
             token_ids=tokens,
-            routed_experts=rows_of(ids[:-1]),
+            routed_experts=rows_of(ids[:-1]).numpy(),
         )
         usage = UsageInfo(len(prompt), len(tokens), len(ids))
         response = ChatCompletionResponse("stand-in", [choice], usage, prompt_token_ids=prompt)
@@ -106,13 +101,13 @@ class Watched:
 
     Attributes:
         known: the engine's answers, by their tokens.
-        scored: of each call, its mode and largest `distance` from the replayed and the live plain model.
+        scored: of each call that scores with the policy or the reference.
     """
 
     spoil: Any = None
 
     def _prepare_vllm_engine(self) -> Any:
-        self.scored: list[dict[str, Any]] = []
+        self.scored: list[Scored] = []
         self.known: dict[tuple[int, ...], Known] = {}
         made = self._engine()
         infer = made.infer
@@ -127,7 +122,7 @@ class Watched:
         choice = response.choices[0]
         self.known[(*response.prompt_token_ids, *choice.token_ids)] = Known(
             len(response.prompt_token_ids),
-            torch.from_numpy(np.array(choice.routed_experts)),
+            torch.tensor(choice.routed_experts),
             torch.tensor([each["logprob"] for each in choice.logprobs["content"]]),
         )
         if self.spoil is not None:
@@ -146,26 +141,20 @@ class Watched:
             )
         return result
 
-    def _compared(self, model: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> dict[str, Any]:
+    def _compared(self, model: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> Scored:
         policy = self.accelerator.unwrap_model(self.model)
-        entry: dict[str, Any] = {
-            "in_loss": torch.is_grad_enabled(),
-            "training": self.model.training,
-            "reference": model is self.ref_model or bool(getattr(policy, "_adapters_disabled", False)),
-            "gaps": {},
-        }
         oracle = _oracle()
         oracle.model.load_state_dict(plain_weights(self.accelerator.unwrap_model(model)))
         oracle.rows = {ids: known.rows for ids, known in self.known.items()}
-        for name in ("replayed", "live"):
-            entry[name], gaps = 0.0, []
-            for ids, row, here in zip(sequences(inputs), logps, mask, strict=True):
-                wanted = oracle.logprobs(ids, replayed=name == "replayed", temperature=self.temperature)
-                wanted = wanted[self.known[ids].prompt - 1 :]
-                entry[name] = max(entry[name], distance(row[here], wanted))
-                gaps.append((wanted - self.known[ids].logprobs).abs().mean().item())
-            entry["gaps"][name] = sum(gaps) / len(gaps)
-        return entry
+        forward = [(ids, row[here]) for ids, row, here in zip(sequences(inputs), logps, mask, strict=True)]
+        return oracle.scored(
+            forward,
+            {ids: known.logprobs for ids, known in self.known.items()},
+            self.temperature,
+            in_loss=torch.is_grad_enabled(),
+            training=self.model.training,
+            reference=model is self.ref_model or bool(getattr(policy, "_adapters_disabled", False)),
+        )
 
 
 def sequences(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
@@ -180,9 +169,7 @@ def sequences(inputs: dict[str, Any]) -> list[tuple[int, ...]]:
 
 @cache
 def _oracle() -> Oracle:
-    from transformers import AutoModelForCausalLM
-
-    return Oracle(AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32), {})
+    return Oracle(plain_model(), {})
 
 
 class WatchedGRPO(Watched, hook.GRPOTrainer):
@@ -296,7 +283,7 @@ def run(folder: Path, *, trainer: str = "WatchedGRPO", spoil: Any = None, **sett
 def run_with_engine(folder: Path, **settings: Any) -> Any:
     """`run` with the vLLM engine that swift starts in this process: 2 generations of 2 iterations.
 
-    Returns the trainer, and the mean gaps to the engine in nats, replayed and live, over the forwards before updates.
+    Returns the trainer, and what swift's own measure `METRIC` of the mismatch is in its log, and would be live.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
@@ -311,7 +298,16 @@ def run_with_engine(folder: Path, **settings: Any) -> Any:
             num_iterations=2,
             max_steps=4,
             learning_rate=1e-3,
+            log_rollout_offpolicy_metrics=True,
             **settings,
         )
-    sampled = [each["gaps"] for each in made.scored if each["training"] and not each["in_loss"]]
-    return made, {name: sum(each[name] for each in sampled) / len(sampled) for name in ("replayed", "live")}
+    own = [line[f"rollout_correction/{METRIC}"] for line in made.state.log_history if "loss" in line]
+    live = [_mismatch(made, each) for each in made.scored if each.training and not each.in_loss]
+    return made, sum(own) / len(own), sum(live) / len(live)
+
+
+def _mismatch(made: Any, forward: Scored) -> float:
+    """swift's own measure, of live forwards."""
+    _, live, engine = (pad_sequence(list(part), batch_first=True) for part in zip(*forward.sampled, strict=True))
+    mask = pad_sequence([torch.ones(len(part)) for _, part, _ in forward.sampled], batch_first=True)
+    return made._compute_rollout_offpolicy_metrics(live, engine, mask)[METRIC].item()

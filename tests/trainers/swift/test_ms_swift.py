@@ -1,22 +1,19 @@
 """swift's GRPO pipeline with r3's trainer and a stand-in for the engine: each forward is replayed as it should."""
 
-import copy
-
 import pytest
 import torch
 from swift_runs import PROMPTS, run, sequences
-from trainers.conformance import EQUAL
+from trainers.conformance import (
+    Oracle,
+    check_identical,
+    check_live,
+    check_refused,
+    check_replayed,
+    plain_model,
+    plain_weights,
+)
 
 import r3
-
-
-def checked(made):
-    """Every forward of the policy in training is the plain replayed one, and far from a live one."""
-    scored = [each for each in made.scored if each["training"] and not each["reference"]]
-    assert any(each["in_loss"] for each in scored)
-    assert max(each["replayed"] for each in scored) < EQUAL
-    assert min(each["live"] for each in scored) > 100 * EQUAL
-    return scored
 
 
 def log_of(made):
@@ -39,35 +36,33 @@ def test_replays(tmp_path, settings):
     made = run(tmp_path, **settings)
     assert made.template.padding_free == settings.get("padding_free", False)
     assert made.template.padding_side == settings.get("padding_side", "right")
-    scored = checked(made)
-    assert sum(each["in_loss"] for each in scored) == 2 * made.state.max_steps
+    check_replayed(made.scored)
+    assert sum(each.in_loss for each in made.scored) == 2 * made.state.max_steps
     assert all(line["routing/replayed_frac"] > 0.9 for line in log_of(made) if "routing/replayed_frac" in line)
 
 
 def test_a_reference_model_is_live(tmp_path):
     made = run(tmp_path, beta=0.04, max_steps=1)
-    checked(made)
-    references = [each for each in made.scored if each["reference"]]
+    check_replayed(made.scored)
+    references = [each for each in made.scored if each.reference]
     assert len(references) == 2
-    assert max(each["live"] for each in references) < EQUAL < min(each["replayed"] for each in references)
+    check_live(references)
 
 
 def test_lora_replays_and_its_reference_is_live(tmp_path):
     made = run(tmp_path, tuner_type="lora", lora_dropout=0.0, beta=0.04, learning_rate=1e-3)
     assert hasattr(made.model, "peft_config")
-    checked(made)
-    references = [each for each in made.scored if each["reference"]]
+    check_replayed(made.scored)
+    references = [each for each in made.scored if each.reference]
     assert len(references) == 4
-    assert max(each["live"] for each in references) < EQUAL < min(each["replayed"] for each in references)
+    check_live(references)
 
 
 def test_evaluation_is_live_and_leaves_training_alone(tmp_path):
     evaluation = dict(eval_strategy="steps", eval_steps=1, split_dataset_ratio=0.5, per_device_eval_batch_size=4)
     made = run(tmp_path, max_steps=1, **evaluation)
-    checked(made)
-    evaluated = [each for each in made.scored if not each["training"]]
-    assert evaluated
-    assert max(each["live"] for each in evaluated) < EQUAL
+    check_replayed(made.scored)
+    check_live([each for each in made.scored if not each.training])
 
 
 def test_gradients_are_those_of_the_plain_replayed_model(tmp_path):
@@ -75,25 +70,19 @@ def test_gradients_are_those_of_the_plain_replayed_model(tmp_path):
     batch = made._buffered_inputs[0]
     mask = batch["grpo_batch"].completion_mask
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)) * mask
-    plain = copy.deepcopy(made.model)
     made.model.train()
     made.model.zero_grad()
     logps, _ = made._get_per_token_logps_and_entropies(made.model, dict(batch["model_inputs"]), batch["grpo_batch"])
     (logps * weights).sum().backward()
 
-    plain = type(plain).from_pretrained(made.model.model_dir, dtype=torch.float32)
-    plain.load_state_dict(made.model.state_dict())
-    r3.attach(plain)
+    oracle = Oracle(plain_model(plain_weights(made.model)), {ids: known.rows for ids, known in made.known.items()})
     for ids, row, here in zip(sequences(batch["model_inputs"]), weights, mask, strict=True):
-        known = made.known[ids]
-        rows = torch.full((1, len(ids), *known.rows.shape[1:]), -1)
-        rows[0, :-1] = known.rows
-        tokens = torch.tensor([ids])
-        logits = plain(input_ids=tokens, routed_experts=rows, use_cache=False).logits[0, :-1]
-        scores = logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[known.prompt - 1 :, 0]
+        scores = oracle.logprobs(ids, replayed=True)[made.known[ids].prompt - 1 :]
         (scores * row[here]).sum().backward()
     gates = 0
-    for (name, parameter), (_, other) in zip(made.model.named_parameters(), plain.named_parameters(), strict=True):
+    for (name, parameter), (_, other) in zip(
+        made.model.named_parameters(), oracle.model.named_parameters(), strict=True
+    ):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
         gates += "gate.weight" in name and parameter.grad.abs().max() > 0
     assert gates == 8
@@ -114,23 +103,21 @@ def test_off_is_bit_identical_to_swift(tmp_path, padding_free):
     plain = run(tmp_path, trainer="PlainGRPO", **settings)
     off = run(tmp_path, vllm_engine_kwargs={"enable_return_routed_experts": False}, **settings)
     assert off.replay is None
-    assert log_of(off) == log_of(plain)
     assert "grad_norm" in log_of(plain)[0]
-    for (name, value), other in zip(off.model.state_dict().items(), plain.model.state_dict().values(), strict=True):
-        assert torch.equal(value, other), name
+    check_identical((log_of(off), off.model.state_dict()), (log_of(plain), plain.model.state_dict()))
 
 
-REFUSED = {
-    "use_vllm false": dict(use_vllm=False, vllm_mode=None),
-    "vllm_enable_lora": dict(tuner_type="lora", vllm_enable_lora=True),
-    "multi_turn_scheduler": dict(multi_turn_scheduler="math_tip_trick"),
-}
-
-
-@pytest.mark.parametrize("setting", REFUSED)
-def test_refused_at_start_by_name(tmp_path, setting):
-    with pytest.raises(r3.ConfigError, match=f"routing replay in ms-swift:\n.*{setting}: "):
-        run(tmp_path, **REFUSED[setting])
+@pytest.mark.parametrize(
+    ("settings", "named", "cure"),
+    [
+        (dict(use_vllm=False, vllm_mode=None), "use_vllm false", "Set --use_vllm true --vllm_mode colocate"),
+        (dict(tuner_type="lora", vllm_enable_lora=True), "vllm_enable_lora", "Leave it off"),
+        (dict(multi_turn_scheduler="math_tip_trick"), "multi_turn_scheduler", "Train on single turns"),
+    ],
+)
+def test_refused_at_start_by_name(tmp_path, settings, named, cure):
+    with check_refused(f"routing replay in ms-swift:\n.*{named}: ", cure):
+        run(tmp_path, **settings)
 
 
 def other_token(response):

@@ -4,8 +4,7 @@ python -m pytest tests/trainers/trl/test_trl_gpu.py -m gpu
 """
 
 import pytest
-import torch
-from trl_runs import trainer
+from trl_runs import check, trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
@@ -24,11 +23,8 @@ def test_a_colocated_engine_is_replayed_and_synced(tmp_path, kind, asleep):
         gradient_checkpointing=True,
     )
     made.train()
-    scored = [each for each in made.scored if each["training"] and each["sequences"]]
-    assert sum(each["in_loss"] for each in scored) == 3
-    print(kind, *(f"{each['replayed']:.1e}/{each['live']:.1e}" for each in scored))
-    assert max(each["replayed"] for each in scored) < 1e-3  # a GPU's float32 against a CPU's
-    replayed, live = torch.tensor([gap for each in scored for gap in each.get("gap", [])]).mean(0)
-    assert replayed < live / 3
+    print(kind, *(f"{each.replayed:.1e}/{each.live:.1e}" for each in made.scored))
+    assert sum(each.in_loss for each in made.scored) == 3
+    check(made.scored, made.state.log_history, 1e-3)  # a GPU's float32 against a CPU's
     assert made._sync.poisoned is None
     assert made._sync.version >= 3

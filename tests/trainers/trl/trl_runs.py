@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from places import DEMO_MODEL
 from torch import Tensor
-from trainers.conformance import Oracle, distance, plain_weights
+from trainers.conformance import EQUAL, Oracle, Scored, check_gap, check_replayed, plain_model, plain_weights
 
 from trainer_hooks import trl as hooks
 
@@ -28,13 +28,12 @@ class Watched:
     """Put before one of r3's trainers: records what its forwards gave beside what a plain model gives.
 
     Attributes:
-        scored: of each call that scores with the policy, the largest distance in nats from the replayed and from the
-            live plain model, and whether it was in the loss.
+        scored: of each call that scores with the policy or the reference.
         rows, sampled: the engine's own rows and log-probabilities of each sequence, by its tokens.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.scored: list[dict[str, Any]] = []
+        self.scored: list[Scored] = []
         self.rows: dict[tuple[int, ...], Tensor] = {}
         self.sampled: dict[tuple[int, ...], Tensor] = {}
         super().__init__(*args, **kwargs)
@@ -65,18 +64,10 @@ class Watched:
         return result
 
     def _look(self, model: Any, input_ids: Tensor, mask: Tensor, got: Tensor, keep: int) -> None:
-        reference = self._is_reference(model)
         plain = self.ref_model if model is self.ref_model else self.accelerator.unwrap_model(self.model)
-        oracle = Oracle(plain_model(plain), self.rows)
-        entry = {
-            "in_loss": self._loss_rows is not None,
-            "training": self.model.training,
-            "reference": reference,
-            "replayed": 0.0,
-            "live": 0.0,
-            "sequences": 0,
-        }
+        oracle = Oracle(plain_model(plain_weights(plain)), self.rows)
         prompt = input_ids.shape[1] - keep
+        forward = []
         for row, attended, logps in zip(input_ids, mask.bool(), got, strict=True):
             if not attended[prompt]:
                 continue  # TRL masks all of a completion that was cut: its tokens see nothing, and are not in the loss
@@ -84,17 +75,14 @@ class Watched:
                 ids, start = self._sequence(row.tolist())
             else:
                 ids, start = tuple(row[attended].tolist()), int(attended.int().argmax())
-            first = prompt - start  # tokens of the prompt
-            mine = logps[: len(ids) - first]
-            entry["sequences"] += 1
-            for name in ("replayed", "live") if self.model.training else ("live",):
-                wanted = oracle.logprobs(ids, replayed=name == "replayed", temperature=self.temperature)[first - 1 :]
-                entry[name] = max(entry[name], distance(mine, wanted))
-                if name == "live" and not entry["in_loss"] and not reference and ids in self.sampled:
-                    sampled = self.sampled[ids]
-                    gap = ((mine - sampled).abs().mean().item(), (wanted - sampled).abs().mean().item())
-                    entry.setdefault("gap", []).append(gap)
-        self.scored.append(entry)
+            forward.append((ids, logps[: len(ids) - (prompt - start)]))
+        kind = {
+            "in_loss": self._loss_rows is not None,
+            "training": self.model.training,
+            "reference": self._is_reference(model),
+        }
+        sampled = None if kind["in_loss"] or kind["reference"] else self.sampled
+        self.scored.append(oracle.scored(forward, sampled, self.temperature, **kind))
 
     def _sequence(self, row: list[int]) -> tuple[tuple[int, ...], int]:
         """The known sequence in a padded row, and where it begins: the longest, since a turn is in its next."""
@@ -109,13 +97,14 @@ class Watched:
         return ids, start
 
 
-def plain_model(model: Any) -> Any:
-    """A model of the same weights without hooks, wrappers and TRL's fused head; LoRA added where it is active."""
-    from transformers import AutoModelForCausalLM
-
-    made = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
-    made.load_state_dict(plain_weights(model))
-    return made
+def check(scored: list[Scored], log: list[dict[str, Any]], equal: float = EQUAL) -> None:
+    """The policy is replayed, and TRL's own metric (of GRPO; RLOO has none: the same computed) falls to a third."""
+    check_replayed(scored, equal)
+    sampled = [each for forward in scored if forward.training for each in forward.sampled]
+    mine, live, engine = (torch.cat(parts) for parts in zip(*sampled, strict=True))
+    metric = "sampling/sampling_logp_difference/mean"
+    own = torch.tensor([line[metric] for line in log if metric in line] or [(mine - engine).abs().mean()]).mean()
+    check_gap(own.item(), (live - engine).abs().mean().item())
 
 
 class WatchedGRPO(Watched, hooks.GRPOTrainer):

@@ -6,27 +6,26 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from trainers.conformance import check_replayed
 from verl import DataProto
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
 from verl.workers.utils.padding import left_right_2_no_padding
 from verl_jobs import (
+    SeenLoss,
     batch,
     configs,
     engine,
-    furthest,
     logprobs,
+    oracle,
     recorded,
     recorded_by_reference,
     recorded_on_ranks,
-    reference,
     samples,
 )
 
 from r3 import ReplayError
-
-NATS = 2e-5
 
 
 def forget_routers(module: torch.nn.Module) -> None:
@@ -37,17 +36,12 @@ def forget_routers(module: torch.nn.Module) -> None:
                 parameter.neg_()
 
 
-def trained_logprobs(made: Any, data: Any) -> list[torch.Tensor]:
-    """Those of a training forward; all samples in one micro-batch."""
-    seen = []
-
-    def loss(model_output: Any, data: Any, dp_group: Any = None) -> Any:
-        seen.extend(model_output["log_probs"].unbind())
-        return -model_output["log_probs"].values().mean(), {}
-
+def trained(made: Any, data: Any) -> SeenLoss:
+    """The loss of a training forward."""
+    loss = SeenLoss()
     with made.train_mode():
         made.forward_backward_batch(data, loss)
-    return [part[:-1].detach() for part in seen]
+    return loss
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -92,18 +86,14 @@ def test_the_update_replays_what_was_recorded(one_rank):
 
     data = left_right_2_no_padding(whole.to_tensordict())
     tu.assign_non_tensor(data, max_token_len_per_gpu=200, calculate_entropy=False)
-    got = trained_logprobs(worker.engine, data)
-    ids = [ids[sample] for sample in order]
-    want, _ = reference(ids, recorded_by_reference(ids), forget_routers)
-    assert furthest(got, want) < NATS
-    live, _ = reference(ids, None, forget_routers)
-    assert furthest(live, want) > 1
+    loss = trained(worker.engine, data)
+    check_replayed([oracle(ids, recorded_by_reference(ids), forget_routers).scored(loss.seen)])
 
 
 def test_without_a_recording_the_update_is_refused(one_rank):
     made = engine("R2")
     with pytest.raises(ReplayError, match=r"mode=R2.*no `routed_experts`.*bypass_mode=False"):
-        trained_logprobs(made, batch(samples(), None, max_token_len_per_gpu=200))
+        trained(made, batch(samples(), None, max_token_len_per_gpu=200))
 
 
 def test_the_rollouts_routing_beside_it_is_refused(one_rank):

@@ -1,16 +1,13 @@
 """verl's own trainer passes its batches through a TransferQueue: routing goes in and out of it with them."""
 
-from typing import Any
-
 import pytest
 import ray
 import torch
 import transfer_queue
 from tensordict import TensorDict
+from trainers.conformance import check_replayed
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
-from verl_jobs import batch, configs, furthest, jagged, recorded_by_reference, reference, rows_of, samples
-
-NATS = 2e-5
+from verl_jobs import SeenLoss, batch, configs, jagged, oracle, recorded_by_reference, rows_of, samples, scored
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +27,7 @@ def test_old_logprobs_and_update_of_the_workers(one_rank, queue, mode):
     """As the trainer does it: old log-probabilities by the workers, put back by the trainer, and an update."""
     worker = TrainingWorker(config=TrainingWorkerConfig(model_type="language_model", **configs(mode, lr=0.0)))
     worker.reset()
-    seen = {}
-
-    def loss(model_output: Any, data: Any, dp_group: Any = None) -> Any:
-        for ids, logprobs in zip(data["input_ids"].unbind(), model_output["log_probs"].unbind(), strict=True):
-            seen[tuple(ids.tolist())] = logprobs[:-1].detach()
-        return -model_output["log_probs"].values().mean(), {}
-
+    loss = SeenLoss()
     worker.set_loss_fn(loss)
     ids = samples()
     rows = [rows_of(part) for part in ids] if mode == "R3" else recorded_by_reference(ids)
@@ -51,8 +42,6 @@ def test_old_logprobs_and_update_of_the_workers(one_rank, queue, mode):
     sent.extra_info.update(settings | dict(max_token_len_per_gpu=40, compute_loss=False))
     sent = worker.infer_batch(sent)
     old = transfer_queue.kv_batch_get(keys=sent.keys, select_fields=["log_probs"], **where)["log_probs"].unbind()
-    want, _ = reference(ids, rows)
-    assert furthest([part[:-1] for part in old], want) < NATS
 
     sent = transfer_queue.kv_batch_put(
         keys=sent.keys, fields=TensorDict({"old_log_probs": jagged(list(old))}, batch_size=[len(ids)]), **where
@@ -60,4 +49,4 @@ def test_old_logprobs_and_update_of_the_workers(one_rank, queue, mode):
     order = dict(mini_batch_size=2, epochs=1, seed=3, dataloader_kwargs={"shuffle": True})
     sent.extra_info.update(settings | order | dict(max_token_len_per_gpu=200))
     worker.train_mini_batch(sent)
-    assert furthest([seen[tuple(part.tolist())] for part in ids], want) < NATS
+    check_replayed(scored(oracle(ids, rows), ids, [part[:-1] for part in old], loss))

@@ -1,17 +1,15 @@
-"""verl's engines and batches, and what a plain Hugging Face model computes of the same samples.
-
-Routing is a function of the token: rows of other tokens show as other log-probabilities.
-"""
+"""verl's engines and batches, and what a plain Hugging Face model computes of the same samples."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from places import DEMO_MODEL
 from tensordict import TensorDict
-from transformers import AutoModelForCausalLM
+from trainers import conformance
+from trainers.conformance import Oracle, Scored, plain_model
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
@@ -22,26 +20,21 @@ from verl.workers.engine.fsdp import transformer_impl
 import r3
 
 LENGTHS = (13, 21, 17, 9)
-LAYERS, EXPERTS, SLOTS = 8, 32, 4
-VOCABULARY = 300
 
 
 def samples(lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(5, VOCABULARY, (length,), generator=generator) for length in lengths]
-
-
-@cache
-def _table() -> torch.Tensor:
-    scores = torch.rand(VOCABULARY, LAYERS, EXPERTS, generator=torch.Generator().manual_seed(2))
-    return scores.topk(SLOTS, -1).indices.to(torch.int16)
+    return [torch.randint(5, 300, (length,), generator=generator) for length in lengths]
 
 
 def rows_of(ids: torch.Tensor) -> torch.Tensor:
     """Of each token but the last, whose row is zeros, as verl fills it."""
-    rows = _table()[ids].clone()
-    rows[-1] = 0
-    return rows
+    return filled(conformance.rows_of(ids)[:-1])
+
+
+def filled(rows: torch.Tensor) -> torch.Tensor:
+    """With a row of zeros for the last token."""
+    return torch.nn.functional.pad(rows.to(torch.int16), (0, 0, 0, 0, 0, 1))
 
 
 def jagged(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -98,8 +91,34 @@ def logprobs(made: Any, data: TensorDict) -> list[torch.Tensor]:
     return [part[:-1].cpu() for part in output["model_output"]["log_probs"].unbind()]
 
 
-def gradients(made: Any, data: TensorDict) -> dict[str, torch.Tensor]:
-    """Of `loss_of_ranks`."""
+class SeenLoss:
+    """Minus the sum of log-probabilities, times `scale`.
+
+    Attributes:
+        seen: token ids and log-probabilities, of all tokens but the first, of each sample that it was given.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, model_output: Any, data: Any, dp_group: Any = None) -> Any:
+        parts = [part[:-1] for part in model_output["log_probs"].unbind()]
+        self.seen += [
+            (ids.cpu(), part.detach().cpu()) for ids, part in zip(data["input_ids"].unbind(), parts, strict=True)
+        ]
+        return -torch.cat(parts).sum() * self.scale, {}
+
+
+def loss_of_ranks(made: Any, data: TensorDict) -> SeenLoss:
+    """Minus the mean log-probability over the samples of all ranks."""
+    tokens = torch.tensor(float(sum(len(part) - 1 for part in data["input_ids"].unbind())))
+    dist.all_reduce(tokens, group=made.get_data_parallel_group())
+    return SeenLoss(made.get_data_parallel_size() / tokens.item())
+
+
+def gradients(made: Any, data: TensorDict) -> tuple[dict[str, torch.Tensor], SeenLoss]:
+    """Of `loss_of_ranks`, and that loss."""
     loss = loss_of_ranks(made, data)
     with made.train_mode():
         made.optimizer_zero_grad()
@@ -108,59 +127,51 @@ def gradients(made: Any, data: TensorDict) -> dict[str, torch.Tensor]:
             name: getattr(parameter.grad, "full_tensor", lambda grad=parameter.grad: grad)().clone()
             for name, parameter in made.module.named_parameters()
             if parameter.grad is not None
-        }
+        }, loss
 
 
-def gradient_norm(made: Any, data: TensorDict) -> float:
-    """Of `loss_of_ranks`, also where parameters are flat. Makes a step."""
+def gradient_norm(made: Any, data: TensorDict) -> tuple[float, SeenLoss]:
+    """Of `loss_of_ranks`, also where parameters are flat, and that loss. Makes a step."""
     loss = loss_of_ranks(made, data)
     with made.train_mode():
         made.optimizer_zero_grad()
         made.forward_backward_batch(data, loss)
-        return float(made.optimizer_step())
+        return float(made.optimizer_step()), loss
 
 
-def loss_of_ranks(made: Any, data: TensorDict) -> Callable:
-    """Minus the mean log-probability over the samples of all ranks."""
-    tokens = torch.tensor(float(sum(len(part) - 1 for part in data["input_ids"].unbind())))
-    dist.all_reduce(tokens, group=made.get_data_parallel_group())
-
-    def loss(model_output: Any, data: Any, dp_group: Any) -> Any:
-        total = torch.stack([part[:-1].sum() for part in model_output["log_probs"].unbind()]).sum()
-        return -total / tokens.item() * made.get_data_parallel_size(), {}
-
-    return loss
+def oracle(
+    ids: list[torch.Tensor],
+    rows: list[torch.Tensor] | None,
+    change: Callable[[torch.nn.Module], None] = lambda _: None,
+) -> Oracle:
+    """The plain model with the rows of these samples; rows of zeros are live."""
+    model = plain_model()
+    change(model)
+    live = [part.masked_fill((part == 0).all(-1).all(-1)[:, None, None], -1) for part in rows or []]
+    return Oracle(model, {tuple(part.tolist()): mine for part, mine in zip(ids, live, strict=False)})
 
 
 def reference(
-    ids: list[torch.Tensor], rows: list[torch.Tensor] | None, change: Callable[[torch.nn.Module], None] = lambda _: None
+    ids: list[torch.Tensor],
+    rows: list[torch.Tensor] | None,
+    change: Callable[[torch.nn.Module], None] = lambda _: None,
 ) -> tuple[list[torch.Tensor], dict]:
-    """Log-probabilities and gradients of the plain model, a sample at a time; rows of zeros are live."""
-    model = AutoModelForCausalLM.from_pretrained(str(DEMO_MODEL), dtype=torch.float32)
-    change(model)
-    replay = r3.attach(model)
-    result = []
-    for at, part in enumerate(part.to(model.device) for part in ids):
-        routing = {}
-        if rows is not None:
-            mine = rows[at].to(model.device, copy=True)
-            mine[(mine == 0).all(-1).all(-1)] = -1
-            routing = {"routed_experts": replay.routing(mine[None])}
-        logits = model(input_ids=part[None], use_cache=False, **routing).logits[0].log_softmax(-1)
-        result.append(logits[:-1].gather(-1, part[1:, None])[:, 0])
+    """Log-probabilities of the plain model, live where rows are None, and gradients of minus their mean."""
+    plain = oracle(ids, rows, change)
+    result = [plain.logprobs(part, replayed=rows is not None) for part in ids]
     (-torch.cat(result).mean()).backward()
-    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    grads = {name: parameter.grad for name, parameter in plain.model.named_parameters() if parameter.grad is not None}
     return [part.detach().cpu() for part in result], grads
+
+
+def scored(plain: Oracle, ids: list[torch.Tensor], old: list[torch.Tensor], loss: SeenLoss) -> list[Scored]:
+    """Old log-probabilities of samples, and those of the training forwards."""
+    return [plain.scored(zip(ids, old, strict=True), in_loss=False), plain.scored(loss.seen)]
 
 
 def mean_distance(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
     """Mean difference between two lists of tensors, in nats."""
     return (torch.cat(got) - torch.cat(want)).abs().mean().item()
-
-
-def furthest(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
-    """Largest difference between two lists of tensors, in nats."""
-    return max((mine - other).abs().max().item() for mine, other in zip(got, want, strict=True))
 
 
 def furthest_gradient(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> float:
@@ -176,38 +187,35 @@ def furthest_gradient(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor
 # What ranks of a group do.
 
 
-def errors_of_ranks(sequence_size: int, settings: dict, data_settings: dict) -> tuple[float, float, float]:
-    """Furthest log-probability from the replayed and from the live reference, and the furthest gradient."""
+def scored_on_ranks(sequence_size: int, settings: dict) -> tuple[list[Scored], float]:
+    """The rank's forwards, and the furthest gradient."""
     made = engine("R3", ulysses_sequence_parallel_size=sequence_size, **settings)
     ids = samples()
     mine = ids if sequence_size > 1 else ids[dist.get_rank() :: dist.get_world_size()]
     rows = [rows_of(part) for part in mine]
-    got = logprobs(made, batch(mine, rows, **data_settings))
-    grads = gradients(made, batch(mine, rows, **data_settings))
-    replayed, _ = reference(mine, rows)
-    live, _ = reference(mine, None)
+    old = logprobs(made, batch(mine, rows))
+    grads, loss = gradients(made, batch(mine, rows))
     _, want = reference(ids, [rows_of(part) for part in ids])
-    return furthest(got, replayed), furthest(got, live), furthest_gradient(grads, want)
+    return scored(oracle(mine, rows), mine, old, loss), furthest_gradient(grads, want)
 
 
-def errors_of_gpus(sequence_size: int, settings: dict) -> dict[str, float]:
-    """As `errors_of_ranks`, beside a plain model on the rank's own GPU, with means and the gradients' norms."""
+def errors_of_gpus(sequence_size: int, settings: dict) -> dict[str, Any]:
+    """As `scored_on_ranks`, beside a plain model on the rank's own GPU, with means and the gradients' norms."""
     made = engine("R3", ulysses_sequence_parallel_size=sequence_size, **settings)
     ids = samples()
     mine = ids if sequence_size > 1 else ids[dist.get_rank() :: dist.get_world_size()]
     rows = [rows_of(part) for part in mine]
     data = batch(mine, rows)
     got = logprobs(made, data)
-    norm = gradient_norm(made, batch(mine, rows))
+    norm, loss = gradient_norm(made, batch(mine, rows))
     cuda = lambda model: model.cuda()
     replayed, _ = reference(mine, rows, cuda)
     live, _ = reference(mine, None, cuda)
     _, gradient = reference(ids, [rows_of(part) for part in ids], cuda)
     wanted = torch.stack([each.norm() for each in gradient.values()]).norm().item()
     return {
-        "replayed": furthest(got, replayed),
+        "scored": scored(oracle(mine, rows, cuda), mine, got, loss),
         "replayed_mean": mean_distance(got, replayed),
-        "live": furthest(got, live),
         "live_mean": mean_distance(got, live),
         "norm": abs(norm / wanted - 1),
     }
@@ -221,7 +229,7 @@ def recorded(made: Any, data: TensorDict) -> list[torch.Tensor]:
 
 def recorded_by_reference(ids: list[torch.Tensor]) -> list[torch.Tensor]:
     """What the plain model chooses for each sample alone."""
-    model = AutoModelForCausalLM.from_pretrained(str(DEMO_MODEL), dtype=torch.float32)
+    model = plain_model()
     result = []
     for part in ids:
         with r3.record(model) as recorder, torch.no_grad():
@@ -238,8 +246,8 @@ def recorded_on_ranks(sequence_size: int, strategy: str = "fsdp2") -> bool:
     return all(torch.equal(mine, other) for mine, other in zip(got, recorded_by_reference(ids), strict=True))
 
 
-def reference_on_ranks(mode: str) -> float:
-    """How far a reference with Ulysses, and sdpa, is from the plain model without replay."""
+def reference_on_ranks(mode: str) -> Scored:
+    """A forward of a reference with Ulysses, and sdpa."""
     unpinned = partial(transformer_impl.CPUOffloadPolicy, pin_memory=False)
     transformer_impl.CPUOffloadPolicy, pinned = lambda pin_memory: unpinned(), transformer_impl.CPUOffloadPolicy
     try:
@@ -247,4 +255,5 @@ def reference_on_ranks(mode: str) -> float:
     finally:
         transformer_impl.CPUOffloadPolicy = pinned
     ids = samples()
-    return furthest(logprobs(made, batch(ids, [rows_of(part) for part in ids])), reference(ids, None)[0])
+    rows = [rows_of(part) for part in ids]
+    return oracle(ids, rows).scored(zip(ids, logprobs(made, batch(ids, rows)), strict=True))
