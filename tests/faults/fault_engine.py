@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 import httpx
 import torch
 from places import DEMO_MODEL
+from ports import free_port
 from processes import all_ended, session
 from receivers import for_nccl
 
@@ -37,9 +37,7 @@ class FaultyServer:
 
     def __init__(self, *, gpu: bool = False) -> None:
         self._gpu = gpu
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._folder = tempfile.TemporaryDirectory()
         self._client = httpx.Client(base_url=self.url)

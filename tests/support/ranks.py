@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ports import free_port
 
 
 class Ranks:
@@ -21,9 +21,7 @@ class Ranks:
     """
 
     def __init__(self, size: int, device: str = "cpu") -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         context = mp.get_context("spawn")
         self._ends, self._processes = [], []
         for rank in range(size):

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from ports import free_port
 from processes import all_ended
 
 from r3 import R3Config
@@ -31,9 +31,7 @@ class Server:
 @contextlib.contextmanager
 def running_server(config: R3Config, folder: Path, *extra: str, timeout_s: float = 240) -> Iterator[Server]:
     """The server of `config` with the arguments `extra`, ready for requests. Its log is in `folder`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = folder / "server.log"
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -11,16 +11,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from model_engine import ModelEngine
 from places import DEMO_MODEL
 from torch import Tensor, nn
 
 import r3
+from r3.capture import Rollout, load_rollouts
 
 EQUAL = 1e-5
 """Largest `distance` between a padded, packed or cut forward in float32 and that of one sequence alone."""
@@ -207,33 +207,16 @@ def plain_weights(model: Any) -> dict[str, Tensor]:
     return state
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """`ids` of a prompt and of what was sampled; uint8 rows `[T, L, K]` of all but the last; `logprobs` `[G]`."""
-
-    prompt: int
-    ids: tuple[int, ...]
-    rows: Tensor
-    logprobs: Tensor
+def sampled_rollouts() -> list[Rollout]:
+    """What vLLM sampled from the demo's model, for trainers that have no engine on a CPU: all of one length."""
+    return load_rollouts(Path(__file__).with_name("rollouts.safetensors")).items
 
 
-@cache
-def sampled_rollouts(count: int = 8, prompt: int = 6, completion: int = 40) -> list[Rollout]:
-    """Rollouts of the demo's model in bfloat16, with logits in float32, for trainers that have no engine on a CPU."""
-    model = plain_model().to(torch.bfloat16)
-    model.lm_head.float().register_forward_pre_hook(lambda module, args: (args[0].float(),))
-    generator = torch.Generator().manual_seed(4)
-    prompts = torch.randint(5, 300, (count, prompt), generator=generator).tolist()
-    sampling = SimpleNamespace(temperature=1.0, max_tokens=completion)
-    answers = ModelEngine(model).generate(
-        [{"prompt_token_ids": ids} for ids in prompts], [sampling] * count, use_tqdm=False
-    )
-    found = []
-    for answer in answers:
-        (output,) = answer.outputs
-        logprobs = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
-        ids = (*answer.prompt_token_ids, *output.token_ids)
-        found.append(
-            Rollout(prompt, ids, torch.from_numpy(output.routed_experts)[: len(ids) - 1], torch.tensor(logprobs))
-        )
-    return found
+def rollouts_oracle(rollouts: Sequence[Rollout]) -> Oracle:
+    """The demo's model, which has the rows of these."""
+    return Oracle(plain_model(), {(*each.prompt_ids, *each.token_ids): captured_rows(each) for each in rollouts})
+
+
+def captured_rows(rollout: Rollout) -> Tensor:
+    """uint8 `[T, L, K]` of all tokens but the last."""
+    return rollout.routing.expert_ids[0, :-1]

@@ -77,13 +77,9 @@ def test_all_other_checks_of_skyrl_remain(setting, message):
 @pytest.mark.parametrize(
     ("setting", "named", "cure"),
     [
-        ("generator.inference_engine.enable_return_routed_experts=false", "the engine returns no routing", "CURE"),
-        ("trainer.strategy=megatron", "trainer.strategy", "megatron_config.moe_enable_routing_replay"),
-        (
-            "generator.inference_engine.distributed_executor_backend=ray",
-            "backend=ray",
-            "distributed_executor_backend=mp",
-        ),
+        (f"{ENGINE}.enable_return_routed_experts=false", "routed_experts=false: ", "Set .*routed_experts=true"),
+        ("trainer.strategy=megatron", "strategy other than fsdp: ", "megatron_config.moe_enable_routing_replay"),
+        (f"{ENGINE}.distributed_executor_backend=ray", "backend other than mp: ", "distributed_executor_backend=mp"),
     ],
 )
 def test_what_replay_cannot_do_is_refused_by_name(setting, named, cure):

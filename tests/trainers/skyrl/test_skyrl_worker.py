@@ -20,13 +20,13 @@ from skyrl.backends.skyrl_train.workers.worker_utils import BaseBatchIterator, T
 from skyrl.train.trainer import RayPPOTrainer
 from trainers.conformance import (
     EQUAL,
-    Oracle,
+    captured_rows,
     check_gap,
     check_identical,
     check_live,
     check_replayed,
     furthest,
-    plain_model,
+    rollouts_oracle,
     sampled_rollouts,
 )
 from workers import bare_worker, policy_worker, wrapper
@@ -71,19 +71,20 @@ def test_every_forward_is_replayed(plain, packed, more):
 
 
 def test_skyrls_own_mismatch_falls_to_a_third(monkeypatch):
-    """By the method of SkyRL's trainer, which chooses what of a batch a worker gets; beside rollouts of bfloat16."""
-    cfg = settings("trainer.recompute_old_logprobs_per_minibatch=true")
+    """By the method of SkyRL's trainer, which chooses what of a batch a worker gets; beside rollouts of vLLM's."""
     rollouts = sampled_rollouts()
-    responses = [list(each.ids[each.prompt :]) for each in rollouts]
+    count = len(rollouts) // 2  # prompts
+    sizes = (f"trainer.train_batch_size={count}", f"trainer.policy_mini_batch_size={count}")
+    cfg = settings("trainer.recompute_old_logprobs_per_minibatch=true", *sizes)
     batch = training_batch_of(
         cfg,
         {
-            "prompt_token_ids": [list(each.ids[: each.prompt]) for each in rollouts],
-            "response_ids": responses,
-            "rewards": [0.0] * len(responses),
-            "loss_masks": [[1] * len(response) for response in responses],
+            "prompt_token_ids": [each.prompt_ids for each in rollouts],
+            "response_ids": [each.token_ids for each in rollouts],
+            "rewards": [0.0] * len(rollouts),
+            "loss_masks": [[1] * len(each.token_ids) for each in rollouts],
             "rollout_logprobs": [each.logprobs.tolist() for each in rollouts],
-            "rollout_expert_indices": [each.rows.numpy() for each in rollouts],
+            "rollout_expert_indices": [captured_rows(each).numpy() for each in rollouts],
         },
     )
     worker = policy_worker(cfg)
@@ -96,10 +97,9 @@ def test_skyrls_own_mismatch_falls_to_a_third(monkeypatch):
     )
     monkeypatch.setattr(RayPPOTrainer, "has_critic", False)
     got = trainer.fwd_logprobs_values_reward(batch)
-    plain = Oracle(plain_model(), {each.ids: each.rows for each in rollouts})
     old = of_samples(got, got["action_log_probs"])
-    sampled = {each.ids: each.logprobs for each in rollouts}
-    forward = plain.scored(zip(sampled, old, strict=True), sampled)
+    sampled = {(*each.prompt_ids, *each.token_ids): each.logprobs for each in rollouts}
+    forward = rollouts_oracle(rollouts).scored(zip(sampled, old, strict=True), sampled)
     check_replayed([forward])
     live = torch.cat([(live - engine).abs() for _, live, engine in forward.sampled])
     check_gap(trainer.all_metrics["policy/rollout_train_logprobs_abs_diff_mean"], live.mean().item())

@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import random
-import socket
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from places import DEMO_MODEL
+from ports import free_port
 from swift.arguments import RLHFArguments
 from swift.infer_engine.protocol import (
     ChatCompletionResponse,
@@ -250,14 +250,8 @@ def settings_of(folder: Path, **settings: Any) -> RLHFArguments:
     return made
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 # swift makes a process group also of one process: without this, on a port that all tests of a machine share.
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
 def run(folder: Path, *, trainer: str = "WatchedGRPO", spoil: Any = None, **settings: Any) -> Any:

@@ -1,6 +1,12 @@
-"""One engine for all trainers of a process."""
+"""A port of its own for each test process, and one engine for all trainers of it."""
+
+import os
 
 import pytest
+from ports import free_port
+
+# The engine's and the trainer's process group take these; by default all test processes would share a port.
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 @pytest.fixture(scope="session")

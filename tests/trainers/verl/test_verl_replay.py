@@ -8,13 +8,13 @@ import torch
 from trainers.conformance import (
     APART,
     EQUAL,
-    Oracle,
+    captured_rows,
     check_gap,
     check_identical,
     check_live,
     check_replayed,
     furthest,
-    plain_model,
+    rollouts_oracle,
     sampled_rollouts,
 )
 from verl import DataProto
@@ -227,22 +227,23 @@ def test_old_logprobs_and_update_agree(replaying):
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_verls_own_mismatch_falls_to_a_third(replaying, layout):
-    """Beside rollouts of bfloat16; verl counts probabilities."""
+    """Beside rollouts of vLLM's; verl counts probabilities."""
     rollouts = sampled_rollouts()
-    ids = [torch.tensor(each.ids) for each in rollouts]
-    plain = Oracle(plain_model(), {each.ids: each.rows for each in rollouts})
+    ids = [torch.tensor(each.prompt_ids + each.token_ids) for each in rollouts]
+    responses = torch.tensor([each.token_ids for each in rollouts])
 
     def own(parts: list[torch.Tensor]) -> float:
-        tails = [part[-len(each.logprobs) :] for each, part in zip(rollouts, parts, strict=True)]
         tensors = dict(
             rollout_log_probs=torch.stack([each.logprobs for each in rollouts]),
-            old_log_probs=torch.stack(tails),
-            responses=torch.stack([torch.tensor(each.ids[each.prompt :]) for each in rollouts]),
-            response_mask=torch.ones(len(rollouts), len(tails[0])),
+            old_log_probs=torch.stack([part[-responses.shape[1] :] for part in parts]),
+            responses=responses,
+            response_mask=torch.ones_like(responses),
         )
         return calculate_debug_metrics(DataProto.from_dict(tensors=tensors))["training/rollout_probs_diff_mean"]
 
-    data = batch(ids, [filled(each.rows) for each in rollouts], max_token_len_per_gpu=200, **layout)
+    rows = [filled(captured_rows(each)) for each in rollouts]
+    data = batch(ids, rows, **{"max_token_len_per_gpu": 200} | layout)
+    plain = rollouts_oracle(rollouts)
     with torch.no_grad():
         live = [plain.logprobs(part, replayed=False) for part in ids]
     check_gap(own(logprobs(replaying, data)), own(live))
