@@ -17,6 +17,7 @@ from verl_jobs import (
     batch,
     configs,
     engine,
+    forget_routers,
     logprobs,
     oracle,
     recorded,
@@ -26,14 +27,6 @@ from verl_jobs import (
 )
 
 from r3 import ReplayError
-
-
-def forget_routers(module: torch.nn.Module) -> None:
-    """Routers that choose otherwise, as after many updates."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith("gate.weight"):
-                parameter.neg_()
 
 
 def trained(made: Any, data: Any) -> SeenLoss:

@@ -5,9 +5,20 @@ import ray
 import torch
 import transfer_queue
 from tensordict import TensorDict
-from trainers.conformance import check_replayed
+from trainers.conformance import EQUAL, check_replayed, furthest
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
-from verl_jobs import SeenLoss, batch, configs, jagged, oracle, recorded_by_reference, rows_of, samples, scored
+from verl_jobs import (
+    SeenLoss,
+    batch,
+    configs,
+    forget_routers,
+    jagged,
+    oracle,
+    recorded_by_reference,
+    reference,
+    rows_of,
+    samples,
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +57,13 @@ def test_old_logprobs_and_update_of_the_workers(one_rank, queue, mode):
     sent = transfer_queue.kv_batch_put(
         keys=sent.keys, fields=TensorDict({"old_log_probs": jagged(list(old))}, batch_size=[len(ids)]), **where
     )
+    if mode == "R2":
+        forget_routers(worker.engine.module)  # else a live update would choose the same
     order = dict(mini_batch_size=2, epochs=1, seed=3, dataloader_kwargs={"shuffle": True})
     sent.extra_info.update(settings | order | dict(max_token_len_per_gpu=200))
     worker.train_mini_batch(sent)
-    check_replayed(scored(oracle(ids, rows), ids, [part[:-1] for part in old], loss))
+    want, _ = reference(ids, rows)
+    assert furthest([part[:-1] for part in old], want) < EQUAL
+    plain = oracle(ids, rows, forget_routers) if mode == "R2" else oracle(ids, rows)
+    check_replayed([plain.scored(loss.seen)])
+    assert len(loss.seen) == len(ids)

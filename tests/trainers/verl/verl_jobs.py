@@ -238,6 +238,14 @@ def recorded_by_reference(ids: list[torch.Tensor]) -> list[torch.Tensor]:
     return result
 
 
+def forget_routers(module: torch.nn.Module) -> None:
+    """Routers that choose otherwise, as after many updates."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("gate.weight"):
+                parameter.neg_()
+
+
 def recorded_on_ranks(sequence_size: int, strategy: str = "fsdp2") -> bool:
     """Whether R2 records on each rank what the plain model chooses."""
     made = engine("R2", ulysses_sequence_parallel_size=sequence_size, strategy=strategy)
