@@ -147,8 +147,10 @@ def oracle(
     """The plain model with the rows of these samples; rows of zeros are live."""
     model = plain_model()
     change(model)
-    live = [part.masked_fill((part == 0).all(-1).all(-1)[:, None, None], -1) for part in rows or []]
-    return Oracle(model, {tuple(part.tolist()): mine for part, mine in zip(ids, live, strict=False)})
+    known = {}
+    for part, mine in zip(ids, rows, strict=True) if rows is not None else ():
+        known[tuple(part.tolist())] = mine.masked_fill((mine == 0).all(-1).all(-1)[:, None, None], -1)
+    return Oracle(model, known)
 
 
 def reference(
