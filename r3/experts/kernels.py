@@ -82,7 +82,8 @@ def _combine(
     total = tl.zeros([block], tl.float32)
     for slot in tl.static_range(slots):
         place = tl.load(places + token * slots + slot)
-        part = tl.load(rows + place.to(tl.int64) * width + columns, mask=inside & (place < end), other=0).to(tl.float32)
+        bound = tl.where(place < end, width, 0)
+        part = tl.load(rows + place.to(tl.int64) * width + columns, mask=columns < bound, other=0).to(tl.float32)
         if weigh:
             part *= tl.load(weights + token * slots + slot).to(tl.float32)
         total += part
