@@ -46,7 +46,7 @@ def use_experts(model: nn.Module, implementation: str = AUTO) -> str:
     layers = expert_layers(model)
     # Layers of one class and model have the same reason.
     reasons = sorted({f"{type(layer).__name__}: {reason}" for _, layer in layers if (reason := unfit(layer))})
-    found = getattr(model.config, "_experts_implementation", None)
+    found = str(getattr(model.config, "_experts_implementation", "eager"))
     if implementation == AUTO:
         if reasons:
             logger.warning(
@@ -70,4 +70,12 @@ def use_experts(model: nn.Module, implementation: str = AUTO) -> str:
         model.set_experts_implementation(implementation)  # pyrefly: ignore
     except (KeyError, ValueError) as error:
         raise UnsupportedModelError(f"{_SETTING}={implementation}: {error}") from error
+    # transformers sets it in the configurations of models, and each layer reads the one that it was made with.
+    others = [path for path, layer in layers if _reads(layer) != implementation]
+    if others:
+        raise UnsupportedModelError(f"{_SETTING}={implementation}: it did not reach these layers:{summary(others)}")
     return implementation
+
+
+def _reads(layer: nn.Module) -> str:
+    return layer.config._experts_implementation  # pyrefly: ignore

@@ -19,8 +19,8 @@ def unfit(experts: nn.Module) -> str:
         "transposed weights": experts.is_transposed,
         "interleaved gate and up weights": not getattr(experts, "is_concatenated", True),
         "a norm after the experts": getattr(experts, "has_post_expert_norm", False),
-        f"its own gate, {type(experts).__name__}._apply_gate": not _plain_gate(experts),
-        f"the activation {_name(experts)}": not _is_silu(experts),
+        f"a gate of its own, {type(experts).__name__}._apply_gate": not _plain_gate(experts),
+        f"the activation {_name(experts)}": _plain_gate(experts) and not _is_silu(experts),
     }
     return ", ".join(reason for reason, found in reasons.items() if found)
 

@@ -7,7 +7,7 @@ atomically.
 """
 
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,7 @@ NAME = "r3_grouped"
 _TRITON = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def grouped_experts(
-    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def grouped_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """An experts function as transformers' registry takes it.
 
     Args:
@@ -42,7 +40,7 @@ def grouped_experts(
     """
     if reason := unfit(experts):
         raise UnsupportedModelError(f"{type(experts).__name__}: experts_implementation={NAME} cannot compute {reason}")
-    gate_up, down = experts.gate_up_proj, experts.down_proj
+    gate_up, down = cast(Tensor, experts.gate_up_proj), cast(Tensor, experts.down_proj)
     order = order_by_expert(top_k_index, len(gate_up))
     hidden = hidden_states.to(gate_up.dtype).contiguous()  # under autocast they differ
     weights = top_k_weights.contiguous()
@@ -76,11 +74,11 @@ class _Saved(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         hidden, weights, gate_up, down, *order, rows = ctx.saved_tensors
         order, steps = Order(*order), _steps(hidden)
         grad_hidden = grad_gate_up = grad_down = None
-        spread = steps.spread(grad.contiguous(), order)
+        spread = steps.spread(grads[0].contiguous(), order)
         grad_rows, weighted, grad_weights = steps.swiglu_backward(
             rows, grouped(spread, down, order.ends), weights, order
         )
@@ -104,5 +102,5 @@ class _Result(torch.autograd.Function):
         return steps.combine(grouped(steps.swiglu(rows), down.transpose(1, 2), order.ends), order, weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, None, None, None, None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return grads[0], None, None, None, None

@@ -4,6 +4,8 @@ All are bound by memory: each number is read and written once, sums are in float
 there is a tensor on CUDA.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,17 +21,17 @@ def spread(tokens: Tensor, order: Order) -> Tensor:
     (count, slots), width = order.places.shape, tokens.shape[1]
     out = tokens.new_empty(count * slots, width)
     block = _block(width)
-    _spread[(count, triton.cdiv(width, block))](tokens, order.places, out, width, slots, block)
+    _launch(_spread, (count, triton.cdiv(width, block)), tokens, order.places, out, width, slots, block)
     return out
 
 
 def combine(rows: Tensor, order: Order, weights: Tensor | None = None) -> Tensor:
     (count, slots), width = order.places.shape, rows.shape[1]
     out = rows.new_empty(count, width)
-    block, last = _block(width), order.ends[-1:]
-    _combine[(count, triton.cdiv(width, block))](
-        rows, order.places, weights if weights is not None else rows, last, out, width, slots, weights is not None, block
-    )
+    block, weigh = _block(width), weights is not None
+    grid = (count, triton.cdiv(width, block))
+    given = weights if weigh else rows  # never read
+    _launch(_combine, grid, rows, order.places, given, order.ends[-1:], out, width, slots, weigh, block)
     return out
 
 
@@ -39,25 +41,27 @@ def swiglu(gate_up: Tensor) -> Tensor:
     block = _block(width)
     height = _TILE // block
     grid = (triton.cdiv(count, height), triton.cdiv(width, block))
-    _swiglu[grid](gate_up, out, count, width, height, block, num_warps=8)
+    _launch(_swiglu, grid, gate_up, out, count, width, height, block, num_warps=8)
     return out
 
 
 def swiglu_backward(gate_up: Tensor, grad: Tensor, weights: Tensor, order: Order) -> tuple[Tensor, Tensor, Tensor]:
     count, width = grad.shape
-    grad_gate_up, weighted = torch.empty_like(gate_up), torch.empty_like(grad)
-    grad_weights = torch.empty_like(weights)
+    out = torch.empty_like(gate_up), torch.empty_like(grad), torch.empty_like(weights)
     block = _block(width)
     height = _TILE // block
-    _swiglu_backward[(triton.cdiv(count, height),)](
-        gate_up, grad, weights, order.slots, order.ends[-1:], grad_gate_up, weighted, grad_weights,
-        count, width, height, block, num_warps=8,
-    )  # fmt: skip
-    return grad_gate_up, weighted, grad_weights
+    given = gate_up, grad, weights, order.slots, order.ends[-1:]
+    _launch(_swiglu_backward, (triton.cdiv(count, height),), *given, *out, count, width, height, block, num_warps=8)
+    return out
 
 
 def _block(width: int) -> int:
     return min(triton.next_power_of_2(width), _COLUMNS)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: int) -> None:
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **options)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ def spread(tokens: Tensor, order: Order) -> Tensor:
 
 
 def combine(rows: Tensor, order: Order, weights: Tensor | None = None) -> Tensor:
-    """`[S, H]` -> `[T, H]`: the sum of a token's rows, times `weights` `[T, K]`, slot 0 first; rounded once, at the end.
+    """`[S, H]` -> `[T, H]`: the sum of a token's rows, times `weights` `[T, K]`, slot 0 first; rounded once.
 
     Rows of no expert count as 0, whatever is in them.
     """
