@@ -23,6 +23,7 @@ NAME = "r3_grouped"
 _TRITON = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@torch.compiler.disable  # a compiled layer breaks its graph here
 def grouped_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """An experts function as transformers' registry takes it.
 
@@ -74,7 +75,7 @@ class _Saved(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
         hidden, weights, gate_up, down, *order, rows = ctx.saved_tensors
         order, steps = Order(*order), _steps(hidden)
         grad_hidden = grad_gate_up = grad_down = None
