@@ -12,6 +12,8 @@ logger = logging.getLogger("r3")
 
 AUTO = "auto"
 _SETTING = "trainer.policy.model.experts_implementation"
+# They write their products into plain tensors, so that no gradient comes back, and none is missed.
+_WITHOUT_BACKWARD = "deepgemm"
 
 
 def register() -> str:
@@ -41,7 +43,8 @@ def use_experts(model: nn.Module, implementation: str = AUTO) -> str:
             `r3_grouped`, unless an expert layer does not fit: then, with a warning, the model keeps what it has.
 
     Raises:
-        UnsupportedModelError: expert layers that `implementation` cannot compute, by name; or it is not registered.
+        UnsupportedModelError: expert layers that `implementation` cannot compute, by name; it is not registered; or it
+            cannot train.
     """
     layers = expert_layers(model)
     # Layers of one class and model have the same reason.
@@ -61,6 +64,8 @@ def use_experts(model: nn.Module, implementation: str = AUTO) -> str:
             f"{_SETTING}={NAME}: cannot compute these layers of {type(model).__name__}; set auto, or grouped_mm of "
             f"transformers:{summary(reasons)}"
         )
+    if implementation.startswith(_WITHOUT_BACKWARD):
+        raise UnsupportedModelError(f"{_SETTING}={implementation}: expected a function with a backward, it has none")
     if not layers and implementation != found:
         raise UnsupportedModelError(
             f"{_SETTING}={implementation}: expected expert layers that transformers' registry of experts functions "

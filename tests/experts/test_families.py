@@ -5,7 +5,9 @@ import logging
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from models import random_ids, tiny_dense, tiny_moe, tokens
+from packaging.version import Version
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from zoo import CASES
@@ -18,7 +20,6 @@ FAMILIES = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "qwen2_moe", "ern
 UNFIT = {
     "gpt_oss": "GptOssExperts: biases, transposed weights, interleaved gate and up weights, a gate of its own",
     "gemma4": "the activation GELUTanh",
-    "aria": "transposed weights",
     "nemotron_h": "experts without a gate",
     "muse_spark": "a norm after the experts",
     "deepseek_v4": "a gate of its own, DeepseekV4Experts._apply_gate",
@@ -64,10 +65,12 @@ def test_models_outside_the_registry_are_left_alone(name):
             use_experts(model, implementation)
 
 
-def test_dense_models_and_unknown_names():
+def test_dense_models_unknown_names_and_functions_without_a_backward():
     use_experts(tiny_dense())
     with pytest.raises(r3.UnsupportedModelError, match=r"trainer\.policy\.model\.experts_implementation=fastest"):
         use_experts(tiny_moe(), "fastest")
+    with pytest.raises(r3.UnsupportedModelError, match="deepgemm: expected a function with a backward"):
+        use_experts(tiny_moe(), "deepgemm")
 
 
 def test_a_saved_model_does_not_name_it(tmp_path):
@@ -107,6 +110,8 @@ def one_thread():
 @pytest.mark.parametrize("implementation", ["batched_mm", NAME])
 def test_replay_is_exact_under_further_experts_functions(name, implementation, one_thread):
     """One thread, since a backward of `batched_mm` adds up gradients of weights in no fixed order on several."""
+    if implementation == "batched_mm" and Version(transformers.__version__) < Version("5.17"):
+        pytest.skip("batched_mm of some releases before 5.17 writes over the ids that the router's backward needs")
     case = CASES[name]
     model = case.build()
     use_experts(model, implementation)
