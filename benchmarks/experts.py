@@ -38,7 +38,7 @@ from benchmarks.train_step import CPU, GPU, HEAD_DIM, TOP_K, build, step_of, tim
 from r3.experts import NAME, register
 from r3.experts.order import order_by_expert
 
-IMPLEMENTATIONS = ("grouped_mm", NAME, "eager", "batched_mm", "sonicmoe", "deepgemm")
+IMPLEMENTATIONS = ("grouped_mm", NAME, "eager", "batched_mm", "sonicmoe")
 SAMPLE = 128  # tokens of the comparison with float64: batched_mm copies the weights of each pair
 Result = dict[str, Tensor]
 

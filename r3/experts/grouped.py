@@ -85,9 +85,9 @@ class _Saved(torch.autograd.Function):
         )
         if ctx.needs_input_grad[3]:
             grad_down = grouped_outer(spread, weighted, order.ends)
-        del spread, weighted  # a gigabyte of a long micro-batch
+        del spread, weighted
         if ctx.needs_input_grad[2]:
-            # Spread once more, at a hundredth of the layer's time, rather than kept.
+            # Spread once more rather than kept: S x H numbers are the most that a layer has.
             grad_gate_up = grouped_outer(grad_rows, steps.spread(hidden, order), order.ends)
         if ctx.needs_input_grad[0]:
             grad_hidden = steps.combine(grouped(grad_rows, gate_up, order.ends), order)

@@ -116,6 +116,7 @@ def _swiglu_backward(
     weight = tl.load(weights + slot, mask=present, other=0).to(tl.float32)[:, None]
     row = index[:, None]
     dots = tl.zeros([height], tl.float32)
+    dtype = weighted.dtype.element_ty
     for start in range(0, width, block):
         columns = start + tl.arange(0, block)[None]
         inside = present[:, None] & (columns < width)
@@ -129,7 +130,6 @@ def _swiglu_backward(
         dots += tl.sum(change * product, 1)
         change *= weight
         slope = sigmoid * (1 + gate * (1 - sigmoid))
-        dtype = weighted.dtype.element_ty
         tl.store(grad_gate_up + here, (change * up * slope).to(dtype), mask=inside)
         tl.store(grad_gate_up + here + width, (change * active).to(dtype), mask=inside)
         tl.store(weighted + row * width + columns, (weight * product).to(dtype), mask=inside)

@@ -86,10 +86,11 @@ LAYERS = [SHAPES["usual"], SHAPES["one token"], SHAPES["most experts without tok
 def test_a_layer_on_a_gpu_against_float64(shape, dtype):
     expected = outcome(layer_of(shape, torch.float64, "cuda"), "eager", *inputs_of(shape, torch.float64, "cuda"))
     layer, inputs = layer_of(shape, dtype, "cuda"), inputs_of(shape, dtype, "cuda")
-    own = errors(outcome(layer, "grouped_mm", *inputs), expected)
     found = outcome(layer, r3.experts.NAME, *inputs)
+    low = dtype == torch.bfloat16
+    own = errors(outcome(layer, "grouped_mm", *inputs), expected) if low else dict.fromkeys(expected, 1e-5)
     for name, value in errors(found, expected).items():
-        assert value < 1.1 * own[name] + 1e-6, name
+        assert value < 1.1 * own[name], name
     without = torch.bincount(inputs[1].flatten(), minlength=shape.experts) == 0
     assert not found["gate_up_proj"][without].any()
     assert not found["down_proj"][without].any()
