@@ -90,7 +90,7 @@ def test_a_layer_on_a_gpu_against_float64(shape, dtype):
     low = dtype == torch.bfloat16
     own = errors(outcome(layer, "grouped_mm", *inputs), expected) if low else dict.fromkeys(expected, 1e-5)
     for name, value in errors(found, expected).items():
-        assert value < 1.1 * own[name], name
+        assert value < 1.1 * own[name] + (2e-3 if low else 0), name
     without = torch.bincount(inputs[1].flatten(), minlength=shape.experts) == 0
     assert not found["gate_up_proj"][without].any()
     assert not found["down_proj"][without].any()
