@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import r3
 from r3.config import R3Config
+from r3.experts import use_experts
 from r3.parallel import RankBarrier, make_mesh, shard_parameters, token_logprobs, ulysses
 from r3.routing import prefetch
 from r3.weight_sync import LazyWeight, named_weights
@@ -29,7 +30,7 @@ class Policy:
 
     Raises:
         UnsupportedModelError: the model is dense, or its routers cannot be replayed exactly, while the settings ask
-            for capture or replay.
+            for capture or replay; or `trainer.policy.model.experts_implementation` cannot compute its expert layers.
     """
 
     def __init__(self, config: R3Config) -> None:
@@ -64,6 +65,7 @@ class Policy:
         policy = config.trainer.policy
         fsdp, capture = policy.fsdp_config, config.generator.inference_engine.enable_return_routed_experts
         model = AutoModelForCausalLM.from_pretrained(policy.model.path, dtype=torch.float32).to(self.device)
+        use_experts(model, policy.model.experts_implementation)
         # Before sharding, so that a model that cannot be replayed or sliced is refused before anything is built on it.
         if trained and capture:
             self.replay = r3.attach(model, required=fsdp.moe_enable_routing_replay)

@@ -36,6 +36,13 @@ MOST_REPEAT_NATS = 0.1
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str = setting("", "Folder of the policy: config, tokenizer and safetensors.", PATH)
+    experts_implementation: str = setting(
+        "auto",
+        "How expert layers are computed: `r3_grouped`, `eager`, or another name in transformers' registry of experts "
+        "functions, such as `grouped_mm`. `auto` is `r3_grouped`, or with a warning what transformers loads the model "
+        "with, where a layer does not fit.",
+        NAME,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
