@@ -1,0 +1,297 @@
+"""Log-probabilities of sampled tokens from hidden states and the head's weight, without holding all logits.
+
+Tokens go through the head in chunks: product, statistics, and the logits are freed. The backward pass computes each
+chunk's logits again, for an upstream gradient of each token is known only then. Shapes: N tokens, n of them with a label,
+H hidden, V vocabulary.
+
+Libraries that fuse head and loss were looked at first (November 2026), and none gives this:
+`torch.nn.functional.linear_cross_entropy` computes gradients in the forward pass, for one upstream gradient of a reduced
+loss, and came with torch 2.13; Liger's returns results in the inputs' dtype, and its gradient with `reduction="none"` was
+that of the first token's upstream value until July 2026; cut-cross-entropy leaves out small gradients by default and
+accumulates in bfloat16, and its kernels are slower than the library's products where logits of a chunk fit in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from r3.errors import ParallelError
+from r3.parallel.head.passes import Tempering
+from r3.parallel.token_logprobs import IGNORED
+
+CHUNK_BYTES = 1 << 30
+"""Of one chunk's logits in float32. Larger chunks move the weight's gradient less often; with H 2048 and V 151,936 it is
+as large as the logits of 2,048 tokens."""
+_TILE = 128  # tokens that a matrix product computes together
+
+
+class TokenScores(NamedTuple):
+    """Scores of each token, float32 `[...]` as the labels, 0 where there is no label.
+
+    Attributes:
+        logprobs: log-probability of the label, in nats.
+        entropy: of the distribution that the label was drawn from, in nats; without gradient.
+        margin: log-probability of its likeliest token less that of the next, in nats; without gradient. Infinite for a
+            vocabulary of one.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    margin: Tensor
+
+
+def head_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Float32 `[...]`, log-probability in nats of each label under the head's distribution; 0 where it is -100.
+
+    As `token_logprobs(hidden @ weight.T + bias, labels)`, with float32 logits of which only a chunk is in memory at a
+    time, in the forward pass and in the backward pass.
+
+    On CUDA, hidden states and weight in bfloat16 are multiplied as they are, and summed in float32: the logits are those
+    of a float32 product of the same values up to the order of its sum. The gradient of the logits is rounded to bfloat16,
+    its products summed in float32. In any other case all products are float32 products of the given values.
+
+    Args:
+        hidden: floating `[..., H]`.
+        weight: floating `[V, H]`.
+        labels: int64 `[...]`; only positions with a label are computed.
+        bias: `[V]`, added to the product.
+        temperature: the logits are divided by it, as at sampling.
+        scale: the logits are multiplied by it before that, as some models do.
+        softcap: c of models that put c * tanh(logits / c) in the place of the scaled logits.
+        chunk_bytes: of the float32 logits of one chunk; at least 1 token's are computed together.
+
+    Raises:
+        ParallelError: other shapes, dtypes or devices, labels outside of the vocabulary, or a temperature of 0.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 5, 16, requires_grad=True), torch.randn(50, 16)
+        >>> logprobs = head_logprobs(hidden, weight, torch.full((2, 5), 7), temperature=0.8)
+        >>> logprobs.sum().backward()
+    """
+    found = _scores(hidden, weight, labels, bias, _tempering(temperature, scale, softcap), chunk_bytes, details=False)
+    return found[0]
+
+
+def head_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> TokenScores:
+    """As `head_logprobs`, with entropy and top margin of each token's distribution from the same pass."""
+    found = _scores(hidden, weight, labels, bias, _tempering(temperature, scale, softcap), chunk_bytes, details=True)
+    return TokenScores(*found)
+
+
+def _tempering(temperature: float, scale: float, softcap: float | None) -> Tempering:
+    for name, value in (("temperature", temperature), ("softcap", 1.0 if softcap is None else softcap)):
+        if not 0 < value < math.inf:
+            raise ParallelError(f"{name}: expected a number above 0, got {value}")
+    return Tempering.of(temperature=temperature, scale=scale, softcap=softcap)
+
+
+@torch.compiler.disable
+def _scores(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    tempering: Tempering,
+    chunk_bytes: int,
+    *,
+    details: bool,
+) -> tuple[Tensor, ...]:
+    """Log-probabilities, and entropy and margin if `details`, in the shape of `labels`."""
+    _check_shapes(hidden, weight, labels, bias)
+    flat = labels.reshape(-1)
+    places = (flat != IGNORED).nonzero()[:, 0]
+    wanted = flat[places]
+    _check_labels(wanted, weight.shape[0])
+    tokens = _tokens_at_once(len(places), weight.shape[0], chunk_bytes)
+    with torch.autocast(hidden.device.type, enabled=False):
+        chosen = hidden.reshape(-1, hidden.shape[-1])[places]
+        found = _HeadScores.apply(chosen, weight, bias, wanted, tempering, tokens, details)
+
+    def placed(values: Tensor) -> Tensor:
+        return values.new_zeros(flat.shape).index_put((places,), values).view(labels.shape)
+
+    return tuple(placed(values) for values in found)
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    if labels.dtype != torch.int64:
+        raise ParallelError(f"labels: expected torch.int64, got {labels.dtype}; use labels.long()")
+    if (
+        hidden.shape[:-1] != labels.shape
+        or weight.dim() != 2
+        or weight.shape[1] != hidden.shape[-1]
+        or (bias is not None and bias.shape != weight.shape[:1])
+    ):
+        raise ParallelError(
+            "expected hidden [..., H], weight [V, H], labels [...] and bias [V] or none, got "
+            f"{tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(labels.shape)} and "
+            f"{None if bias is None else tuple(bias.shape)}"
+        )
+    others = [part for part in (weight, labels, bias) if part is not None and part.device != hidden.device]
+    if others or not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise ParallelError(
+            f"expected floating hidden states and weight, and all on one device, got {hidden.dtype} on {hidden.device} "
+            f"and {weight.dtype} on {weight.device}, labels on {labels.device}"
+        )
+
+
+def _check_labels(wanted: Tensor, vocabulary: int) -> None:
+    if not len(wanted):
+        return
+    low, high = torch.stack(wanted.aminmax()).tolist()
+    if low < 0 or high >= vocabulary:
+        raise ParallelError(
+            f"labels: expected {IGNORED} or token ids below {vocabulary}, the head's vocabulary, got "
+            f"{low if low < 0 else high}"
+        )
+
+
+def _tokens_at_once(tokens: int, vocabulary: int, chunk_bytes: int) -> int:
+    """Tokens of a chunk: chunks of even size, in whole tiles where a chunk has several."""
+    most = max(1, chunk_bytes // (4 * vocabulary))
+    if most > _TILE:
+        most -= most % _TILE
+    even = -(-tokens // max(1, -(-tokens // most)))
+    return max(1, min(most, -(-even // _TILE) * _TILE))
+
+
+class _HeadScores(torch.autograd.Function):
+    """float `[n, H]`, `[V, H]`, `[V]` or None and labels `[n]` -> float32 `[n]` each: see `TokenScores`."""
+
+    @staticmethod
+    def forward(  # pyrefly: ignore
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        tempering: Tempering,
+        tokens: int,
+        details: bool,
+    ) -> tuple[Tensor, ...]:
+        passes = _passes(hidden)
+        left, right = _factors(hidden, weight)
+        found = torch.empty(4 if details else 2, len(hidden), dtype=torch.float32, device=hidden.device)
+
+        def chunk(at: slice) -> None:
+            x = _product(left[at], right.t())
+            for row, values in zip(
+                found, passes.statistics(x, bias, labels[at], tempering, details=details), strict=False
+            ):
+                row[at] = values
+
+        for start in range(0, len(hidden), tokens):
+            chunk(slice(start, start + tokens))
+        logprobs, normaliser, *rest = found.unbind()
+        ctx.save_for_backward(hidden, weight, bias, labels, normaliser)
+        ctx.tempering, ctx.tokens = tempering, tokens
+        ctx.mark_non_differentiable(*rest)
+        return logprobs.clone(), *rest  # not a view, which autograd may not return
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
+        hidden, weight, bias, labels, normaliser = ctx.saved_tensors
+        with torch.autocast(hidden.device.type, enabled=False):
+            of_hidden, of_weight, of_bias = _gradients(
+                hidden, weight, bias, labels, normaliser, upstream, ctx.tempering, ctx.tokens, ctx.needs_input_grad
+            )
+        return of_hidden, of_weight, of_bias, None, None, None, None
+
+
+def _gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    normaliser: Tensor,
+    upstream: Tensor,
+    tempering: Tempering,
+    tokens: int,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of hidden states, weight and bias, each in its own dtype; None where `needed` is False."""
+    passes = _passes(hidden)
+    left, right = _factors(hidden, weight)
+    of_hidden = torch.empty_like(hidden) if needed[0] else None
+    # In float32 over all chunks, and rounded once.
+    of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needed[1] else None
+    of_bias = torch.zeros(weight.shape[:1], dtype=torch.float32, device=weight.device) if needed[2] else None
+
+    def chunk(at: slice) -> None:
+        x = _product(left[at], right.t())
+        into = x if left.dtype == x.dtype else torch.empty_like(x, dtype=left.dtype)
+        gradient = passes.logits_gradient(x, bias, labels[at], normaliser[at], upstream[at], tempering, into)
+        if of_hidden is not None:
+            of_hidden[at] = _product(gradient, right)
+        if of_weight is not None:
+            _add_product(of_weight, gradient.t(), left[at])
+        if of_bias is not None:
+            of_bias.add_(gradient.sum(0, dtype=torch.float32))
+
+    for start in range(0, len(hidden), tokens):
+        chunk(slice(start, start + tokens))
+    return (
+        of_hidden,
+        None if of_weight is None else of_weight.to(weight.dtype),
+        None if of_bias is None or bias is None else of_bias.to(bias.dtype),
+    )
+
+
+def _passes(tensor: Tensor) -> Any:
+    """The module with the passes over the logits for the device of `tensor`."""
+    if tensor.is_cuda:
+        from r3.parallel.head import passes_cuda
+
+        return passes_cuda
+    from r3.parallel.head import passes
+
+    return passes
+
+
+def _factors(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The two as they are multiplied: bfloat16 where the device sums products of it in float32, else float32."""
+    exact = hidden.is_cuda and torch.version.cuda is not None
+    if exact and hidden.dtype == weight.dtype == torch.bfloat16:
+        return hidden, weight
+    return hidden.float(), weight.float()
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """float32 `left @ right`."""
+    if left.dtype == torch.float32:
+        return torch.mm(left, right)
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to float32 `total`."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
