@@ -71,8 +71,8 @@ def make_mesh(device_type: str, sequence_parallel_size: int = 1) -> Mesh:
 def shard_parameters(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype) -> nn.Module:
     """FSDP2 over all ranks, data and sequence: each decoder layer a unit, and a head with a weight of its own.
 
-    Logits that the model returns are in `param_dtype`. Log-probabilities come from `fused_head`, attached before: it sums
-    the products of the head in float32, as the engine does.
+    Logits that the model returns are in `param_dtype`. Log-probabilities come from `fused_head`, attached before: it
+    sums the products of the head in float32, as the engine does.
 
     On several GPUs accelerate does it, as for any trainer that a launcher starts. Torch's `fully_shard` does it on the
     CPU, where accelerate wraps with DDP instead, and in a single process, which accelerate leaves whole.

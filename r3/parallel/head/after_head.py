@@ -44,8 +44,8 @@ def find_after_head(model: Any) -> AfterHead:
     if found is None:
         raise ParallelError(
             f"{type(model).__name__} changes its head's product in a way that is not known here: expected logits that "
-            "are the product, times a constant, or soft-capped as c * tanh(logits / c), for the whole vocabulary or its "
-            f"first tokens. {REMEDY}"
+            "are the product, times a constant, or soft-capped as c * tanh(logits / c), for the whole vocabulary or "
+            f"its first tokens. {REMEDY}"
         )
     return found
 

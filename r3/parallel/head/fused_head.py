@@ -1,7 +1,8 @@
 """`fused_head`: log-probabilities of sampled tokens as the output of a stock Hugging Face causal model.
 
 While a model scores labels, its head returns one number a token in place of logits. It does so in its own forward, so
-that FSDP2 has gathered its weight, and the number leaves the model as its output, to which FSDP2 ties the backward pass.
+that FSDP2 has gathered its weight, and the number leaves the model as its output, to which FSDP2 ties the backward
+pass.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 from r3.errors import ParallelError
 from r3.own_methods import BELOW_HOOK, code_of
 from r3.parallel.head.after_head import REMEDY, AfterHead, find_after_head
-from r3.parallel.head.scores import TokenScores, head_logprobs, head_scores
+from r3.parallel.head.passes import Tempering
+from r3.parallel.head.scores import TokenScores, score
 
 _SLOT = "_r3_fused_head"
 
@@ -149,7 +151,7 @@ def fused_head(model: nn.Module) -> FusedHead:
     return FusedHead(model)
 
 
-def _forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
+def _forward(self: Any, input: Tensor) -> Tensor:
     """A linear layer's forward, or the scores that are asked for. `self` may be a copy of the head."""
     activity: _Activity | None = self.__dict__.get(_SLOT)
     if activity is None or activity.request is None or activity.head is not self:
@@ -165,17 +167,14 @@ def _scored(head: Any, hidden: Tensor, request: _Request, after: Any) -> Tensor:
             f"labels: expected [B, S] = {list(hidden.shape[:-1])}, the positions of which the model computes logits, "
             f"got {list(request.labels.shape)}"
         )
-    run = head_scores if request.details else head_logprobs
-    found = run(
+    logprobs, *rest = score(
         hidden,
         head.weight[: after.vocabulary],
         request.labels,
-        bias=None if head.bias is None else head.bias[: after.vocabulary],
-        temperature=request.temperature,
-        scale=after.scale,
-        softcap=after.softcap,
+        None if head.bias is None else head.bias[: after.vocabulary],
+        Tempering.of(temperature=request.temperature, scale=after.scale, softcap=after.softcap),
+        details=request.details,
     )
-    logprobs, *rest = found if request.details else (found,)
     request.found = (logprobs.detach(), *rest)
     # Zeros, which scaling and a soft cap leave; only the gradient is carried, past the scale that comes.
     return (logprobs - logprobs.detach())[..., None] / after.scale
@@ -187,8 +186,9 @@ def _require_linear(model: Any, head: Any) -> None:
         raise ParallelError(f"{name} has no output embeddings: it gives no log-probabilities")
     if not isinstance(head, nn.Linear) or code_of(head, "forward") is not nn.Linear.forward:
         raise ParallelError(
-            f"{name}: expected a head with the forward of nn.Linear, got {type(head).__module__}.{type(head).__name__}. "
-            f"An adapter (LoRA) on it: leave it out of target_modules, or merge it first. {REMEDY}"
+            f"{name}: expected a head with the forward of nn.Linear, got {type(head).__module__}."
+            f"{type(head).__name__}. An adapter (LoRA) on it: leave the head out of target_modules, or merge it first. "
+            f"{REMEDY}"
         )
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from r3.errors import ParallelError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tempering:
@@ -27,6 +29,10 @@ class Tempering:
 
     @classmethod
     def of(cls, *, temperature: float, scale: float, softcap: float | None) -> Tempering:
+        """Raises `ParallelError` for a temperature or a cap that is not above 0."""
+        for name, value in (("temperature", temperature), ("softcap", softcap)):
+            if value is not None and not 0 < value < math.inf:
+                raise ParallelError(f"{name}: expected a number above 0, got {value}")
         if softcap is None:
             return cls(post=scale / temperature)
         return cls(post=softcap / temperature, pre=scale / softcap)

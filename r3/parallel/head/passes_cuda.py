@@ -3,6 +3,8 @@
 Needs Triton; imported only when there is a tensor on CUDA.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +20,9 @@ _LOW = tl.constexpr(-1e30)  # below every logit, and finite: what is multiplied 
 def statistics(x: Tensor, bias: Tensor | None, labels: Tensor, tempering: Tempering, *, details: bool) -> Statistics:
     """As `r3.parallel.head.passes.statistics`."""
     found = torch.empty(4 if details else 2, len(x), dtype=torch.float32, device=x.device)
+    launch: Any = _statistics[(len(x),)]
     with torch.cuda.device(x.device):
-        _statistics[(len(x),)](
+        launch(
             x,
             x if bias is None else bias,
             labels,
@@ -32,7 +35,7 @@ def statistics(x: Tensor, bias: Tensor | None, labels: Tensor, tempering: Temper
             biased=bias is not None,
             capped=tempering.pre is not None,
             details=details,
-            block=_BLOCK,  # pyrefly: ignore
+            block=_BLOCK,
             num_warps=_WARPS,
         )
     return Statistics(found[0], found[1], *(found[2:] if details else (None, None)))
@@ -48,8 +51,9 @@ def logits_gradient(
     into: Tensor,
 ) -> Tensor:
     """As `r3.parallel.head.passes.logits_gradient`."""
+    launch: Any = _logits_gradient[(len(x), triton.cdiv(x.shape[1], _BLOCK))]
     with torch.cuda.device(x.device):
-        _logits_gradient[(len(x), triton.cdiv(x.shape[1], _BLOCK))](
+        launch(
             x,
             x if bias is None else bias,
             labels,
@@ -63,7 +67,7 @@ def logits_gradient(
             tempering.pre or 0.0,
             biased=bias is not None,
             capped=tempering.pre is not None,
-            block=_BLOCK,  # pyrefly: ignore
+            block=_BLOCK,
             num_warps=_WARPS,
         )
     return into
@@ -135,11 +139,12 @@ def _statistics(
     tl.store(found + token, _tempered(own, post, pre, capped) - normaliser)
     tl.store(found + tokens + token, normaliser)
     if details:
-        entropy = tl.log(mass) - tl.sum(share * (weighted + total * shift)) / mass
+        entropy = tl.log(mass) - tl.sum(share * (weighted + total * shift) / mass)
         tl.store(found + 2 * tokens + token, entropy)
         at = tl.argmax(largest, 0)
         runner_up = tl.max(tl.where(lane == at, second, largest))
-        tl.store(found + 3 * tokens + token, tl.where(runner_up > _LOW, top - runner_up, float("inf")))
+        margin = tl.where(runner_up > _LOW, top - runner_up, float("inf"))  # pyrefly: ignore
+        tl.store(found + 3 * tokens + token, margin)
 
 
 @triton.jit

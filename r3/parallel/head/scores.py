@@ -1,19 +1,12 @@
 """Log-probabilities of sampled tokens from hidden states and the head's weight, without holding all logits.
 
 Tokens go through the head in chunks: product, statistics, and the logits are freed. The backward pass computes each
-chunk's logits again, for an upstream gradient of each token is known only then. Shapes: N tokens, n of them with a label,
-H hidden, V vocabulary.
-
-Libraries that fuse head and loss were looked at first (November 2026), and none gives this:
-`torch.nn.functional.linear_cross_entropy` computes gradients in the forward pass, for one upstream gradient of a reduced
-loss, and came with torch 2.13; Liger's returns results in the inputs' dtype, and its gradient with `reduction="none"` was
-that of the first token's upstream value until July 2026; cut-cross-entropy leaves out small gradients by default and
-accumulates in bfloat16, and its kernels are slower than the library's products where logits of a chunk fit in memory.
+chunk's logits again, for only then is the upstream gradient of each token known. Shapes: N tokens, n of them with a
+label, H hidden, V vocabulary. What was used of others' work, and why none of it whole: decision 13.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +18,8 @@ from r3.parallel.head.passes import Tempering
 from r3.parallel.token_logprobs import IGNORED
 
 CHUNK_BYTES = 1 << 30
-"""Of one chunk's logits in float32. Larger chunks move the weight's gradient less often; with H 2048 and V 151,936 it is
-as large as the logits of 2,048 tokens."""
+"""Of one chunk's logits in float32. With each chunk the weight's gradient, as large as the logits of H tokens, is read
+and written once."""
 _TILE = 128  # tokens that a matrix product computes together
 
 
@@ -61,9 +54,9 @@ def head_logprobs(
     As `token_logprobs(hidden @ weight.T + bias, labels)`, with float32 logits of which only a chunk is in memory at a
     time, in the forward pass and in the backward pass.
 
-    On CUDA, hidden states and weight in bfloat16 are multiplied as they are, and summed in float32: the logits are those
-    of a float32 product of the same values up to the order of its sum. The gradient of the logits is rounded to bfloat16,
-    its products summed in float32. In any other case all products are float32 products of the given values.
+    On CUDA, hidden states and weight in bfloat16 are multiplied as they are and summed in float32: the logits are those
+    of a float32 product of the same values, up to the order of its sum. The gradient of the logits is rounded to
+    bfloat16, its products are summed in float32. In any other case all products are float32 products of the values.
 
     Args:
         hidden: floating `[..., H]`.
@@ -83,8 +76,8 @@ def head_logprobs(
         >>> logprobs = head_logprobs(hidden, weight, torch.full((2, 5), 7), temperature=0.8)
         >>> logprobs.sum().backward()
     """
-    found = _scores(hidden, weight, labels, bias, _tempering(temperature, scale, softcap), chunk_bytes, details=False)
-    return found[0]
+    tempering = Tempering.of(temperature=temperature, scale=scale, softcap=softcap)
+    return score(hidden, weight, labels, bias, tempering, details=False, chunk_bytes=chunk_bytes)[0]
 
 
 def head_scores(
@@ -99,29 +92,22 @@ def head_scores(
     chunk_bytes: int = CHUNK_BYTES,
 ) -> TokenScores:
     """As `head_logprobs`, with entropy and top margin of each token's distribution from the same pass."""
-    found = _scores(hidden, weight, labels, bias, _tempering(temperature, scale, softcap), chunk_bytes, details=True)
-    return TokenScores(*found)
-
-
-def _tempering(temperature: float, scale: float, softcap: float | None) -> Tempering:
-    for name, value in (("temperature", temperature), ("softcap", 1.0 if softcap is None else softcap)):
-        if not 0 < value < math.inf:
-            raise ParallelError(f"{name}: expected a number above 0, got {value}")
-    return Tempering.of(temperature=temperature, scale=scale, softcap=softcap)
+    tempering = Tempering.of(temperature=temperature, scale=scale, softcap=softcap)
+    return TokenScores(*score(hidden, weight, labels, bias, tempering, details=True, chunk_bytes=chunk_bytes))
 
 
 @torch.compiler.disable
-def _scores(
+def score(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     tempering: Tempering,
-    chunk_bytes: int,
     *,
     details: bool,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, ...]:
-    """Log-probabilities, and entropy and margin if `details`, in the shape of `labels`."""
+    """As `head_logprobs`, one tensor; or as `head_scores`, three, if `details`."""
     _check_shapes(hidden, weight, labels, bias)
     flat = labels.reshape(-1)
     places = (flat != IGNORED).nonzero()[:, 0]
@@ -293,5 +279,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add `left @ right` to float32 `total`."""
     if left.dtype == torch.float32:
         total.addmm_(left, right)
+    elif torch.__version__ < "2.10":  # whose addmm takes no total of another dtype than the factors
+        total += _product(left, right)
     else:
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
