@@ -167,11 +167,14 @@ def _scored(head: Any, hidden: Tensor, request: _Request, after: Any) -> Tensor:
             f"labels: expected [B, S] = {list(hidden.shape[:-1])}, the positions of which the model computes logits, "
             f"got {list(request.labels.shape)}"
         )
+    weight, bias = head.weight, head.bias
+    if after.vocabulary < len(weight):
+        weight, bias = weight[: after.vocabulary], bias if bias is None else bias[: after.vocabulary]
     logprobs, *rest = score(
         hidden,
-        head.weight[: after.vocabulary],
+        weight,
         request.labels,
-        None if head.bias is None else head.bias[: after.vocabulary],
+        bias,
         Tempering.of(temperature=request.temperature, scale=after.scale, softcap=after.softcap),
         details=request.details,
     )

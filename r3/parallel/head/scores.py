@@ -115,7 +115,7 @@ def score(
     _check_labels(wanted, weight.shape[0])
     tokens = _tokens_at_once(len(places), weight.shape[0], chunk_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
-        chosen = hidden.reshape(-1, hidden.shape[-1])[places]
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)
         found = _HeadScores.apply(chosen, weight, bias, wanted, tempering, tokens, details)
 
     def placed(values: Tensor) -> Tensor:
