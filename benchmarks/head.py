@@ -11,11 +11,11 @@ sample of tokens, of the weight's on a sample of its rows. One JSON line for eac
 
 Predicted for 16,384 tokens, hidden 2048, vocabulary 151,936 on an H200, before the first run. A product has 10.2 TFLOP:
 196 ms in float32 and 15 to 16 in bfloat16. Plain: three products, 590 ms, and about ten passes over 10 GB of logits, 40
-ms: 630 ms. Fused: four products, 62 ms; statistics read the logits once, 2.5 ms; their gradient reads float32 and writes
-bfloat16, 4 ms; the weight's gradient is read and written once a chunk, 10 times 0.6 ms. 75 ms: 0.12 of plain. With hidden
-1024 products are half and passes are not: 330 and 42 ms, 0.13. Peak beyond inputs: 50 to 60 GB, and 1.6 GB of a chunk with
-2 GB of the weight's gradient. Log-probabilities err by 2e-6 nats in both ways; the fused gradients by 2e-3 of their norm
-or less, which is that of bfloat16, in which they are handed on.
+ms: 630 ms. Fused: four products, 62 ms; statistics read the logits once, 2.5 ms; their gradient reads float32 and
+writes bfloat16, 4 ms; the weight's gradient is read and written once a chunk, 10 times 0.6 ms. 75 ms: 0.12 of plain.
+With hidden 1024 products are half and passes are not: 330 and 42 ms, 0.13. Peak beyond inputs: 50 to 60 GB, and 1.6 GB
+of a chunk with 2 GB of the weight's gradient. Log-probabilities err by some 1e-6 nats in both ways; the fused gradients
+by 2e-3 of their norm, which is the rounding of bfloat16, in which they are handed on.
 """
 
 import argparse
