@@ -15,7 +15,7 @@ H = 24
 HEADS = [dict(), dict(bias=True), dict(scale=0.125), dict(softcap=3.0), dict(scale=0.7, softcap=20.0, bias=True)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Of a gradient, relative to its norm: as rounding it to its dtype gives.
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-9}
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 
 def given(shape, vocabulary, dtype=torch.float32, *, bias=False, masked=0.3, device="cpu", hidden=H, seed=0):

@@ -159,6 +159,9 @@ def _forward(self: Any, input: Tensor) -> Tensor:
     return _scored(self, input, activity.request, activity.after)
 
 
+_forward.__name__ = "forward"  # a bound method is pickled by its name: a model that is loaded has nn.Linear's
+
+
 def _scored(head: Any, hidden: Tensor, request: _Request, after: Any) -> Tensor:
     if request.found is not None:
         raise ParallelError("expected a model to run its head once in a forward, it ran it again")
