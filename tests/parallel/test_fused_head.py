@@ -188,7 +188,8 @@ def test_copies_and_saved_models_return_logits_and_a_detached_handle_says_so(tmp
     head.detach()
     with pytest.raises(ParallelError, match="detached"):
         head.logprobs(model, labels, **inputs)
-    assert torch.equal(fused_head(model).logprobs(model, labels, **inputs), token_logprobs(logits, labels))
+    found, expected = fused_head(model).logprobs(model, labels, **inputs), token_logprobs(logits, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_hooks_of_accelerate_may_come_and_go():
@@ -244,8 +245,11 @@ def reference(family, tied):
 
 def step(family, options):
     """Runs on each rank."""
-    device = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
-    return jobs.step(family, device=device, fused=True, **options)
+    return jobs.step(family, device=device_of_ranks(), fused=True, **options)
+
+
+def device_of_ranks():
+    return "cuda" if "nccl" in dist.get_backend_config() else "cpu"
 
 
 def off(found, expected):
@@ -281,13 +285,14 @@ def test_scores_are_of_float32_logits_where_fsdp2_computes_in_bfloat16(two, tied
 
 def errors_in_bfloat16(tied):
     """Of log-probabilities, from those of float64 logits of the same values: fused, and from the model's logits."""
-    model, _ = jobs.build("softmax", tied=tied)
+    device = device_of_ranks()
+    model = jobs.build("softmax", tied=tied)[0].to(device)
     head, weight = fused_head(model), model.lm_head.weight.detach().bfloat16().double()
-    model = shard_parameters(model, make_mesh("cpu"), param_dtype=torch.bfloat16).eval()
+    model = shard_parameters(model, make_mesh(device), param_dtype=torch.bfloat16).eval()
     seen = []
     model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].double()))
-    inputs = {"input_ids": torch.arange(2, 42).view(2, 20), "use_cache": False}
-    labels = labels_for(inputs, 64)
+    inputs = {"input_ids": torch.arange(2, 42, device=device).view(2, 20), "use_cache": False}
+    labels = labels_for(inputs, 64).to(device)
     with torch.no_grad():
         fused = head.logprobs(model, labels, **inputs)
         plain = token_logprobs(model(**inputs).logits, labels)
