@@ -140,6 +140,7 @@ def fused_head(model: nn.Module) -> FusedHead:
             logits in another way.
 
     Example:
+        >>> import torch
         >>> from transformers import AutoModelForCausalLM
         >>> model = AutoModelForCausalLM.from_pretrained("examples/chain_sum_moe")
         >>> head = fused_head(model)
