@@ -278,17 +278,20 @@ def test_two_ranks(two, how, checkpointing, tied):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_scores_are_of_float32_logits_where_fsdp2_computes_in_bfloat16(two, tied):
-    for fused, plain in two.all(errors_in_bfloat16, tied):
+@pytest.mark.parametrize("late", [False, True], ids=["before it shards", "after"])
+def test_scores_are_of_float32_logits_where_fsdp2_computes_in_bfloat16(two, tied, late):
+    for fused, plain in two.all(errors_in_bfloat16, tied, late):
         assert fused < 1e-5 < 1e-3 < plain
 
 
-def errors_in_bfloat16(tied):
+def errors_in_bfloat16(tied, late):
     """Of log-probabilities, from those of float64 logits of the same values: fused, and from the model's logits."""
     device = device_of_ranks()
     model = jobs.build("softmax", tied=tied)[0].to(device)
-    head, weight = fused_head(model), model.lm_head.weight.detach().bfloat16().double()
+    weight = model.lm_head.weight.detach().bfloat16().double()
+    head = None if late else fused_head(model)
     model = shard_parameters(model, make_mesh(device), param_dtype=torch.bfloat16).eval()
+    head = head or fused_head(model)
     seen = []
     model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].double()))
     inputs = {"input_ids": torch.arange(2, 42, device=device).view(2, 20), "use_cache": False}

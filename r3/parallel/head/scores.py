@@ -1,8 +1,6 @@
 """Log-probabilities of sampled tokens from hidden states and the head's weight, without holding all logits.
 
-Tokens go through the head in chunks: product, statistics, and the logits are freed. The backward pass computes each
-chunk's logits again, for only then is the upstream gradient of each token known. Shapes: N tokens, n of them with a
-label, H hidden, V vocabulary. What was used of others' work, and why none of it whole: decision 13.
+Shapes: n tokens with a label, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,13 +12,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from r3.errors import ParallelError
+from r3.parallel.head.chunks import ChunkedHead, tokens_at_once
 from r3.parallel.head.passes import Tempering
 from r3.parallel.token_logprobs import IGNORED
 
 CHUNK_BYTES = 1 << 30
 """Of one chunk's logits in float32. With each chunk the weight's gradient, as large as the logits of H tokens, is read
 and written once."""
-_TILE = 128  # tokens that a matrix product computes together
 
 
 class TokenScores(NamedTuple):
@@ -113,7 +111,7 @@ def score(
     places = (flat != IGNORED).nonzero()[:, 0]
     wanted = flat[places]
     _check_labels(wanted, weight.shape[0])
-    tokens = _tokens_at_once(len(places), weight.shape[0], chunk_bytes)
+    tokens = tokens_at_once(len(places), weight.shape[0], chunk_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)
         found = _HeadScores.apply(chosen, weight, bias, wanted, tempering, tokens, details)
@@ -157,15 +155,6 @@ def _check_labels(wanted: Tensor, vocabulary: int) -> None:
         )
 
 
-def _tokens_at_once(tokens: int, vocabulary: int, chunk_bytes: int) -> int:
-    """Tokens of a chunk: chunks of even size, in whole tiles where a chunk has several."""
-    most = max(1, chunk_bytes // (4 * vocabulary))
-    if most > _TILE:
-        most -= most % _TILE
-    even = -(-tokens // max(1, -(-tokens // most)))
-    return max(1, min(most, -(-even // _TILE) * _TILE))
-
-
 class _HeadScores(torch.autograd.Function):
     """float `[n, H]`, `[V, H]`, `[V]` or None and labels `[n]` -> float32 `[n]` each: see `TokenScores`."""
 
@@ -180,106 +169,18 @@ class _HeadScores(torch.autograd.Function):
         tokens: int,
         details: bool,
     ) -> tuple[Tensor, ...]:
-        passes = _passes(hidden)
-        left, right = _factors(hidden, weight)
-        found = torch.empty(4 if details else 2, len(hidden), dtype=torch.float32, device=hidden.device)
-
-        def chunk(at: slice) -> None:
-            x = _product(left[at], right.t())
-            for row, values in zip(
-                found, passes.statistics(x, bias, labels[at], tempering, details=details), strict=False
-            ):
-                row[at] = values
-
-        for start in range(0, len(hidden), tokens):
-            chunk(slice(start, start + tokens))
+        found = ChunkedHead(hidden, weight, bias, labels, tempering, tokens).statistics(details=details)
         logprobs, normaliser, *rest = found.unbind()
         ctx.save_for_backward(hidden, weight, bias, labels, normaliser)
         ctx.tempering, ctx.tokens = tempering, tokens
         ctx.mark_non_differentiable(*rest)
-        return logprobs.clone(), *rest  # not a view, which autograd may not return
+        return logprobs.clone(), *rest  # no view of the others
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
         hidden, weight, bias, labels, normaliser = ctx.saved_tensors
-        with torch.autocast(hidden.device.type, enabled=False):
-            of_hidden, of_weight, of_bias = _gradients(
-                hidden, weight, bias, labels, normaliser, upstream, ctx.tempering, ctx.tokens, ctx.needs_input_grad
-            )
-        return of_hidden, of_weight, of_bias, None, None, None, None
-
-
-def _gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    normaliser: Tensor,
-    upstream: Tensor,
-    tempering: Tempering,
-    tokens: int,
-    needed: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of hidden states, weight and bias, each in its own dtype; None where `needed` is False."""
-    passes = _passes(hidden)
-    left, right = _factors(hidden, weight)
-    of_hidden = torch.empty_like(hidden) if needed[0] else None
-    # In float32 over all chunks, and rounded once.
-    of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needed[1] else None
-    of_bias = torch.zeros(weight.shape[:1], dtype=torch.float32, device=weight.device) if needed[2] else None
-
-    def chunk(at: slice) -> None:
-        x = _product(left[at], right.t())
-        into = x if left.dtype == x.dtype else torch.empty_like(x, dtype=left.dtype)
-        gradient = passes.logits_gradient(x, bias, labels[at], normaliser[at], upstream[at], tempering, into)
-        if of_hidden is not None:
-            of_hidden[at] = _product(gradient, right)
-        if of_weight is not None:
-            _add_product(of_weight, gradient.t(), left[at])
-        if of_bias is not None:
-            of_bias.add_(gradient.sum(0, dtype=torch.float32))
-
-    for start in range(0, len(hidden), tokens):
-        chunk(slice(start, start + tokens))
-    return (
-        of_hidden,
-        None if of_weight is None else of_weight.to(weight.dtype),
-        None if of_bias is None or bias is None else of_bias.to(bias.dtype),
-    )
-
-
-def _passes(tensor: Tensor) -> Any:
-    """The module with the passes over the logits for the device of `tensor`."""
-    if tensor.is_cuda:
-        from r3.parallel.head import passes_cuda
-
-        return passes_cuda
-    from r3.parallel.head import passes
-
-    return passes
-
-
-def _factors(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The two as they are multiplied: bfloat16 where the device sums products of it in float32, else float32."""
-    exact = hidden.is_cuda and torch.version.cuda is not None
-    if exact and hidden.dtype == weight.dtype == torch.bfloat16:
-        return hidden, weight
-    return hidden.float(), weight.float()
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """float32 `left @ right`."""
-    if left.dtype == torch.float32:
-        return torch.mm(left, right)
-    return torch.mm(left, right, out_dtype=torch.float32)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add `left @ right` to float32 `total`."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif torch.__version__ < "2.10":  # whose addmm takes no total of another dtype than the factors
-        total += _product(left, right)
-    else:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        chunked = ChunkedHead(hidden, weight, bias, labels, ctx.tempering, ctx.tokens)
+        with torch.autocast(upstream.device.type, enabled=False):
+            gradients = chunked.gradients(normaliser, upstream.contiguous(), ctx.needs_input_grad[:3])
+        return *gradients, None, None, None, None
