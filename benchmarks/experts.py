@@ -9,7 +9,8 @@ Three parts, each with all implementations in turn, medians over the rounds:
 - errors of one expert layer in bfloat16, result and gradients, against a loop over the experts in float64;
 - one expert layer alone, forward and backward under checkpointing, on random ids;
 - a training step of a Qwen3-MoE of such layers, as `benchmarks.train_step` measures it: forward, and backward with
-  checkpointing. A ratio is to `grouped_mm`, in the same round.
+  checkpointing. A ratio is to `grouped_mm`, in the same round. `trainer` is r3's, with the head scoring tokens by
+  itself and, where liger-kernel is installed and there is a GPU, Liger's norms.
 
 Then the kernels of r3's step that take longest, and what sorting the pairs by expert takes of a layer. TFLOP/s count
 the products of experts, attention, head and, of each but the head, those that checkpointing repeats.
@@ -19,26 +20,34 @@ kernels: of 46 ms of a layer, the experts' products are 12 (4.9 TFLOP at 400 TFL
 other 26 stand between products: mask fills, products with weights, copies, and two sorted scatter-adds of 131,072 rows
 in the backward. One kernel for each step between products moves 5.5 GB a layer: 1.6 ms. No second down product saves 1
 more. So: a step of 0.55 to 0.62 of grouped_mm's, an expert layer alone of 0.40 to 0.50, peak memory no more, errors no
-larger. Sorting takes 0.1 ms a pass, 1% of a layer: preparing it ahead would not pay.
+larger. Sorting takes 0.1 ms a pass, 1% of a layer: preparing it ahead would not pay. `trainer`, predicted when a first
+run had shown 0.70 for r3's experts: the norms' six passes over 285 MB of a layer, twice forward and once backward, are
+5 ms a layer and become 1; the model's own loss makes 3 GB of logits and is 6 ms more than the head's. 0.60.
 """
 
 import argparse
+import copy
 import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import is_liger_kernel_available
 
 from benchmarks.machine import machine, spread
 from benchmarks.train_step import CPU, GPU, HEAD_DIM, TOP_K, build, step_of, timed
 from r3.experts import NAME, register
 from r3.experts.order import order_by_expert
+from r3.parallel import fused_head, next_tokens
+from trainer_hooks.liger import use_liger_norms
 
 IMPLEMENTATIONS = ("grouped_mm", NAME, "eager", "batched_mm", "sonicmoe")
+TRAINER = "trainer"
 SAMPLE = 128  # tokens of the comparison with float64: batched_mm copies the weights of each pair
 Result = dict[str, Tensor]
 
@@ -157,6 +166,24 @@ def kernels_of(step: Callable[[], object], device: torch.device) -> str:
     return "\n".join([f"{total / 1e3:9.2f} ms in all kernels", *lines])
 
 
+def as_trained(model: nn.Module, tokens: Tensor) -> Callable[[], object]:
+    """A step of a copy of `model` as r3's trainer has it."""
+    mine: Any = copy.deepcopy(model)
+    mine.set_experts_implementation(NAME)
+    head = fused_head(mine)
+    if tokens.is_cuda and is_liger_kernel_available():
+        use_liger_norms(mine)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+    labels = next_tokens(tokens, positions)
+
+    def step() -> None:
+        mine.zero_grad(set_to_none=True)
+        logprobs = head.logprobs(mine, labels, input_ids=tokens, position_ids=positions, use_cache=False)
+        (-logprobs.mean()).backward()
+
+    return step
+
+
 def measure(options: argparse.Namespace, device: torch.device) -> dict:
     register()
     model = build(options, device)
@@ -177,7 +204,11 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
         return step
 
     layer_ms, layer_peaks = in_turn(timed_names, options.rounds, alone, device)
-    step_ms, step_peaks = in_turn(timed_names, options.rounds, whole, device)
+    trained = as_trained(model, tokens)
+    of_step_ms = [*timed_names, TRAINER]
+    step_ms, step_peaks = in_turn(
+        of_step_ms, options.rounds, lambda name: trained if name == TRAINER else whole(name), device
+    )
     of_layer, of_step = products(options)
     base = timed_names[0]
     result: dict = {
@@ -193,11 +224,20 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict:
         }
         for name in timed_names
     }
+    result[TRAINER] = {
+        "step_ms": spread(step_ms[TRAINER]),
+        "step_tflops": round(of_step / spread(step_ms[TRAINER])["median"] / 1e9, 1),
+        "step_ratio": spread([a / b for a, b in zip(step_ms[TRAINER], step_ms[base], strict=True)]),
+        "step_peak_gb": round(step_peaks[TRAINER] / 1e9, 3),
+    }
+    kernels = {name: kernels_of(whole(name), device) for name in timed_names if name in options.profile}
+    if TRAINER in options.profile:
+        kernels[TRAINER] = kernels_of(trained, device)
     return {
         "errors": {name: {part: float(f"{value:.3g}") for part, value in e.items()} for name, e in errors.items()},
         "times": result,
         "sort_ms": round(share_of_sorting(layer, options, device), 4),
-        "kernels": {name: kernels_of(whole(name), device) for name in timed_names if name in options.profile},
+        "kernels": kernels,
     }
 
 
@@ -211,7 +251,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--untimed", nargs="*", default=["batched_mm"], help="compared with float64 alone; default: batched_mm"
     )
-    parser.add_argument("--profile", nargs="*", default=[NAME], help=f"show their kernels; default: {NAME}")
+    parser.add_argument("--profile", nargs="*", default=[TRAINER], help=f"show their kernels; default: {TRAINER}")
     return parser.parse_args()
 
 
@@ -224,7 +264,7 @@ def main() -> None:
     for name, errors in result["errors"].items():
         print(f"{name:12} errors " + ", ".join(f"{part} {value:.2e}" for part, value in errors.items()))
     for name, times in result["times"].items():
-        for part in ("layer", "step"):
+        for part in ("layer", "step") if "layer_ms" in times else ("step",):
             ms, ratio = times[f"{part}_ms"], times[f"{part}_ratio"]
             print(
                 f"{name:12} {part:5} {ms['median']:9.2f} ms ({ms['p10']:.2f} to {ms['p90']:.2f}), "

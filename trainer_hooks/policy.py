@@ -15,6 +15,7 @@ from r3.parallel import FusedHead, RankBarrier, fused_head, make_mesh, shard_par
 from r3.routing import prefetch
 from r3.weight_sync import LazyWeight, named_weights
 from trainer_hooks.batches import Rows, StepBatch
+from trainer_hooks.liger import use_liger_norms
 from trainer_hooks.schedule import lr_schedule
 
 logger = logging.getLogger("r3")
@@ -30,7 +31,8 @@ class Policy:
 
     Raises:
         UnsupportedModelError: the model is dense, or its routers cannot be replayed exactly, while the settings ask
-            for capture or replay; or `trainer.policy.model.experts_implementation` cannot compute its expert layers.
+            for capture or replay; or `trainer.policy.model.experts_implementation` cannot compute its expert layers, or
+            Liger does not know the model.
     """
 
     def __init__(self, config: R3Config) -> None:
@@ -80,6 +82,8 @@ class Policy:
             ulysses(model, self.mesh.sequence_group, barrier=self.barrier if dist.get_world_size() > 1 else None)
         if trained and fsdp.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if policy.model.use_liger_kernel:
+            use_liger_norms(model)
         sharded = shard_parameters(model, self.mesh, param_dtype=getattr(torch, fsdp.param_dtype))
         if not trained:
             sharded.eval().requires_grad_(False)

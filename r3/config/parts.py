@@ -43,6 +43,9 @@ class ModelConfig:
         "with, where a layer does not fit.",
         NAME,
     )
+    use_liger_kernel: bool = setting(
+        False, "RMS norms by Liger's kernels, on a GPU. Needs the package liger-kernel, and a model that Liger knows."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
