@@ -126,8 +126,8 @@ class FusedHead:
 def fused_head(model: nn.Module) -> FusedHead:
     """Have `model`'s head score tokens by itself, when it is asked to, in place of returning logits.
 
-    Nothing else changes: a forward that is called as usual returns logits. Attach it before `ulysses` and FSDP2, after
-    `r3.attach`; what the model does to its logits after the head (a constant, a soft cap) is found out on a small copy.
+    Nothing else changes: a forward that is called as usual returns logits. Attach it before `ulysses`, before or after
+    FSDP2. What the model does to its head's product (a constant, a soft cap, a cut) is found out on a small copy.
 
     Args:
         model: a transformers model with a linear head, or a wrapper around one.
