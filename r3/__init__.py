@@ -18,7 +18,19 @@ from r3.errors import (
 )
 
 if TYPE_CHECKING:
-    from r3 import capture, config, diagnostics, doctor, explain, parallel, replay, report, routing, weight_sync
+    from r3 import (
+        capture,
+        config,
+        diagnostics,
+        doctor,
+        experts,
+        explain,
+        parallel,
+        replay,
+        report,
+        routing,
+        weight_sync,
+    )
     from r3.config import R3Config
     from r3.replay import Replay, attach, record
     from r3.routing import RolloutRouting
@@ -44,6 +56,7 @@ __all__ = [
     "config",
     "diagnostics",
     "doctor",
+    "experts",
     "explain",
     "parallel",
     "record",

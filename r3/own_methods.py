@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import nn
 
-_BELOW_HOOK = "_old_forward"
-_OF_FORWARD = ("_hf_hook", _BELOW_HOOK, "forward")
+BELOW_HOOK = "_old_forward"
+_OF_FORWARD = ("_hf_hook", BELOW_HOOK, "forward")
 ASIDE = "_r3_own"
 
 
 def _slot(module: nn.Module, method: str) -> str | None:
     """The attribute of `module` that holds its own `method`, below accelerate's hooks; None if it has none."""
-    for name in (_BELOW_HOOK, method) if method == "forward" else (method,):
+    for name in (BELOW_HOOK, method) if method == "forward" else (method,):
         if name in module.__dict__:
             return name
     return None
@@ -59,12 +59,12 @@ class Moved:
         own = module.__dict__
         extended = getattr(self._extended, self._method)
         restored = self._slot is None
-        for name in (_BELOW_HOOK, self._method):
+        for name in (BELOW_HOOK, self._method):
             if getattr(own.get(name), "__func__", None) is not extended:
                 continue
             if self._slot is not None:
                 own[name], restored = self._value, True
-            elif name == _BELOW_HOOK:
+            elif name == BELOW_HOOK:
                 own[name] = MethodType(self._before, module)
             else:
                 del own[name]

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 import r3
 from r3.config import R3Config
-from r3.parallel import RankBarrier, make_mesh, shard_parameters, token_logprobs, ulysses
+from r3.experts import use_experts
+from r3.parallel import FusedHead, RankBarrier, fused_head, make_mesh, shard_parameters, ulysses
 from r3.routing import prefetch
 from r3.weight_sync import LazyWeight, named_weights
 from trainer_hooks.batches import Rows, StepBatch
+from trainer_hooks.liger import use_liger_norms
 from trainer_hooks.schedule import lr_schedule
 
 logger = logging.getLogger("r3")
@@ -29,7 +31,8 @@ class Policy:
 
     Raises:
         UnsupportedModelError: the model is dense, or its routers cannot be replayed exactly, while the settings ask
-            for capture or replay.
+            for capture or replay; or `trainer.policy.model.experts_implementation` cannot compute its expert layers, or
+            Liger does not know the model.
     """
 
     def __init__(self, config: R3Config) -> None:
@@ -46,8 +49,8 @@ class Policy:
         self.tokenizer = AutoTokenizer.from_pretrained(policy.model.path)
         self.sliced = self.packed or self.mesh.sequence_size > 1
         self.replay: r3.Replay | None = None
-        self.model = self._load(config, trained=True)
-        self.reference = self._load(config, trained=False) if config.trainer.algorithm.kl_coef else None
+        self.model, self._head = self._load(config, trained=True)
+        self._reference = self._load(config, trained=False) if config.trainer.algorithm.kl_coef else None
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=policy.optimizer_config.lr,
@@ -57,20 +60,30 @@ class Policy:
         )
         self.scheduler = lr_schedule(self.optimizer, policy.optimizer_config, max_steps=config.trainer.max_steps)
 
-    def _load(self, config: R3Config, *, trained: bool) -> nn.Module:
-        """The starting checkpoint under FSDP2: to train, with replay; or the reference, live and without gradients."""
+    @property
+    def reference(self) -> nn.Module | None:
+        """The starting checkpoint, for a penalty of the KL to it; None without one."""
+        return self._reference[0] if self._reference else None
+
+    def _load(self, config: R3Config, *, trained: bool) -> tuple[nn.Module, FusedHead]:
+        """The starting checkpoint under FSDP2 and its head: to train, with replay; or the reference, live and without
+        gradients."""
         from transformers import AutoModelForCausalLM
 
         policy = config.trainer.policy
         fsdp, capture = policy.fsdp_config, config.generator.inference_engine.enable_return_routed_experts
         model = AutoModelForCausalLM.from_pretrained(policy.model.path, dtype=torch.float32).to(self.device)
+        use_experts(model, policy.model.experts_implementation)
         # Before sharding, so that a model that cannot be replayed or sliced is refused before anything is built on it.
         if trained and capture:
             self.replay = r3.attach(model, required=fsdp.moe_enable_routing_replay)
+        head = fused_head(model)
         if self.sliced:
             ulysses(model, self.mesh.sequence_group, barrier=self.barrier if dist.get_world_size() > 1 else None)
         if trained and fsdp.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if policy.model.use_liger_kernel:
+            use_liger_norms(model)
         sharded = shard_parameters(model, self.mesh, param_dtype=getattr(torch, fsdp.param_dtype))
         if not trained:
             sharded.eval().requires_grad_(False)
@@ -81,26 +94,32 @@ class Policy:
                     config.trainer.algorithm.kl_coef,
                     policy.model.path,
                 )
-        return sharded
+        return sharded, head
 
     def logprobs(self, rows: Rows, *, replayed: bool) -> Tensor:
         """Float32 `[R, N]` log-probabilities in nats of `rows.labels`, at the sampling temperature.
 
         0 where there is no label. `replayed` says whether routing is replayed or live.
         """
-        return self._score(self.model, rows, {"routed_experts": rows.routing} if replayed else {})
+        return self._score(self.model, self._head, rows, {"routed_experts": rows.routing} if replayed else {})
 
     @torch.no_grad()
     def reference_logprobs(self, rows: Rows) -> Tensor | None:
         """As `logprobs`, of the reference with its own routing, without gradient; None if there is no reference."""
-        return None if self.reference is None else self._score(self.reference, rows, {})
+        return None if self._reference is None else self._score(*self._reference, rows, {})
 
-    def _score(self, model: nn.Module, rows: Rows, routing: dict[str, Any]) -> Tensor:
+    def _score(self, model: nn.Module, head: FusedHead, rows: Rows, routing: dict[str, Any]) -> Tensor:
         padding = {} if self.sliced else {"attention_mask": rows.tokens.long()}
-        logits = model(
-            input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, **padding, **routing
-        ).logits
-        return token_logprobs(logits, rows.labels, temperature=self.temperature)
+        return head.logprobs(
+            model,
+            rows.labels,
+            temperature=self.temperature,
+            input_ids=rows.input_ids,
+            position_ids=rows.position_ids,
+            use_cache=False,
+            **padding,
+            **routing,
+        )
 
     def rows(self, whole: StepBatch, size: int) -> Iterator[Rows]:
         """This rank's part of `whole` on its device, `size` rollouts or `micro_batch_tokens` tokens at a time."""

@@ -36,6 +36,16 @@ MOST_REPEAT_NATS = 0.1
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str = setting("", "Folder of the policy: config, tokenizer and safetensors.", PATH)
+    experts_implementation: str = setting(
+        "auto",
+        "How expert layers are computed: `r3_grouped`, `eager`, or another name in transformers' registry of experts "
+        "functions, such as `grouped_mm`. `auto` is `r3_grouped`, or with a warning what transformers loads the model "
+        "with, where a layer does not fit.",
+        NAME,
+    )
+    use_liger_kernel: bool = setting(
+        False, "RMS norms by Liger's kernels, on a GPU. Needs the package liger-kernel, and a model that Liger knows."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

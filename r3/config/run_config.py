@@ -34,6 +34,7 @@ class R3Config:
         known = _keys(cls)
         lists = [key for key, value in cls().to_flat().items() if isinstance(value, list)]
         merged = OmegaConf.structured(cls)
+        _make_writable(merged)
         given = [(key, value, False) for key, value in (defaults or {}).items()]
         given += [(*pair.split("=", 1), True) for pair in overrides]
         for key, value, is_text in given:
@@ -117,6 +118,16 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _keys(cls: type) -> list[str]:
     return [*_flat(cls()), "task.settings"]
+
+
+def _make_writable(node: Any) -> None:
+    """omegaconf 2.3, which hydra 1.3 asks for, makes each node of a frozen dataclass read-only; 2.4 does not."""
+    from omegaconf import DictConfig, OmegaConf
+
+    if isinstance(node, DictConfig):
+        OmegaConf.set_readonly(node, None)
+        for name in node:
+            _make_writable(node[name])
 
 
 def _suggestion(key: str, known: list[str]) -> str:

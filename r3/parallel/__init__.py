@@ -1,6 +1,7 @@
 """Ulysses sequence parallelism and packed rows for stock Hugging Face models, FSDP2 beside it, and the losses."""
 
 from r3.parallel.collectives import gather_sequence
+from r3.parallel.head import FusedHead, TokenScores, fused_head, head_logprobs, head_scores
 from r3.parallel.mesh import Mesh, make_mesh, shard_parameters
 from r3.parallel.rank_barrier import RankBarrier
 from r3.parallel.token_logprobs import IGNORED, mean_over_ranks, next_tokens, token_logprobs
@@ -8,10 +9,15 @@ from r3.parallel.ulysses import Ulysses, ulysses
 
 __all__ = [
     "IGNORED",
+    "FusedHead",
     "Mesh",
     "RankBarrier",
+    "TokenScores",
     "Ulysses",
+    "fused_head",
     "gather_sequence",
+    "head_logprobs",
+    "head_scores",
     "make_mesh",
     "mean_over_ranks",
     "next_tokens",

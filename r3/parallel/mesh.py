@@ -69,7 +69,10 @@ def make_mesh(device_type: str, sequence_parallel_size: int = 1) -> Mesh:
 
 
 def shard_parameters(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype) -> nn.Module:
-    """FSDP2 over all ranks, data and sequence: each decoder layer a unit, and logits in float32.
+    """FSDP2 over all ranks, data and sequence: each decoder layer a unit, and a head with a weight of its own.
+
+    Logits that the model returns are in `param_dtype`. Log-probabilities come from `fused_head`, attached before: it
+    sums the products of the head in float32, as the engine does.
 
     On several GPUs accelerate does it, as for any trainer that a launcher starts. Torch's `fully_shard` does it on the
     CPU, where accelerate wraps with DDP instead, and in a single process, which accelerate leaves whole.
@@ -86,9 +89,8 @@ def shard_parameters(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype) 
     low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     flat = mesh.device_mesh._flatten("fsdp") if mesh.device_mesh.size() > 1 else mesh.device_mesh["data"]
     if not model.config.tie_word_embeddings:  # pyrefly: ignore
-        # The engine computes logits in float32: in bfloat16 their rounding alone is most of the gap to it.
-        full = MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)
-        fully_shard(model.get_output_embeddings(), mesh=flat, mp_policy=full)  # pyrefly: ignore
+        # So that it is whole only while it is used, and its gradient is reduced before the layers'.
+        fully_shard(model.get_output_embeddings(), mesh=flat, mp_policy=low)  # pyrefly: ignore
     if device_type == "cuda" and mesh.device_mesh.size() > 1:
         return _accelerated(model, low)
     names = set(model._no_split_modules)  # pyrefly: ignore

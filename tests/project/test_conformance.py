@@ -65,9 +65,9 @@ NAN = float("nan")
         [Scored(replayed=1e-6, live=1.0)],
         [GOOD, Scored(replayed=2e-5, live=1.0, sequences=1)],
         [GOOD, Scored(replayed=NAN, live=1.0, sequences=1)],
-        [GOOD, Scored(replayed=1e-6, live=1e-4, sequences=1)],
+        [Scored(replayed=1e-6, live=1.0, sequences=2, in_loss=False), Scored(replayed=1e-6, live=1e-4, sequences=1)],
     ],
-    ids=["no forward", "not in a loss", "no sequence", "not exact", "no rows", "live would pass"],
+    ids=["no forward", "not in a loss", "no sequence", "not exact", "no rows", "a live loss would pass"],
 )
 def test_a_policy_that_is_not_replayed_fails(forwards):
     check_replayed([GOOD, Scored(replayed=1.0, live=0.0, sequences=1, reference=True)])

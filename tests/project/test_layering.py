@@ -17,7 +17,7 @@ from places import ROOT
 
 # What each part of r3 may import of r3, besides itself. A new part needs a line here.
 BOTTOM = {"config", "entry_points", "errors", "http", "own_methods", "proxy", "vllm_compat", "wrappers"}
-MIDDLE = {"capture", "diagnostics", "parallel", "replay", "weight_sync"}
+MIDDLE = {"capture", "diagnostics", "experts", "parallel", "replay", "weight_sync"}
 MAY_IMPORT = {
     "errors": set(),
     "entry_points": set(),

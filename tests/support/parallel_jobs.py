@@ -13,6 +13,7 @@ from zoo import CASES
 import r3
 from r3 import SyncError
 from r3.parallel import (
+    fused_head,
     gather_sequence,
     make_mesh,
     mean_over_ranks,
@@ -45,9 +46,10 @@ HEADS = {
 }
 
 
-def build(family: str) -> tuple[torch.nn.Module, r3.Replay]:
+def build(family: str, *, tied: bool = False) -> tuple[torch.nn.Module, r3.Replay]:
     case = CASES[FAMILIES[family]]
-    model = dataclasses.replace(case, text={**case.text, **HEADS[family]}).build()
+    text = {**case.text, **HEADS[family]} | ({"tie_word_embeddings": True} if tied else {})
+    model = dataclasses.replace(case, text=text).build()
     return model, r3.attach(model, required=True)
 
 
@@ -95,9 +97,9 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def reference(family: str) -> dict[str, Any]:
+def reference(family: str, *, tied: bool = False) -> dict[str, Any]:
     """One process, float32, each sample alone, stock attention, no checkpointing."""
-    model, replay = build(family)
+    model, replay = build(family, tied=tied)
     model.train()
     batch = batch_for(replay, family)
     logprobs = torch.zeros(batch.mask.shape)
@@ -123,13 +125,16 @@ def step(
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,
     compiled: str | None = None,
+    fused: bool = False,
+    tied: bool = False,
     tamper: Any = None,
 ) -> dict[str, Any]:
     """The same step on all ranks: rows by data rank, slices by sequence rank. `tamper` changes this rank's input."""
-    model, replay = build(family)
+    model, replay = build(family, tied=tied)
     model.to(device).train()
     if attention is not None:
         model.config._attn_implementation = attention
+    head = fused_head(model) if fused else None
     mesh = make_mesh(device, sequence)
     attached = ulysses(model, mesh.sequence_group, barrier=r3.parallel.RankBarrier(timeout_s=30))
     if checkpointing:
@@ -176,7 +181,10 @@ def step(
     labels, shifted = shard(labels, rank, size, fill=-100).to(device), shard(shifted, rank, size).to(device)
     if tamper is not None:
         local = tamper(local, rank, positions, routing)
-    found = token_logprobs(trained(**local, use_cache=False).logits, labels)
+    if head is not None:
+        found = head.logprobs(trained, labels, **local, use_cache=False)
+    else:
+        found = token_logprobs(trained(**local, use_cache=False).logits, labels)
     loss = mean_over_ranks(-(found * shifted).sum(), (shifted != 0).sum())
     loss.backward()
     if not fsdp:

@@ -24,7 +24,7 @@ def test_a_colocated_engine_is_replayed_and_synced(tmp_path, kind, asleep):
     )
     made.train()
     print(kind, *(f"{each.replayed:.1e}/{each.live:.1e}" for each in made.scored))
-    assert sum(each.in_loss for each in made.scored) == 3
+    assert sum(each.in_loss for each in made.scored if each.sequences and not each.reference) == 3
     check(made.scored, made.state.log_history, 1e-3)  # a GPU's float32 against a CPU's
     assert made._sync.poisoned is None
     assert made._sync.version >= 3
