@@ -18,7 +18,7 @@ def even_groups(lengths: Sequence[int], *, most: int, multiple_of: int = 1) -> l
 
     Example:
         >>> even_groups([5, 1, 3, 4, 2], most=8)
-        [[0, 4], [1, 2, 3]]
+        [[0, 1, 4], [2, 3]]
     """
     largest = len(lengths) // multiple_of * multiple_of
     tokens = sum(min(length, most) for length in lengths)
