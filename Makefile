@@ -17,7 +17,7 @@ NEWEST_TESTS := engine/test_capture_hooks capture/test_collect capture/test_rows
 	engine/test_capture_server engine/test_sync
 
 # The oldest transformers that the project declares, without an engine: what a trainer does.
-OLDEST_TESTS := replay routing parallel weight_sync/test_chunking.py weight_sync/test_delta.py weight_sync/test_digest.py \
+OLDEST_TESTS := replay routing parallel project/test_config.py weight_sync/test_chunking.py weight_sync/test_delta.py weight_sync/test_digest.py \
 	weight_sync/test_named_weights.py weight_sync/test_transports.py
 
 help:  ## show this list
