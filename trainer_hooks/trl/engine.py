@@ -37,6 +37,21 @@ def capturing_engine() -> Iterator[None]:
         vllm_generation.LLM, vllm_generation.VLLMClient = llm, client
 
 
+def _without_text(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """`LLM.generate` that makes no text, and one list of log-probabilities instead of an object a token.
+
+    TRL decodes token ids by itself. In its own process the engine would make both between two steps of the model.
+    """
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        sampling = kwargs["sampling_params"]
+        sampling.flat_logprobs = True
+        sampling.detokenize = bool(sampling.stop)  # stop strings are looked for in text
+        return generate(*args, **kwargs)
+
+    return asked
+
+
 class EngineAnswers:
     """The engine's last answers, as rollouts of this rank's prompts.
 
@@ -54,7 +69,7 @@ class EngineAnswers:
         self._tp_group = getattr(generation, "tp_group", None)
         self._answers: list[Any] = []
         if not self._server:
-            generation.llm.generate = self._recording(generation.llm.generate)
+            generation.llm.generate = self._recording(_without_text(generation.llm.generate))
         elif hasattr(generation, "vllm_client"):  # on the main process
             generation.vllm_client._post = self._recording(generation.vllm_client._post)
 
