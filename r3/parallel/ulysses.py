@@ -201,7 +201,9 @@ class Ulysses:
             )
         if routing is not None and routing.shape[:2] != shape:
             return f"{_ROUTING}: expected [B, S] = {shape}, that of input_ids, got {routing.shape[:2]}"
-        refused = [name for name in ("use_cache", "past_key_values", "output_attentions") if kwargs.get(name)]
+        # transformers 5.24 calls past_key_values cache
+        names = ("use_cache", "past_key_values", "cache", "output_attentions")
+        refused = [name for name in names if kwargs.get(name) not in (None, False)]
         if self.size > 1 and kwargs.get("labels") is not None:
             refused.append("labels (the loss would shift them within a slice; see r3.parallel.next_tokens)")
         return f"a forward on packed or sliced rows takes no {', '.join(refused)}" if refused else None

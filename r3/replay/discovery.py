@@ -104,6 +104,20 @@ def _of_decoder(model: nn.Module, lists: dict[nn.ModuleList, list[RouterSite]]) 
     return next(iter(lists))
 
 
+def _require_one_pass(layer: nn.Module, name: str) -> None:
+    """Refuse a decoder that runs its layers several times: routing has one column for a layer.
+
+    Inkling2Loop (transformers 5.24) does, from `loop_layer_index_start` on.
+    """
+    configs = (getattr(module, "config", None) for module in layer.modules())
+    passes = max((getattr(config, "loop_num_passes", None) or 1 for config in configs), default=1)
+    if passes > 1:
+        raise UnsupportedModelError(
+            f"{name} runs decoder layers {passes} times in a forward (loop_num_passes): expected one choice of experts "
+            "a token and layer. Only a model of one pass can be replayed"
+        )
+
+
 def find_routers(model: nn.Module) -> RouterMap:
     """The routers that replay has to reach in `model`, a transformers model or any wrapper around one.
 
@@ -146,6 +160,7 @@ def find_routers(model: nn.Module) -> RouterMap:
     twice = [f"layer {a.layer_id}: {a.name} and {b.name}" for a, b in pairwise(sites) if a.layer_id == b.layer_id]
     if twice:
         raise UnsupportedModelError(f"expected one router a decoder layer, found:{summary(twice)}")
+    _require_one_pass(unwrapped(layers[0]), type(model).__name__)
     return RouterMap(
         sites=tuple(sites),
         layers=tuple(unwrapped(layer) for layer in layers),

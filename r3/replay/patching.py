@@ -127,6 +127,11 @@ class RouterPatch:
         if call is not None:
             self._note(call.forward_id)
         if recording is not None:
+            if self.index in recording.chosen:
+                raise ReplayError(
+                    f"router {self.site.name} chose twice in one forward: expected a decoder layer to run once, as "
+                    "routing has one column for it"
+                )
             recording.chosen[self.index] = mode.chosen.detach()
         if margins is not None and mode.margin is not None:
             margins[self.index] = mode.margin

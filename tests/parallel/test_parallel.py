@@ -132,6 +132,8 @@ REFUSED = {
     "unchecked routing": (jobs.plain_tensor, "expected a RolloutRouting"),
     "no position ids": (jobs.no_positions, "position_ids: expected"),
     "labels": (jobs.with_labels, "takes no labels"),
+    "keys and values": (jobs.with_past, "takes no past_key_values"),
+    "keys and values as transformers 5.24 calls them": (jobs.with_cache, "takes no cache"),
 }
 
 

@@ -137,3 +137,21 @@ def test_one_recorder_is_open_once_at_a_time():
         run(model, 1)
     assert torch.equal(recorder.expert_ids, alone(1))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_router_that_chooses_twice_in_a_forward_is_not_recorded():
+    """Routing has one column for a layer: the last pass of a layer alone would look like all of it."""
+    model = tiny_moe()
+    layer = model.model.layers[1]
+    once = layer.forward
+
+    def twice(hidden, *args, **kwargs):
+        return once(once(hidden, *args, **kwargs), *args, **kwargs)
+
+    with r3.record(model) as recorder:
+        layer.forward = twice
+        with pytest.raises(r3.ReplayError, match=r"layers\.1\.mlp\.gate chose twice in one forward"):
+            run(model)
+        layer.forward = once
+        run(model)
+    assert torch.equal(recorder.expert_ids, alone(0))

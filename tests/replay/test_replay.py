@@ -161,6 +161,16 @@ def test_a_dense_model_is_refused():
         r3.attach(tiny_dense())
 
 
+def test_a_decoder_that_runs_its_layers_several_times_is_refused():
+    """As Inkling2Loop does from transformers 5.24 on: three layers in three passes, with seven choices a token."""
+    looped = tiny_moe()
+    looped.config.loop_num_passes = 3
+    with pytest.raises(r3.UnsupportedModelError, match=r"runs decoder layers 3 times.*loop_num_passes"):
+        r3.attach(looped)
+    looped.config.loop_num_passes = 1
+    r3.attach(looped)
+
+
 def test_a_router_that_ignores_the_ids_is_refused_by_name():
     site = find_routers(tiny_moe()).sites[0]
     router = site.router

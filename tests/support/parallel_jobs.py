@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import DynamicCache
 from zoo import CASES
 
 import r3
@@ -276,6 +277,14 @@ def no_positions(local: dict, rank: int, positions: torch.Tensor, routing: Rollo
 
 def with_labels(local: dict, rank: int, positions: torch.Tensor, routing: RolloutRouting) -> dict:
     return local | {"labels": local["input_ids"]}
+
+
+def with_past(local: dict, rank: int, positions: torch.Tensor, routing: RolloutRouting) -> dict:
+    return local | {"past_key_values": DynamicCache()}
+
+
+def with_cache(local: dict, rank: int, positions: torch.Tensor, routing: RolloutRouting) -> dict:
+    return local | {"cache": DynamicCache()}
 
 
 def fails_on_one_rank() -> None:
