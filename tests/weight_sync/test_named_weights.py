@@ -394,5 +394,6 @@ def _vllm_loads(name: str, folder: str) -> int:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_vllm_loads_it(process, name, tmp_path):
+    pytest.importorskip("vllm")
     [fewer] = process.all(_vllm_loads, name, str(tmp_path), timeout_s=240)
     assert (fewer > 0) == (name not in ("mixtral", "granitemoe"))
