@@ -105,6 +105,15 @@ def test_even_and_uneven_loads():
     assert (single["load_max/live"], single["load_shift"]) == (1, 0)
 
 
+def test_loads_of_two_experts_by_hand():
+    live = torch.tensor([[[0], [1]], [[0], [1]], [[0], [0]], [[1], [0]]])
+    yes = torch.ones(4, dtype=torch.bool)
+    got = LoadSums.from_tensors(live, live.flip(0), yes, num_experts=2, layer_ids=[0, 1]).metrics()
+    quarter = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
+    assert got["load_entropy/live"] == pytest.approx((quarter + 1) / 2)
+    assert (got["load_max/live"], got["load_shift"]) == (1.5, 0)
+
+
 def test_the_table_counts_slots_by_layer_and_expert():
     live = torch.tensor([[[0, 1]], [[1, 2]], [[0, 2]]])
     valid = torch.tensor([True, True, False])
