@@ -194,6 +194,19 @@ def test_margins_without_an_expert_left_are_infinite():
     assert MarginSums.from_tensors(margins, live, replayed, valid).metrics()["margin/agreeing_p10"] == math.inf
 
 
+def test_margins_of_every_block_count_and_are_checked(monkeypatch):
+    live, replayed, valid = case(0)
+    margins = torch.rand(20, len(LAYERS), generator=torch.Generator().manual_seed(0))
+    at_once = MarginSums.from_tensors(margins, live, replayed, valid)
+    monkeypatch.setattr(routing_pair, "BLOCK_ELEMENTS", 3 * len(LAYERS) * SLOTS)
+    assert MarginSums.from_tensors(margins, live, replayed, valid) == at_once
+    for row in (0, 10, 19):
+        broken = margins.clone()
+        broken[row, 2] = -1
+        with pytest.raises(DiagnosticsError, match="got 1 negative or NaN"):
+            MarginSums.from_tensors(broken, live, replayed, valid | True)
+
+
 @pytest.mark.parametrize("bad", [math.nan, -0.5])
 def test_margins_that_cannot_be_are_refused_and_ignored_where_not_valid(bad):
     live, replayed, valid = case(0)

@@ -28,10 +28,10 @@ class Ranks:
         context = mp.get_context("spawn")
         self._ends, self._processes, self._here = [], [], here
         for rank in range(int(here), size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, size, port, device), daemon=True)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, size, port, device), daemon=True)
             process.start()
-            self._ends.append(here)
+            self._ends.append(ours)
             self._processes.append(process)
         if here:
             dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=size)
