@@ -72,7 +72,9 @@ def test_a_group_is_asked_in_place_of_all_ranks(ranks):
 
 def agree():
     rank = dist.get_rank()
-    sums = truncated_importance(*[torch.full((2, 3), -1.0)] * 2, torch.ones(2, 3) > 0, level="sequence", group=dist.group.WORLD)
+    sums = truncated_importance(
+        *[torch.full((2, 3), -1.0)] * 2, torch.ones(2, 3) > 0, level="sequence", group=dist.group.WORLD
+    )
     return (
         [same_on_all_ranks(value, None) for value in (0.5, -3.0, 1.0 + rank, -1.0 - rank, 1 + rank * 1e-12)],
         collective_device(None),

@@ -41,7 +41,9 @@ def test_several_lists_of_layers_are_refused_with_the_first_router_of_each():
     model.model.more = nn.ModuleList([model.model.layers[1]])
     model.model.layers = nn.ModuleList([copy.deepcopy(model.model.layers[0]) for _ in range(2)])
     message = refusal(model)
-    assert message.startswith("expected all routers in one list of decoder layers, found them in several; attach to the")
+    assert message.startswith(
+        "expected all routers in one list of decoder layers, found them in several; attach to the"
+    )
     shown = {line.strip() for line in message.splitlines()[1:]}
     assert shown == {"model.layers.0.mlp.gate: 2 routers", "model.more.0.mlp.gate: 1 routers"}
     # Without a transformers model nothing says which list is the decoder's.
@@ -49,6 +51,14 @@ def test_several_lists_of_layers_are_refused_with_the_first_router_of_each():
     assert "found them in several" in refusal(plain)
     three = nn.ModuleDict({name: copy.deepcopy(model.model.more) for name in "abc"})
     assert refusal(three).count("1 routers") == 3
+
+
+def test_gates_without_experts_beside_them_are_no_routers():
+    model = tiny_moe()
+    for layer in model.model.layers:
+        layer.self_attn.gate = nn.Linear(32, 4)
+        layer.router = nn.Linear(32, 4)
+    assert [site.name for site in find_routers(model).sites] == [f"model.layers.{i}.mlp.gate" for i in range(LAYERS)]
 
 
 def test_a_router_outside_of_any_list_is_refused_by_its_path():

@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import r3
 from r3.replay.discovery import ROUTE, RouterSite
 from r3.replay.proof import prove, prove_all
+from r3.replay.topk import TopKSubstitution
 
 HIDDEN, EXPERTS, TOP_K = 16, 8, 2
 
@@ -212,13 +214,13 @@ def test_top_k_may_be_spelled_in_any_way(name):
     values, own = call(scores)
     foreign = torch.rand(6, EXPERTS).argsort(-1)[:, :TOP_K]
     live = torch.tensor([1, 4])
-    with r3.replay.topk.TopKSubstitution(choice, foreign, live, site_of(router)) as mode:
+    with TopKSubstitution(choice, foreign, live, site_of(router)) as mode:
         found = call(scores)
     expected = foreign.index_copy(0, live, own[live])
     assert torch.equal(found[1], expected)
     torch.testing.assert_close(found[0], scores.gather(-1, expected))
     assert mode.count == 1
-    with r3.replay.topk.TopKSubstitution(choice, None, None, site_of(router), margins=True) as mode:
+    with TopKSubstitution(choice, None, None, site_of(router), margins=True) as mode:
         assert torch.equal(call(scores)[0], values)
     best = scores.sort(-1, descending=True).values
     torch.testing.assert_close(mode.margin, best[:, TOP_K - 1] - best[:, TOP_K])
@@ -231,6 +233,50 @@ def test_a_choice_of_tokens_for_each_expert_is_another():
         return normalised(self, scores)
 
     assert prove(site_of(Gate(with_capacity))).num_experts == EXPERTS
+
+
+class Searches(TorchFunctionMode):
+    """How many rows each top-k is given that is searched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.topk, torch.Tensor.topk):
+            self.rows.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("live", [None, [1, 4]])
+def test_groups_are_searched_for_live_rows_alone(live):
+    torch.manual_seed(0)
+    router = Gate(limited_by_groups)
+    choice, hidden = prove(site_of(router)), torch.randn(6, HIDDEN)
+    foreign = torch.rand(6, EXPERTS).argsort(-1)[:, :TOP_K]
+    rows = None if live is None else torch.tensor(live)
+    with Searches() as searches, TopKSubstitution(choice, foreign, rows, site_of(router)):
+        values, ids = router(hidden)
+    assert searches.rows == ([] if live is None else [len(live)] * 2)
+    scores = (hidden @ router.weight.T).softmax(-1)
+    expected = foreign if live is None else foreign.index_copy(0, rows, router(hidden)[1][rows])
+    assert torch.equal(ids, expected)
+    assert torch.equal(values, scores.gather(-1, expected))
+
+    # Where others follow the choice, or are of other rows or dimensions, they run as they are.
+    def with_others(self, scores):
+        found = limited_by_groups(self, scores)
+        assert torch.equal(scores.topk(3)[0], scores.sort(-1, descending=True).values[:, :3])
+        return found
+
+    def with_others_before(self, scores):
+        assert torch.equal(scores.topk(3, dim=0)[0], scores.sort(0, descending=True).values[:3])
+        assert torch.equal(scores[:2].topk(3)[0], scores[:2].sort(-1, descending=True).values[:, :3])
+        return limited_by_groups(self, scores)
+
+    for router.choose in (with_others, with_others_before):
+        with TopKSubstitution(choice, foreign, rows, site_of(router)):
+            assert torch.equal(router(hidden)[1], expected)
 
 
 def are_own(ids, scores):
@@ -288,6 +334,10 @@ def stubborn(_, scores):
     return values, scores.argsort(-1, descending=True)[:, :TOP_K]
 
 
+def ids_alone(_, scores):
+    return scores.topk(TOP_K)[1]
+
+
 def of_no_gradient(_, scores):
     values, ids = scores.topk(TOP_K)
     return values.detach() + 0 * values, ids
@@ -312,6 +362,7 @@ REFUSED = {
     random_scores: "under its own ids its outputs differ from live",
     stubborn: "it does not return the ids that it was given",
     constant: "under foreign ids its weights do not follow the ids",
+    ids_alone: "under foreign ids its weights do not follow the ids",
     masked: "under foreign ids some weights are zero: they come from scores cut to the live top-k",
     of_no_gradient: "under foreign ids no finite gradient reaches the gate",
     of_infinite_gradient: "under foreign ids no finite gradient reaches the gate",

@@ -106,7 +106,9 @@ def test_the_fast_check_of_many_rows_says_what_sets_say(data):
     one = st.lists(st.integers(-1, experts), min_size=slots, max_size=slots)
     good = st.permutations(range(min(experts, 12))).map(lambda ids: list(ids)[:slots])
     rows = data.draw(st.lists(st.one_of(good, good, good, one), max_size=6))
-    rows = [[i & 255 for i in row] if dtype == "uint8" else [abs(i) if dtype[0] == "u" else i for i in row] for row in rows]
+    rows = [
+        [i & 255 for i in row] if dtype == "uint8" else [abs(i) if dtype[0] == "u" else i for i in row] for row in rows
+    ]
     expected = all(len(set(row)) == slots and 0 <= min(row) <= max(row) < experts for row in rows)
     ids = np.array(rows, dtype).reshape(-1, slots)
     with pytest.MonkeyPatch.context() as patch:
