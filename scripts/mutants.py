@@ -1,16 +1,17 @@
 """Mutation testing: changes the code a little, one place at a time, and runs the tests that come by it until one fails.
 
-    python scripts/mutants.py [--jobs N] [--each SECONDS] [PATTERN ...]     (a pattern of names: r3.routing.wire.*)
+    python scripts/mutants.py [--jobs N] [--each SECONDS] [--tests FILE]... [r3.routing.wire.*]
 
-mutmut makes the mutants, keeps their results in mutants/ and shows them (`mutmut results`, `mutmut show NAME`); its
-settings are in pyproject.toml. `mutmut run` has a new process collect the tests of each mutant, half a minute here.
-This collects them once, and forks. What has been killed is not run again, what survived is.
+mutmut makes the mutants, keeps their results in mutants/ and shows them; its settings are in pyproject.toml. Its own
+run collects the tests anew for each mutant, half a minute here: this collects them once, and forks. What has been killed
+is not run again, what survived is.
 """
 
 import argparse
 import collections
 import contextlib
 import gc
+import itertools
 import json
 import os
 import resource
@@ -87,10 +88,9 @@ def kill(group: int) -> None:
 class Mutants:
     """A plugin of pytest that runs the mutants in place of the tests."""
 
-    def __init__(self, root: Path, patterns: list[str], jobs: int, each_s: float) -> None:
-        self.root, self.patterns, self.jobs, self.each_s = root, patterns, jobs, each_s
-        self.failed = False
-        self.items: dict[str, pytest.Item] = {}
+    def __init__(self, patterns: list[str], jobs: int, each_s: float) -> None:
+        self.patterns, self.jobs, self.each_s = patterns, jobs, each_s
+        self.failed, self.items = False, dict[str, pytest.Item]()
         self.seconds: dict[str, float] = {}
         self.by_function: dict[str, list[str]] = collections.defaultdict(list)
         self.killers: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -104,33 +104,30 @@ class Mutants:
         gc.freeze()  # a collection in a fork would copy every page
         self.find_tests()
         self.run_mutants()
-        return True
+        return True  # in place of pytest's own loop
 
     def find_tests(self) -> None:
         """Each test once, without a mutant: which functions it comes by. What fails so is left out."""
         for nodeid, found, _ in in_forks(self.items, self.jobs, lambda _: 120.0, self.run_clean):
-            if found is None or found["failed"]:
+            if found is None:
                 print(f"left out, since it fails without a mutant: {nodeid}")
                 continue
-            self.seconds[nodeid] = found["seconds"]
-            for function in found["functions"]:
+            self.seconds[nodeid], functions = found
+            for function in functions:
                 self.by_function[function].append(nodeid)
         print(f"{len(self.seconds)} of {len(self.items)} tests, {sum(self.seconds.values()):.0f} s")
 
-    def run_clean(self, nodeid: str) -> dict[str, Any]:
+    def run_clean(self, nodeid: str) -> tuple[float, list[str]] | None:
         set_mutant_under_test("stats")
         state()._stats.clear()
         began = time.monotonic()
-        failed = self.first_to_fail([nodeid])
-        return dict(failed=failed, seconds=time.monotonic() - began, functions=sorted(state()._stats))
+        return None if self.first_to_fail([nodeid]) else (time.monotonic() - began, sorted(state()._stats))
 
     def run_mutants(self) -> None:
-        with change_cwd(self.root):
+        with change_cwd(".."):
             found, _ = mutmut.collect_source_file_mutation_data(mutant_names=self.patterns)
-        results = {name: code for _, name, code in found}
-        for name in results:
-            if not self.by_function.get(mangled_name_from_mutant_name(name)):
-                results[name] = NO_TESTS
+        tested = {name for _, name, _ in found if mangled_name_from_mutant_name(name) in self.by_function}
+        results = {name: code if name in tested else NO_TESTS for _, name, code in found}
         waiting = [name for name, code in results.items() if code not in (KILLED, NO_TESTS)]
         for done, (name, killer, late) in enumerate(in_forks(waiting, self.jobs, self.limit_s, self.killer_of), 1):
             if killer:
@@ -140,14 +137,13 @@ class Mutants:
                 print(f"{done} of {len(waiting)} mutants", flush=True)
                 self.save(found, results)
         self.save(found, results)
-        counts = collections.Counter(results.values())
-        killed = counts[KILLED] + counts[TIMEOUT]
-        print(f"{killed} of {len(found)} killed ({killed / len(found):.1%}), {counts[NO_TESTS]} without tests")
+        killed = sum(code in (KILLED, TIMEOUT) for code in results.values())
+        print(f"{killed} of {len(found)} killed ({killed / len(found):.1%}), {len(found) - len(tested)} without tests")
 
     def save(self, found: list[tuple[Any, str, int | None]], results: dict[str, int | None]) -> None:
-        for data, name, _ in found:
-            data.exit_code_by_key[name] = results[name]
-        with change_cwd(self.root):
+        with change_cwd(".."):
+            for data, name, _ in found:
+                data.exit_code_by_key[name] = results[name]
             for data in {id(data): data for data, *_ in found}.values():
                 data.save()
 
@@ -158,58 +154,52 @@ class Mutants:
         cases: collections.Counter[str] = collections.Counter()
         ranked = []
         for nodeid in sorted(self.by_function[function], key=self.seconds.__getitem__):
-            test = nodeid.partition("[")[0]
+            cases[test := nodeid.partition("[")[0]] += 1
             ranked.append((-self.killers[function][nodeid], cases[test], self.seconds[nodeid], nodeid))
-            cases[test] += 1
-        chosen, left_s = [], self.each_s
-        for *_, seconds, nodeid in sorted(ranked):
-            if chosen and seconds > left_s:
-                break
-            left_s -= seconds
-            chosen.append(nodeid)
-        return chosen
-
-    def limit_s(self, name: str) -> float:
-        return 30.0 + 5.0 * sum(self.seconds[nodeid] for nodeid in self.tests_of(name))
+        *_, seconds, nodeids = zip(*sorted(ranked), strict=True)
+        fitting = sum(end <= self.each_s for end in itertools.accumulate(seconds))
+        return list(nodeids[: max(1, fitting)])
 
     def killer_of(self, name: str) -> str:
         set_mutant_under_test(name)
         return self.first_to_fail(self.tests_of(name))
 
+    def limit_s(self, name: str) -> float:
+        return 30.0 + 5.0 * sum(map(self.seconds.__getitem__, self.tests_of(name)))
+
     def first_to_fail(self, nodeids: list[str]) -> str:
         """Runs tests until one fails: that one, or empty."""
-        for nodeid, following in zip(nodeids, [*nodeids[1:], None], strict=True):
-            item, after = self.items[nodeid], self.items.get(following or "")
+        items = [self.items[nodeid] for nodeid in nodeids]
+        for item, following in zip(items, [*items[1:], None], strict=True):
             try:
-                item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             except BaseException:
                 self.failed = True
             if self.failed:
-                return nodeid
+                return item.nodeid
         return ""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--jobs", type=int, default=2, help="processes side by side, each of one thread (default: 2)")
-    parser.add_argument("--each", type=float, default=60.0, help="most seconds of tests for a mutant (default: 60)")
+    parser.add_argument("--jobs", type=int, default=2, help="processes side by side (default: 2)")
+    parser.add_argument("--each", type=float, default=60.0, help="seconds of tests for a mutant (default: 60)")
+    parser.add_argument("--tests", action="append", help="a file of tests (default: all those in pyproject.toml)")
     parser.add_argument("patterns", nargs="*", help="names of mutants, with wildcards (default: all)")
     args = parser.parse_args()
-    root = Path.cwd()
     # Before torch is imported. A fork must not wait for threads of its parent's.
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PY_IGNORE_IMPORTMISMATCH": "1"}
     os.environ["PYTEST_XDIST_WORKER_COUNT"] = str(os.cpu_count())  # tests/conftest.py: one thread a test
     set_mutant_under_test("mutant_generation")
     Path("mutants").mkdir(exist_ok=True)
-    copy_src_dir()
-    copy_also_copy_files()
-    setup_source_paths()
+    for step in (copy_src_dir, copy_also_copy_files, setup_source_paths):
+        step()
     print("mutants made:", mutmut.create_mutants(args.jobs))
     set_mutant_under_test("")
-    selection, more = config().pytest_add_cli_args_test_selection, config().pytest_add_cli_args
+    tests = args.tests or config().pytest_add_cli_args_test_selection
     os.chdir("mutants")
-    plugin = Mutants(root, args.patterns, args.jobs, args.each)
-    return pytest.main(["--rootdir=.", "-q", "-s", *selection, *more], plugins=[plugin])
+    plugin = Mutants(args.patterns, args.jobs, args.each)
+    return pytest.main(["-q", "-s", *config().pytest_add_cli_args, *tests], plugins=[plugin])
 
 
 if __name__ == "__main__":
