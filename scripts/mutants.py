@@ -3,8 +3,8 @@
     python scripts/mutants.py [--jobs N] [--each SECONDS] [--tests FILE]... [r3.routing.wire.*]
 
 mutmut makes the mutants, keeps their results in mutants/ and shows them; its settings are in pyproject.toml. Its own
-run collects the tests anew for each mutant, half a minute here: this collects them once, and forks. What has been killed
-is not run again, what survived is.
+run collects the tests anew for each mutant, half a minute here: this collects them once, and forks. What has been
+killed is not run again, what survived is.
 """
 
 import argparse
