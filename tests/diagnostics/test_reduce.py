@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
-from r3.diagnostics import LogprobSums, RoutingSums, SequenceSums, sequence_totals
+from r3.diagnostics import CoverageSums, LogprobSums, RoutingSums, SequenceSums, sequence_totals
 from r3.diagnostics.corrections import gspo, truncated_importance
 from r3.diagnostics.merging import collective_device, same_on_all_ranks
 from r3.errors import DiagnosticsError
@@ -24,6 +24,17 @@ def test_reduce_is_local_without_a_process_group():
     assert sums.reduce() == sums
 
 
+def test_sums_add_up_with_their_kind_and_with_the_zero_of_sum_alone():
+    a, b = SequenceSums(sequences=1, chi2_sum=2.0), SequenceSums(sequences=3, chi2_sum=4.0)
+    assert sum([a, b]) == a + b == 0 + a + b == SequenceSums(sequences=4, chi2_sum=6.0)
+    for wrong in (lambda: a + 0, lambda: a + None, lambda: 1 + a, lambda: 0.0 + a, lambda: None + a):
+        with pytest.raises(TypeError):
+            wrong()
+    assert a != b
+    assert LogprobSums.empty() != LogprobSums.empty(extreme_ratio=3.0)
+    assert (a == 1, a == CoverageSums.empty()) == (False, False)
+
+
 def reduce_sums():
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
@@ -35,7 +46,8 @@ def reduce_sums():
     errors = []
     # The second pair has totals of different lengths, which no all-reduce could have told.
     kinds = LogprobSums.empty(extreme_ratio=2.0 + rank), RoutingSums.empty(layer_ids=range(1 + rank), slots=2)
-    for uneven in kinds:
+    # Nothing but their classes tells these apart.
+    for uneven in (*kinds, (CoverageSums, SequenceSums)[rank].empty()):
         with pytest.raises(DiagnosticsError) as caught:
             uneven.reduce()
         errors.append(str(caught.value))
@@ -48,7 +60,8 @@ def test_sums_of_two_ranks_are_added_and_uneven_ones_refused(ranks):
     assert reduced_a == reduced_b == (a + b, b, routing_a + routing_b)
     assert reduced_a[0].abs_max == max(a.abs_max, b.abs_max)
     for rank, errors in enumerate((errors_a, errors_b)):
-        assert [f"rank {rank} has {kind}" in e for kind, e in zip(("LogprobSums", "RoutingSums"), errors, strict=True)]
+        expected = "LogprobSums", "RoutingSums", ("CoverageSums", "SequenceSums")[rank]
+        assert all(f"rank {rank} has {kind}" in error for kind, error in zip(expected, errors, strict=True))
 
 
 def reduce_each_in_a_group_of_its_own():
