@@ -55,7 +55,6 @@ docs: $(READY)  ## build the documentation into build/site; a broken link is an 
 
 test-mutants: .venv/.mutants-ready  ## change the arithmetic a little, everywhere: do tests fail? (hours; ARGS=r3.routing.wire.*)
 	$(BIN)/python scripts/mutants.py $(ARGS)
-	$(BIN)/mutmut results
 
 lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .

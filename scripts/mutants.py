@@ -32,7 +32,7 @@ from mutmut.utils.file_utils import change_cwd, copy_also_copy_files, copy_src_d
 from mutmut.utils.format_utils import mangled_name_from_mutant_name
 
 KILLED, SURVIVED, NO_TESTS, SUSPICIOUS, TIMEOUT = 1, 0, 33, 35, 36  # exit codes, as mutmut keeps them
-MEMORY = 16 << 30  # bytes that a mutant may take: an endless loop that collects is ended before the machine is
+MEMORY = 16 << 30  # bytes more that a mutant may take: it may be an endless loop that collects
 
 
 def in_forks(
@@ -137,7 +137,9 @@ class Mutants:
                 print(f"{done} of {len(waiting)} mutants", flush=True)
                 self.save(found, results)
         self.save(found, results)
-        killed = sum(code in (KILLED, TIMEOUT) for code in results.values())
+        alive = [name for name, code in results.items() if code not in (KILLED, TIMEOUT)]
+        print("not killed:", *alive, sep="\n    ")
+        killed = len(found) - len(alive)
         print(f"{killed} of {len(found)} killed ({killed / len(found):.1%}), {len(found) - len(tested)} without tests")
 
     def save(self, found: list[tuple[Any, str, int | None]], results: dict[str, int | None]) -> None:
@@ -190,16 +192,13 @@ def main() -> int:
     # Before torch is imported. A fork must not wait for threads of its parent's.
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PY_IGNORE_IMPORTMISMATCH": "1"}
     os.environ["PYTEST_XDIST_WORKER_COUNT"] = str(os.cpu_count())  # tests/conftest.py: one thread a test
-    set_mutant_under_test("mutant_generation")
     Path("mutants").mkdir(exist_ok=True)
     for step in (copy_src_dir, copy_also_copy_files, setup_source_paths):
         step()
     print("mutants made:", mutmut.create_mutants(args.jobs))
-    set_mutant_under_test("")
-    tests = args.tests or config().pytest_add_cli_args_test_selection
+    words = [*config().pytest_add_cli_args, *(args.tests or config().pytest_add_cli_args_test_selection)]
     os.chdir("mutants")
-    plugin = Mutants(args.patterns, args.jobs, args.each)
-    return pytest.main(["-q", "-s", *config().pytest_add_cli_args, *tests], plugins=[plugin])
+    return pytest.main(["-q", "-s", *words], plugins=[Mutants(args.patterns, args.jobs, args.each)])
 
 
 if __name__ == "__main__":
