@@ -10,6 +10,7 @@ from torch import nn
 
 import r3
 from r3.own_methods import ASIDE, BELOW_HOOK, Moved, code_of, on_copy
+from r3.replay.patching import _subclass
 
 ROUTE = "route_tokens_to_experts"
 
@@ -283,6 +284,18 @@ def test_extended_classes_look_like_those_of_the_model():
             assert getattr(after, name) == getattr(cls, name)
     assert repr(model) == repr(tiny_moe())
     replay.detach()
+
+
+def test_an_extended_class_of_a_class_inside_a_function():
+    class Inner(nn.Module):
+        """What it is."""
+
+        def forward(self, x):
+            return x
+
+    extended = _subclass(Inner, "forward", lambda self, x: x)
+    assert (extended.__qualname__, extended.__doc__) == (Inner.__qualname__, "What it is.")
+    assert extended.__module__ == __name__
 
 
 class Toy(nn.Module):

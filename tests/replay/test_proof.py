@@ -1,6 +1,7 @@
 """The proof at attach, on small routers: what it runs, what it leaves alone, and what it says when it refuses one."""
 
 import re
+import types
 
 import pytest
 import torch
@@ -228,11 +229,17 @@ def test_top_k_may_be_spelled_in_any_way(name):
 
 def test_a_choice_of_tokens_for_each_expert_is_another():
     def with_capacity(self, scores):
-        scores.topk(3, dim=0)
-        torch.topk(scores, 3, 0)
+        scores.topk(TOP_K, dim=0)
+        torch.topk(scores, TOP_K, 0)
         return normalised(self, scores)
 
     assert prove(site_of(Gate(with_capacity))).num_experts == EXPERTS
+
+    def of_a_batch(self, scores):
+        values, ids = scores[None].topk(TOP_K)
+        return values[0], ids[0]
+
+    assert prove(site_of(Gate(of_a_batch))).dims == 3
 
 
 class Searches(TorchFunctionMode):
@@ -289,6 +296,20 @@ def limited_by_groups(self, scores, weight=0.0):
     mask = torch.zeros(len(scores), 4).scatter(-1, kept, 1.0).repeat_interleave(2, -1)
     values, ids = scores.masked_fill(mask == 0, 0.0).topk(TOP_K)
     return values + weight * best.sum(-1, keepdim=True), ids
+
+
+def test_a_mask_may_be_filled_in_any_way():
+    """A foreign expert that the mask rules out has the weight that it has without the mask."""
+
+    def by_keyword(self, scores):
+        masked = torch.masked_fill(input=scores, mask=scores < scores.median(-1, keepdim=True).values, value=0.0)
+        return masked.topk(TOP_K)
+
+    def by_method(self, scores):
+        return scores.masked_fill(mask=scores < scores.median(-1, keepdim=True).values, value=0.0).topk(TOP_K)
+
+    for choose in (by_keyword, by_method):
+        assert prove(site_of(Gate(choose))).top_k == TOP_K
 
 
 def test_other_top_ks_that_only_limit_are_known_from_those_that_weigh():
@@ -437,3 +458,7 @@ def test_routers_of_other_sizes_are_proved_by_themselves():
     sorting = type("Gate", (Gate,), {"forward": lambda self, hidden: (hidden @ self.weight.T).sort(-1)})(normalised)
     with pytest.raises(r3.UnsupportedModelError, match="saw 0"):
         prove_all([*alike, site_of(sorting)])
+    patched = Gate(normalised)
+    patched.forward = types.MethodType(sorting.forward.__func__, patched)
+    with pytest.raises(r3.UnsupportedModelError, match="saw 0"):
+        prove_all([*alike, site_of(patched)])
