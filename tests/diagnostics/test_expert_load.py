@@ -114,6 +114,12 @@ def test_loads_of_two_experts_by_hand():
     assert (got["load_max/live"], got["load_shift"]) == (1.5, 0)
 
 
+def test_a_layer_that_is_missing_beside_a_single_expert():
+    ids, valid = torch.zeros(2, 2, 1, dtype=torch.uint8), torch.tensor([[True, False], [True, True]])
+    sums = LoadSums.from_tensors(ids, ids, valid, num_experts=1, layer_ids=[0, 1])
+    assert sums.counts.tolist() == [[[2], [1]]] * 2
+
+
 def test_the_table_counts_slots_by_layer_and_expert():
     live = torch.tensor([[[0, 1]], [[1, 2]], [[0, 2]]])
     valid = torch.tensor([True, True, False])

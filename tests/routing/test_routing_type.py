@@ -268,6 +268,15 @@ def test_select_pad_and_cat_keep_rows_and_versions():
         RolloutRouting.cat([whole, routing(num_experts=EXPERTS + 1)])
 
 
+def test_what_is_no_list_of_samples_and_parts_of_two_devices_are_refused():
+    whole = routing()
+    for samples in ([[0]], torch.zeros(1, 1, dtype=torch.int64), torch.tensor(0)):
+        with pytest.raises(RoutingError, match="samples: expected a slice or indices"):
+            whole.select(samples)
+    with pytest.raises(RoutingError, match="expected one"):
+        RolloutRouting.cat([whole, whole.to("meta")])
+
+
 def test_joined_and_thinned_routing_keeps_dtype_and_version():
     whole = routing(weight_version=4)
     assert RolloutRouting.cat([whole, whole]).expert_ids.dtype == whole.expert_ids.dtype
