@@ -462,3 +462,13 @@ def test_routers_of_other_sizes_are_proved_by_themselves():
     patched.forward = types.MethodType(sorting.forward.__func__, patched)
     with pytest.raises(r3.UnsupportedModelError, match="saw 0"):
         prove_all([*alike, site_of(patched)])
+
+
+def test_a_gate_that_was_patched_in_one_of_many_blocks_is_proved_by_itself():
+    blocks = [Block() for _ in range(3)]
+    sites = [site_of(block.gate, block, ROUTE) for block in blocks]
+    assert len(prove_all(sites)) == 3
+    gate = blocks[1].gate
+    gate.forward = types.MethodType(lambda self, hidden: hidden @ self.weight.detach().T, gate)
+    with pytest.raises(r3.UnsupportedModelError, match="no finite gradient"):
+        prove_all(sites)
