@@ -172,6 +172,8 @@ def test_what_a_row_that_is_not_valid_holds_does_not_matter_and_is_not_kept():
     ("changes", "message"),
     [
         (dict(ids=random_ids().float()), "expert_ids: expected integer"),
+        (dict(ids=random_ids() * 1j), "expert_ids: expected integer"),
+        (dict(ids=random_ids() > 0), "expert_ids: expected integer"),
         (dict(ids=random_ids()[0]), "expert_ids: expected integer"),
         (dict(valid=torch.ones(2, 9, dtype=torch.bool)), r"valid: expected bool \[B, S\] = \(2, 10\)"),
         (dict(valid=torch.ones(2, 10)), "valid: expected bool"),
