@@ -139,8 +139,8 @@ class Mutants:
         self.save(found, results)
         alive = [name for name, code in results.items() if code not in (KILLED, TIMEOUT)]
         print("not killed:", *alive, sep="\n    ")
-        killed = len(found) - len(alive)
-        print(f"{killed} of {len(found)} killed ({killed / len(found):.1%}), {len(found) - len(tested)} without tests")
+        late, killed = list(results.values()).count(TIMEOUT), len(found) - len(alive)
+        print(f"{killed} of {len(found)} killed ({killed / len(found):.1%}), {late} of them by taking too long")
 
     def save(self, found: list[tuple[Any, str, int | None]], results: dict[str, int | None]) -> None:
         with change_cwd(".."):
