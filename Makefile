@@ -53,10 +53,8 @@ test-trl test-verl test-skyrl test-swift:
 docs: $(READY)  ## build the documentation into build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Forks of a process with torch: one thread each. Results are kept in mutants/, and what has one is not run again.
 test-mutants: .venv/.mutants-ready  ## change the arithmetic a little, everywhere: do tests fail? (hours; ARGS=r3.routing.wire.*)
-	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2 $(ARGS)
-	$(BIN)/mutmut results
+	$(BIN)/python scripts/mutants.py $(ARGS)
 
 lint: $(READY)  ## check style, format and types
 	$(BIN)/ruff check .

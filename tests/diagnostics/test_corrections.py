@@ -295,6 +295,25 @@ def test_the_bounds_themselves_are_inside_and_default_to_those_of_the_sources():
             assert not correct(logs + nudge, zeros, mask, **bounds).mask.any()
 
 
+def test_sums_have_the_bounds_and_what_they_are_of():
+    zeros, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    for correct, bounds in ((icepop, (0.5, 5.0)), (geometric_mask, (0.99, 1.01)), (product_mask, (0.5, 2.0))):
+        sums = correct(zeros, zeros, mask).sums
+        assert (sums.low, sums.high, sums.drops) == (*bounds, True)
+    for correct in (truncated_importance, gspo):
+        sums = correct(zeros, zeros, mask).sums
+        assert (sums.low, sums.drops) == (0.0, False)
+    tokens = truncated_importance(zeros, zeros, mask).sums
+    rows = truncated_importance(zeros, zeros, mask, level="sequence", count=2).sums
+    assert (tokens.by_sequence, tokens.sequences) == (False, 0)
+    assert (rows.by_sequence, rows.sequences) == (True, 2)
+    with pytest.raises(DiagnosticsError, match=r"got shape \[2, 3\] and count 3"):
+        truncated_importance(zeros, zeros, mask, level="sequence", count=3)
+    assert icepop(zeros, zeros, mask, high=math.exp(20)).mask.all()
+    with pytest.raises(DiagnosticsError, match="expected bounds"):
+        icepop(zeros, zeros, mask, high=math.exp(20) * 1.0001)
+
+
 # Merging
 
 

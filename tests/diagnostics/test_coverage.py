@@ -89,6 +89,15 @@ def test_rows_that_lack_some_layers_are_not_captured_and_their_missing_pairs_are
     assert (sums + whole).metrics()["pairs_missing"] == 3
 
 
+def test_the_largest_lag_is_that_of_known_versions_alone():
+    tokens = torch.ones(1, 3, dtype=torch.bool)
+    known = CoverageSums.from_tensors(tokens, tokens, torch.tensor([[4, 3, 0]]), 5)
+    unknown = CoverageSums.from_tensors(tokens, tokens, torch.full((1, 3), -1), 5)
+    assert (known.lag_max, unknown.lag_max) == (2, -math.inf)
+    for sums in (known + unknown, unknown + known, CoverageSums.empty() + known):
+        assert sums.metrics()["version_lag_max"] == 2
+
+
 YES = torch.ones(2, 3, dtype=torch.bool)
 
 
@@ -96,6 +105,10 @@ YES = torch.ones(2, 3, dtype=torch.bool)
     ("args", "message"),
     [
         ((YES[:1], YES, None, 0), r"valid: expected \[B, S\] as `tokens` is, \[2, 3\], got \[1, 3\]"),
+        ((torch.ones(2, 2, 4) > 0, YES, None, 0), r"valid: expected .*\[2, 3\], got \[2, 2, 4\]"),
+        ((YES, YES, torch.ones(2, 3, 4).int(), 0), r"versions: expected .*\[2, 3\], got \[2, 3, 4\]"),
+        ((YES, YES, YES, 0), "versions: expected integers, got torch.bool"),
+        ((YES, YES, YES * 1j, 0), "versions: expected integers, got torch.complex64"),
         ((YES.int(), YES, None, 0), "valid: expected torch.bool, got torch.int32"),
         ((YES, YES.long(), None, 0), "tokens: expected torch.bool, got torch.int64"),
         ((YES, YES, YES.float(), 0), "versions: expected integers, got torch.float32"),

@@ -105,6 +105,21 @@ def test_even_and_uneven_loads():
     assert (single["load_max/live"], single["load_shift"]) == (1, 0)
 
 
+def test_loads_of_two_experts_by_hand():
+    live = torch.tensor([[[0], [1]], [[0], [1]], [[0], [0]], [[1], [0]]])
+    yes = torch.ones(4, dtype=torch.bool)
+    got = LoadSums.from_tensors(live, live.flip(0), yes, num_experts=2, layer_ids=[0, 1]).metrics()
+    quarter = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
+    assert got["load_entropy/live"] == pytest.approx((quarter + 1) / 2)
+    assert (got["load_max/live"], got["load_shift"]) == (1.5, 0)
+
+
+def test_a_layer_that_is_missing_beside_a_single_expert():
+    ids, valid = torch.zeros(2, 2, 1, dtype=torch.uint8), torch.tensor([[True, False], [True, True]])
+    sums = LoadSums.from_tensors(ids, ids, valid, num_experts=1, layer_ids=[0, 1])
+    assert sums.counts.tolist() == [[[2], [1]]] * 2
+
+
 def test_the_table_counts_slots_by_layer_and_expert():
     live = torch.tensor([[[0, 1]], [[1, 2]], [[0, 2]]])
     valid = torch.tensor([True, True, False])
@@ -183,6 +198,19 @@ def test_margins_without_an_expert_left_are_infinite():
     live, replayed, valid = case(0)
     margins = torch.full((20, len(LAYERS)), math.inf)
     assert MarginSums.from_tensors(margins, live, replayed, valid).metrics()["margin/agreeing_p10"] == math.inf
+
+
+def test_margins_of_every_block_count_and_are_checked(monkeypatch):
+    live, replayed, valid = case(0)
+    margins = torch.rand(20, len(LAYERS), generator=torch.Generator().manual_seed(0))
+    at_once = MarginSums.from_tensors(margins, live, replayed, valid)
+    monkeypatch.setattr(routing_pair, "BLOCK_ELEMENTS", 3 * len(LAYERS) * SLOTS)
+    assert MarginSums.from_tensors(margins, live, replayed, valid) == at_once
+    for row in (0, 10, 19):
+        broken = margins.clone()
+        broken[row, 2] = -1
+        with pytest.raises(DiagnosticsError, match="got 1 negative or NaN"):
+            MarginSums.from_tensors(broken, live, replayed, valid | True)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -0.5])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from r3.diagnostics import LogprobSums, compare_logprobs
 from r3.diagnostics.histogram import HIGHEST, RELATIVE_ERROR
-from r3.errors import DiagnosticsError
+from r3.errors import SHOWN, DiagnosticsError
 
 QUANTILES = {"abs_p50": 500, "abs_p90": 900, "abs_p99": 990, "abs_p999": 999}
 KEYS = (
@@ -194,12 +194,18 @@ def test_masked_tokens_never_count(filler):
 
 
 @light
-@given(tokens, st.data())
+@given(st.lists(st.tuples(logprob, logprob, st.booleans()), min_size=4, max_size=30), st.data())
+@example([(-9.0, -1.0, True), (-1.0, -9.0, True), (-2.0, -2.0, True), (-1.0, -9.0, True)], None)
 def test_merged_over_any_split_equals_at_once(rows, data):
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(rows)), max_size=4)))
+    # Each split has two parts or more: without that, hypothesis hardly made any.
+    if data is None:
+        cuts, order = [1, 2, 2], lambda sums: sums
+    else:
+        cuts = sorted(data.draw(st.lists(st.integers(1, len(rows) - 1), min_size=1, max_size=4)))
+        order = lambda sums: data.draw(st.permutations(sums))
     parts = [rows[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
     sums = [LogprobSums.from_tensors(*tensors(part)) if part else LogprobSums.empty() for part in parts]
-    merged = sum(data.draw(st.permutations(sums)), LogprobSums.empty())
+    merged = sum(order(sums), LogprobSums.empty())
     at_once = LogprobSums.from_tensors(*tensors(rows))
     assert torch.equal(merged.counts, at_once.counts)
     got, expected = merged.metrics(), at_once.metrics()
@@ -347,11 +353,18 @@ def test_no_tokens_is_nan_not_zero(shape):
 
 
 def test_round_trips():
-    sums = LogprobSums.from_tensors(torch.tensor([-1.0, -3.0]), torch.tensor([-1.5, 0.0]), torch.tensor([True, True]))
-    totals = sums.as_tensor()
-    assert totals.dtype == torch.float64
-    assert LogprobSums.from_tensor(totals) == sums == pickle.loads(pickle.dumps(sums))
-    assert sums + LogprobSums.empty() == sums
+    train, rollout = torch.tensor([-1.1, -3.3], dtype=torch.float64), torch.tensor([-1.5, 0.0], dtype=torch.float64)
+    for threshold in (2.0, 3.0):
+        sums = LogprobSums.from_tensors(train, rollout, torch.tensor([True, True]), extreme_ratio=threshold)
+        assert sums.extreme_ratio == threshold
+        totals = sums.as_tensor()
+        assert totals.dtype == torch.float64
+        assert totals[2] == sums.diff_sum == pytest.approx(-2.9, rel=1e-15)
+        back = LogprobSums.from_tensor(totals, extreme_ratio=threshold)
+        assert back == sums == pickle.loads(pickle.dumps(sums)) == sums.with_totals(totals)
+        assert back.metrics() == sums.metrics()
+        assert sums + LogprobSums.empty(extreme_ratio=threshold) == sums
+        assert (sums + sums).extreme_ratio == threshold
 
 
 def test_different_thresholds_do_not_merge():
@@ -376,6 +389,25 @@ YES = torch.ones(2, 3, dtype=torch.bool)
 def test_wrong_tensors_are_named(args, message):
     with pytest.raises(DiagnosticsError, match=message):
         compare_logprobs(*args)
+
+
+def test_each_side_of_a_wrong_dtype_is_named():
+    with pytest.raises(DiagnosticsError) as caught:
+        compare_logprobs(ONES.long(), ONES.int(), YES)
+    assert [line.strip().partition(":")[0] for line in str(caught.value).splitlines()[1:]] == ["train", "rollout"]
+
+
+@pytest.mark.parametrize(("bad", "shown"), [(1, "They are"), (SHOWN, "They are"), (SHOWN + 1, "First")])
+def test_all_or_the_first_of_what_is_not_finite_are_shown(bad, shown):
+    train = torch.zeros(SHOWN + 3)
+    train[:bad] = math.nan
+    with pytest.raises(DiagnosticsError) as caught:
+        compare_logprobs(train, torch.zeros_like(train), torch.ones_like(train) > 0)
+    first, *places = str(caught.value).splitlines()
+    assert first.endswith(f"became non-finite. {shown}:")
+    assert [place.strip() for place in places[: min(bad, SHOWN)]] == [
+        f"at ({i},): train nan, rollout 0.0" for i in range(min(bad, SHOWN))
+    ]
 
 
 def test_all_problems_are_shown():

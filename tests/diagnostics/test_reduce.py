@@ -7,19 +7,32 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
-from r3.diagnostics import LogprobSums, RoutingSums, SequenceSums, sequence_totals
+from r3.diagnostics import CoverageSums, LogprobSums, RoutingSums, SequenceSums, sequence_totals
+from r3.diagnostics.corrections import gspo, truncated_importance
+from r3.diagnostics.merging import collective_device, same_on_all_ranks
 from r3.errors import DiagnosticsError
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    with contextlib.closing(Ranks(2)) as pair:
+    with contextlib.closing(Ranks(2, here=True)) as pair:
         yield pair
 
 
 def test_reduce_is_local_without_a_process_group():
     sums = LogprobSums.from_tensors(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3) > 0)
     assert sums.reduce() == sums
+
+
+def test_sums_add_up_with_their_kind_and_with_the_zero_of_sum_alone():
+    a, b = SequenceSums(sequences=1, chi2_sum=2.0), SequenceSums(sequences=3, chi2_sum=4.0)
+    assert sum([a, b]) == a + b == 0 + a + b == SequenceSums(sequences=4, chi2_sum=6.0)
+    for wrong in (lambda: a + 0, lambda: a + None, lambda: 1 + a, lambda: 0.0 + a, lambda: None + a):
+        with pytest.raises(TypeError):
+            wrong()
+    assert a != b
+    assert LogprobSums.empty() != LogprobSums.empty(extreme_ratio=3.0)
+    assert (a == 1, a == CoverageSums.empty()) == (False, False)
 
 
 def reduce_sums():
@@ -33,7 +46,8 @@ def reduce_sums():
     errors = []
     # The second pair has totals of different lengths, which no all-reduce could have told.
     kinds = LogprobSums.empty(extreme_ratio=2.0 + rank), RoutingSums.empty(layer_ids=range(1 + rank), slots=2)
-    for uneven in kinds:
+    # Nothing but their classes tells these apart.
+    for uneven in (*kinds, (CoverageSums, SequenceSums)[rank].empty()):
         with pytest.raises(DiagnosticsError) as caught:
             uneven.reduce()
         errors.append(str(caught.value))
@@ -46,7 +60,49 @@ def test_sums_of_two_ranks_are_added_and_uneven_ones_refused(ranks):
     assert reduced_a == reduced_b == (a + b, b, routing_a + routing_b)
     assert reduced_a[0].abs_max == max(a.abs_max, b.abs_max)
     for rank, errors in enumerate((errors_a, errors_b)):
-        assert [f"rank {rank} has {kind}" in e for kind, e in zip(("LogprobSums", "RoutingSums"), errors, strict=True)]
+        expected = "LogprobSums", "RoutingSums", ("CoverageSums", "SequenceSums")[rank]
+        assert all(f"rank {rank} has {kind}" in error for kind, error in zip(expected, errors, strict=True))
+
+
+def reduce_each_in_a_group_of_its_own():
+    """The ranks hold what differs in kind, number and value: a collective of the default group would refuse it."""
+    rank = dist.get_rank()
+    alone = [dist.new_group([other]) for other in range(2)][rank]
+    routing = RoutingSums.empty(layer_ids=range(1 + rank), slots=2)
+    values = torch.full((1 + rank, 3), -1.0)
+    mask, ids = values < 0, torch.arange(1 + rank)[:, None].expand(-1, 3)
+    sums, tokens = sequence_totals(values, mask, ids, 1 + rank, alone)
+    with pytest.raises(DiagnosticsError, match="expected finite" if rank else "count: expected 0 or more"):
+        sequence_totals(values / 0 if rank else values, mask, ids, 2 if rank else -1, alone)
+    # What is wrong on one rank is no business of the other's group.
+    with pytest.raises(DiagnosticsError, match="expected finite") if rank else contextlib.nullcontext():
+        sequence_totals(values / 0 if rank else values, mask, ids, 1 + rank, alone)
+    weighted = gspo(values, values - 0.5, mask, group=alone)
+    return routing.reduce(alone) == routing, sums.tolist(), tokens.tolist(), weighted.sums.sequences
+
+
+def test_a_group_is_asked_in_place_of_all_ranks(ranks):
+    found = ranks.all(reduce_each_in_a_group_of_its_own)
+    assert found == [(True, [-3.0] * n, [3.0] * n, n) for n in (1, 2)]
+
+
+def agree():
+    rank = dist.get_rank()
+    sums = truncated_importance(
+        *[torch.full((2, 3), -1.0)] * 2, torch.ones(2, 3) > 0, level="sequence", group=dist.group.WORLD
+    )
+    return (
+        [same_on_all_ranks(value, None) for value in (0.5, -3.0, 1.0 + rank, -1.0 - rank, 1 + rank * 1e-12)],
+        collective_device(None),
+        sums.sums.sequences,
+    )
+
+
+def test_ranks_agree_on_equal_values_only(ranks):
+    found = ranks.all(agree)
+    assert [each[:2] for each in found] == [([True, True, False, False, False], torch.device("cpu"))] * 2
+    # Sequences that are spread over ranks count once, on the first.
+    assert [each[2] for each in found] == [2, 0]
 
 
 def half(rank):

@@ -204,6 +204,8 @@ YES = torch.ones(2, 3, dtype=torch.bool)
         ((IDS, IDS, YES.T), r"valid \[3, 2\]"),
         ((IDS[0, 0, 0], IDS[0, 0, 0], YES[0, 0]), r"shapes: expected \[\.\.\., L, K\] twice"),
         ((IDS[..., :0], IDS[..., :0], YES), r"at least one layer and one slot"),
+        ((IDS[..., :0, :], IDS[..., :0, :], YES), r"got \[\.\.\., L, K\] = \[2, 3, 0, 2\]"),
+        ((*[torch.arange(256).expand(2, 3, 4, 256)] * 2, YES), r"at most 255 slots, got"),
         ((IDS.float(), IDS, YES), r"live: expected expert ids of dtype .* got torch.float32"),
         ((IDS, IDS.to(torch.int8), YES), r"replayed: .* got torch.int8"),
         ((IDS, IDS, YES.long()), r"valid: expected torch.bool, got torch.int64"),
@@ -227,6 +229,29 @@ def test_valid_rows_with_impossible_ids_are_placed(name, bad):
         DiagnosticsError, match=rf"{name}: expected distinct.*\n  at \(1, 2\), layer 13: \[{bad[0]}, {bad[1]}\]"
     ):
         compare_routing(**sides, valid=YES, layer_ids=[10, 11, 12, 13])
+
+
+def test_impossible_ids_are_placed_beside_layers_that_are_missing():
+    live, valid = IDS.clone(), torch.ones(2, 3, 4, dtype=torch.bool)
+    live[:, 1, 2] = -1  # missing: it may be anything
+    valid[:, 1, 2] = False
+    live[1, 1, 3] = live[1, 2, 2] = 5
+    with pytest.raises(DiagnosticsError, match=r"live: expected.*in 2;") as caught:
+        compare_routing(live, IDS, valid)
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
+        "at (1, 1), layer 3: [5, 5]",
+        "at (1, 2), layer 2: [5, 5]",
+    ]
+    live[1, 1, 3], live[1, 2, 2] = IDS[1, 1, 3], IDS[1, 2, 2]
+    got = compare_routing(live, IDS, valid)
+    assert (got["differing_rows"], got["order_differs"]) == (0, 0)
+
+
+def test_the_most_slots_and_a_single_one():
+    many = torch.arange(255).expand(2, 3, 255)
+    for ids in (many, many[..., :1]):
+        got = compare_routing(ids, ids.flip(-1), torch.ones(2, dtype=torch.bool))
+        assert (got["differing_rows"], got["jaccard"], got["order_differs"]) == (0, 1, float(ids.shape[-1] > 1))
 
 
 def test_ids_repeated_on_both_sides_are_an_error_and_not_an_overlap_above_k():

@@ -85,6 +85,7 @@ def test_ratios_that_overflow():
 def test_no_tokens_is_nan_not_zero(count):
     nothing = torch.zeros(2, 3)
     totals = sequence_totals(nothing, nothing > 0, nothing.long() - 1, count)
+    assert [list(total.shape) for total in totals] == [[count]] * 2
     got = SequenceSums.from_totals(*totals).metrics()
     assert got == pytest.approx({"sequences": 0.0} | dict.fromkeys(KEYS, math.nan), nan_ok=True)
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from r3.errors import ReplayError
-from r3.replay.topk import search_rows, select, with_live_rows
+from r3.replay.topk import margin, search_rows, select, with_live_rows
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INTEGERS = [torch.uint8, torch.int16, torch.int32, torch.int64]
@@ -132,6 +132,24 @@ def test_what_does_not_agree_is_refused(scores, ids):
     with pytest.raises(ReplayError, match="expected floating scores") as error:
         select(scores, ids)
     assert f"{ids.dtype} {tuple(ids.shape)}" in str(error.value)
+
+
+def test_the_scores_of_one_token():
+    values, indices = select(torch.tensor([0.5, 0.25, 1.0]), torch.tensor([2, 1], dtype=torch.uint8))
+    assert (values.tolist(), indices.tolist()) == ([1.0, 0.25], [2, 1])
+    with pytest.raises(ReplayError, match="expected floating scores"):
+        select(torch.tensor([0.5, 0.25]), torch.tensor(1))
+
+
+def test_margins_of_low_precision_are_float32():
+    """In bfloat16 itself the difference would be 256."""
+    scores = torch.tensor([[256.0, 0.25, 0.0], [3.0, 2.0, 1.0]], dtype=torch.bfloat16)
+    found = margin(scores, 1, search(2))
+    assert found.dtype == torch.float32
+    assert found.tolist() == [255.75, 1.0]
+    every = margin(scores, 3, search(4))
+    assert every.dtype == torch.float32
+    assert every.tolist() == [torch.inf, torch.inf]
 
 
 def test_an_id_out_of_range_is_refused():

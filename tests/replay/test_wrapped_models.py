@@ -115,6 +115,32 @@ def test_compiled_layers_share_one_graph_and_take_new_ids():
     assert compiled_graphs(model) == 2
 
 
+def test_what_is_traced_computes_what_eager_code_does(expected, monkeypatch):
+    """The code of replay that torch.compile traces, run as it stands: one step after the other can be seen."""
+    model = tiny_moe()
+    replay = r3.attach(model)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for seed in range(2):
+        assert torch.equal(forward(model, routed_experts=random_ids(seed=seed)), expected[seed])
+        assert replay.last.routers == LAYERS
+    assert torch.equal(forward(model), expected["live"])
+
+
+def test_the_call_of_compiled_code_is_found_after_a_graph_break():
+    model = tiny_moe()
+    patch = r3.attach(model)._patch
+    activity, call = patch.activity, object()
+    other = patching.Activity()
+    assert (activity.current, activity.fell_back) == (patching._Outside, False)
+    with patching._Carrier(activity, call), patching._Carrier(other, None):
+        assert activity.current is call
+        assert other.current is None
+        assert (activity.fell_back, other.fell_back) == (True, True)
+        assert torch.sub(torch.ones(2), torch.ones(2), alpha=3).tolist() == [-2, -2]
+        assert torch.ones(2).add(1).tolist() == [2, 2]
+    assert activity.current is patching._Outside
+
+
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_compiled_layers_with_graph_breaks_and_checkpointing(expected, reentrant):
     torch._dynamo.reset()

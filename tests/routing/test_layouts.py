@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r3 import RolloutRouting, RoutingError
+from r3.errors import SHOWN
 from r3.routing import Packing, pad, prefetch, shard, unshard
 from r3.routing.layout import Place
 
@@ -186,11 +187,49 @@ def test_sequences_go_to_the_first_row_that_has_room():
     assert packing.cu_seqlens().tolist() == [0, 3, 4, 6, 8, 10, 12, 15, 18]
 
 
+def test_rows_are_as_long_as_their_tokens_unless_asked_otherwise():
+    mask = mask_of([3], "right", 5)
+    assert Packing.from_mask(mask).shape == Packing.from_cu_seqlens([0, 3], 3).shape == (1, 3)
+    for width, samples in ((0, 2), (5, 0)):
+        empty = Packing.from_mask(torch.zeros(samples, width, dtype=torch.bool))
+        assert (empty.shape, empty.lengths, empty.batch_shape) == ((1, 1), (0,) * samples, (samples, width))
+        assert empty.position_ids().tolist() == [[0]]
+    assert Packing.from_mask(mask).position_ids().dtype == torch.int64
+
+
+def test_bounds_may_be_a_tensor():
+    bounds = torch.tensor([0, 3, 5], dtype=torch.int32)
+    assert repr(Packing.from_cu_seqlens(bounds, 5)) == repr(Packing.from_cu_seqlens([0, 3, 5], 5))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "shown"),
+    [
+        ([0, 3, 2], "[0, 3, 2]"),
+        (list(range(1, SHOWN + 1)), f"[{', '.join(map(str, range(1, SHOWN + 1)))}]"),
+        (list(range(1, SHOWN + 4)), f"[{', '.join(map(str, range(1, SHOWN + 1)))}, ... {SHOWN + 3}]"),
+    ],
+)
+def test_bounds_that_do_not_add_up_are_shown(bounds, shown):
+    with pytest.raises(RoutingError) as caught:
+        Packing.from_cu_seqlens(bounds, 9)
+    assert f"rise from 0 to the 9 tokens of the row, got {shown}. Padding" in str(caught.value)
+
+
+def test_positions_of_a_batch_have_three_parts():
+    packing = Packing.from_mask(mask_of([3, 2], "right", 3))
+    for shape in ((3, 2), (2, 2, 3), (4, 2, 3), (3, 2, 3, 1)):
+        with pytest.raises(RoutingError, match=r"multimodal: expected positions \[3, B, S\]"):
+            packing.position_ids(multimodal=torch.zeros(shape, dtype=torch.int64))
+
+
 def test_sequences_may_lie_in_any_order():
     turned = Packing((Place(0, 0, 2, 0, 2), Place(1, 0, 2, 0, 0)), batch_shape=(2, 2), shape=(1, 4))
     packed = turned.pack(torch.tensor([[1, 2], [3, 4]]))
     assert packed.tolist() == [[3, 4, 1, 2]]
     assert turned.unpack(packed).tolist() == [[1, 2], [3, 4]]
+    spare = Packing((Place(0, 0, 2, 0, 0),), batch_shape=(1, 2), shape=(2, 2))
+    assert spare.unpack(torch.tensor([[1, 2], [0, 0]])).tolist() == [[1, 2]]
 
 
 def test_padding_is_filled_with_what_is_asked_for():

@@ -52,6 +52,18 @@ def test_inputs_beside_the_decoders_are_found():
     assert ModelInputs(Decoder()).given(given) == []
 
 
+def test_inputs_of_a_model_beside_the_decoder_are_not_inputs_of_the_model():
+    class Judged(Seeing):
+        def __init__(self) -> None:
+            super().__init__()
+            self.judge = Seeing()
+
+        def forward(self, input_ids=None, position_ids=None, audio=None):
+            return self.inner(input_ids, position_ids)
+
+    assert ModelInputs(Judged()).given({**IMAGE, "audio": torch.ones(1)}) == ["audio"]
+
+
 @pytest.mark.parametrize(("name", "expected"), [("token_type_ids", True), ("mm_token_type_ids", True), ("ids", False)])
 def test_names_of_token_types(name, expected):
     assert is_type_ids(name) == expected
@@ -63,6 +75,9 @@ def test_flat_positions_beside_images_are_a_problem():
         ReplayError, match=r"expected \[3, B, S\] or \[4, B, S\] beside pixel_values, got \[B, S\] = \(1, 6\)"
     ):
         inputs.require_positions({"position_ids": IDS, **IMAGE})
+    types = {"mm_token_type_ids": torch.ones(1, 6, dtype=torch.int64)}
+    with pytest.raises(ReplayError, match=r"beside mm_token_type_ids, pixel_values, got"):
+        inputs.require_positions({"position_ids": IDS, **types, **IMAGE})
     types = {"mm_token_type_ids": torch.zeros(1, 6, dtype=torch.int64)}
     inputs.require_positions({"position_ids": IDS, **types})  # types that show text alone
     types["mm_token_type_ids"][0, 2] = 1
@@ -74,8 +89,12 @@ def test_flat_positions_beside_images_are_a_problem():
 
 
 def test_three_parts_without_multimodal_rope_are_a_problem():
-    with pytest.raises(ReplayError, match=r"expected \[B, S\], got \(3, 1, 6\): this model has no multimodal rope"):
+    with pytest.raises(ReplayError) as caught:
         ModelInputs(Seeing()).require_positions({"position_ids": IDS.expand(3, 1, 6)})
+    assert str(caught.value) == (
+        "position_ids: expected [B, S], got (3, 1, 6): this model has no multimodal rope (get_rope_index), and takes "
+        "one position a token"
+    )
     ModelInputs(Multimodal()).require_positions({"position_ids": IDS.expand(3, 1, 6), **IMAGE})
 
 
@@ -105,9 +124,17 @@ def test_text_positions_of_each_form():
         # A sequence that does not begin at 0 does not here either, nor does text that skips.
         (([3, 4, 5], [3, 4, 5], [3, 4, 5]), [3, 1, 2]),
         (([0, 1, 5, 6], [0, 1, 5, 6], [0, 1, 5, 6]), [0, 1, 5, 3]),
+        # A slice of a row, from the inside of an image on: only text after text may be seen to skip.
+        (([2, 2, 4, 7], [2, 3, 4, 7], [3, 3, 4, 7]), [3, 1, 2, 7]),
         # An image that begins where all parts are 0 begins a sequence; its other patches do not.
         (([0, 0, 0, 0, 2], [0, 0, 1, 1, 2], [0, 1, 0, 1, 2]), [0, 1, 2, 3, 4]),
     ],
 )
 def test_text_positions_of_three_parts(parts, expected):
     assert text_positions(grid(*parts)).tolist() == [expected]
+
+
+def test_text_positions_of_a_batch_are_those_of_each_row():
+    rows = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2], [0, 0, 1, 2, 3]])
+    found = text_positions(rows.expand(3, 3, 5))
+    assert found.tolist() == [[0, 1, 2, 3, 4], [0, 1, 0, 1, 2], [0, 0, 1, 2, 3]]

@@ -3,12 +3,16 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import EXPERTS, LAYERS, random_ids
 
 from r3 import RolloutRouting, RoutingError
-from r3.routing import bad_rows, check_rows, compact_dtype
+from r3.routing import RoutingSpec, bad_rows, check_rows, compact_dtype
+from r3.routing import checks as module
 
 
 def routing(ids=None, valid=None, **changes) -> RolloutRouting:
@@ -94,6 +98,69 @@ def test_the_check_sees_every_block(monkeypatch):
     check_rows(broken, valid, (0, 1, 2), EXPERTS)
 
 
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_the_fast_check_of_many_rows_says_what_sets_say(data):
+    dtype = data.draw(st.sampled_from(["uint8", "uint16", "int16", "int32", "int64"]))
+    slots, experts = data.draw(st.sampled_from([1, 2, 3, 8])), data.draw(st.sampled_from([8, 9, 256, 300]))
+    one = st.lists(st.integers(-1, experts), min_size=slots, max_size=slots)
+    good = st.permutations(range(min(experts, 12))).map(lambda ids: list(ids)[:slots])
+    rows = data.draw(st.lists(st.one_of(good, good, good, one), max_size=6))
+    rows = [
+        [i & 255 for i in row] if dtype == "uint8" else [abs(i) if dtype[0] == "u" else i for i in row] for row in rows
+    ]
+    expected = all(len(set(row)) == slots and 0 <= min(row) <= max(row) < experts for row in rows)
+    ids = np.array(rows, dtype).reshape(-1, slots)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CACHED_BYTES", data.draw(st.sampled_from([1, 40, 1 << 18])))
+        for many in (False, True):
+            assert module.well_formed(ids, experts, many=many) == expected
+
+
+@pytest.mark.parametrize("distance", range(1, 8))
+@pytest.mark.parametrize("many", [False, True])
+def test_a_pair_of_equal_ids_is_found_at_any_distance(distance, many):
+    for first in range(8 - distance):
+        ids = np.arange(8, dtype=np.uint8)[None].repeat(3, 0)
+        assert module.well_formed(ids, 8, many=many)
+        ids[1, first + distance] = ids[1, first]
+        assert not module.well_formed(ids, 8, many=many)
+        assert bad_rows(torch.from_numpy(ids)[:, None], 8)[:, 0].tolist() == [False, True, False]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 200)), max_size=6), st.integers(1, 90))
+def test_blocks_of_rows_are_the_valid_ones_in_order_and_bounded(runs, most):
+    valid = torch.tensor([value for value, length in runs for _ in range(length)], dtype=torch.bool)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK_IDS", most)
+        blocks = list(module.row_blocks(valid, 6))
+    rows = [torch.arange(len(valid))[block].tolist() for block in blocks]
+    assert [row for block in rows for row in block] == valid.nonzero()[:, 0].tolist()
+    assert all(1 <= len(block) <= max(1, most // 6) for block in rows)
+
+
+def test_long_runs_of_rows_are_not_copied_to_be_checked():
+    valid = torch.ones(400, dtype=torch.bool)
+    valid[100] = False
+    assert list(module.row_blocks(valid, 6)) == [slice(0, 100), slice(101, 400)]
+    valid[::2] = False
+    (short,) = module.row_blocks(valid, 6)
+    assert torch.equal(short, torch.arange(1, 400, 2))
+
+
+def test_each_of_many_bad_rows_is_counted_over_blocks_and_the_first_are_shown(monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_IDS", 2 * LAYERS * 2)
+    ids, valid = random_ids(), torch.ones(2, 10, dtype=torch.bool)
+    ids[:, ::3, 1] = 99
+    with pytest.raises(RoutingError, match=r"^8 \(token, layer\) rows") as caught:
+        check_rows(ids, valid, (0, 1, 2), EXPERTS)
+    shown = [line for line in str(caught.value).splitlines() if "sample" in line]
+    places = [f"sample {b}, position {s}, decoder layer 1: [99, 99]" for b in range(2) for s in range(0, 10, 3)]
+    assert [line.strip() for line in shown] == places[: len(shown)]
+    assert len(shown) >= 3
+
+
 def test_what_a_row_that_is_not_valid_holds_does_not_matter_and_is_not_kept():
     ids, valid = random_ids(), torch.ones(2, 10, dtype=torch.bool)
     ids[1, 3] = 77
@@ -105,6 +172,8 @@ def test_what_a_row_that_is_not_valid_holds_does_not_matter_and_is_not_kept():
     ("changes", "message"),
     [
         (dict(ids=random_ids().float()), "expert_ids: expected integer"),
+        (dict(ids=random_ids() * 1j), "expert_ids: expected integer"),
+        (dict(ids=random_ids() > 0), "expert_ids: expected integer"),
         (dict(ids=random_ids()[0]), "expert_ids: expected integer"),
         (dict(valid=torch.ones(2, 9, dtype=torch.bool)), r"valid: expected bool \[B, S\] = \(2, 10\)"),
         (dict(valid=torch.ones(2, 10)), "valid: expected bool"),
@@ -201,6 +270,15 @@ def test_select_pad_and_cat_keep_rows_and_versions():
         RolloutRouting.cat([whole, routing(num_experts=EXPERTS + 1)])
 
 
+def test_what_is_no_list_of_samples_and_parts_of_two_devices_are_refused():
+    whole = routing()
+    for samples in ([[0]], torch.zeros(1, 1, dtype=torch.int64), torch.tensor(0)):
+        with pytest.raises(RoutingError, match="samples: expected a slice or indices"):
+            whole.select(samples)
+    with pytest.raises(RoutingError, match="expected one"):
+        RolloutRouting.cat([whole, whole.to("meta")])
+
+
 def test_joined_and_thinned_routing_keeps_dtype_and_version():
     whole = routing(weight_version=4)
     assert RolloutRouting.cat([whole, whole]).expert_ids.dtype == whole.expert_ids.dtype
@@ -210,3 +288,38 @@ def test_joined_and_thinned_routing_keeps_dtype_and_version():
     for wrong in (whole.layer_ids[::-1], (*whole.layer_ids, 99), whole.layer_ids[:1] * 2):
         with pytest.raises(RoutingError):
             whole.layers(wrong)
+
+
+def test_valid_rows_are_counted_once(monkeypatch):
+    """Where routing is on a GPU, the host would wait for each count."""
+    whole = routing(valid=torch.arange(20).view(2, 10) % 3 > 0)
+    monkeypatch.setattr("r3.routing.types.counted", None)
+    some = whole.layers(whole.layer_ids[1:])
+    assert (some.rows_valid, some.pairs_valid) == (13, 26)
+    for same in (whole, whole.to("cpu"), whole.pad(12), pickle.loads(pickle.dumps(whole)), copy.deepcopy(whole)):
+        assert (same.rows_valid, same.pairs_valid) == (13, 39)
+
+
+def test_a_rollout_that_was_not_captured_has_routing_without_rows():
+    spec = RoutingSpec(layer_ids=(1, 3), num_layers=4, num_experts=300, top_k=4)
+    none = RolloutRouting.without_rows(spec, 7)
+    assert none.shape == (1, 7, 2, 4)
+    assert (none.layer_ids, none.num_experts, none.weight_version) == ((1, 3), 300, None)
+    assert none.expert_ids.dtype == torch.int16
+    assert not none.expert_ids.any()
+    assert none.validity.dtype == torch.bool
+    assert none.validity.shape == (1, 7)
+    assert not none.validity.any()
+    assert (none.rows_valid, none.pairs_valid) == (0, 0)
+    other = RolloutRouting(torch.arange(8).view(1, 1, 2, 4), torch.tensor([[True]]), (1, 3), 300)
+    assert RolloutRouting.cat([none, other]).valid.sum(1).tolist() == [0, 1]
+
+
+def test_routing_shows_how_much_of_it_is_valid():
+    whole = routing(weight_version=4)
+    shown = "RolloutRouting((2, 10, 3, 2) of 8 experts, {} of 20 rows valid{}, torch.uint8 on cpu, version 4)"
+    assert repr(whole) == shown.format(20, "")
+    by_layer = torch.ones(2, 10, LAYERS, dtype=torch.bool)
+    by_layer[0, 0, 0] = by_layer[1, 4] = False
+    partial = routing(valid=by_layer, weight_version=4)
+    assert repr(partial) == shown.format(18, " and 2 (token, layer) pairs of others")

@@ -78,6 +78,23 @@ def test_minus_one_marks_layers_of_a_row_too():
     assert found.validity.tolist() == [[[True, False], [True, True]]]
 
 
+def test_repeats_need_not_stand_side_by_side():
+    spec = RoutingSpec(layer_ids=(0, 1), num_layers=2, num_experts=10, top_k=3)
+    ids = torch.tensor([[[5, 3, 5], [9, 1, 9]], [[5, 3, 4], [9, 1, 2]], [[1, 5, 5], [7, 7, 2]]])
+    assert routing_of(spec, ids, repeats_are_missing=True).valid.tolist() == [[False, True, False]]
+
+
+def test_one_mask_of_packed_rows_in_each_of_its_forms():
+    ids = rows(5)
+    mask = torch.tensor([True, False, True, True, False])
+    jagged = as_nested_tensor([mask[:2], mask[2:]], layout=torch.jagged)
+    for packed in (ids, as_nested_tensor([ids[:2], ids[2:]], layout=torch.jagged)):
+        for given in (mask, mask[None], jagged):
+            found = routing_of(SPEC, packed, valid=given)
+            assert found.valid.tolist() == [mask.tolist()]
+            assert torch.equal(found.expert_ids[0, mask].long(), ids[mask, 1:])
+
+
 def test_one_slot_cannot_repeat():
     top1 = RoutingSpec(layer_ids=(0,), num_layers=1, num_experts=4, top_k=1)
     ids = torch.zeros(2, 1, 1, dtype=torch.int64)

@@ -270,12 +270,47 @@ def test_a_bomb_is_not_inflated_beyond_what_its_header_declares():
     assert peak < 1 << 20
 
 
+@pytest.mark.parametrize("change", [lambda ids: ids + b"more", lambda ids: ids[:-1], lambda ids: ids[:-4]])
+def test_compressed_ids_end_where_the_message_says(change):
+    """A stream that has all ids may lack its end, or have something after it."""
+    made = routing((1, 100, 2, 2), share=1.0)
+    message = made.to_bytes(compress=True)
+    size = struct.unpack_from("<Q", message, 60)[0]
+    ids = change(message[-size:])
+    changed = bytearray(message[:-size] + ids)
+    struct.pack_into("<Q", changed, 60, len(ids))
+    with pytest.raises(RoutingError, match="expected 400 bytes of ids after decompression, got others"):
+        RolloutRouting.from_bytes(reseal(changed))
+
+
+def test_runs_of_validity_are_not_empty():
+    """Of equal routing there is one form: the ids of these rows are 0 either way."""
+    valid = torch.arange(600)[None] // 100 % 2 == 0
+    made = RolloutRouting(torch.zeros(1, 600, 1, 1, dtype=torch.int64), valid, (0,), EXPERTS)
+    message = made.to_bytes()
+    assert struct.unpack_from("<6I", message, 76) == (100,) * 6
+    for runs in ((100, 0, 200, 100, 100, 100), (100, 100, 100, 200, 0, 100), (100, 100, 100, 100, 200, 0)):
+        with pytest.raises(RoutingError, match="none empty but the first"):
+            RolloutRouting.from_bytes(resealed(message, 76, struct.pack("<6I", *runs)))
+    first = resealed(message, 76, struct.pack("<6I", 0, 200, 100, 100, 100, 100))
+    assert RolloutRouting.from_bytes(first).rows_valid == 200
+
+
+def test_a_message_without_a_body_and_one_of_the_most_layers():
+    empty = routing((0, 0, 14, 2))
+    assert len(empty.to_bytes()) == 128
+    assert same(RolloutRouting.from_bytes(empty.to_bytes()), empty)
+    deep = routing((1, 1, 1 << 16, 1), share=1.0)
+    assert same(RolloutRouting.from_bytes(deep.to_bytes()), deep)
+
+
 def test_the_caller_bounds_what_is_allocated():
     message = ragged(1, 100).to_bytes(compress=True)
     size = 100 * 48 * 8 + 100
     assert RolloutRouting.from_bytes(message, max_bytes=size).rows_valid == 49
-    with pytest.raises(RoutingError, match=f"at most max_bytes = {size - 1}, got {size}"):
+    with pytest.raises(RoutingError, match=f"at most max_bytes = {size - 1}, got {size}") as caught:
         RolloutRouting.from_bytes(message, max_bytes=size - 1)
+    assert str(caught.value).endswith("(pass a larger max_bytes if you trust the sender)")
 
 
 @pytest.mark.parametrize("data", ["text", 5, None, np.zeros((4, 4), np.uint8)[:, ::2], b"", b"\x93R3ROUTE"])

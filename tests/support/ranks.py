@@ -18,18 +18,21 @@ class Ranks:
     Args:
         size: how many.
         device: "cpu" (gloo) or "cuda" (NCCL, and gloo): a GPU each, or shared ones where there are fewer.
+        here: rank 0 is this process, for what looks at code as it runs: a debugger, a coverage, mutants. CPU only.
     """
 
-    def __init__(self, size: int, device: str = "cpu") -> None:
+    def __init__(self, size: int, device: str = "cpu", *, here: bool = False) -> None:
         port = free_port()
         context = mp.get_context("spawn")
-        self._ends, self._processes = [], []
-        for rank in range(size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, size, port, device), daemon=True)
+        self._ends, self._processes, self._here = [], [], here
+        for rank in range(int(here), size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, size, port, device), daemon=True)
             process.start()
-            self._ends.append(here)
+            self._ends.append(ours)
             self._processes.append(process)
+        if here:
+            dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=size)
 
     def run(self, function: Callable, *args: Any, timeout_s: float = 120.0) -> list[Any]:
         """What `function(*args)` returns on each rank; an exception is returned as one.
@@ -40,8 +43,8 @@ class Ranks:
         call = pickle.dumps((function, args))
         for end in self._ends:
             end.send_bytes(call)
-        results = []
-        for rank, end in enumerate(self._ends):
+        results = [_result(function, args)] if self._here else []
+        for rank, end in enumerate(self._ends, len(results)):
             if not end.poll(timeout_s):
                 self.close()
                 raise TimeoutError(f"rank {rank} of {function.__name__} hangs")
@@ -56,6 +59,8 @@ class Ranks:
         return results
 
     def close(self) -> None:
+        if self._here and dist.is_initialized():
+            dist.destroy_process_group()
         for process in self._processes:
             process.kill()
             process.join()
@@ -76,13 +81,17 @@ def _serve(end: Any, rank: int, size: int, port: int, device: str) -> None:
             function, args = pickle.loads(end.recv_bytes())
         except EOFError:
             return
-        try:
-            result = function(*args)
-        except Exception as error:
-            error.__notes__ = [traceback.format_exc()]
-            result = error
+        result = _result(function, args)
         try:
             answer = pickle.dumps(result)
         except (TypeError, AttributeError, pickle.PicklingError):
             answer = pickle.dumps(RuntimeError(f"{type(result).__name__}: {result}"))
         end.send_bytes(answer)
+
+
+def _result(function: Callable, args: tuple[Any, ...]) -> Any:
+    try:
+        return function(*args)
+    except Exception as error:
+        error.__notes__ = [traceback.format_exc()]
+        return error

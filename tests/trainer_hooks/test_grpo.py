@@ -48,6 +48,14 @@ def test_the_loss_is_the_sum_over_tokens_and_counts_those_outside_the_bounds():
     torch.testing.assert_close(logprobs.grad, torch.tensor(expected, dtype=torch.float64))
 
 
+def test_weights_multiply_the_objective_of_their_token():
+    ratios, advantages = torch.tensor([[0.9, 1.0, 1.1]]), torch.tensor([[2.0, -1.0, 3.0]])
+    weights = torch.tensor([[0.5, 2.0, 0.0]])
+    loss, outside = clipped_loss(ratios, advantages, low=0.2, high=0.3, weights=weights)
+    assert float(loss) == pytest.approx(-(0.9 * 2 * 0.5 - 1.0 * 2))
+    assert int(outside) == 0
+
+
 def test_positions_without_a_label_add_nothing_to_the_loss():
     zeros = torch.zeros(2, 3)
     loss, outside = clipped_loss(zeros.exp(), zeros, low=0.0, high=0.0)
