@@ -3,7 +3,6 @@
 P prompt tokens, G generated tokens. vLLM returns P + G - 1 rows: the token that was sampled last was never fed back.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from numbers import Real
@@ -23,6 +22,7 @@ from r3.routing import RoutingSpec
 
 # Tolerance for rounding: the log-probability of a certain token may be slightly above 0.
 LARGEST_LOGPROB = 1e-3
+SMALLEST_LOGPROB = float(np.finfo(np.float32).min)
 
 
 def collect(
@@ -167,15 +167,18 @@ def _rollout(
 
 def _checked_logprobs(logprobs: Sequence[float]) -> Tensor:
     """float32 `[G]`, on the host."""
-    values = np.array(logprobs)
-    if values.dtype != np.float64 or not np.isfinite(values).all() or values.max(initial=0.0) > LARGEST_LOGPROB:
+    if not set(map(type, logprobs)) <= {float}:  # before numpy, which reads lists in a list as more dimensions
+        _require_logprobs(logprobs)
+    values = np.array(logprobs, dtype=np.float64)
+    if not values.min(initial=0.0) >= SMALLEST_LOGPROB or not values.max(initial=0.0) <= LARGEST_LOGPROB:
         _require_logprobs(logprobs)
     return torch.from_numpy(values.astype(np.float32))
 
 
 def _require_logprobs(logprobs: Sequence[float]) -> None:
     for i, value in enumerate(logprobs):
-        if not isinstance(value, Real) or not math.isfinite(value) or value > LARGEST_LOGPROB:
+        # No NaN is in the range.
+        if not isinstance(value, Real) or not SMALLEST_LOGPROB <= value <= LARGEST_LOGPROB:
             raise CaptureError(
                 f"sampled token {i}: expected a finite log-probability, at most 0, got {value!r:.80}. Start the engine "
                 "with logprobs_mode=processed_logprobs (r3.capture.engine_kwargs and server_args do)"

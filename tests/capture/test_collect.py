@@ -1,5 +1,6 @@
 """What vLLM returns is checked row by row; degenerate capture stops the run and says why."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -251,6 +252,25 @@ def test_what_is_wrong_with_one_sample_costs_no_other(field):
         if kept.failed:
             with pytest.raises(CaptureError, match=f"sample {next(iter(kept.failed))} "):
                 collect([output(rows()), bad], SPEC)
+
+
+@pytest.mark.parametrize(
+    "value", [[-0.6], [], [-0.6, -0.7], -1e39, -(10**310), math.nan, -math.inf, 0.01, True, None, "-0.6"]
+)
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_log_probability_that_is_no_number_of_float32_costs_its_sample_alone(value, flat):
+    bad, each = output(rows()), [-0.5, value, -0.7]
+    for entry, logprob in zip(bad.outputs[0].logprobs, each, strict=True):
+        (only,) = entry.values()
+        only.logprob = logprob
+    if flat:
+        from vllm.logprobs import FlatLogprobs
+
+        bad.outputs[0].logprobs = FlatLogprobs([0, 1, 2], [1, 2, 3], [5, 6, 7], each, [1] * 3, [None] * 3)
+    kept = collect([output(rows()), bad], SPEC, on_error="skip")
+    assert len(kept) == 1
+    assert list(kept.failed) == [1]
+    assert "sampled token 1: expected a finite log-probability" in kept.failed[1]
 
 
 def test_routing_that_is_not_wanted_is_not_read():

@@ -200,6 +200,24 @@ def test_copies_and_saved_models_return_logits_and_a_detached_handle_says_so(tmp
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_copy_takes_a_handle_of_its_own_and_a_head_takes_one(tmp_path):
+    case = CASES["qwen3_moe"]
+    model, inputs = case.build(), case.inputs(2, 8)
+    logits, head, labels = model(**inputs).logits, fused_head(model), labels_for(inputs, 64)
+    with pytest.raises(ParallelError, match="its head has a handle already"):
+        fused_head(model)
+    expected = head.logprobs(model, labels, **inputs)
+    torch.save(model, tmp_path / "model.pt")
+    for copied in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        own = fused_head(copied)
+        assert torch.equal(own.logprobs(copied, labels, **inputs), expected)
+        assert torch.equal(head.logprobs(model, labels, **inputs), expected)
+        own.detach()
+        assert torch.equal(copied(**inputs).logits, logits)
+    head.detach()
+    assert "forward" not in model.lm_head.__dict__
+
+
 def test_hooks_of_accelerate_may_come_and_go():
     accelerate = pytest.importorskip("accelerate")
     case = CASES["qwen3_moe"]

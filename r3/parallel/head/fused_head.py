@@ -60,6 +60,7 @@ class FusedHead:
     def __init__(self, model: nn.Module) -> None:
         inner = _transformers_model(model)
         head = inner.get_output_embeddings()
+        _require_idle(inner, head)
         _require_linear(inner, head)
         self.after = find_after_head(inner)
         self._head: Any = head
@@ -72,19 +73,8 @@ class FusedHead:
 
     def detach(self) -> None:
         """Give the head its own forward back. A second call does nothing."""
-        own = self._head.__dict__
-        if own.get(_SLOT) is not self._activity:
-            return
-        del own[_SLOT]
-        for name in (BELOW_HOOK, "forward"):  # accelerate's hooks may have come or gone
-            if getattr(own.get(name), "__func__", None) is not _forward:
-                continue
-            if self._before is not None:
-                own[name] = self._before
-            elif name == BELOW_HOOK:
-                own[name] = MethodType(nn.Linear.forward, self._head)
-            else:
-                del own[name]
+        if self._head.__dict__.get(_SLOT) is self._activity:
+            _take_out(self._head, self._before)
 
     def logprobs(self, model: nn.Module, labels: Tensor, *, temperature: float = 1.0, **inputs: Any) -> Tensor:
         """Float32 `[B, S]`, log-probability in nats of each label under `model(**inputs)`; 0 where it is -100.
@@ -185,6 +175,31 @@ def _scored(head: Any, hidden: Tensor, request: _Request, after: Any) -> Tensor:
     request.found = (logprobs.detach(), *rest)
     # Zeros, which scaling and a soft cap leave; only the gradient is carried, past the scale that comes.
     return (logprobs - logprobs.detach())[..., None] / after.scale
+
+
+def _take_out(head: Any, before: Any) -> None:
+    """Have `head` run `before` again, its own method before the handle, or its class's forward if that is None."""
+    own = head.__dict__
+    del own[_SLOT]
+    for name in (BELOW_HOOK, "forward"):  # accelerate's hooks may have come or gone
+        if getattr(own.get(name), "__func__", None) is not _forward:
+            continue
+        if before is not None:
+            own[name] = before
+        elif name == BELOW_HOOK:
+            own[name] = MethodType(nn.Linear.forward, head)
+        else:
+            del own[name]
+
+
+def _require_idle(model: Any, head: Any) -> None:
+    """Refuse a head with a handle. What a copy of one has of it is taken out."""
+    activity = None if head is None else head.__dict__.get(_SLOT)
+    if activity is None:
+        return
+    if activity.head is head:
+        raise ParallelError(f"{type(model).__name__}: its head has a handle already; use that one, or detach it first")
+    _take_out(head, None)
 
 
 def _require_linear(model: Any, head: Any) -> None:
