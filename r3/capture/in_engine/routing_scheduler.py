@@ -15,6 +15,8 @@ Limits
    tokens too. Requests with stop strings send all in each step: it is the front end that ends them.
 2. Rows of a request that was preempted are those under which its tokens were sampled, not those of its second prefill.
 3. A server's metrics of times between tokens are those between messages.
+4. `LLMEngine.step` returns with the next message: where no request streams, up to `STEPS_A_MESSAGE` steps of the model
+   later. A loop by hand adds and aborts requests that often.
 
 Imported in the engine's process alone.
 """
