@@ -36,7 +36,6 @@ def test_families_give_what_the_loop_over_experts_gives(name):
         assert use_experts(model) == NAME
         found = model(**case.inputs()).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(found, expected), "the sums are in another order"
 
 
 @pytest.mark.parametrize(("name", "reason"), UNFIT.items())

@@ -69,7 +69,7 @@ def check(inputs, labels, upstream, options, *, rounding=None, chunk_bytes=1 << 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.1, *(pytest.param(t, marks=pytest.mark.long) for t in (0.7, 1.0)), 2.0])
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_scores_and_gradients_are_those_of_all_logits_in_float64(head, temperature, dtype):
     options = {name: value for name, value in head.items() if name != "bias"} | {"temperature": temperature}

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3MoeForCausalLM
 
 import r3
-from r3.replay import patching
+from r3.replay import context, patching
 
 
 def forward(model, **kwargs):
@@ -130,15 +130,15 @@ def test_the_call_of_compiled_code_is_found_after_a_graph_break():
     model = tiny_moe()
     patch = r3.attach(model)._patch
     activity, call = patch.activity, object()
-    other = patching.Activity()
-    assert (activity.current, activity.fell_back) == (patching._Outside, False)
-    with patching._Carrier(activity, call), patching._Carrier(other, None):
+    other = context.Activity()
+    assert (activity.current, activity.fell_back) == (context.Outside, False)
+    with context.Carrier(activity, call), context.Carrier(other, None):
         assert activity.current is call
         assert other.current is None
         assert (activity.fell_back, other.fell_back) == (True, True)
         assert torch.sub(torch.ones(2), torch.ones(2), alpha=3).tolist() == [-2, -2]
         assert torch.ones(2).add(1).tolist() == [2, 2]
-    assert activity.current is patching._Outside
+    assert activity.current is context.Outside
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])

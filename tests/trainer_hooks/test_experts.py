@@ -13,7 +13,13 @@ EXPERTS = "trainer.policy.model.experts_implementation"
 
 
 @pytest.mark.parametrize(
-    ("asked", "used"), [("auto", NAME), (NAME, NAME), ("grouped_mm", "grouped_mm"), ("eager", "eager")]
+    ("asked", "used"),
+    [
+        ("auto", NAME),
+        ("grouped_mm", "grouped_mm"),
+        (NAME, NAME),
+        ("eager", "eager"),
+    ],
 )
 def test_the_experts_function_of_the_settings_trains(path, batch, asked, used):
     config = settings(path, **{EXPERTS: asked, "trainer.algorithm.kl_coef": 0.1})
