@@ -14,15 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 LIST = "--settings"
 DEFAULTS = {
     "trainer.policy.model.path": str(Path(__file__).parent / "chain_sum_moe"),
     "trainer.policy.optimizer_config.lr": 1e-4,
-    # A small model has memory to spare, and CPUs compute in float32 faster than in bfloat16.
-    "trainer.policy.fsdp_config.gradient_checkpointing": False,
-    "trainer.policy.fsdp_config.param_dtype": "bfloat16" if torch.cuda.is_available() else "float32",
+    "trainer.policy.fsdp_config.gradient_checkpointing": False,  # a small model has memory to spare
     "trainer.updates_per_step": 4,
     # Several chunks a sync, as with models that do not fit into one.
     "generator.inference_engine.weight_sync.chunk_mib": 1,
