@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.trl_step import LARGE, SMALL, StepTimes, checkpoint
+from benchmarks.trl_step import LARGE, SMALL, StepTimes, checkpoint, settings_of
 
 SIDES = ("r3", "other", "trl", "limit")
 
@@ -104,27 +104,6 @@ def trl_side(folder: str, size: dict[str, Any], steps: int) -> dict[str, Any]:
     import trl
     from datasets import Dataset
 
-    gpu = torch.cuda.is_available()
-    args = trl.GRPOConfig(
-        output_dir=str(Path(folder) / "out"),
-        per_device_train_batch_size=size["micro_batch"],
-        gradient_accumulation_steps=size["prompts"] * size["samples"] // size["micro_batch"],
-        num_generations=size["samples"],
-        max_completion_length=size["tokens"],
-        generation_kwargs={"ignore_eos": True},
-        max_steps=steps,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        bf16=gpu,
-        use_cpu=not gpu,
-        gradient_checkpointing=True,
-        model_init_kwargs={"dtype": "bfloat16"},
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_max_model_length=size["prompt"] + size["tokens"],
-        vllm_gpu_memory_utilization=size["memory"],
-    )
     stages = {"rollout": 0.0, "sync": 0.0}
     found: list[dict[str, float]] = []
 
@@ -135,7 +114,7 @@ def trl_side(folder: str, size: dict[str, Any], steps: int) -> dict[str, Any]:
     trainer = trl.GRPOTrainer(
         model=folder,
         reward_funcs=lambda completions, **_: [reward(completion) for completion in completions],
-        args=args,
+        args=settings_of(trl, Path(folder), size, steps),
         train_dataset=Dataset.from_dict({"prompt": [text(size, i) for i in range(256)]}),
         callbacks=[StepTimes(keep)],
     )

@@ -19,6 +19,7 @@ Predicted for one H200, of the bare engine: r3 0.9, alone 0.95, objects 0.85, te
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -81,6 +82,8 @@ def main() -> None:
     parser.add_argument("--asked", nargs="+", default=list(ASKED), choices=list(ASKED))
     options = parser.parse_args()
     size = SMALL if options.small else LARGE
+    # This process has used the GPU when the second engine starts, and CUDA does not survive a fork.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
     requests = size["prompts"] * size["samples"]
     ids = torch.randint(2, size["vocab"], (requests, size["prompt"]), generator=torch.Generator().manual_seed(0))
     rates: dict[str, list[float]] = {way: [] for way in ("bare", *options.asked)}

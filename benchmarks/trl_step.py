@@ -81,21 +81,13 @@ class StepTimes(TrainerCallback):
         self.after(self.seconds[-1])
 
 
-def run(side: str, folder: Path, size: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The seconds of each step of one side, and peak memory in GB."""
-    import trl
-    from datasets import Dataset
-
-    from trainer_hooks import trl as hooks
-
-    module: Any = trl if side == "trl" else hooks
+def settings_of(module: Any, folder: Path, size: dict[str, Any], steps: int) -> Any:
+    """The `GRPOConfig` of `module`, TRL or r3's hook."""
     gpu = torch.cuda.is_available()
-    words = [" ".join(f"w{2 + (i * 31 + j) % (size['vocab'] - 2)}" for j in range(size["prompt"])) for i in range(256)]
-    rollouts = size["prompts"] * size["samples"]
-    args = module.GRPOConfig(
+    return module.GRPOConfig(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=size["micro_batch"],
-        gradient_accumulation_steps=rollouts // size["micro_batch"],
+        gradient_accumulation_steps=size["prompts"] * size["samples"] // size["micro_batch"],
         num_generations=size["samples"],
         max_completion_length=size["tokens"],
         generation_kwargs={"ignore_eos": True},
@@ -112,6 +104,19 @@ def run(side: str, folder: Path, size: dict[str, Any], steps: int) -> dict[str, 
         vllm_max_model_length=size["prompt"] + size["tokens"],
         vllm_gpu_memory_utilization=size["memory"],
     )
+
+
+def run(side: str, folder: Path, size: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The seconds of each step of one side, and peak memory in GB."""
+    import trl
+    from datasets import Dataset
+
+    from trainer_hooks import trl as hooks
+
+    module: Any = trl if side == "trl" else hooks
+    gpu = torch.cuda.is_available()
+    words = [" ".join(f"w{2 + (i * 31 + j) % (size['vocab'] - 2)}" for j in range(size["prompt"])) for i in range(256)]
+    args = settings_of(module, folder, size, steps)
     times = StepTimes()
     trainer = module.GRPOTrainer(
         model=str(folder),

@@ -90,8 +90,8 @@ def capture_kwargs(
 def sampling_kwargs(config: R3Config) -> dict[str, Any]:
     """Keyword arguments for `vllm.SamplingParams`: the whole distribution at the set temperature, with its logprobs.
 
-    Log-probabilities come as one list instead of an object a token, and text is not made: with both, vLLM samples half
-    as fast. Decode `Rollout.token_ids` where text is needed.
+    Log-probabilities come as one list instead of an object a token, and text is not made: both take the engine's time.
+    Decode `Rollout.token_ids` where text is needed.
 
     Never raises: `R3Config` has checked the settings.
 
