@@ -83,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     size = SMALL if options.small else LARGE
     # This process has used the GPU when the second engine starts, and CUDA does not survive a fork.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     requests = size["prompts"] * size["samples"]
     ids = torch.randint(2, size["vocab"], (requests, size["prompt"]), generator=torch.Generator().manual_seed(0))
     rates: dict[str, list[float]] = {way: [] for way in ("bare", *options.asked)}
