@@ -2,10 +2,12 @@
 
 Each step: rollouts with captured routing, rewards, training with that routing replayed, and a complete weight sync back
 into the running engine. `trainer.policy.fsdp_config.moe_enable_routing_replay=false` turns replay off and nothing else.
+With `trainer.max_staleness` the rollouts of coming steps are sampled while one trains.
 """
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -25,6 +27,7 @@ from trainer_hooks.objective import group_advantages
 from trainer_hooks.policy import Policy
 from trainer_hooks.publish import push_from_all_ranks
 from trainer_hooks.random_states import seed_engine
+from trainer_hooks.rollouts_ahead import RolloutsAhead
 from trainer_hooks.step_log import StepLog
 from trainer_hooks.update import update
 
@@ -39,6 +42,21 @@ class Task(Protocol):
     def prompt(self, problem: Any) -> str: ...
 
     def reward(self, problem: Any, completion: str) -> float: ...
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What a step learns from.
+
+    Attributes:
+        rollouts: as they were sampled.
+        batch: the same as tensors, with advantages.
+        metrics: of rewards and of captured routing, by flat names.
+    """
+
+    rollouts: Rollouts
+    batch: StepBatch
+    metrics: dict[str, float]
 
 
 class GRPOTrainer:
@@ -99,23 +117,37 @@ class GRPOTrainer:
             if resume_from is not None:
                 done = checkpoint.load(resume_from, self.config, self.policy)
                 self.push(version=done)
-            for step in range(done + 1, self.config.trainer.max_steps + 1):
-                metrics, details = self.step(step)
-                with self.policy.barrier.guard():
-                    if self.log is not None:
-                        self.log.add(step, {**(checked if step == done + 1 else {}), **metrics}, details)
-                if run_folder is not None and self.config.trainer.saves(step):
-                    checkpoint.save(run_folder, step, self.config, self.policy)
+            steps = range(done + 1, self.config.trainer.max_steps + 1)
+            with self.rollouts_ahead(steps) as ahead:
+                for step in steps:
+                    metrics, details = self.step(step, ahead)
+                    with self.policy.barrier.guard():
+                        if self.log is not None:
+                            self.log.add(step, {**(checked if step == done + 1 else {}), **metrics}, details)
+                    if run_folder is not None and self.config.trainer.saves(step):
+                        checkpoint.save(run_folder, step, self.config, self.policy)
 
-    def step(self, step: int) -> tuple[dict[str, float], dict[str, Any] | None]:
-        """Rollouts, rewards, training, sync, evaluation. Returns the step's metrics, and details if they are due."""
+    def rollouts_ahead(self, steps: range) -> RolloutsAhead[Experience]:
+        """The rollouts of `steps`, whose engine has the weights of the step before the first of them."""
+        # The first rank has the engine; the others wait for its rollouts.
+        staleness = self.config.trainer.max_staleness if self.engine is not None else 0
+        return RolloutsAhead(self.experience, steps, version=steps.start - 1, max_staleness=staleness)
+
+    def step(
+        self, step: int, ahead: RolloutsAhead[Experience] | None = None
+    ) -> tuple[dict[str, float], dict[str, Any] | None]:
+        """Rollouts, rewards, training, sync, evaluation. Returns the step's metrics, and details if they are due.
+
+        `ahead` has the rollouts; without it they are sampled here.
+        """
         diagnostics = self.config.trainer.diagnostics
+        ahead = ahead or RolloutsAhead(self.experience, range(step, step + 1))
         clock = StageTimer()
         with clock.stage("rollout"), self.policy.barrier.guard():
-            # The first rank has the engine; the others wait for its rollouts.
-            batch, metrics = self.experience(step) if self.engine is not None else (None, {})
+            made = self._taken(step, ahead) if self.engine is not None else None
         with clock.stage("rollout"):
-            batch = broadcast(batch)
+            batch = broadcast(None if made is None else made.batch)
+        metrics = {} if made is None else made.metrics
         details, gap = None, None
         if diagnostics.measures(step):
             with clock.stage("measure"):
@@ -129,8 +161,9 @@ class GRPOTrainer:
             metrics |= self.update(batch, gap)
         if gap is not None:
             metrics |= gap.reduced().metrics()
-        with clock.stage("sync"):
+        with clock.stage("sync"), ahead.engine():
             receipt = self.push(version=step)
+        ahead.synced(step)
         if receipt is not None:
             metrics |= {
                 "sync/version": receipt.version,
@@ -139,25 +172,30 @@ class GRPOTrainer:
                 "sync/seconds": receipt.seconds,
             }
         if self.config.trainer.evaluates(step):
-            with clock.stage("eval"), self.policy.barrier.guard():
+            with clock.stage("eval"), self.policy.barrier.guard(), ahead.engine():
                 if self.engine is not None:
                     metrics |= evaluate(self.config, self.task, self.engine, self.policy.tokenizer)
         return metrics | {f"time/{stage}_s": seconds for stage, seconds in clock.stages_s.items()}, details
 
-    def experience(self, step: int) -> tuple[StepBatch, dict[str, float]]:
-        """The rollouts of a step with their advantages, and metrics of rewards and of captured routing."""
+    def _taken(self, step: int, ahead: RolloutsAhead[Experience]) -> Experience:
+        made = ahead.get(step)
+        if self.log is not None and self.config.trainer.diagnostics.saves_rollouts(step):
+            self.log.save(step, made.rollouts)
+        return made
+
+    def experience(self, step: int) -> Experience:
+        """The rollouts of a step with their rewards, by the weights that the engine has now."""
         problems = self.task.problems(step, self.config.trainer.train_batch_size)
         rollouts = self.rollout(problems, step)
-        if self.log is not None and self.config.trainer.diagnostics.saves_rollouts(step):
-            self.log.save(step, rollouts)
         rewards = self.rewards(problems, rollouts)
         batch = rollouts.batch(self.policy.tokenizer.pad_token_id)
-        return StepBatch.of(batch, group_advantages(rewards).flatten()), {
+        metrics = {
             "reward/mean": float(rewards.mean()),
             "reward/std_in_group": float(rewards.std(dim=1).mean()),
             "rollout/tokens_mean": int(batch.response_mask.sum()) / rewards.numel(),
             **coverage(rollouts, batch, trainer_version=step - 1),
         }
+        return Experience(rollouts, StepBatch.of(batch, group_advantages(rewards).flatten()), metrics)
 
     def rollout(self, problems: Sequence[Any], step: int) -> Rollouts:
         """`n_samples_per_prompt` completions of each problem, with routing if it is captured; drawn for `step`."""

@@ -52,7 +52,8 @@ class StepLog:
 
     def save(self, step: int, rollouts: Rollouts) -> None:
         """Save the rollouts of a step under `rollouts/` in the run folder, as `r3 explain --rollout` reads them."""
-        settings = SamplingSettings.of(self.config, weight_version=step - 1)
+        versions = {version for rollout in rollouts for version in rollout.weight_versions}
+        settings = SamplingSettings.of(self.config, weight_version=max(versions, default=step - 1))
         path = self.folder.path / "rollouts" / f"step-{step:06d}.safetensors"
         path.parent.mkdir(exist_ok=True)
         save_rollouts(rollouts, path, settings=settings)

@@ -234,6 +234,13 @@ class TrainerConfig:
         at_least(0),
         unit="tokens",
     )
+    max_staleness: int = setting(
+        0,
+        "Sample the rollouts of coming steps while one trains, with weights at most so many versions older than those "
+        "that are trained; 0 samples between steps. Set `trainer.algorithm.correction` with it.",
+        at_least(0),
+        unit="weight versions",
+    )
     use_sample_packing: bool = setting(True, "Several rollouts a row, instead of padding.")
     timeout_s: float = setting(
         3600.0, "Longest wait of a rank for the others, such as for the first one's rollouts.", above(0), unit="s"
@@ -290,6 +297,12 @@ class TrainerConfig:
         if self.micro_train_batch_tokens and not self.use_sample_packing:
             problems.append(
                 "trainer.micro_train_batch_tokens needs trainer.use_sample_packing=true: padding would be on top of it"
+            )
+        bounds = self.diagnostics.alarms
+        if bounds.enabled and bounds.version_lag_stop is not None and self.max_staleness > bounds.version_lag_stop:
+            problems.append(
+                f"trainer.max_staleness={self.max_staleness}: expected at most "
+                f"trainer.diagnostics.alarms.version_lag_stop ({bounds.version_lag_stop:g}), which would stop the run"
             )
         if self.keep_checkpoints and not self.save_every:
             problems.append("trainer.keep_checkpoints: expected trainer.save_every above 0 with it, got 0")

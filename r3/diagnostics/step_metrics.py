@@ -81,6 +81,7 @@ STEP_METRICS = (
         name="time/{rollout,measure,train,sync,eval}_s",
         formula="duration of each phase",
         unit="s",
-        notes="`measure`: the two forwards that compare live and replayed, at measured steps",
+        notes="`rollout`: the wait for rollouts, which with `trainer.max_staleness` are sampled while another step "
+        "trains; `measure`: the two forwards that compare live and replayed, at measured steps",
     ),
 )

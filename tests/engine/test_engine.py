@@ -9,6 +9,7 @@ from sync_helpers import following, prompts
 import r3
 from r3.capture import collect, sampling_kwargs
 from r3.diagnostics import compare_logprobs, compare_routing
+from trainer_hooks.rollouts_ahead import RolloutsAhead
 
 pytestmark = pytest.mark.engine
 
@@ -124,6 +125,20 @@ def test_gates_move_and_the_engine_follows_the_trainer(trainer, engine):
     live, everywhere = recorder.routing.expert_ids, recorder.routing.valid
     to_old, to_new = (compare_routing(live, ids, everywhere)["differing_rows"] for ids in (old, new))
     assert to_new < 0.5 * to_old
+
+
+def test_rollouts_of_the_next_step_are_sampled_while_one_trains_and_replay_closes_their_gap_too(trainer):
+    first = trainer.sync.version + 1
+    steps = range(first, first + 3)
+    lags = []
+    with RolloutsAhead(trainer.experience, steps, version=first - 1, max_staleness=1) as ahead:
+        for step in steps:
+            metrics, _ = trainer.step(step, ahead)
+            assert metrics["sync/version"] == step
+            lags.append((metrics["routing/version_lag_mean"], metrics["routing/version_lag_max"]))
+            assert metrics["logprob_diff/replayed/abs_mean"] < metrics["logprob_diff/live/abs_mean"]
+    # The first two are sampled by the weights that the engine had before the loop.
+    assert lags == [(0, 0), (1, 1), (1, 1)]
 
 
 def test_sampling_and_engine_agree_on_what_a_logprob_is(engine, demo_config, trainer):

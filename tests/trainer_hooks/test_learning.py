@@ -238,7 +238,8 @@ def test_each_rollout_gets_the_advantage_of_its_own_reward_in_its_own_group(path
     with process_group():
         config = settings(path, **{"trainer.train_batch_size": 2, "generator.n_samples_per_prompt": 2})
         trainer = Given(config, rollouts, REWARDS, Policy(config))
-        whole, metrics = trainer.experience(1)
+        made = trainer.experience(1)
+    whole, metrics = made.batch, made.metrics
     for b, rollout in enumerate(rollouts):
         assert whole.batch.input_ids[b, : LENGTHS[b]].tolist() == rollout.prompt_ids + rollout.token_ids
         group = REWARDS[b // 2]
