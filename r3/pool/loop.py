@@ -30,19 +30,6 @@ class LoopThread:
 
         return self.start(run()).result()
 
-    def wait(self, awaitable: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        """The result of a coroutine.
-
-        Raises:
-            TimeoutError: none within `timeout_s`; it is cancelled.
-        """
-        future = self.start(awaitable)
-        try:
-            return future.result(timeout_s)
-        except futures.TimeoutError as error:
-            future.cancel()
-            raise TimeoutError from error
-
     def close(self, last: Callable[[], Awaitable[None]]) -> None:
         """Run `last`, cancel what runs on the loop, and end it."""
 

@@ -58,6 +58,7 @@ class EnginePool:
         self.limits = limits or PoolLimits()
         self._make_client = client
         self._thread = LoopThread()
+        self._closed = False
         self._receipt: SyncReceipt | None = None
         limits = self.limits
         self._dispatcher = Dispatcher(
@@ -257,7 +258,10 @@ class EnginePool:
         self.sync.require_committed()
 
     def close(self) -> None:
-        """Give up all requests, and close the sync. The engines keep running."""
+        """Give up all requests, and close the sync. The engines keep running. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
 
         async def close() -> None:
             for member in self._dispatcher.members:

@@ -4,10 +4,11 @@ import asyncio
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+from r3.errors import R3Error
 from r3.pool.request import Request
 
 
-class EngineFailedError(Exception):
+class EngineFailedError(R3Error, ConnectionError):
     """An engine did not answer a request, which another may answer."""
 
 

@@ -263,7 +263,7 @@ class WeightSync:
                 self._group.serve(sync_id, version, until)
         except BaseException as error:
             self._abort(sync_id, progress, error)
-            if self.lost and not progress.committing and isinstance(error, Exception):
+            if self.lost and not progress.committing and isinstance(error, SyncError):
                 raise EngineLostError(
                     f"{', '.join(self.lost)} did not answer and takes no part any more. No engine has committed "
                     f"version {version}; push it again, to the {len(self.engines)} that are left. {error}"
