@@ -15,7 +15,8 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def pool(engine, reference):
-    with EnginePool(WeightSync(engine, chunk_bytes=1 << 20, timeout_s=120)) as made:
+    sync = WeightSync(engine, chunk_bytes=1 << 20, timeout_s=120)
+    with EnginePool(sync, PoolLimits(max_in_flight=1)) as made:
         yield made
 
 
@@ -29,17 +30,28 @@ def same_rollouts(a, b) -> bool:
 
 
 def test_rollouts_are_those_of_the_engine(engine, pool, demo_config, spec):
+    """One request at a time: what shares a batch changes the last bits."""
     from vllm import SamplingParams
 
     ids = [prompt["prompt_token_ids"] for prompt in prompts(6)]
-    sampling = sampling_kwargs(demo_config) | {"n": 3, "max_tokens": 16}
-    found = pool.generate(ids, sampling, spec, seed=7)
-    parts = parts_of(ids, sampling, engines=1, seed=7)
+    sampling = sampling_kwargs(demo_config) | {"n": 1, "max_tokens": 16}
     assert engine.reset_prefix_cache()
-    alone = engine.generate(prompts(6), [SamplingParams(**part.sampling) for part in parts], use_tqdm=False)
+    found = pool.generate(ids, sampling, spec, seed=7)
+    assert engine.reset_prefix_cache()
+    alone = [
+        engine.generate(prompt, SamplingParams(**part.sampling), use_tqdm=False)[0]
+        for prompt, part in zip(prompts(6), parts_of(ids, sampling, engines=1, seed=7), strict=True)
+    ]
     assert same_rollouts(found, collect(alone, spec))
     assert {(item.engine, item.weight_versions) for item in found} == {("vllm.LLM", (pool.version,))}
+
+
+def test_samples_of_a_prompt_come_one_after_the_other(pool, demo_config, spec):
+    ids = [prompt["prompt_token_ids"] for prompt in prompts(6)]
+    found = pool.generate(ids, sampling_kwargs(demo_config) | {"n": 3, "max_tokens": 16}, spec)
     assert [item.prompt_index for item in found] == [place for place in range(6) for _ in range(3)]
+    assert [item.prompt_ids for item in found.items[::3]] == ids
+    assert all(item.routing.rows_valid == len(item) - 1 for item in found)
 
 
 def test_a_refused_request_is_named_and_costs_the_others_nothing(pool, demo_config, spec):
