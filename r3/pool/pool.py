@@ -42,9 +42,11 @@ class EnginePool:
         CaptureError: an engine that takes no requests of a pool.
 
     Example:
-        >>> pool = EnginePool(WeightSync(["http://a:8000", "http://b:8000"], transport="gloo"))  # doctest: +SKIP
-        >>> rollouts = pool.generate(prompts, sampling_kwargs(config), replay.spec)  # doctest: +SKIP
-        >>> pool.push(named_weights(model), version=1)  # doctest: +SKIP
+        >>> pool = EnginePool(WeightSync(llm))  # or of a list: addresses, and engines of this process
+        >>> sampling = {"n": 2, "max_tokens": 4, "logprobs": 0}
+        >>> [rollout.engine for rollout in pool.generate([[3, 5, 7, 11]], sampling, None)]
+        ['vllm.LLM', 'vllm.LLM']
+        >>> pool.close()
     """
 
     def __init__(
