@@ -15,6 +15,7 @@ class PlainEngine(Engine):
         lost_before: the call from which on it does not answer.
         lost: whether it does not answer.
         serves: whether it was resumed.
+        replies_after_commit: what it says beside or instead of the right answer to a commit.
     """
 
     remedy = ""
@@ -26,6 +27,7 @@ class PlainEngine(Engine):
         self.version: int | None = None
         self.state = SyncState.IDLE
         self.cause = ""
+        self.replies_after_commit: dict[str, Any] = {}
         self.asked: list[str] = []
         self._touched = False
 
@@ -47,7 +49,7 @@ class PlainEngine(Engine):
                 more = {"digest": self._digest}
             case "r3_commit":
                 self.state, self.version, self.cause = SyncState.COMMITTED, self._next, ""
-                more = {"digest": self._digest}
+                more = {"digest": self._digest} | self.replies_after_commit
             case "r3_release":
                 self.state = SyncState.IDLE
             case "r3_abort":

@@ -85,6 +85,19 @@ def test_a_failure_of_the_weights_removes_nobody():
     assert len(sync.engines) == 3
 
 
+def test_after_a_commit_that_is_not_the_same_everywhere_nothing_is_pushed_again():
+    """The others may have committed this version, and would refuse it."""
+    a, b, c = engines("r3_abort")
+    sync = WeightSync([a, b, c], on_lost="remove", timeout_s=5)
+    a.replies_after_commit = {"digest": 1}
+    with pytest.raises(SyncError, match="on every worker, got") as caught:
+        sync.push(WEIGHTS.items(), version=1)
+    assert not isinstance(caught.value, EngineLostError)
+    assert [engine.name for engine in sync.engines] == ["a", "c"]
+    a.replies_after_commit = {}
+    assert sync.push(WEIGHTS.items(), version=2).workers == 2
+
+
 def test_engines_are_added_and_removed_by_name():
     a, b, c = engines()
     sync = WeightSync([a, PlainEngine("a")], timeout_s=5)
