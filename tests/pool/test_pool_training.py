@@ -1,5 +1,6 @@
 """r3's own trainer with a pool of engines that it starts, or that run already."""
 
+import contextlib
 import json
 import os
 import signal
@@ -38,14 +39,13 @@ class Run:
         )
 
     def descendants(self) -> list[str]:
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                if self._mark.encode() in (path / "environ").read_bytes():
-                    found.append((path / "cmdline").read_text().replace("\0", " ")[:200])
-            except OSError:
-                continue
-        return found
+        return [each for path in Path("/proc").glob("[0-9]*") if (each := self._command(path))]
+
+    def _command(self, process: Path) -> str:
+        with contextlib.suppress(OSError):
+            if self._mark.encode() in (process / "environ").read_bytes():
+                return (process / "cmdline").read_text().replace("\0", " ")[:200]
+        return ""
 
     def all_ended(self, within_s: float) -> list[str]:
         until = time.monotonic() + within_s
