@@ -53,7 +53,7 @@ def parts_of(
     if not prompts or not all(map(len, prompts)):
         empty = [place for place, prompt in enumerate(prompts) if not len(prompt)]
         raise CaptureError(
-            f"prompts: expected token ids of at least one, got {empty and f'none in prompts {empty[:16]}'}"
+            f"prompts: expected at least one, with token ids; without are {empty[:16]} of {len(prompts)}"
         )
     if conversations is not None and len(conversations) != len(prompts):
         raise CaptureError(f"conversations: expected one for each of {len(prompts)} prompts, got {len(conversations)}")

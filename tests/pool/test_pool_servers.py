@@ -70,9 +70,7 @@ def test_capture_through_two_engines_is_that_through_one(servers, weights, spec)
     one, two = found
     assert same(one, two)
     assert Counter(item.engine for item in one) == {servers[0].url: 12}
-    share = Counter(item.engine for item in two)
-    assert share.keys() == {server.url for server in servers[:2]}
-    assert min(share.values()) >= 3
+    assert {item.engine for item in two} == {server.url for server in servers[:2]}
 
 
 def test_samples_of_few_prompts_are_spread_and_are_the_same(servers, weights, spec):
@@ -95,6 +93,7 @@ def test_a_conversation_stays_on_its_engine(servers, weights, spec):
             for place, turn in enumerate(turns):
                 homes[place].add(turn.engine)
                 conversation[place] = [*turn.prompt_ids, *turn.token_ids, 7, 11]
+        assert pool.counts["moved"] == 0
     assert [len(home) for home in homes] == [1] * 5
     assert len(set.union(*homes)) > 1
 

@@ -9,6 +9,7 @@ from r3.pool.clients.client import EngineClient, EngineFailedError
 from r3.pool.request import Request
 from r3.proxy import is_this_machine
 
+_KEEP_S = 2.0  # vLLM's server closes idle connections after 5 s, and a request that comes just then is lost
 _ROUTE = "/inference/v1/generate"
 _BUSY_OR_BROKEN = (408, 425, 429)  # and all from 500 on
 _ABORTED = (b'"finish_reason":"abort"', b'"finish_reason": "abort"')
@@ -34,7 +35,7 @@ class ServerClient(EngineClient):
         self._failures = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_S),
             headers=headers | {"Content-Type": "application/json"},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=30.0),
             trust_env=not is_this_machine(url),  # the proxy of the environment, as r3's control calls
