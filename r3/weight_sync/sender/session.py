@@ -21,7 +21,6 @@ from r3.weight_sync.protocol import Reply
 from r3.weight_sync.sender.calls import (
     ParallelCalls,
     draft_of,
-    first_failure_of,
     kept_layers_of,
     require_equal,
     require_found,
@@ -29,10 +28,11 @@ from r3.weight_sync.sender.calls import (
 )
 from r3.weight_sync.sender.chunking import OutgoingWeights
 from r3.weight_sync.sender.engine_group import EngineGroup, OnLost, require_names
-from r3.weight_sync.sender.progress import StagedChunk, SyncProgress
+from r3.weight_sync.sender.progress import SyncProgress
 from r3.weight_sync.sender.receipt import SyncReceipt
+from r3.weight_sync.sender.sending import ChunkSender
 from r3.weight_sync.states import SyncState
-from r3.weight_sync.transports import Chunk, Transport, transport_of
+from r3.weight_sync.transports import Transport, transport_of
 from r3.weight_sync.weights.lazy import Weight
 
 _ABORT_S = 15.0
@@ -248,7 +248,8 @@ class WeightSync:
             with clock.stage("begin"):
                 complete, beginning = self._begin(sync_id, status, manifest, outgoing.frozen)
                 progress.digest_while(beginning, resident)
-            self._send(sync_id, beginning, outgoing.chunks(self._takes_memory), progress)
+            sender = ChunkSender(sync_id, self._group, self._transport, self._base, progress)
+            sender.send(beginning, outgoing.chunks(sender.takes_memory))
             with clock.stage("seal"):
                 total = self._seal(sync_id, progress)
                 agree()
@@ -321,89 +322,6 @@ class WeightSync:
         )
         join = ParallelCalls([lambda: self._transport.join(call.failed)])
         return base_version is None, [join, call]
-
-    def _send(
-        self,
-        sync_id: str,
-        beginning: list[ParallelCalls],
-        chunks: Iterator[Chunk],
-        progress: SyncProgress,
-    ) -> None:
-        """Send all chunks. While workers begin or load, the next chunks are staged; one call hands over all of them."""
-        staged: list[StagedChunk] = []
-        loading: ParallelCalls | None = None
-        try:
-            more = self._stage(chunks, staged, progress)
-            while more and not self._is_full(staged) and not all(call.done() for call in beginning):
-                more = self._stage(chunks, staged, progress)
-        finally:
-            with progress.clock.stage("begin"):
-                first_failure_of(*beginning)
-        while more:
-            if self._is_full(staged) or loading is None or loading.done():
-                self._wait_for(loading, progress)
-                staged, loading = [], self._hand_over(sync_id, staged, progress)
-            more = self._stage(chunks, staged, progress)
-        if staged:
-            self._wait_for(loading, progress)
-            loading = self._hand_over(sync_id, staged, progress)
-        with progress.clock.stage("digest"):
-            # The last chunks are still in flight.
-            progress.named = progress.digests.result()
-        self._wait_for(loading, progress)
-
-    def _stage(self, chunks: Iterator[Chunk], staged: list[StagedChunk], progress: SyncProgress) -> bool:
-        """Gather and publish the next chunk, if there is one."""
-        with progress.clock.stage("gather"):
-            chunk = next(chunks, None)
-            if chunk is None:
-                return False
-            progress.require_readable(chunk)
-            wire = chunk if self._base is None else self._base.encode(chunk)
-            progress.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
-        with progress.clock.stage("publish"):
-            where = self._transport.publish(progress.chunks + len(staged), wire)
-            staged.append(StagedChunk(chunk, ([name for name, _ in chunk], where), self._takes_memory(chunk)))
-        return True
-
-    def _is_full(self, staged: list[StagedChunk]) -> bool:
-        """Whether the staged chunks take as much memory as they may."""
-        return sum(chunk.takes_memory for chunk in staged) >= self._transport.max_staged_chunks
-
-    def _takes_memory(self, chunk: Chunk) -> bool:
-        return self._base is not None or self._transport.takes_memory(chunk)
-
-    def _wait_for(self, loading: ParallelCalls | None, progress: SyncProgress) -> None:
-        if loading is None:
-            return
-        with progress.clock.stage("wait"):
-            loading.result()
-            # The answers say that no chunk of a call before this one is needed any more.
-            self._transport.release(progress.loading)
-
-    def _hand_over(self, sync_id: str, staged: list[StagedChunk], progress: SyncProgress) -> ParallelCalls:
-        with progress.clock.stage("transfer"):
-            progress.loading = progress.chunks
-            progress.chunks += len(staged)
-            loading = self._group.start("r3_load", sync_id, progress.loading, [chunk.announced for chunk in staged])
-            for index, chunk in enumerate(staged, progress.loading):
-                self._transfer(index, chunk.announced[0], loading)
-        with progress.clock.stage("digest"):
-            # Only now, while the workers load.
-            progress.add([item for chunk in staged for item in chunk.chunk])
-        return loading
-
-    def _transfer(self, index: int, names: list[str], loading: ParallelCalls) -> None:
-        try:
-            self._transport.transfer(index, loading.failed)
-        except Exception as error:
-            # A worker's own error is more informative.
-            if loading.wait(1.0):
-                loading.result()
-            engines = ", ".join(engine.name for engine in self.engines)
-            raise SyncError(
-                f"chunk {index} ({names[0]} and {len(names) - 1} more) did not get to all workers of {engines}: {error}"
-            ) from error
 
     def _seal(self, sync_id: str, progress: SyncProgress) -> int:
         broken = progress.digests.not_finite()
