@@ -37,6 +37,10 @@ class SyncError(R3Error, RuntimeError):
     """A weight sync that did not commit on every worker."""
 
 
+class EngineLostError(SyncError):
+    """Engines that died or did not answer during a sync were removed from it; the others can be pushed to again."""
+
+
 class DiagnosticsError(R3Error, ValueError):
     """Input that a metric or report cannot be made from."""
 

@@ -46,6 +46,11 @@ FREE = (
     "generator.inference_engine.enforce_eager",
     "generator.inference_engine.cpu_kv_cache_gib",
     "generator.inference_engine.gpu_memory_utilization",
+    "generator.inference_engine.num_engines",
+    "generator.inference_engine.addresses",
+    "generator.inference_engine.max_in_flight",
+    "generator.inference_engine.request_timeout_s",
+    "generator.inference_engine.on_engine_lost",
     "generator.inference_engine.weight_sync.",
 )
 """Beginnings of the settings that may differ in the run that goes on; all others mean another run."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from r3.capture import handshake
+from r3.capture import Rollouts, handshake
 from r3.config import MOST_REPEAT_NATS, R3Config
 from r3.diagnostics import EngineAgreement
 from r3.doctor.engine_agreement import PROMPT_TOKENS, PROMPTS, SAMPLED_TOKENS, ask_twice, family_of, probe_prompts
+from r3.pool import EnginePool
 from trainer_hooks.batches import StepBatch, broadcast
 from trainer_hooks.measurement import measure
 from trainer_hooks.policy import Policy
@@ -22,7 +23,8 @@ def check_engine(config: R3Config, policy: Policy, engine: Any) -> dict[str, flo
     """Compare the engine with the policy, of the same weights, on tokens that it samples. Every rank calls it.
 
     Args:
-        engine: a running `vllm.LLM` on the first rank, None on the others.
+        engine: a running `vllm.LLM` or an `EnginePool` on the first rank, None on the others. Each engine of a pool
+            answers a part of the prompts.
 
     Returns:
         Metrics by flat names, the same on every rank except `engine/repeat_nats`, which only the first rank has.
@@ -38,19 +40,27 @@ def check_engine(config: R3Config, policy: Policy, engine: Any) -> dict[str, flo
     with policy.barrier.guard():
         if engine is not None:
             spec = policy.replay.spec if policy.replay else None
+            engines = [*engine.engines] if isinstance(engine, EnginePool) else [engine]
             if spec is not None:
-                handshake(engine, spec, most_repeat_nats=None if "repetition" in accepted else MOST_REPEAT_NATS)
+                for each in engines:
+                    handshake(each, spec, most_repeat_nats=None if "repetition" in accepted else MOST_REPEAT_NATS)
             # Every rank takes part in every forward.
-            count = -(-PROMPTS // policy.mesh.data_size) * policy.mesh.data_size
+            count = -(-max(PROMPTS, len(engines)) // policy.mesh.data_size) * policy.mesh.data_size
             length = min(PROMPT_TOKENS, limits.max_model_len // 2)
-            answers = ask_twice(
-                engine,
-                probe_prompts(policy.model, count=count, length=length),
-                spec,
-                max_tokens=min(SAMPLED_TOKENS, limits.max_model_len - length),
-                temperature=policy.temperature,
-            )
-            batch, apart = StepBatch.of(answers.rollouts.batch(0), torch.zeros(count)), answers.repeat_nats
+            prompts = probe_prompts(policy.model, count=count, length=length)
+            answers = [
+                ask_twice(
+                    each,
+                    prompts[number :: len(engines)],
+                    spec,
+                    max_tokens=min(SAMPLED_TOKENS, limits.max_model_len - length),
+                    temperature=policy.temperature,
+                )
+                for number, each in enumerate(engines)
+            ]
+            rollouts = Rollouts([item for each in answers for item in each.rollouts], spec)
+            batch = StepBatch.of(rollouts.batch(0), torch.zeros(count))
+            apart = max(each.repeat_nats for each in answers)
     size = config.trainer.micro_train_batch_size
     measured = measure(policy, broadcast(batch), size=size, extreme_ratio=diagnostics.extreme_ratio, details=False)
     agreement = EngineAgreement.from_metrics(family_of(policy.model), measured.metrics, repeat_nats=apart)

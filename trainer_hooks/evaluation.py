@@ -7,7 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 from r3.capture import sampling_kwargs
 from r3.config import R3Config
 from r3.errors import CaptureError, ConfigError
-from trainer_hooks.random_states import kept_random_states, seed_engine
+from r3.pool import EnginePool
+from trainer_hooks.engines import sample
+from trainer_hooks.random_states import kept_random_states
 
 
 @runtime_checkable
@@ -37,19 +39,16 @@ def evaluate(config: R3Config, task: Any, engine: Any, tokenizer: Any) -> dict[s
     Raises:
         CaptureError: the engine still has requests, so that its prefix cache cannot be emptied.
     """
-    from vllm import SamplingParams
-
     trainer = config.trainer
-    sampling = sampling_kwargs(config) | {"n": 1, "temperature": trainer.eval_temperature, "logprobs": None}
+    sampling = sampling_kwargs(config) | {"n": 1, "temperature": trainer.eval_temperature}
     with kept_random_states():
-        seed_engine(engine, trainer.seed, 0)
         problems = task.eval_problems(trainer.eval_batch_size)
-        prompts = [{"prompt_token_ids": tokenizer(task.prompt(problem)).input_ids} for problem in problems]
-        outputs = engine.generate(prompts, SamplingParams(**sampling), use_tqdm=False)
-        tokens = [output.outputs[0].token_ids for output in outputs]
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        prompts = [tokenizer(task.prompt(problem)).input_ids for problem in problems]
+        rollouts = sample(config, engine, prompts, None, sampling=sampling, version=0, step=0)
+        texts = tokenizer.batch_decode([rollout.token_ids for rollout in rollouts], skip_special_tokens=True)
         rewards = [task.reward(problem, text) for problem, text in zip(problems, texts, strict=True)]
-        # Rollouts that found these prompts' beginnings in it would be computed in other batches.
-        if not engine.reset_prefix_cache():
+        # Rollouts that found these prompts' beginnings in it would be computed in other batches. A pool's batches are
+        # never twice the same.
+        if not isinstance(engine, EnginePool) and not engine.reset_prefix_cache():
             raise CaptureError("after evaluation: expected an idle engine, got one whose prefix cache is in use")
     return {"eval/reward": sum(rewards) / len(rewards)}

@@ -15,18 +15,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from r3.capture import Rollouts, collect, resolve_mixed_versions, sampling_kwargs
+from r3.capture import Rollouts, resolve_mixed_versions, sampling_kwargs
 from r3.config import R3Config
-from r3.weight_sync import SyncReceipt, WeightSync
+from r3.pool import EnginePool
+from r3.weight_sync import SyncReceipt
 from r3.weight_sync.timing import StageTimer
 from trainer_hooks import checkpoint
 from trainer_hooks.batches import StepBatch, broadcast
+from trainer_hooks.engines import sample, weight_sync_of
 from trainer_hooks.evaluation import evaluate, require_held_out
 from trainer_hooks.measurement import Measured, StepGap, coverage, measure
 from trainer_hooks.objective import group_advantages
 from trainer_hooks.policy import Policy
 from trainer_hooks.publish import push_from_all_ranks
-from trainer_hooks.random_states import seed_engine
 from trainer_hooks.rollouts_ahead import RolloutsAhead
 from trainer_hooks.step_log import StepLog
 from trainer_hooks.update import update
@@ -66,7 +67,8 @@ class GRPOTrainer:
         config: all settings.
         task: source of prompts and rewards; with `eval_problems`, if the settings ask for evaluation (`HeldOut`).
         policy: the policy to train.
-        engine: a running `vllm.LLM` with the policy's weights, on the first rank; None on the others.
+        engine: a running `vllm.LLM` or an `EnginePool` with the policy's weights, on the first rank; None on the
+            others.
         log: record of the steps, on the first rank; None on the others.
 
     Raises:
@@ -80,19 +82,7 @@ class GRPOTrainer:
         self.policy = policy
         self.engine = engine
         self.log = log
-        self.sync = None if engine is None else self._weight_sync()
-
-    def _weight_sync(self) -> WeightSync:
-        engine = self.config.generator.inference_engine
-        return WeightSync(
-            self.engine,
-            transport=engine.weight_sync.transport,
-            delta=engine.weight_sync.delta,
-            load_plan=engine.weight_sync.load_plan,
-            dtype=getattr(torch, engine.dtype),
-            chunk_bytes=int(engine.weight_sync.chunk_mib * 2**20),
-            timeout_s=engine.weight_sync.timeout_s,
-        )
+        self.sync = engine if engine is None or isinstance(engine, EnginePool) else weight_sync_of(config, engine)
 
     def train(
         self,
@@ -199,17 +189,18 @@ class GRPOTrainer:
 
     def rollout(self, problems: Sequence[Any], step: int) -> Rollouts:
         """`n_samples_per_prompt` completions of each problem, with routing if it is captured; drawn for `step`."""
-        from vllm import SamplingParams
-
         assert self.sync is not None
         self.sync.require_committed()
-        seed_engine(self.engine, self.config.trainer.seed, step)
         tokenizer = self.policy.tokenizer
-        prompts = [{"prompt_token_ids": tokenizer(self.task.prompt(problem)).input_ids} for problem in problems]
-        outputs = self.engine.generate(prompts, SamplingParams(**sampling_kwargs(self.config)), use_tqdm=False)
-        spec = self.policy.replay.spec if self.policy.replay else None
-        # Before the first sync the engine has the checkpoint that training starts from.
-        rollouts = collect(outputs, spec, weight_version=self.sync.version or 0)
+        rollouts = sample(
+            self.config,
+            self.engine,
+            [tokenizer(self.task.prompt(problem)).input_ids for problem in problems],
+            self.policy.replay.spec if self.policy.replay else None,
+            sampling=sampling_kwargs(self.config),
+            version=self.sync.version or 0,  # before the first sync, of the checkpoint that training starts from
+            step=step,
+        )
         return resolve_mixed_versions(rollouts, self.config.generator.inference_engine.mixed_weight_versions)
 
     def rewards(self, problems: Sequence[Any], rollouts: Rollouts) -> Tensor:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from r3.capture import running_engine
 from r3.config import R3Config, local_rank, process_rank
 from r3.diagnostics import RunFolder, require_sinks
 from r3.report import write_report
 from trainer_hooks import checkpoint
 from trainer_hooks.engine_check import check_engine
+from trainer_hooks.engines import running_engines
 from trainer_hooks.evaluation import require_held_out
 from trainer_hooks.export import export_policy
 from trainer_hooks.grpo import GRPOTrainer, Task
@@ -55,7 +55,7 @@ def train(config: R3Config, task: Task) -> Path:
         policy = Policy(config)
         with contextlib.ExitStack() as stack:
             with policy.barrier.guard():
-                engine = stack.enter_context(running_engine(config)) if rank == 0 else None
+                engine = stack.enter_context(running_engines(config)) if rank == 0 else None
             checked = check_engine(config, policy, engine)
             trainer = GRPOTrainer(config, task, policy, engine, log)
             trainer.train(checked, run_folder=path, resume_from=resume_from)

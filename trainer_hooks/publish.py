@@ -3,13 +3,16 @@
 import contextlib
 from collections.abc import Sequence
 
-from r3.errors import ParallelError, SyncError
+from r3.errors import EngineLostError, ParallelError, SyncError
 from r3.parallel import RankBarrier
+from r3.pool import EnginePool
 from r3.weight_sync import SyncReceipt, Weight, WeightSync, gather_all
+
+_LOST = f"{EngineLostError.__name__}: "
 
 
 def push_from_all_ranks(
-    sync: WeightSync | None,
+    sync: WeightSync | EnginePool | None,
     weights: Sequence[tuple[str, Weight]],
     version: int,
     barrier: RankBarrier | None,
@@ -20,6 +23,8 @@ def push_from_all_ranks(
     Either one rank has the `sync`, or each has one of its own: of the `vllm.LLM` that an external launcher started in
     its process, alone or as one of a tensor-parallel group.
 
+    Where engines that are lost are removed (`WeightSync(on_lost="remove")`), all push again to those that are left.
+
     Sharded tensors are gathered one by one: no rank holds more than a chunk, or one tensor, beside its shards. Without
     a `barrier` this is the only rank, which has a `sync`.
 
@@ -29,9 +34,22 @@ def push_from_all_ranks(
     Raises:
         SyncError: on every rank, if the sync did not commit everywhere or a rank could not gather; it says why.
     """
-    if barrier is None:
+    try:
+        if barrier is not None:
+            return _push(sync, weights, version, barrier, frozen)
         assert sync is not None
         return sync.push(weights, version=version, frozen=frozen)
+    except EngineLostError:  # it has warned
+        return push_from_all_ranks(sync, weights, version, barrier, frozen)
+
+
+def _push(
+    sync: WeightSync | EnginePool | None,
+    weights: Sequence[tuple[str, Weight]],
+    version: int,
+    barrier: RankBarrier,
+    frozen: Sequence[str],
+) -> SyncReceipt | None:
     try:
         if sync is None:
             with barrier.guard():
@@ -48,5 +66,5 @@ def push_from_all_ranks(
             raise
         barrier.exchange(None)
     except ParallelError as error:  # what another rank raised
-        raise SyncError(str(error)) from error
+        raise (EngineLostError if _LOST in str(error) else SyncError)(str(error)) from error
     return receipt

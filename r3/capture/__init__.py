@@ -11,6 +11,7 @@ from r3.capture.recapture import OverlapReport, compare_overlap
 from r3.capture.rollout import Rollout, RolloutBatch, Rollouts
 from r3.capture.saved import load_rollouts, save_rollouts, saved_settings
 from r3.capture.serve import request_fields, server_args, server_command
+from r3.capture.servers import running_servers
 from r3.capture.settings import SamplingSettings
 from r3.capture.stitch import next_prompt_start, stitch, stitch_runs
 from r3.capture.stream import async_rollout
@@ -35,6 +36,7 @@ __all__ = [
     "request_fields",
     "resolve_mixed_versions",
     "running_engine",
+    "running_servers",
     "sampling_kwargs",
     "save_rollouts",
     "saved_settings",

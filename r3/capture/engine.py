@@ -122,7 +122,7 @@ def running_engine(config: R3Config) -> Iterator[Any]:
     """
     from vllm import LLM
 
-    with _terminated_by_exception():
+    with terminated_by_exception():
         engine = LLM(**engine_kwargs(config))
         try:
             yield engine
@@ -131,7 +131,7 @@ def running_engine(config: R3Config) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _terminated_by_exception() -> Iterator[None]:
+def terminated_by_exception() -> Iterator[None]:
     """Let SIGTERM raise SystemExit, so that open contexts are closed. Only the main thread may set signal handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -32,6 +32,7 @@ class Rollout:
         weight_versions: versions of the weights that took part, ascending; empty if unknown.
         row_versions: int32 `[P + G]`, the version that produced each row, -1 where unknown; None if no version is
             known.
+        engine: name of the engine of a pool that sampled it; None if there is no pool.
 
     Raises:
         CaptureError: parts whose lengths do not fit the tokens.
@@ -46,6 +47,7 @@ class Rollout:
     prompt_index: int = 0
     weight_versions: tuple[int, ...] = ()
     row_versions: Tensor | None = None
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         generated, tokens = len(self.token_ids), len(self)

@@ -8,6 +8,7 @@ from typing import Any
 
 from r3.config.alarm_bounds import AlarmsConfig
 from r3.config.fields import (
+    ADDRESSES,
     NAME,
     OPEN,
     PATH,
@@ -23,6 +24,7 @@ from r3.config.fields import (
 
 DTYPES = ("float32", "bfloat16", "float16")
 MIXED_VERSIONS = ("keep", "invalidate", "drop")
+ON_ENGINE_LOST = ("raise", "remove")
 SINKS = ("tensorboard", "trackio", "wandb")
 TRANSPORTS = ("files", "gloo", "in_process", "ipc", "nccl")
 CORRECTIONS = ("none", "tis", "mis", "icepop", "gspo")
@@ -366,7 +368,39 @@ class InferenceEngineConfig:
         share(zero=False),
         unit="share of memory",
     )
+    num_engines: int = setting(
+        1,
+        "Engines that the run starts. More than one are `vllm serve`s of this host, each with GPUs of its own.",
+        at_least(1),
+        unit="engines",
+    )
+    addresses: list[str] = setting(
+        [], "Addresses of `vllm serve`s, on any host, that sample instead of engines that the run starts.", ADDRESSES
+    )
+    max_in_flight: int = setting(
+        256,
+        "Most sequences in flight on one of several engines; what comes beyond waits for whichever has room.",
+        at_least(1),
+        unit="sequences",
+    )
+    request_timeout_s: float = setting(
+        1800.0,
+        "Longest wait for one of several engines to answer a request. Then its requests move to others.",
+        above(0),
+        unit="s",
+    )
+    on_engine_lost: str = setting(
+        "raise",
+        "A sync in which one of several engines dies or does not answer: `raise` its error, or `remove` that engine "
+        "with a warning and commit on the rest.",
+        one_of(ON_ENGINE_LOST),
+    )
     weight_sync: WeightSyncConfig = part(WeightSyncConfig)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether an engine pool samples."""
+        return self.num_engines > 1 or bool(self.addresses)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,11 @@ class R3Config:
     def _contradictions(self) -> list[str]:
         engine, alarms = self.generator.inference_engine, self.trainer.diagnostics.alarms
         problems = []
+        if engine.addresses and engine.num_engines > 1:
+            problems.append(
+                f"generator.inference_engine.num_engines: expected 1 beside addresses, which are engines that run, got "
+                f"{engine.num_engines}"
+            )
         if engine.enable_return_routed_experts:
             return problems
         if self.trainer.policy.fsdp_config.moe_enable_routing_replay:

@@ -14,6 +14,7 @@ from r3.weight_sync.transports import (
     NcclTransport,
     Transport,
 )
+from r3.weight_sync.transports.group import local_address
 from r3.weight_sync.weights.named import LazyWeight, Weight, adapter_weights, gathered, named_weights
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "engine_of",
     "gather_all",
     "gathered",
+    "local_address",
     "named_weights",
     "quantised",
 ]

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "vllm_compat": {"config", "errors"},
     "routing": BOTTOM,
     **{part: BOTTOM | {"routing"} for part in MIDDLE},
+    "pool": BOTTOM | {"routing", "capture", "weight_sync"},
     "report": BOTTOM | {"diagnostics"},
     "doctor": BOTTOM | MIDDLE | {"routing"},
     "explain": BOTTOM | MIDDLE | {"routing"},

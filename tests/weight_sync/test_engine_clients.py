@@ -32,7 +32,9 @@ def test_missing_ranks_are_named():
         require_complete(ALL + ALL[:3], "here", "the remedy")
     with pytest.raises(SyncError, match="unexpected: data-parallel rank 2"):
         require_complete([*ALL, reply(2, 0)], "here", "the remedy")
-    with pytest.raises(SyncError, match="engines of one shape"):
+    alone = reply(0, 0, dp_size=1, world_size=1)
+    require_complete([*ALL, alone, alone], "engines of two shapes", "the remedy")
+    with pytest.raises(SyncError, match=r"(?s)1 workers on each of 2 .*rank 1, worker rank 0: 0 of 1.*\nthe remedy"):
         require_complete([*ALL, reply(0, 0, world_size=1)], "here", "the remedy")
     with pytest.raises(SyncError, match="expected dictionaries with rank"):
         require_complete([{"version": 1}], "here", "the remedy")

@@ -30,7 +30,7 @@ class AsyncEngine(Engine):
 
     def __init__(self, engine: Any, on_running: RunningRequests, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.name = "AsyncLLM"
-        self._engine = engine
+        self.engine = engine
         self._on_running = on_running
         self._given_loop = loop
         self._guard = Guard(engine)
@@ -40,7 +40,7 @@ class AsyncEngine(Engine):
         call = self._run(
             method, lambda: self._everywhere("collective_rpc", method, None, tuple(args), None), Deadline(timeout_s)
         )
-        parallel = self._engine.vllm_config.parallel_config
+        parallel = self.engine.vllm_config.parallel_config
         known = {"world_size": parallel.world_size}
         return [
             # Engine cores of a dense model do not know that they are ranks: the client does.
@@ -58,18 +58,18 @@ class AsyncEngine(Engine):
         try:
             self._run(
                 f"pause_generation(mode={mode!r})",
-                lambda: self._engine.pause_generation(mode=mode, clear_cache=False),
+                lambda: self.engine.pause_generation(mode=mode, clear_cache=False),
                 deadline,
             )
         except BaseException:
-            if served and self._dead() is None:
+            if served and self.cause_of_death() is None:
                 # Queued behind the pause; waiting for it would take time that is not there.
-                asyncio.run_coroutine_threadsafe(self._engine.resume_generation(), self._loop())
+                asyncio.run_coroutine_threadsafe(self.engine.resume_generation(), self.event_loop())
             raise
         return served
 
     def resume(self, timeout_s: float) -> None:
-        self._run("resume_generation", self._engine.resume_generation, Deadline(timeout_s))
+        self._run("resume_generation", self.engine.resume_generation, Deadline(timeout_s))
         self._guard.allow()
 
     def refuse(self, cause: str) -> None:
@@ -77,7 +77,7 @@ class AsyncEngine(Engine):
 
     def reset_caches(self, timeout_s: float) -> None:
         deadline = Deadline(timeout_s)
-        connector = self._engine.vllm_config.kv_transfer_config is not None
+        connector = self.engine.vllm_config.kv_transfer_config is not None
         reset = self._run(
             "reset_prefix_cache", lambda: self._everywhere("reset_prefix_cache", True, connector), deadline
         )
@@ -87,12 +87,12 @@ class AsyncEngine(Engine):
                 f"{self.name}: vLLM did not reset the prefix cache of data-parallel ranks {kept}, which holds keys of "
                 "the old weights: requests hold blocks of it"
             )
-        if self._engine.vllm_config.model_config.is_multimodal_model:
-            self._run("reset_mm_cache", self._engine.reset_mm_cache, deadline)
-            self._run("reset_encoder_cache", self._engine.reset_encoder_cache, deadline)
+        if self.engine.vllm_config.model_config.is_multimodal_model:
+            self._run("reset_mm_cache", self.engine.reset_mm_cache, deadline)
+            self._run("reset_encoder_cache", self.engine.reset_encoder_cache, deadline)
 
     def set_weight_version(self, version: int, timeout_s: float) -> None:
-        update = version_setter(self._engine)
+        update = version_setter(self.engine)
         if update is not None:
             self._run("update_weight_version", lambda: update(str(version)), Deadline(timeout_s))
 
@@ -102,7 +102,7 @@ class AsyncEngine(Engine):
         vLLM's own call asks all and returns the first one's result (`DPLBAsyncMPClient.call_utility_async`, 0.22 to
         0.32), so that another rank's failure to reset, say, is lost. Goes when vLLM returns all.
         """
-        core = self._engine.engine_core
+        core = self.engine.engine_core
         results = await asyncio.gather(
             *(core._call_utility_async(method, *args, engine=identity) for identity in core.core_engines)
         )
@@ -112,18 +112,19 @@ class AsyncEngine(Engine):
         ]
 
     def _run(self, operation: str, start: Callable[[], Coroutine[Any, Any, Any]], deadline: Deadline) -> Any:
-        loop = self._loop()
-        if (cause := self._dead()) is not None:
+        loop = self.event_loop()
+        if (cause := self.cause_of_death()) is not None:
             raise SyncError(f"{self.name}: {cause} before {operation}. Start it anew, then sync")
         future = asyncio.run_coroutine_threadsafe(start(), loop)
         try:
-            return answer_of(future, deadline, where=self.name, operation=operation, dead=self._dead)
+            return answer_of(future, deadline, where=self.name, operation=operation, dead=self.cause_of_death)
         except SyncError:
             raise
         except Exception as error:
-            raise failed(self.name, operation, error, self._dead()) from error
+            raise failed(self.name, operation, error, self.cause_of_death()) from error
 
-    def _loop(self) -> asyncio.AbstractEventLoop:
+    def event_loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that the engine runs on. Raises `SyncError` on its own thread, and if it does not run."""
         loop = self._given_loop or self._find_loop()
         try:
             here = asyncio.get_running_loop()
@@ -142,7 +143,7 @@ class AsyncEngine(Engine):
         return loop
 
     def _find_loop(self) -> asyncio.AbstractEventLoop:
-        tasks = (self._engine.output_handler, self._engine.engine_core.resources.output_queue_task)
+        tasks = (self.engine.output_handler, self.engine.engine_core.resources.output_queue_task)
         for task in tasks:
             if task is not None:
                 return task.get_loop()
@@ -151,5 +152,5 @@ class AsyncEngine(Engine):
             "coroutine, or give engine_of(..., loop=...)"
         )
 
-    def _dead(self) -> str | None:
-        return "the engine has died" if self._engine.errored else None
+    def cause_of_death(self) -> str | None:
+        return "the engine has died" if self.engine.errored else None

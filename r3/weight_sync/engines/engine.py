@@ -98,6 +98,10 @@ class Engine(ABC):
             SyncError: no answer in time, or the engine died.
         """
 
+    def cause_of_death(self) -> str | None:
+        """Why the engine cannot answer any more, as far as this process knows without asking; else None."""
+        return None
+
     def close(self) -> None:  # noqa: B027
         """Release the adapter's resources. A paused engine stays paused, since its weights may be half-loaded."""
 
@@ -105,15 +109,19 @@ class Engine(ABC):
 def require_complete(replies: Sequence[Reply], where: str, remedy: str) -> None:
     """Raise `SyncError` unless every worker of every data-parallel rank is there equally often.
 
-    Once for one engine; as often as there are replicas in a list of engines.
+    Once for one engine; as often as there are replicas in a list of engines. Engines of another shape (data-parallel
+    ranks, workers of one) are counted by themselves.
     """
     odd = [reply for reply in replies if not {"rank", "world_size", "dp_rank", "dp_size"} <= reply.keys()]
     if odd or not replies:
         raise SyncError(f"{where}: expected dictionaries with rank, dp_rank, world_size and dp_size, got {odd[:1]}")
-    sizes = {(reply["dp_size"], reply["world_size"]) for reply in replies}
-    if len(sizes) > 1:
-        raise SyncError(f"{where}: expected engines of one shape, got (data-parallel ranks, workers) {sorted(sizes)}")
-    ((dp_size, world_size),) = sizes
+    for dp_size, world_size in sorted({(reply["dp_size"], reply["world_size"]) for reply in replies}):
+        alike = [reply for reply in replies if (reply["dp_size"], reply["world_size"]) == (dp_size, world_size)]
+        _require_all_ranks(alike, dp_size, world_size, where, remedy)
+
+
+def _require_all_ranks(replies: Sequence[Reply], dp_size: int, world_size: int, where: str, remedy: str) -> None:
+    """Of engines of one shape."""
     seen = Counter((reply["dp_rank"], reply["rank"]) for reply in replies)
     expected = set(product(range(dp_size), range(world_size)))
     copies = max(seen.values())

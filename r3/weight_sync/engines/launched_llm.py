@@ -28,11 +28,11 @@ class LaunchedEngine(OfflineEngine):
 
     def _has_unfinished_requests(self) -> bool:
         # `LLMEngine.has_unfinished_requests` asks all data-parallel ranks: a rank that has failed does not answer.
-        return self._llm.llm_engine.output_processor.has_unfinished_requests()
+        return self.llm.llm_engine.output_processor.has_unfinished_requests()
 
     @property
     def _parallel(self) -> Any:
-        return self._llm.llm_engine.vllm_config.parallel_config
+        return self.llm.llm_engine.vllm_config.parallel_config
 
 
 def is_launched(llm: Any) -> bool:

@@ -48,7 +48,7 @@ class OfflineEngine(Engine):
 
     def __init__(self, llm: Any) -> None:
         self.name = "vllm.LLM"
-        self._llm = llm
+        self.llm = llm
         self._core = llm.llm_engine.engine_core
         if self._in_process_of_its_own and not isinstance(self._core._send_input, _OneAtATime):
             self._core._send_input = _OneAtATime(self._core)
@@ -57,10 +57,10 @@ class OfflineEngine(Engine):
 
     def replies(self, method: str, args: Sequence[Any], timeout_s: float) -> list[Reply]:
         def ask() -> Any:
-            return self._llm.collective_rpc(method, timeout=None, args=tuple(args))
+            return self.llm.collective_rpc(method, timeout=None, args=tuple(args))
 
         replies = require_replies(self._run(method, ask, Deadline(timeout_s)), f"{self.name}: {method}")
-        parallel = self._llm.llm_engine.vllm_config.parallel_config
+        parallel = self.llm.llm_engine.vllm_config.parallel_config
         # Engine cores of a dense model do not know that they are ranks: the client does.
         ranks = {"dp_rank": parallel.data_parallel_rank, "dp_size": parallel.data_parallel_size}
         return [{"world_size": parallel.world_size} | reply | ranks for reply in replies]
@@ -84,34 +84,34 @@ class OfflineEngine(Engine):
 
     def reset_caches(self, timeout_s: float) -> None:
         deadline = Deadline(timeout_s)
-        connector = self._llm.llm_engine.vllm_config.kv_transfer_config is not None
-        if not self._run("reset_prefix_cache", lambda: self._llm.reset_prefix_cache(True, connector), deadline):
+        connector = self.llm.llm_engine.vllm_config.kv_transfer_config is not None
+        if not self._run("reset_prefix_cache", lambda: self.llm.reset_prefix_cache(True, connector), deadline):
             raise SyncError(
                 f"{self.name}: vLLM did not reset its prefix cache, which holds keys of the old weights: requests "
                 "hold blocks of it"
             )
-        if self._llm.llm_engine.vllm_config.model_config.is_multimodal_model:
-            self._run("reset_mm_cache", self._llm.reset_mm_cache, deadline)
-            self._run("reset_encoder_cache", self._llm.llm_engine.reset_encoder_cache, deadline)
+        if self.llm.llm_engine.vllm_config.model_config.is_multimodal_model:
+            self._run("reset_mm_cache", self.llm.reset_mm_cache, deadline)
+            self._run("reset_encoder_cache", self.llm.llm_engine.reset_encoder_cache, deadline)
 
     def set_weight_version(self, version: int, timeout_s: float) -> None:
-        update = version_setter(self._llm)
+        update = version_setter(self.llm)
         if update is not None:
             self._run("update_weight_version", lambda: update(str(version)), Deadline(timeout_s))
 
     def _has_unfinished_requests(self) -> bool:
-        return self._llm.llm_engine.has_unfinished_requests()
+        return self.llm.llm_engine.has_unfinished_requests()
 
     def _run(self, operation: str, function: Callable[[], Any], deadline: Deadline) -> Any:
-        if (cause := self._dead()) is not None:
+        if (cause := self.cause_of_death()) is not None:
             raise SyncError(f"{self.name}: {cause} before {operation}. Start it anew, then sync")
         future = self._submit(function)
         try:
-            return answer_of(future, deadline, where=self.name, operation=operation, dead=self._dead)
+            return answer_of(future, deadline, where=self.name, operation=operation, dead=self.cause_of_death)
         except SyncError:
             raise
         except Exception as error:
-            raise failed(self.name, operation, error, self._dead()) from error
+            raise failed(self.name, operation, error, self.cause_of_death()) from error
 
     def _submit(self, function: Callable[[], Any]) -> Future:
         if self._in_process_of_its_own:
@@ -135,6 +135,6 @@ class OfflineEngine(Engine):
     def _in_process_of_its_own(self) -> bool:
         return hasattr(self._core, "resources")
 
-    def _dead(self) -> str | None:
+    def cause_of_death(self) -> str | None:
         resources = getattr(self._core, "resources", None)
         return "the engine core has died" if resources is not None and resources.engine_dead else None

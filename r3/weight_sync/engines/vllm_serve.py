@@ -42,6 +42,7 @@ class ServerEngine(Engine):
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise SyncError(f"engine: expected http://host:port, got {url!r}")
         self.name = base_url(url)
+        self.api_key = api_key
         self._on_running = on_running
         self._client = HttpClient(base=self.name, api_key=api_key)
         self._sizes: tuple[int, int] | None = None

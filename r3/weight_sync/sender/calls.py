@@ -33,18 +33,33 @@ class ParallelCalls:
         futures.wait(self._futures, timeout_s, "ALL_COMPLETED" if all_of_them else "FIRST_EXCEPTION")
         return self.failed() or self.done()
 
+    def failures(self) -> dict[int, BaseException]:
+        """Wait for all. Errors of those that failed, by their number."""
+        futures.wait(self._futures)
+        found = {number: future.exception() for number, future in enumerate(self._futures)}
+        return {number: error for number, error in found.items() if error is not None}
+
+    def successes(self) -> list[Any]:
+        """Wait for all. Answers of those that did not fail."""
+        failed = self.failures()
+        return [future.result() for number, future in enumerate(self._futures) if number not in failed]
+
     def result(self) -> list[Any]:
         """All answers as one list. Raises as soon as one call has failed: others may be waiting for it."""
+        answers = [reply for answer in self.each() for reply in answer or ()]
+        if self._check is not None:
+            self._check(answers)
+        return answers
+
+    def each(self) -> list[Any]:
+        """The answer of each call. Raises as soon as one has failed."""
         futures.wait(self._futures, return_when="FIRST_EXCEPTION")
         errors = [error for f in self._futures if f.done() and (error := f.exception()) is not None]
         if len(errors) > 1:
             raise SyncError(f"{len(errors)} engines failed:{summary(map(str, errors))}") from errors[0]
         if errors:
             raise errors[0]
-        answers = [reply for future in self._futures for reply in future.result() or ()]
-        if self._check is not None:
-            self._check(answers)
-        return answers
+        return [future.result() for future in self._futures]
 
 
 def first_failure_of(*calls: ParallelCalls) -> None:

@@ -37,6 +37,7 @@ class SyncProgress:
         loading: number of the first chunk of the last call.
         bytes, sent_bytes: size of the tensors, and of what the transport was given.
         served: the engines that were serving before they were paused.
+        committing: whether workers may have committed.
         worker_stages_s: the slowest worker's seconds by stage.
     """
 
@@ -48,6 +49,7 @@ class SyncProgress:
     bytes: int = 0
     sent_bytes: int = 0
     served: list[Engine] = field(default_factory=list)
+    committing: bool = False
     worker_stages_s: dict[str, float] = field(default_factory=dict)
 
     def add(self, tensors: Chunk) -> None:

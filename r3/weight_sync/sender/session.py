@@ -1,38 +1,38 @@
 """The trainer's side of a sync: `WeightSync(engine).push(named_tensors, version=...)`."""
 
 import contextlib
+import copy
 import os
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from r3.errors import SyncError, summary
+from r3.errors import EngineLostError, SyncError, summary
 from r3.weight_sync.delta import DeltaBase
-from r3.weight_sync.engines import RunningRequests, engine_of
+from r3.weight_sync.engines import Engine, RunningRequests, engine_of
 from r3.weight_sync.integrity.digest import combine
 from r3.weight_sync.protocol import Reply
 from r3.weight_sync.sender.calls import (
     ParallelCalls,
-    add_note,
     draft_of,
-    first_failure_of,
     kept_layers_of,
     require_equal,
     require_found,
     worker_name,
 )
 from r3.weight_sync.sender.chunking import OutgoingWeights
-from r3.weight_sync.sender.engine_group import EngineGroup
-from r3.weight_sync.sender.progress import StagedChunk, SyncProgress
+from r3.weight_sync.sender.engine_group import EngineGroup, OnLost, require_names
+from r3.weight_sync.sender.progress import SyncProgress
 from r3.weight_sync.sender.receipt import SyncReceipt
+from r3.weight_sync.sender.sending import ChunkSender
 from r3.weight_sync.states import SyncState
-from r3.weight_sync.transports import Chunk, Transport, transport_of
+from r3.weight_sync.transports import Transport, transport_of
 from r3.weight_sync.weights.lazy import Weight
 
 _ABORT_S = 15.0
@@ -58,6 +58,10 @@ class WeightSync:
             sender may take over from it.
         load_plan: have workers copy weights as the first sync proved that vLLM's loaders do. Off, every sync goes
             through the loaders, like the first one, and takes as long.
+        on_lost: what becomes of a sync in which an engine dies or does not answer: "raise" an error, as for any other
+            failure, or "remove" that engine, with a warning, where others are left. Before any worker has committed,
+            `push` then raises `EngineLostError`: the same push again commits on the rest. From the commit on it goes on
+            with the rest by itself.
         engine_constants: patterns (`*.impl.table`) of tensors of the engine that do not derive from weights, though a
             sync took them for such and refused: it names them.
 
@@ -83,18 +87,20 @@ class WeightSync:
         chunk_bytes: int = 512 << 20,
         timeout_s: float = 600.0,
         load_plan: bool = True,
+        on_lost: OnLost = "raise",
         engine_constants: Sequence[str] = (),
     ) -> None:
+        if on_lost not in get_args(OnLost):
+            raise SyncError(f"on_lost: expected one of {', '.join(get_args(OnLost))}, got {on_lost!r}")
         if chunk_bytes <= 0 or timeout_s <= 0:
             raise SyncError(f"expected chunk_bytes and timeout_s above 0, got {chunk_bytes} and {timeout_s}")
-        self.engines = tuple(
-            engine_of(replica, on_running=on_running)
-            for replica in (engine if isinstance(engine, list | tuple) else [engine])
-        )
-        """The adapters of the engines, in the order given."""
-        if not self.engines:
+        self._on_running = on_running
+        replicas = engine if isinstance(engine, list | tuple) else [engine]
+        if not replicas:
             raise SyncError("engine: expected at least one, got an empty list")
-        self._group = EngineGroup(self.engines, timeout_s)
+        self._group = EngineGroup(
+            [engine_of(replica, on_running=on_running) for replica in replicas], timeout_s, on_lost
+        )
         if transport is None:
             transport = "in_process" if all(each.in_this_process for each in self.engines) else "files"
         self._transport = transport_of(transport)
@@ -105,6 +111,7 @@ class WeightSync:
         self._timeout_s = timeout_s
         self._load_plan = load_plan
         self._engine_constants = list(engine_constants)
+        self._digest: int | None = None  # what must be sent
         self._sender = f"process {os.getpid()} on {socket.gethostname()}"
         self.poisoned: str | None = None
         """Why the engines' weights cannot be trusted until the next sync commits; None if they can."""
@@ -115,6 +122,47 @@ class WeightSync:
         causes = [f"{worker_name(reply)}: {reply['cause']}" for reply in status if reply["state"] == SyncState.POISONED]
         if causes:
             self.poisoned = f"before this sender: {causes[0]}"
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The adapters of the engines, in the order given."""
+        return self._group.engines
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """Name of each engine that the last push removed, and why."""
+        return self._group.lost
+
+    @property
+    def removes_lost(self) -> bool:
+        """Whether engines that die are removed (`on_lost="remove"`)."""
+        return self._group.removes_lost
+
+    def add(self, engine: Any) -> Engine:
+        """Let another engine take part from the next push on, which then commits on it too. Not during a push.
+
+        Returns:
+            Its adapter.
+
+        Raises:
+            SyncError: it has no worker extension, or does not answer; it is not added then.
+        """
+        adapter = engine_of(engine, on_running=self._on_running)
+        adapter.call("r3_status", timeout_s=self._timeout_s)
+        self._group.add(adapter)
+        return adapter
+
+    def remove(self, name: str) -> None:
+        """Leave the engine of that name out from here on. Not during a push. It goes on as it is.
+
+        Raises:
+            SyncError: no engine has this name, or it is the only one.
+        """
+        engine = require_names(self.engines, name)
+        if len(self.engines) == 1:
+            raise SyncError(f"{name} is the only engine: a sync without engines has no meaning")
+        self._group.remove(engine)
+        engine.close()
 
     def push(
         self,
@@ -139,6 +187,7 @@ class WeightSync:
         Raises:
             SyncError: the sync did not commit everywhere; says which worker and why. The engines are then poisoned
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
+            EngineLostError: the same, and what failed were engines that have been removed (`on_lost="remove"`).
         """
         outgoing = OutgoingWeights(named_tensors, dtype=self._dtype, chunk_bytes=self._chunk_bytes, frozen=frozen)
         try:
@@ -148,6 +197,24 @@ class WeightSync:
             with contextlib.suppress(Exception):
                 outgoing.gather_rest()
             raise
+
+    def push_to(
+        self, names: Sequence[str], named_tensors: Iterable[tuple[str, Weight]], *, like: SyncReceipt
+    ) -> SyncReceipt:
+        """Commit what the last push committed on engines that were added since. The others go on.
+
+        Args:
+            names: of these engines.
+            named_tensors: the weights of that push, unchanged.
+            like: its receipt.
+
+        Raises:
+            SyncError: it did not commit on all of them, or these are other weights. The other engines are not touched.
+        """
+        part = copy.copy(self)
+        part._group = EngineGroup([require_names(self.engines, name) for name in names], self._timeout_s)
+        part._base, part.poisoned, part._digest = None, None, like.digest
+        return part.push(named_tensors, version=like.version, frozen=like.frozen)
 
     def require_committed(self) -> None:
         """Raise `SyncError` if the engines' weights cannot be trusted: call before every rollout."""
@@ -165,6 +232,7 @@ class WeightSync:
 
     def _push(self, outgoing: OutgoingWeights, version: int, agree: Callable[[], Any]) -> SyncReceipt:
         manifest = outgoing.manifest()
+        self._group.lost = {}
         self._transport.zero_copy_names = outgoing.zero_copy_names
         sync_id = uuid.uuid4().hex[:12]
         progress = SyncProgress()
@@ -180,22 +248,27 @@ class WeightSync:
             with clock.stage("begin"):
                 complete, beginning = self._begin(sync_id, status, manifest, outgoing.frozen)
                 progress.digest_while(beginning, resident)
-            self._send(sync_id, beginning, outgoing.chunks(self._takes_memory), progress)
+            sender = ChunkSender(sync_id, self._group, self._transport, self._base, progress)
+            sender.send(beginning, outgoing.chunks(sender.takes_memory))
             with clock.stage("seal"):
                 total = self._seal(sync_id, progress)
                 agree()
             with clock.stage("commit"):
                 until = time.monotonic() + self._timeout_s / 2  # well within the lease, which the commit begins anew
-                answers = self._group.call("r3_commit", sync_id)
+                progress.committing = True
+                answers = self._group.commit(sync_id)
                 require_equal(answers, version, total)
                 if self._base is not None:
                     self._base.version = version
             with clock.stage("resume"):
-                self._group.each(lambda engine: engine.set_weight_version(version, self._timeout_s))
-                self._group.resume(until)
-                self._group.call("r3_release", sync_id)
+                self._group.serve(sync_id, version, until)
         except BaseException as error:
             self._abort(sync_id, progress, error)
+            if self.lost and not progress.committing and isinstance(error, SyncError):
+                raise EngineLostError(
+                    f"{', '.join(self.lost)} did not answer and takes no part any more. No engine has committed "
+                    f"version {version}; push it again, to the {len(self.engines)} that are left. {error}"
+                ) from error
             raise
         self.poisoned = None
         self.version = version
@@ -250,89 +323,6 @@ class WeightSync:
         join = ParallelCalls([lambda: self._transport.join(call.failed)])
         return base_version is None, [join, call]
 
-    def _send(
-        self,
-        sync_id: str,
-        beginning: list[ParallelCalls],
-        chunks: Iterator[Chunk],
-        progress: SyncProgress,
-    ) -> None:
-        """Send all chunks. While workers begin or load, the next chunks are staged; one call hands over all of them."""
-        staged: list[StagedChunk] = []
-        loading: ParallelCalls | None = None
-        try:
-            more = self._stage(chunks, staged, progress)
-            while more and not self._is_full(staged) and not all(call.done() for call in beginning):
-                more = self._stage(chunks, staged, progress)
-        finally:
-            with progress.clock.stage("begin"):
-                first_failure_of(*beginning)
-        while more:
-            if self._is_full(staged) or loading is None or loading.done():
-                self._wait_for(loading, progress)
-                staged, loading = [], self._hand_over(sync_id, staged, progress)
-            more = self._stage(chunks, staged, progress)
-        if staged:
-            self._wait_for(loading, progress)
-            loading = self._hand_over(sync_id, staged, progress)
-        with progress.clock.stage("digest"):
-            # The last chunks are still in flight.
-            progress.named = progress.digests.result()
-        self._wait_for(loading, progress)
-
-    def _stage(self, chunks: Iterator[Chunk], staged: list[StagedChunk], progress: SyncProgress) -> bool:
-        """Gather and publish the next chunk, if there is one."""
-        with progress.clock.stage("gather"):
-            chunk = next(chunks, None)
-            if chunk is None:
-                return False
-            progress.require_readable(chunk)
-            wire = chunk if self._base is None else self._base.encode(chunk)
-            progress.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
-        with progress.clock.stage("publish"):
-            where = self._transport.publish(progress.chunks + len(staged), wire)
-            staged.append(StagedChunk(chunk, ([name for name, _ in chunk], where), self._takes_memory(chunk)))
-        return True
-
-    def _is_full(self, staged: list[StagedChunk]) -> bool:
-        """Whether the staged chunks take as much memory as they may."""
-        return sum(chunk.takes_memory for chunk in staged) >= self._transport.max_staged_chunks
-
-    def _takes_memory(self, chunk: Chunk) -> bool:
-        return self._base is not None or self._transport.takes_memory(chunk)
-
-    def _wait_for(self, loading: ParallelCalls | None, progress: SyncProgress) -> None:
-        if loading is None:
-            return
-        with progress.clock.stage("wait"):
-            loading.result()
-            # The answers say that no chunk of a call before this one is needed any more.
-            self._transport.release(progress.loading)
-
-    def _hand_over(self, sync_id: str, staged: list[StagedChunk], progress: SyncProgress) -> ParallelCalls:
-        with progress.clock.stage("transfer"):
-            progress.loading = progress.chunks
-            progress.chunks += len(staged)
-            loading = self._group.start("r3_load", sync_id, progress.loading, [chunk.announced for chunk in staged])
-            for index, chunk in enumerate(staged, progress.loading):
-                self._transfer(index, chunk.announced[0], loading)
-        with progress.clock.stage("digest"):
-            # Only now, while the workers load.
-            progress.add([item for chunk in staged for item in chunk.chunk])
-        return loading
-
-    def _transfer(self, index: int, names: list[str], loading: ParallelCalls) -> None:
-        try:
-            self._transport.transfer(index, loading.failed)
-        except Exception as error:
-            # A worker's own error is more informative.
-            if loading.wait(1.0):
-                loading.result()
-            engines = ", ".join(engine.name for engine in self.engines)
-            raise SyncError(
-                f"chunk {index} ({names[0]} and {len(names) - 1} more) did not get to all workers of {engines}: {error}"
-            ) from error
-
     def _seal(self, sync_id: str, progress: SyncProgress) -> int:
         broken = progress.digests.not_finite()
         if broken:
@@ -340,6 +330,11 @@ class WeightSync:
         self._transport.flush(lambda: False)
         sealing = self._group.start("r3_seal", sync_id, progress.named)
         total = combine(progress.named)
+        if self._digest not in (None, total):
+            raise SyncError(
+                f"expected the weights of the last push, with digest {self._digest}, got others, with {total}: they "
+                "have changed since; push them to all engines"
+            )
         answers = sealing.result()
         self._transport.release(progress.chunks)
         for answer in answers:
@@ -353,20 +348,12 @@ class WeightSync:
     def _abort(self, sync_id: str, progress: SyncProgress, error: BaseException) -> None:
         cause = f"{type(error).__name__}: {error}"
         self._transport.abort()
-        call = self._group.start("r3_abort", sync_id, cause, timeout_s=min(_ABORT_S, self._timeout_s))
-        try:
-            free = all(reply["state"] == SyncState.IDLE for reply in call.result())
-        except Exception as second:  # the first error is the one to report
-            add_note(error, f"abort was not acknowledged by all: {second}")
-            free = False
+        limit_s = min(_ABORT_S, self._timeout_s)
+        free = self._group.abort(sync_id, cause, limit_s, error)
         if not progress.chunks and self.poisoned is None:
             # No weight was touched: resume the engines that were serving, unless another sender holds them now and will
             # resume them.
-            limit_s = min(_ABORT_S, self._timeout_s)
-            try:
-                ParallelCalls([partial(engine.resume, limit_s) for engine in progress.served if free]).result()
-            except Exception as second:
-                add_note(error, f"the engine does not go on: {second}")
+            self._group.resume(progress.served if free else [], limit_s, error)
             return
         self.poisoned = self.poisoned or cause
         for engine in self.engines:

@@ -95,7 +95,7 @@ class GlooGroup(Group):
         options = dist.ProcessGroupGloo._Options()  # pyrefly: ignore (missing in torch's stubs)
         options._timeout = timedelta(seconds=self._timeout_s)
         # The interface by which this machine reaches the trainer, whatever its host name resolves to.
-        address = _address_towards(offer["host"], offer["port"])
+        address = local_address(offer["host"], offer["port"])
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         self._group: Any = dist.ProcessGroupGloo(store, self._rank, self.size, options)
 
@@ -125,7 +125,8 @@ class GlooGroup(Group):
         self._in_flight.clear()
 
 
-def _address_towards(host: str, port: int) -> str:
+def local_address(host: str, port: int) -> str:
+    """The address of this machine by which `host` is reached, and reaches it."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)  # of a datagram socket: nothing is sent

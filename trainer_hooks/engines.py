@@ -1,0 +1,96 @@
+"""The engine of a run, or the pool of engines, and its weight sync."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from r3.capture import Rollouts, collect, running_engine, running_servers
+from r3.config import R3Config
+from r3.errors import ConfigError
+from r3.pool import EnginePool, PoolLimits
+from r3.proxy import is_this_machine
+from r3.routing import RoutingSpec
+from r3.weight_sync import GlooTransport, NcclTransport, Transport, WeightSync, local_address
+from trainer_hooks.random_states import seed_engine
+
+_OVER_NETWORKS: dict[str, Any] = {"gloo": GlooTransport, "nccl": NcclTransport}
+
+
+@contextlib.contextmanager
+def running_engines(config: R3Config) -> Iterator[Any]:
+    """What samples, by the settings: a `vllm.LLM`, or an `EnginePool` over servers that are started or have addresses.
+
+    Raises:
+        ConfigError: weights that cannot get to an address; more engines than GPUs.
+        CaptureError, SyncError: an engine does not start, or does not answer.
+    """
+    engine = config.generator.inference_engine
+    if not engine.pooled:
+        with running_engine(config) as llm:
+            yield llm
+        return
+    started = running_servers(config) if not engine.addresses else contextlib.nullcontext(engine.addresses)
+    limits = PoolLimits(max_in_flight=engine.max_in_flight, request_timeout_s=engine.request_timeout_s)
+    with started as addresses, EnginePool(weight_sync_of(config, addresses), limits) as pool:
+        yield pool
+
+
+def weight_sync_of(config: R3Config, engine: Any) -> WeightSync:
+    """The sync of the settings, into one engine or a list of them."""
+    settings = config.generator.inference_engine
+    return WeightSync(
+        engine,
+        transport=_transport(config),
+        delta=settings.weight_sync.delta,
+        load_plan=settings.weight_sync.load_plan,
+        dtype=getattr(torch, settings.dtype),
+        chunk_bytes=int(settings.weight_sync.chunk_mib * 2**20),
+        timeout_s=settings.weight_sync.timeout_s,
+        on_lost="remove" if settings.on_engine_lost == "remove" else "raise",
+    )
+
+
+def sample(
+    config: R3Config,
+    engine: Any,
+    prompts: Sequence[Sequence[int]],
+    spec: RoutingSpec | None,
+    *,
+    sampling: dict[str, Any],
+    version: int,
+    step: int,
+) -> Rollouts:
+    """Rollouts of `prompts`, drawn for `step`.
+
+    Args:
+        engine: as `running_engines` gives it.
+        version: of the weights of a `vllm.LLM`; a pool knows its own.
+    """
+    if isinstance(engine, EnginePool):
+        # What an engine samples depends on the request alone: which engine gets it depends on load.
+        return engine.generate(prompts, sampling, spec, seed=config.trainer.seed << 31 | step, progress=True)
+    from vllm import SamplingParams
+
+    seed_engine(engine, config.trainer.seed, step)
+    inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    outputs = engine.generate(inputs, SamplingParams(**sampling), use_tqdm=False)
+    return collect(outputs, spec, weight_version=version)
+
+
+def _transport(config: R3Config) -> str | Transport:
+    """By name; with the address by which engines on other hosts reach this one, if there are any."""
+    engine, name = config.generator.inference_engine, config.generator.inference_engine.weight_sync.transport
+    far = [address for address in engine.addresses if not is_this_machine(address)]
+    if not far:
+        return name
+    if name not in _OVER_NETWORKS:
+        raise ConfigError(
+            f"generator.inference_engine.weight_sync.transport: expected one of {', '.join(_OVER_NETWORKS)} for an "
+            f"engine that may be on another host ({far[0]}), got {name}"
+        )
+    parts = urlsplit(far[0])
+    host = local_address(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+    return _OVER_NETWORKS[name](host=host)
