@@ -13,7 +13,8 @@ from r3.errors import ConfigError
 from r3.pool import EnginePool, PoolLimits
 from r3.proxy import is_this_machine
 from r3.routing import RoutingSpec
-from r3.weight_sync import GlooTransport, NcclTransport, Transport, WeightSync, local_address
+from r3.weight_sync import FilesTransport, GlooTransport, NcclTransport, Transport, WeightSync, local_address
+from r3.weight_sync.engines.engine import checked_mode
 from trainer_hooks.random_states import seed_engine
 
 _OVER_NETWORKS: dict[str, Any] = {"gloo": GlooTransport, "nccl": NcclTransport}
@@ -49,6 +50,7 @@ def weight_sync_of(config: R3Config, engine: Any) -> WeightSync:
         dtype=getattr(torch, settings.dtype),
         chunk_bytes=int(settings.weight_sync.chunk_mib * 2**20),
         timeout_s=settings.weight_sync.timeout_s,
+        on_running=checked_mode(settings.weight_sync.on_running),
         on_lost="remove" if settings.on_engine_lost == "remove" else "raise",
     )
 
@@ -82,15 +84,24 @@ def sample(
 
 def _transport(config: R3Config) -> str | Transport:
     """By name; with the address by which engines on other hosts reach this one, if there are any."""
-    engine, name = config.generator.inference_engine, config.generator.inference_engine.weight_sync.transport
-    far = [address for address in engine.addresses if not is_this_machine(address)]
-    if not far:
-        return name
-    if name not in _OVER_NETWORKS:
+    given = config.generator.inference_engine.weight_sync
+    far = [address for address in config.generator.inference_engine.addresses if not is_this_machine(address)]
+    if given.transport in _OVER_NETWORKS:
+        return _OVER_NETWORKS[given.transport](host=given.host or _address_towards(far), port=given.port)
+    if given.transport == "files" and given.folder:
+        return FilesTransport(given.folder)
+    if far:
         raise ConfigError(
-            f"generator.inference_engine.weight_sync.transport: expected one of {', '.join(_OVER_NETWORKS)} for an "
-            f"engine that may be on another host ({far[0]}), got {name}"
+            f"generator.inference_engine.weight_sync.transport: expected {' or '.join(_OVER_NETWORKS)}, or files in a "
+            f"weight_sync.folder that all hosts see, for an engine that may be on another host ({far[0]}), got "
+            f"{given.transport}{' without one' if given.transport == 'files' else ''}"
         )
+    return given.transport
+
+
+def _address_towards(far: Sequence[str]) -> str:
+    """Of this machine, by which it reaches the first of these engines."""
+    if not far:
+        return "127.0.0.1"
     parts = urlsplit(far[0])
-    host = local_address(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-    return _OVER_NETWORKS[name](host=host)
+    return local_address(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))

@@ -121,7 +121,13 @@ class GRPOTrainer:
         """The rollouts of `steps`, whose engine has the weights of the step before the first of them."""
         # The first rank has the engine; the others wait for its rollouts.
         staleness = self.config.trainer.max_staleness if self.engine is not None else 0
-        return RolloutsAhead(self.experience, steps, version=steps.start - 1, max_staleness=staleness)
+        return RolloutsAhead(
+            self.experience,
+            steps,
+            version=steps.start - 1,
+            max_staleness=staleness,
+            shared=isinstance(self.engine, EnginePool),
+        )
 
     def step(
         self, step: int, ahead: RolloutsAhead[Experience] | None = None

@@ -5,17 +5,20 @@ in groups of `sequence_parallel_size` that share each row.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from r3.config import R3Config, local_rank, process_rank
 from r3.diagnostics import RunFolder, require_sinks
 from r3.report import write_report
+from r3.weight_sync import local_address
 from trainer_hooks import checkpoint
 from trainer_hooks.engine_check import check_engine
 from trainer_hooks.engines import running_engines
@@ -90,6 +93,7 @@ def process_group() -> Iterator[None]:
     if process_rank()[1] > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank())
+        _choose_interface()
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -97,3 +101,19 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _choose_interface() -> None:
+    """Let gloo use the interface by which this host reaches the first one, unless the environment names another.
+
+    Its own choice is the address that the host name resolves to. On many hosts (Debian's, and most containers) that is
+    a loopback address, by which no other host can reach it.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if "GLOO_SOCKET_IFNAME" in os.environ or not address or not port:
+        return
+    own = local_address(address, int(port))
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.split("%")[0] == own for each in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return

@@ -27,15 +27,23 @@ class RolloutsAhead(Generic[Sampled]):
         steps: what is asked for, in this order.
         version: that the engine has, by number of training steps.
         max_staleness: in versions.
+        shared: the engines sample, sync and evaluate at a time, so `engine()` waits for nothing.
     """
 
     def __init__(
-        self, sample: Callable[[int], Sampled], steps: range, *, version: int = 0, max_staleness: int = 0
+        self,
+        sample: Callable[[int], Sampled],
+        steps: range,
+        *,
+        version: int = 0,
+        max_staleness: int = 0,
+        shared: bool = False,
     ) -> None:
         self._sample = sample
         self._steps = steps
         self._version = version
         self._max_staleness = max_staleness
+        self._shared = shared
         self._changed = threading.Condition()
         self._made: dict[int, Sampled] = {}
         self._error: BaseException | None = None
@@ -74,7 +82,10 @@ class RolloutsAhead(Generic[Sampled]):
 
     @contextlib.contextmanager
     def engine(self) -> Iterator[None]:
-        """Context in which nothing is sampled."""
+        """Context in which nothing is sampled, unless the engines are shared."""
+        if self._shared:
+            yield
+            return
         with self._changed:
             self._taken = True  # before the wait, so that the thread does not begin another step
             self._changed.wait_for(lambda: not self._sampling)

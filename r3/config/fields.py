@@ -69,6 +69,7 @@ def any_of(names: Sequence[str]) -> Range:
 SWITCH = Range("true or false", lambda value: True)
 NAME = Range("a name", lambda value: bool(value.strip()) and value.isprintable())
 PATH = Range("a path, or '' for none", lambda value: "\0" not in value)
+HOST = Range("a host name or address, or '' for none", lambda value: not set(value) & set("/ \t\n\0"))
 ADDRESSES = Range(
     "addresses, http://host:port, each once",
     lambda value: all(item.startswith(("http://", "https://")) for item in value) and len(set(value)) == len(value),

@@ -9,6 +9,7 @@ from typing import Any
 from r3.config.alarm_bounds import AlarmsConfig
 from r3.config.fields import (
     ADDRESSES,
+    HOST,
     NAME,
     OPEN,
     PATH,
@@ -25,6 +26,7 @@ from r3.config.fields import (
 DTYPES = ("float32", "bfloat16", "float16")
 MIXED_VERSIONS = ("keep", "invalidate", "drop")
 ON_ENGINE_LOST = ("raise", "remove")
+ON_RUNNING = ("wait", "abort", "keep")
 SINKS = ("tensorboard", "trackio", "wandb")
 TRANSPORTS = ("files", "gloo", "in_process", "ipc", "nccl")
 CORRECTIONS = ("none", "tis", "mis", "icepop", "gspo")
@@ -343,6 +345,30 @@ class WeightSyncConfig:
         "much slower with many experts, and one thing less to look at when a sync is in doubt.",
     )
     chunk_mib: float = setting(512.0, "Largest chunk.", above(0), unit="MiB")
+    folder: str = setting(
+        "",
+        "Where `files` go, the same path on all hosts; '' for a temporary folder of this one, in memory where it has a "
+        "RAM disk.",
+        PATH,
+    )
+    host: str = setting(
+        "",
+        "Address of the first rank's host by which engines on other hosts reach it, for `gloo` and `nccl`; '' for the "
+        "one from which it reaches the first of them.",
+        HOST,
+    )
+    port: int = setting(
+        0,
+        "Port at that address where trainer and engines meet, for a firewall to open; 0 for any that is free.",
+        between(0, 65535),
+        unit="port",
+    )
+    on_running: str = setting(
+        "wait",
+        "What a sync does with requests that run in one of several engines: `wait` for their end, `abort` them, after "
+        "which they are asked anew, or `keep` them, which go on by the new weights.",
+        one_of(ON_RUNNING),
+    )
     timeout_s: float = setting(600.0, "Longest wait for the engine or its workers in a sync.", above(0), unit="s")
 
 

@@ -75,6 +75,11 @@ class R3Config:
                 f"generator.inference_engine.num_engines: expected 1 beside addresses, which are engines that run, got "
                 f"{engine.num_engines}"
             )
+        if engine.weight_sync.on_running != "wait" and not engine.pooled:
+            problems.append(
+                f"generator.inference_engine.weight_sync.on_running={engine.weight_sync.on_running} needs addresses or "
+                "num_engines above 1: the one engine that the run starts is idle in a sync"
+            )
         if engine.enable_return_routed_experts:
             return problems
         if self.trainer.policy.fsdp_config.moe_enable_routing_replay:

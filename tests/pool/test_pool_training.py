@@ -96,3 +96,22 @@ def test_the_trainer_samples_with_servers_that_run_already(tmp_path):
         assert run.process.returncode == 0, output
         assert all(server.healthy() for server in servers)
     assert [step["sync/version"] for step in steps_of(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize("on_running", ["wait", "keep", "abort"])
+def test_the_trainer_samples_the_next_step_while_one_trains(tmp_path, on_running):
+    with pool_servers(2, "generator.inference_engine.max_num_seqs=256") as servers:
+        addresses = ",".join(server.url for server in servers)
+        run = Run(
+            f"generator.inference_engine.addresses=[{addresses}]",
+            f"generator.inference_engine.weight_sync.on_running={on_running}",
+            f"trainer.output_dir={tmp_path / 'run'}",
+            "trainer.max_staleness=1",
+            "trainer.max_steps=4",
+        )
+        output, _ = run.process.communicate(timeout=400)
+        assert run.process.returncode == 0, output
+    steps = steps_of(tmp_path / "run")
+    assert [step["sync/version"] for step in steps] == [1, 2, 3, 4]
+    assert all(step["routing/version_lag_max"] <= 1 for step in steps)
+    assert all(step["logprob_diff/replayed/k3"] < step["logprob_diff/live/k3"] for step in steps)

@@ -4,8 +4,10 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -25,13 +27,18 @@ def server_config(*more: str) -> r3.R3Config:
 
 
 class PoolServer:
-    """A server in a session of its own, at one address however often it is started."""
+    """A server in a session of its own, at one address however often it is started.
 
-    def __init__(self, config: r3.R3Config, folder: Path) -> None:
-        self._port = free_port()
+    With a `prefix` of its command it runs on another `host`, and is asked from there.
+    """
+
+    def __init__(self, config: r3.R3Config, folder: Path, host: str = "127.0.0.1", prefix: Sequence[str] = ()) -> None:
+        self.port = free_port()
+        self._host = host
+        self._prefix = prefix
         self._config = config
-        self._log = folder / f"server-{self._port}.log"
-        self.url = f"http://127.0.0.1:{self._port}"
+        self._log = folder / f"server-{self.port}.log"
+        self.url = f"http://{host}:{self.port}"
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
@@ -39,7 +46,7 @@ class PoolServer:
         extra = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
         with self._log.open("wb") as out:
             self.process = subprocess.Popen(
-                [*server_command(self._config), "--host", "127.0.0.1", "--port", str(self._port)],
+                [*self._prefix, *server_command(self._config), "--host", self._host, "--port", str(self.port)],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -54,6 +61,9 @@ class PoolServer:
             time.sleep(0.3)
 
     def healthy(self) -> bool:
+        if self._prefix:
+            ask = f"import urllib.request as u; u.urlopen({self.url + '/health'!r}, timeout=5)"
+            return subprocess.run([*self._prefix, sys.executable, "-c", ask], stderr=subprocess.DEVNULL).returncode == 0
         with contextlib.suppress(httpx.TransportError):
             return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
         return False

@@ -94,6 +94,15 @@ def test_a_sync_waits_for_the_step_that_is_sampled_and_goes_before_the_next():
         assert ahead.get(2) == (2, 1)
 
 
+def test_engines_that_sample_and_sync_at_a_time_are_not_waited_for():
+    engine = Engine()
+    with RolloutsAhead(engine.sample, range(1, 3), max_staleness=1, shared=True) as ahead:
+        assert engine.began[1].wait(SOON)
+        with ahead.engine():
+            pass
+        engine.everything()
+
+
 def test_steps_go_on_from_a_resumed_run_by_the_weights_that_it_pushed():
     engine, steps = Engine().everything(), range(4, 8)
     engine.version = 3
@@ -136,6 +145,13 @@ def test_a_step_is_given_once():
         ahead.get(2)
         with pytest.raises(CaptureError, match=r"step 2.*not given yet"):
             ahead.get(2)
+
+
+def test_one_engine_is_idle_in_a_sync_whatever_should_become_of_its_requests():
+    name = "generator.inference_engine.weight_sync.on_running=keep"
+    with pytest.raises(ConfigError, match=r"on_running=keep needs addresses"):
+        r3.R3Config.from_overrides([name]).check()
+    r3.R3Config.from_overrides([name, "generator.inference_engine.addresses=[http://host:8000]"]).check()
 
 
 def test_a_staleness_that_an_alarm_would_stop_is_refused():

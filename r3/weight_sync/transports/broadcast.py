@@ -25,13 +25,16 @@ class BroadcastTransport(Transport):
 
     Args:
         host: address of this machine by which the workers reach it. The default serves engines on the same machine.
+        port: that they meet at; 0 for any that is free. Then the ranks connect to each other at ports that gloo or NCCL
+            chooses (NCCL's by its variables, gloo's out of the system's range for such).
         device: from where to send. By default the CPU for gloo, the current GPU for NCCL.
     """
 
     group: ClassVar[type[Group]]
 
-    def __init__(self, host: str = "127.0.0.1", device: torch.device | str | None = None) -> None:
+    def __init__(self, host: str = "127.0.0.1", port: int = 0, device: torch.device | str | None = None) -> None:
         self._host = host
+        self._port = port
         self._device = torch.device(device) if device is not None else self._default_device()
         self._group: Group | None = None
         self._listener: socket.socket | None = None
@@ -51,7 +54,7 @@ class BroadcastTransport(Transport):
         if not kept:
             self.abort()
             # The port is bound here, and listened on from now on, so that no worker connects too early.
-            self._listener = socket.create_server((self._host, 0))
+            self._listener = self._listening()
             self._offer = {
                 "transport": self.name,
                 "connection_id": uuid.uuid4().hex,
@@ -60,6 +63,16 @@ class BroadcastTransport(Transport):
                 "size": workers + 1,
             }
         return self._offer
+
+    def _listening(self) -> socket.socket:
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        try:
+            return socket.create_server((self._host, self._port), family=family)
+        except OSError as error:
+            raise SyncError(
+                f"{self.name}: expected an address of this machine and a free port, by which workers reach it, got "
+                f"{self._host}:{self._port}: {error}"
+            ) from error
 
     def join(self, stop: Stop) -> None:
         if self._group is None:

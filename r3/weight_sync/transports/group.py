@@ -57,7 +57,8 @@ class Group(ABC):
         except Exception as error:
             raise SyncError(
                 f"rank {rank} of {self.size} (0 is the trainer) could not join the group at "
-                f"{offer['host']}:{offer['port']} within {timeout_s:g} s: {error}"
+                f"{offer['host']}:{offer['port']} within {timeout_s:g} s: {error}\nIf the others run, a firewall may "
+                "stand between: open the port that `port=` of the transport, or weight_sync.port, sets"
             ) from error
 
     @abstractmethod
