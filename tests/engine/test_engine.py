@@ -127,7 +127,9 @@ def test_gates_move_and_the_engine_follows_the_trainer(trainer, engine):
     assert to_new < 0.5 * to_old
 
 
-def test_rollouts_of_the_next_step_are_sampled_while_one_trains_and_replay_closes_their_gap_too(trainer):
+def test_rollouts_of_the_next_step_are_sampled_while_one_trains_and_replay_closes_their_gap_too(trainer, monkeypatch):
+    fewer = dataclasses.replace(trainer.config.trainer, train_batch_size=4)
+    monkeypatch.setattr(trainer, "config", dataclasses.replace(trainer.config, trainer=fewer))
     first = trainer.sync.version + 1
     steps = range(first, first + 3)
     lags = []

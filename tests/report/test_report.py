@@ -223,7 +223,7 @@ def has(inner, key):
 
 
 @given(changes=st.lists(st.tuples(PLACES, JSON), min_size=1, max_size=6))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_details_of_any_form_never_break_the_page(tmp_path_factory, changes):
     detail = details(random.Random(0), layers=2, experts=3, replay=True)
     detail["tokens"] = {side: values[:20] for side, values in detail["tokens"].items()}
@@ -245,7 +245,7 @@ def test_details_of_any_form_never_break_the_page(tmp_path_factory, changes):
         st.none() | st.floats() | st.text(max_size=3) | st.integers(),
     )
 )
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_metrics_of_any_form_never_break_the_page(tmp_path_factory, record):
     path = logged(tmp_path_factory.mktemp("run") / "run", [record, {}, record])
     page_of(path)
