@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -182,15 +181,6 @@ def decoder_layers(vllm_config: Any) -> int:
     return count() if count is not None else vllm_config.model_config.hf_text_config.num_hidden_layers
 
 
-def server_settings() -> frozenset[str]:
-    """Names of the settings of vLLM's HTTP server beside the engine's; they moved in 0.30."""
-    try:
-        from vllm.entrypoints.launchers.cli_args import FrontendArgs
-    except ModuleNotFoundError:
-        from vllm.entrypoints.openai.cli_args import FrontendArgs
-    return frozenset(field.name for field in fields(FrontendArgs))
-
-
 @contextmanager
 def routing_survives_merging() -> Iterator[None]:
     """Context that keeps routing when vLLM merges unread parts of a stream; until 0.30.
@@ -213,17 +203,3 @@ def routing_survives_merging() -> Iterator[None]:
         yield
     finally:
         RequestOutput.add = add
-
-
-class StreamsKeepRouting:
-    """ASGI middleware for `vllm serve --middleware`: `routing_survives_merging` for as long as the server runs."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "lifespan":
-            await self.app(scope, receive, send)
-            return
-        with routing_survives_merging():
-            await self.app(scope, receive, send)
