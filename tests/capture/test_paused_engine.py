@@ -60,8 +60,8 @@ def test_a_pause_without_end_is_told_at_the_deadline(server):
     start = time.monotonic()
     with pytest.raises(CaptureError, match=r"rejected the request for 1 s .*Generation is paused.*a complete sync"):
         Endpoint(url=server.url, timeout_s=1).ask("/v1/completions", {})
-    assert time.monotonic() - start < 2
-    assert 3 <= len(server.asked) <= 8, "neither given up at once, nor asked without a wait"
+    assert time.monotonic() - start < 5
+    assert 2 <= len(server.asked) <= 8, "neither given up at once, nor asked without a wait"
 
 
 @pytest.mark.parametrize(
