@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-browser test-newest test-oldest compat newest-seams test-trl test-verl test-skyrl test-swift test-mutants docs \
-	lint format env clean
+.PHONY: help demo test test-long test-browser test-newest test-oldest compat newest-seams test-trl test-verl test-skyrl test-swift \
+	test-mutants docs lint format env clean
 
 # Each engine is three processes that import vLLM: without bytecode each of them compiles it anew, for 15 s.
 unexport PYTHONDONTWRITEBYTECODE
