@@ -43,6 +43,18 @@ SEAMS: list[Seam] = [
     *_all("engines", "vllm:", "LLM", "SamplingParams", "AsyncEngineArgs"),
     *_all(
         "engines",
+        "vllm.engine.arg_utils:EngineArgs.",
+        "enable_return_routed_experts",
+        "scheduler_cls",
+        "worker_cls",
+        "worker_extension_cls",
+        "logprobs_mode",
+        "hf_overrides",
+        "compilation_config",
+        "kv_cache_memory_bytes",
+    ),
+    *_all(
+        "engines",
         "vllm.entrypoints.llm:LLM.",
         "generate",
         "collective_rpc(method, timeout, args)",
