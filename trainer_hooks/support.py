@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from packaging.version import Version
 
 from r3.errors import ConfigError, summary
+from r3.releases import unseen
+
+logger = logging.getLogger("r3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ class Seam:
 
 
 def require_seams(package: str, tested: str, seams: Iterable[Seam]) -> None:
-    """Raise unless the installed trainer has all `seams`.
+    """Raise unless the installed trainer has all `seams`; warn if it is a release that was not tested.
 
     Args:
         package: name of its distribution.
@@ -66,6 +70,7 @@ def require_seams(package: str, tested: str, seams: Iterable[Seam]) -> None:
         ConfigError: names what is missing or has other parameters.
     """
     problems = []
+    seams = list(seams)
     for seam in seams:
         if seam.target is None:
             problems.append(f"{seam.where}: not there")
@@ -80,6 +85,9 @@ def require_seams(package: str, tested: str, seams: Iterable[Seam]) -> None:
             f"{package} {installed_version(package)}: it has moved from what r3's hook relies on (tested with "
             f"{tested}). Install one of these, or turn replay off:{summary(problems)}"
         )
+    if str(version := installed_version(package)) != tested:
+        checked = f"the {len(seams)} functions that r3's hook relies on are there, and take what they took"
+        logger.warning("%s", unseen(package, str(version), tested, checked=checked, unknown="what they do now"))
 
 
 def installed_version(package: str) -> Version | None:

@@ -12,9 +12,12 @@ from r3.proxy import naming_proxy
 class Endpoint:
     """A server. Each request returns its JSON, None for an empty answer, or raises an error in plain words.
 
+    A request that a paused engine rejects (vLLM 0.33) is sent again until the engine takes it: it waits for the end of
+    a weight sync, as it does in the queue of other releases.
+
     Attributes:
         url: `http://host:port`, with or without `/v1` at its end.
-        timeout_s: of each request.
+        timeout_s: of each request, all its tries together.
         api_key: what the server was started with as `--api-key`.
     """
 
@@ -43,9 +46,14 @@ class Endpoint:
             raise CaptureError(f"url: expected http://host:port, got {self.url!r}")
         data = to_json(body)
         try:
-            content = HttpClient(base=self.base, api_key=self.api_key).send(path, data, self.timeout_s)
+            content = HttpClient(base=self.base, api_key=self.api_key).send_patiently(path, data, self.timeout_s)
         except StatusError as error:
             message = error.content[:500].decode(errors="replace")
+            if error.passes:
+                raise CaptureError(
+                    f"{url} rejected the request for {self.timeout_s:g} s ({message}). A weight sync took longer, or "
+                    "one failed and left the engine paused: a complete sync (WeightSync.push) heals it"
+                ) from error
             raise CaptureError(f"{url} answered with status {error.status}: {message or error.reason}") from error
         except (*FAILURES, ValueError) as error:
             cause = cause_of(error)

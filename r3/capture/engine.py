@@ -10,6 +10,7 @@ from r3.config import R3Config
 from r3.entry_points import SCHEDULER, WORKER, WORKER_EXTENSION, joined_extension
 from r3.errors import ConfigError
 from r3.vllm_compat.capture import capture_backend, rotary_kernel_fails
+from r3.vllm_compat.release import warn_of_unseen_vllm
 
 
 def engine_kwargs(config: R3Config) -> dict[str, Any]:
@@ -61,10 +62,11 @@ def capture_kwargs(
         capture: False leaves out what records routing: for syncs alone.
 
     Raises:
-        ConfigError: this vLLM cannot capture so.
+        ConfigError: this vLLM cannot capture so, or lacks what r3 relies on.
     """
     from vllm.platforms import current_platform
 
+    warn_of_unseen_vllm()
     kwargs: dict[str, Any] = {
         # Log-probabilities of the sampling distribution, temperature included, and not of the raw logits.
         "logprobs_mode": "processed_logprobs",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from r3.capture.engine import engine_kwargs, sampling_kwargs
 from r3.config import R3Config
 from r3.errors import ConfigError
-from r3.vllm_compat.capture import StreamsKeepRouting, server_settings
+from r3.vllm_compat.server import KeepsRollouts, server_module, server_settings
 
 Route = Literal["completions", "chat", "generate"]
 ROUTES: tuple[Route, ...] = ("completions", "chat", "generate")
@@ -29,7 +29,8 @@ def server_args(config: R3Config) -> list[str]:
     `--generation-config vllm` is added: without it the server fills what a request leaves out from the model's
     generation_config.json, and may cut the distribution that the log-probabilities are of. So is `--enable-scale-out`
     where vLLM has it: without it, `/inference/v1/generate` is not there. A middleware keeps the routing of streams,
-    which vLLM until 0.30 now and then loses.
+    which vLLM until 0.30 now and then loses, and lets requests wait while the server is paused, which vLLM from 0.33
+    rejects.
 
     Raises:
         ConfigError: as `engine_kwargs`.
@@ -48,7 +49,7 @@ def server_args(config: R3Config) -> list[str]:
             case _:
                 args += [flag, str(value)]
     args += ["--generation-config", "vllm"]
-    args += ["--middleware", f"{StreamsKeepRouting.__module__}.{StreamsKeepRouting.__qualname__}"]
+    args += ["--middleware", f"{KeepsRollouts.__module__}.{KeepsRollouts.__qualname__}"]
     return [*args, "--enable-scale-out"] if "enable_scale_out" in server_settings() else args
 
 
@@ -65,7 +66,7 @@ def server_command(config: R3Config) -> list[str]:
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *args]
+        return [sys.executable, "-m", server_module(), "--model", model, *args]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *args]
 
 

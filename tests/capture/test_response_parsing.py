@@ -21,6 +21,7 @@ import r3
 from r3.capture import collect, engine_kwargs, request_fields, sampling_kwargs, server_args, server_command
 from r3.capture.handshake import _require
 from r3.vllm_compat.capture import routing_survives_merging
+from r3.vllm_compat.server import ARGUMENTS, first_module
 
 CERTAIN = [{token: SimpleNamespace(logprob=0.0)} for token in (5, 6, 7)]
 
@@ -31,10 +32,7 @@ def parsed():
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    try:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    except ModuleNotFoundError:
-        from vllm.entrypoints.openai.cli_args import make_arg_parser
+    make_arg_parser = importlib.import_module(first_module(ARGUMENTS)).make_arg_parser
 
     def parse(args: list[str]):
         found = make_arg_parser(FlexibleArgumentParser()).parse_args(args)
@@ -76,7 +74,9 @@ def test_the_server_gets_what_the_offline_engine_gets(parsed, overrides):
     assert server.generation_config == "vllm"
     assert of_server.enable_scale_out
     # Also where the command `vllm` cannot run.
-    assert parsed(server_command(config)[3:])[1].model == str(DEMO_MODEL)
+    _, _, module, *rest = server_command(config)
+    found = parsed(rest[1:] if module.endswith("cli.main") else rest)[1]  # the command's "serve"
+    assert found.model == str(DEMO_MODEL)
 
 
 def test_requests_ask_for_what_the_offline_engine_is_asked(demo_config):

@@ -135,7 +135,7 @@ def test_two_builds_of_vllm_are_a_problem(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "status"), [("0.21.3", "problem"), ("0.22.0", "ok"), ("0.32.1+cpu", "ok"), ("0.33.0", "warning")]
+    ("version", "status"), [("0.21.3", "problem"), ("0.22.0", "ok"), ("0.33.1+cpu", "ok"), ("0.99.0", "warning")]
 )
 def test_versions_of_vllm(version, status):
     assert vllm_version("vllm", version).status == status

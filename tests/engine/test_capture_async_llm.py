@@ -285,6 +285,26 @@ def test_tokens_carry_the_version_under_which_they_came(engine, loop, spec):
     assert bool((versions[:-1].diff() >= 0).all())
 
 
+def test_a_rollout_that_comes_during_a_pause_is_not_lost(engine, loop, spec):
+    """It queues up to vLLM 0.32. From 0.33 the engine rejects it, and it begins anew."""
+
+    async def run():
+        await engine.pause_generation(mode="wait", clear_cache=False)
+        params = sampling(max_tokens=4, n=2)
+        asked = async_rollout(engine, request(prompts(1)[0]), params, spec, request_id="paused", version=lambda: 7)
+        running = asyncio.ensure_future(asked)
+        await asyncio.sleep(1.0)
+        assert not running.done()
+        await engine.resume_generation()
+        return (await running).items
+
+    items = loop.run_until_complete(run())
+    assert [len(item.token_ids) for item in items] == [4, 4]
+    for item in items:
+        assert item.weight_versions == (7,)
+        assert item.routing.rows_valid == len(item) - 1
+
+
 def test_outputs_in_parts_are_refused(engine, loop, spec):
     from vllm.sampling_params import RequestOutputKind
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 from places import ROOT
 
-from r3.doctor.packages import TORCH, TRANSFORMERS
-from r3.doctor.vllm_build import INSTALL_VLLM, SUPPORTED
+from r3.doctor.vllm_build import INSTALL_VLLM
+from r3.releases import TESTED
 
 try:
     import tomllib
@@ -118,7 +118,6 @@ def test_other_advice_is_not_taken_for_it(text: str):
 
 def test_doctor_names_the_versions_that_are_declared():
     lines = {*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["gpu"]}
-    vllm = f"vllm>={SUPPORTED[0]},<{SUPPORTED[1]}"
-    assert {vllm, f"torch>={TORCH}"} <= lines
-    assert any(line.startswith(f"transformers>={TRANSFORMERS},") for line in lines)
-    assert f"pip install '{vllm}'" in INSTALL_VLLM
+    assert {f"{name}>={TESTED[name].first}" for name in ("torch", "transformers", "vllm")} <= lines
+    assert PROJECT["requires-python"] == f">={TESTED['python'].first}"
+    assert f"pip install 'vllm>={TESTED['vllm'].first}'" in INSTALL_VLLM

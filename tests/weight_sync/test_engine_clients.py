@@ -166,3 +166,36 @@ def test_a_server_without_control_routes_is_told_how_to_get_them():
         with pytest.raises(SyncError, match="VLLM_SERVER_DEV_MODE=1"):
             engine_of(f"http://127.0.0.1:{made.server_port}").call("r3_status", timeout_s=10)
         made.shutdown()
+
+
+@pytest.mark.parametrize("healthy", [False, True])
+def test_a_server_that_hides_why_it_fails_is_asked_for_its_health(healthy):
+    """As vLLM 0.33 answers when its engine core has died, and when a call of its raises."""
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    hidden = b'{"error": {"message": "The server had an error while processing your request.", "code": 500}}'
+
+    class Hiding(BaseHTTPRequestHandler):
+        def do_GET(self):
+            sized = self.path.startswith("/get_world_size")
+            self.answer(200 if healthy or sized else 503, b'{"world_size": 1}' if sized else b"")
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(500, hidden)
+
+        def answer(self, status, body):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Hiding) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        said = r"r3_status failed: The server had an error" if healthy else r"the engine has died in r3_status"
+        with pytest.raises(SyncError, match=said):
+            engine_of(f"http://127.0.0.1:{made.server_port}").call("r3_status", timeout_s=10)
+        made.shutdown()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from r3.errors import SyncError
-from r3.vllm_compat.engines import version_setter
+from r3.vllm_compat.engines import pause_and_queue, version_setter
 from r3.weight_sync.engines.deadline import Deadline, answer_of
 from r3.weight_sync.engines.engine import Engine, Reply, RunningRequests, failed, require_replies
 from r3.weight_sync.engines.request_guard import Guard
@@ -14,8 +14,8 @@ from r3.weight_sync.engines.request_guard import Guard
 class AsyncEngine(Engine):
     """`vllm.v1.engine.async_llm.AsyncLLM` with all data-parallel ranks that its client reaches.
 
-    A paused engine queues requests, as vLLM's contract says; after `refuse` they raise. `EngineGenerateError` of vLLM
-    then has the `SyncError` as its cause.
+    A paused engine queues requests; after `refuse` they raise. `EngineGenerateError` of vLLM then has the `SyncError`
+    as its cause.
 
     Args:
         engine: the `AsyncLLM`.
@@ -57,8 +57,8 @@ class AsyncEngine(Engine):
         mode = "keep" if not served and self._on_running == "wait" else self._on_running
         try:
             self._run(
-                f"pause_generation(mode={mode!r})",
-                lambda: self.engine.pause_generation(mode=mode, clear_cache=False),
+                f"pause_scheduler(mode={mode!r})",
+                lambda: pause_and_queue(self.engine, mode),
                 deadline,
             )
         except BaseException:

@@ -18,9 +18,10 @@ HEALTH_TIMEOUT_S = 5.0
 
 
 class ServerEngine(Engine):
-    """A server with `VLLM_SERVER_DEV_MODE=1`, whose routes are the same from 0.22 to 0.32.
+    """A server with `VLLM_SERVER_DEV_MODE=1`, whose routes are the same from 0.22 to 0.33.
 
-    A paused server queues requests; it stays paused when this process ends, until a sync commits.
+    A paused server queues requests; it stays paused when this process ends, until a sync commits. One of vLLM 0.33 that
+    was not started with `server_args` rejects them with status 503, unless `on_running` is "keep".
 
     Args:
         url: `http://host:port`.
@@ -67,7 +68,7 @@ class ServerEngine(Engine):
         # Requests that an earlier pause has frozen must not be drained now, maybe with half-loaded weights.
         mode = "keep" if not served and self._on_running == "wait" else self._on_running
         try:
-            self._ask(f"/pause?mode={mode}&clear_cache=false", deadline, {})
+            self._ask(f"/pause?mode={mode}", deadline, {})
         except BaseException:
             if served:
                 # Queued behind the pause; waiting for it would take time that is not there.
@@ -79,7 +80,7 @@ class ServerEngine(Engine):
         self._ask("/resume", Deadline(timeout_s), {})
 
     def refuse(self, cause: str) -> None:
-        """Do nothing: requests to a paused server wait in its queue."""
+        """Do nothing: requests to a paused server wait, in its queue or (`HttpClient.send_patiently`) in the client."""
 
     def reset_caches(self, timeout_s: float) -> None:
         deadline = Deadline(timeout_s)
@@ -151,9 +152,19 @@ class ServerEngine(Engine):
             )
         if error.status in (401, 403):
             return SyncError(f"{self.name}: {operation}: status {error.status}: expected the server's api_key")
-        if error.status == 503 or "EngineDead" in message or "EngineCore encountered" in message:
+        # 0.33 hides from clients what killed the engine: its health tells.
+        if error.status == 503 or (error.status >= 500 and self._is_dead()):
             return SyncError(f"{self.name}: the engine has died in {operation} ({message}). Start it anew, then sync")
         return failed(f"{self.name} (status {error.status})", operation, message)
+
+    def _is_dead(self) -> bool:
+        try:
+            self._client.send("/health", None, HEALTH_TIMEOUT_S)
+        except StatusError as error:
+            return error.status == 503
+        except FAILURES:  # `_Health` and the next call speak of those
+            return False
+        return False
 
 
 class _Health:

@@ -1,0 +1,50 @@
+"""Releases of the libraries around r3: which were tested, and what is said of one that was not.
+
+A release that r3 has not seen is used, with a warning. What r3 needs of it is looked for: where that is missing, it is
+refused.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """Releases of a library.
+
+    Attributes:
+        first: the oldest that will do.
+        beyond: the first that nobody tried.
+    """
+
+    first: str
+    beyond: str
+
+    def has_seen(self, version: str) -> bool:
+        """Whether `version` is below `beyond`. One that is no number (a build from source: "dev") was not seen."""
+        from packaging.version import InvalidVersion, Version
+
+        try:
+            return Version(version) < Version(self.beyond)
+        except InvalidVersion:
+            return False
+
+
+# docs/reference/compatibility.md has what was seen with each.
+TESTED = {
+    "python": Tested(first="3.10", beyond="3.14"),
+    "torch": Tested(first="2.9", beyond="2.15"),
+    "transformers": Tested(first="5.9", beyond="5.24"),
+    "vllm": Tested(first="0.22", beyond="0.34"),
+}
+
+
+def unseen(package: str, version: str, tested: str, *, checked: str, unknown: str) -> str:
+    """What is said of a release that was not tested.
+
+    Args:
+        package, version: as installed.
+        tested: the releases that were.
+        checked: what was found to be there.
+        unknown: what could differ all the same.
+    """
+    return f"{package} {version}: r3 was tested with {tested}. Checked: {checked}. Unknown: {unknown}"
