@@ -250,6 +250,14 @@ _add("granitemoeshared", "GraniteMoeSharedForCausalLM", _granite, TWO, **SPARSE,
 _add("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", Formula(score=softmax, norm=1, weight="wg.weight"), TWO, **SPARSE)
 _add("hy_v3", "HYV3ForCausalLM", DEEPSEEK_V3)
 _add("hy_v4", "HYV4ForCausalLM", DEEPSEEK_V3)
+_add(
+    "hy_v4_vl",
+    "HYV4VLForConditionalGeneration",
+    DEEPSEEK_V3,
+    # 8 dimensions of a head rotate.
+    dict(rope_parameters=MROPE["rope_parameters"] | dict(mrope_section=[2, 1, 1])),
+    **VL_GATE,
+)
 
 _inkling = dict(
     swa_num_attention_heads=2,
@@ -276,6 +284,16 @@ _add("inkling_text", "InklingForCausalLM", _inkling_formula, _inkling_text, seed
 _inkling2 = {k: v for k, v in _inkling.items() if k != "logits_mup_width_multiplier"} | TWO
 _add("inkling2", "Inkling2ForConditionalGeneration", DEEPSEEK_V3, _inkling2, **VL_GATE, **SPARSE)
 _add("inkling2_text", "Inkling2ForCausalLM", DEEPSEEK_V3, _inkling2, **SPARSE)
+# Of one pass: attach refuses a decoder that runs its layers several times.
+_loop = _inkling2 | dict(
+    n_layers_per_attn_res_block=1,
+    loop_layer_index_start=1,
+    loop_layer_index_end=2,
+    loop_num_passes=1,
+    loop_gate_rank=4,
+)
+_add("inkling2_loop", "Inkling2LoopForConditionalGeneration", DEEPSEEK_V3, _loop, **VL_GATE, **SPARSE)
+_add("inkling2_loop_text", "Inkling2LoopForCausalLM", DEEPSEEK_V3, _loop, **SPARSE)
 
 _add(
     "jamba",
@@ -304,6 +322,13 @@ _add(
     "LagunaForCausalLM",
     Formula(score=sigmoid, norm=1, softcap=2.0),
     dict(moe_router_logit_softcapping=2.0),
+)
+_add(
+    "lara_mini",
+    "LaraMiniForCausalLM",
+    NORM_SOFTMAX,
+    dict(TWO, layer_types=["linear_attention", "full_attention"]),
+    **SPARSE,
 )
 _lfm2 = dict(layer_types=["conv", "full_attention", "conv"])
 _lfm2_router = dict(router="model.layers.{}.feed_forward.gate")
