@@ -10,9 +10,11 @@ import torch.distributed as dist
 from models import LAYERS, random_ids, tiny_moe, tokens
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3MoeForCausalLM
+from zoo import CASES
 
 import r3
 from r3.replay import context, patching
+from r3.wrappers import is_tuner
 
 
 def forward(model, **kwargs):
@@ -82,6 +84,27 @@ def test_a_wrapped_model_replays_as_the_plain_one(expected, wrapper, first):
     forward(wrapped.train(), routed_experts=random_ids()).square().mean().backward()
     gates = [p.grad for n, p in wrapped.named_parameters() if ".gate." in n and p.grad is not None]
     assert wrapper == "lora" or any(bool((g != 0).any()) for g in gates)
+
+
+SHARED = ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(target_modules=["q_a_proj"]), None),
+        (dict(target_modules="all-linear"), "the routers of 2 and the routed experts of 2, of 2 layers"),
+        (dict(target_modules=[f"shared_experts.{name}" for name in SHARED]), "adapts the routed experts of 2"),
+        # What the message says to do instead.
+        (dict(target_parameters=[f"shared_experts.{name}.weight" for name in SHARED]), None),
+    ],
+)
+def test_adapters_on_what_routing_is_about_are_said(settings, said, caplog):
+    model = CASES["deepseek_v3"].build()
+    r3.attach(peft.get_peft_model(model, peft.LoraConfig(r=2, **settings)))
+    assert [said in message for message in caplog.messages] == ([] if said is None else [True])
+    shared = model.model.layers[1].mlp.shared_experts
+    assert is_tuner(shared.gate_proj) == ("target_parameters" in settings)
 
 
 def test_a_router_replaced_after_attach_is_found():

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from r3.errors import SyncError, summary
 from r3.float32_weights import computes_in_float32, kept_in_float32
 from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization, gathered, is_sharded
-from r3.weight_sync.weights.peft_merge import is_tuner, live_choice, merged, tuned_module
-from r3.wrappers import CHECKPOINTED, COMPILED, flattened
+from r3.weight_sync.weights.peft_merge import live_choice, merged, tuned_module
+from r3.wrappers import CHECKPOINTED, COMPILED, flattened, is_tuner
 
 # Wrappers of one module: torch.compile, activation checkpointing.
 _TRANSPARENT = (COMPILED, CHECKPOINTED)
