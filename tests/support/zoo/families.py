@@ -335,7 +335,12 @@ _lfm2_router = dict(router="model.layers.{}.feed_forward.gate")
 _lfm2_formula = Formula(score=sigmoid, norm=1, eps=1e-6, scale=SCALE)
 _add("lfm2_moe", "Lfm2MoeForCausalLM", _lfm2_formula, _lfm2, **_lfm2_router)
 _add(
-    "lfm2_moe-no_bias", "Lfm2MoeForCausalLM", _lfm2_formula, _lfm2 | dict(use_expert_bias=False), seed=2, **_lfm2_router
+    "lfm2_moe-no_bias",
+    "Lfm2MoeForCausalLM",
+    _lfm2_formula,
+    _lfm2 | dict(use_expert_bias=False),
+    seed=15,
+    **_lfm2_router,
 )
 
 _llama4 = dict(moe_layers=[1, 2], intermediate_size_mlp=48)
@@ -523,11 +528,10 @@ class _Installed(dict[str, Case]):
         pytest.skip(f"transformers {transformers.__version__} cannot run {name}", allow_module_level=True)
 
 
-CASES = _Installed(
-    (name, case)
-    for name, case in _ALL.items()
-    if hasattr(transformers, case.architecture) and not listed(CANNOT_RUN, name)
-)
+_THERE = {name: case for name, case in _ALL.items() if hasattr(transformers, case.architecture)}
+CASES = _Installed((name, case) for name, case in _THERE.items() if not listed(CANNOT_RUN, name))
+ARCHITECTURES = sorted({case.architecture for case in _THERE.values()})
+"""Classes of the installed transformers that have a case, those that it cannot run among them."""
 
 # Folders of transformers.models with a router and without a case, and why.
 NOT_HERE: dict[str, str] = {

@@ -35,6 +35,7 @@ _NOTES = {
     "llama4": "transformers 5.24.0 itself cannot run the class with pictures (`image_outputs`)",
     "longcat_flash": "E counts the zero experts",
     "mistral_large4": "in transformers 5.24.0 itself reentrant checkpointing fails",
+    "qwen3_omni_moe": "transformers 5.9 names the whole model as its decoder: images are untried there",
     "zaya": "E counts the class that skips the experts",
 }
 
