@@ -1,4 +1,6 @@
-"""What may stand around a model or parts of it: torch.compile, activation checkpointing, FSDP."""
+"""What may stand around a model or parts of it: torch.compile, activation checkpointing, FSDP, PEFT."""
+
+import sys
 
 from torch import nn
 
@@ -36,3 +38,9 @@ def original_class(module: object) -> type:
     from torch.distributed.fsdp import FSDPModule
 
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def is_tuner(module: nn.Module) -> bool:
+    """Whether `module` is a layer with adapters of PEFT."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")  # made the layer, if it is one of PEFT's
+    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)

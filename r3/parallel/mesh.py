@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from r3.errors import ParallelError
+from r3.float32_weights import float32_gates
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,9 @@ def make_mesh(device_type: str, sequence_parallel_size: int = 1) -> Mesh:
 def shard_parameters(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype) -> nn.Module:
     """FSDP2 over all ranks, data and sequence: each decoder layer a unit, and a head with a weight of its own.
 
+    Routers whose weights transformers keeps in float32 (`_keep_in_fp32_modules_strict`: of ERNIE 4.5, and from 5.24 on
+    of DeepSeek, GLM and many others) are units of their own, which compute with float32, as `named_weights` sends them.
+
     Logits that the model returns are in `param_dtype`. Log-probabilities come from `fused_head`, attached before: it
     sums the products of the head in float32, as the engine does.
 
@@ -88,9 +92,14 @@ def shard_parameters(model: nn.Module, mesh: Mesh, *, param_dtype: torch.dtype) 
     device_type = mesh.device_mesh.device_type
     low = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     flat = mesh.device_mesh._flatten("fsdp") if mesh.device_mesh.size() > 1 else mesh.device_mesh["data"]
-    if not model.config.tie_word_embeddings:  # pyrefly: ignore
+    head = model.get_output_embeddings()  # pyrefly: ignore
+    if head.weight is not model.get_input_embeddings().weight:  # pyrefly: ignore
         # So that it is whole only while it is used, and its gradient is reduced before the layers'.
-        fully_shard(model.get_output_embeddings(), mesh=flat, mp_policy=low)  # pyrefly: ignore
+        fully_shard(head, mesh=flat, mp_policy=low)
+    if param_dtype != torch.float32:
+        full = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        for router in float32_gates(model):
+            fully_shard(router, mesh=flat, mp_policy=full)
     if device_type == "cuda" and mesh.device_mesh.size() > 1:
         return _accelerated(model, low)
     names = set(model._no_split_modules)  # pyrefly: ignore

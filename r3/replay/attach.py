@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import ReplayError, RoutingError
+from r3.replay.adapters import say_adapted
 from r3.replay.audit import require_all_replayed
 from r3.replay.context import KEYWORD, ForwardReport, ReplayContext, tokens_of
 from r3.replay.graph import mark_outputs
@@ -38,6 +39,7 @@ class Replay:
             self._patch.release()
             raise
         self._patch.replayed = True
+        say_adapted(model, [router.site for router in self._patch.routers])
 
     @property
     def spec(self) -> RoutingSpec:

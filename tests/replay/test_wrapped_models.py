@@ -7,12 +7,16 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from models import LAYERS, random_ids, tiny_moe, tokens
+from packaging.version import Version
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3MoeForCausalLM
+from zoo import CASES
 
 import r3
 from r3.replay import context, patching
+from r3.wrappers import is_tuner
 
 
 def forward(model, **kwargs):
@@ -84,6 +88,28 @@ def test_a_wrapped_model_replays_as_the_plain_one(expected, wrapper, first):
     assert wrapper == "lora" or any(bool((g != 0).any()) for g in gates)
 
 
+SHARED = ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("qwen3_moe", dict(target_modules=["q_proj"]), None),
+        ("qwen3_moe", dict(target_modules="all-linear"), "the routers of 2 and the routed experts of 2, of 2 layers"),
+        ("deepseek_v3", dict(target_modules=[f"shared_experts.{each}" for each in SHARED]), "the routed experts of 2,"),
+        # What the message says to do instead.
+        ("deepseek_v3", dict(target_parameters=[f"shared_experts.{each}.weight" for each in SHARED]), None),
+    ],
+)
+def test_adapters_on_what_routing_is_about_are_said(name, settings, said, caplog):
+    model = CASES[name].build()
+    r3.attach(peft.get_peft_model(model, peft.LoraConfig(r=2, **settings)))
+    assert [said in message for message in caplog.messages] == ([] if said is None else [True])
+    if name == "deepseek_v3":
+        shared = model.model.layers[1].mlp.shared_experts
+        assert is_tuner(shared.gate_proj) == (said is None)
+
+
 def test_a_router_replaced_after_attach_is_found():
     model = tiny_moe()
     r3.attach(model)
@@ -96,6 +122,9 @@ def compiled_graphs(model) -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.16"), reason="transformers cannot compile its grouped products"
+)
 def test_compiled_layers_share_one_graph_and_take_new_ids():
     layers = 10  # more than torch.compile recompiles before it gives up
     torch._dynamo.reset()

@@ -99,11 +99,16 @@ def picture(model: nn.Module, seed: int) -> dict[str, Tensor]:
 
 def tokens_of(model: nn.Module, given: dict[str, Tensor]) -> int:
     """How many tokens stand for an image."""
+    strategy = "vision_feature_select_strategy"  # Llama 4 has to be told before transformers 5.16
+    if strategy in inspect.signature(model.get_image_features).parameters:
+        given = given | {strategy: "default"}
     with torch.no_grad():
         found = model.get_image_features(**given, return_dict=True)
         features = getattr(found, "pooler_output", None)
         features = found.last_hidden_state if features is None else features
-    return sum(part.flatten(0, -2).shape[0] for part in features)
+    # One tensor, or one for each image.
+    parts = [features] if isinstance(features, Tensor) else features
+    return sum(part.flatten(0, -2).shape[0] for part in parts)
 
 
 @dataclasses.dataclass

@@ -4,12 +4,21 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from ports import free_port
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A rank's answer where the test has to be skipped; pytest's own exception cannot be pickled."""
+
+    reason: str
 
 
 class Ranks:
@@ -37,6 +46,8 @@ class Ranks:
     def run(self, function: Callable, *args: Any, timeout_s: float = 120.0) -> list[Any]:
         """What `function(*args)` returns on each rank; an exception is returned as one.
 
+        A test that is skipped on a rank is skipped.
+
         Raises:
             TimeoutError: a rank hangs. All ranks are ended.
         """
@@ -49,6 +60,9 @@ class Ranks:
                 self.close()
                 raise TimeoutError(f"rank {rank} of {function.__name__} hangs")
             results.append(pickle.loads(end.recv_bytes()))
+        for result in results:
+            if isinstance(result, Skipped):
+                pytest.skip(result.reason)
         return results
 
     def all(self, function: Callable, *args: Any, **options: Any) -> list[Any]:
@@ -92,6 +106,8 @@ def _serve(end: Any, rank: int, size: int, port: int, device: str) -> None:
 def _result(function: Callable, args: tuple[Any, ...]) -> Any:
     try:
         return function(*args)
+    except pytest.skip.Exception as skipped:
+        return Skipped(str(skipped))
     except Exception as error:
         error.__notes__ = [traceback.format_exc()]
         return error

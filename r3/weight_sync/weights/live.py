@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import SyncError, summary
+from r3.float32_weights import computes_in_float32, kept_in_float32
 from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization, gathered, is_sharded
-from r3.weight_sync.weights.peft_merge import is_tuner, live_choice, merged, tuned_module
-from r3.wrappers import CHECKPOINTED, COMPILED, flattened
+from r3.weight_sync.weights.peft_merge import live_choice, merged, tuned_module
+from r3.wrappers import CHECKPOINTED, COMPILED, flattened, is_tuner
 
 # Wrappers of one module: torch.compile, activation checkpointing.
 _TRANSPARENT = (COMPILED, CHECKPOINTED)
@@ -76,8 +77,7 @@ def live_weights(inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str,
         SyncError: weights that should be tied are two, or others are one; a weight is not whole.
     """
     _reshard(shard)
-    kept_in_float32 = sorted(getattr(inner, "_keep_in_fp32_modules_strict", None) or ())
-    keep = re.compile("|".join(kept_in_float32).replace("*", ".*") or "(?!)")
+    keep = kept_in_float32(inner)
     ignored = set(getattr(inner, "_keys_to_ignore_on_save", None) or ())
     weights = [weight for weight in _walk(inner, "", shard, keep) if weight.name not in ignored]
     parts = [weight for weight in weights if weight.source.shape != shapes.get(weight.name, weight.source.shape)]
@@ -123,7 +123,9 @@ def _walk(module: nn.Module, name: str, shard: Any, keep: re.Pattern) -> Iterato
         prefix = f"{name}." if name else ""
         for own, tensor in module._parameters.items():
             if tensor is not None:
-                source = _source(prefix + own, tensor, _reader(module, own, shard), bool(keep.search(prefix + own)))
+                # What the forward rounds is sent rounded: the engine's router is then the trainer's.
+                keeps = keep.search(prefix + own) is not None and computes_in_float32(shard)
+                source = _source(prefix + own, tensor, _reader(module, own, shard), keeps)
                 yield _NamedWeight(prefix + own, id(tensor), source)
         for own, tensor in module._buffers.items():
             if tensor is not None and own not in module._non_persistent_buffers_set:

@@ -35,9 +35,10 @@ def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tupl
     - Persistent buffers come too (correction biases of routers), others do not (rotary tables).
     - PEFT adapters are merged into what is sent, exactly as `merge_and_unload` would; the model itself keeps them
       apart. To send only an adapter see `adapter_weights`.
-    - `LazyWeight.keep_dtype` is set for buffers, and for what transformers itself keeps in float32: vLLM declares
-      these float32, and the trainer computes with float32, so that rounding them would change which experts are
-      chosen. All other weights may be cast: under mixed precision the trainer computes with cast ones too.
+    - `LazyWeight.keep_dtype` is set for buffers, and for what transformers itself keeps in float32 (the gates of many
+      routers) if the trainer computes with float32: rounding these would change which experts are chosen. All other
+      weights may be cast, and so may those that FSDP2 casts for the forward (`MixedPrecisionPolicy(param_dtype=...)`):
+      the trainer computes with cast ones too, and both sides have the same router.
 
     One weight is held whole at a time. For weights that are cut out of one tensor (experts), or merged together, that
     is the tensor that they are cut from; a view of it keeps it in memory.

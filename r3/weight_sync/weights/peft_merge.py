@@ -9,13 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from r3.errors import SyncError
-from r3.wrappers import original_class
-
-
-def is_tuner(module: nn.Module) -> bool:
-    """Whether `module` is a layer with adapters of PEFT."""
-    tuners = _peft("peft.tuners.tuners_utils")
-    return tuners is not None and isinstance(module, tuners.BaseTunerLayer)
+from r3.wrappers import is_tuner, original_class
 
 
 def live_choice(module: nn.Module) -> nn.Module | None:

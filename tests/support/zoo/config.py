@@ -64,6 +64,7 @@ TEXT = {
     **_DENSE_FIRST,
     **_ATTENTION,
     "vocab_size": VOCAB,
+    "unpadded_vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "intermediate_size": 48,
     "moe_intermediate_size": 16,

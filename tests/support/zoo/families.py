@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from transformers.models.aria import modeling_aria
 from transformers.models.deepseek_v4 import modeling_deepseek_v4
@@ -250,6 +250,14 @@ _add("granitemoeshared", "GraniteMoeSharedForCausalLM", _granite, TWO, **SPARSE,
 _add("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", Formula(score=softmax, norm=1, weight="wg.weight"), TWO, **SPARSE)
 _add("hy_v3", "HYV3ForCausalLM", DEEPSEEK_V3)
 _add("hy_v4", "HYV4ForCausalLM", DEEPSEEK_V3)
+_add(
+    "hy_v4_vl",
+    "HYV4VLForConditionalGeneration",
+    DEEPSEEK_V3,
+    # 8 dimensions of a head rotate.
+    dict(rope_parameters=MROPE["rope_parameters"] | dict(mrope_section=[2, 1, 1])),
+    **VL_GATE,
+)
 
 _inkling = dict(
     swa_num_attention_heads=2,
@@ -276,6 +284,16 @@ _add("inkling_text", "InklingForCausalLM", _inkling_formula, _inkling_text, seed
 _inkling2 = {k: v for k, v in _inkling.items() if k != "logits_mup_width_multiplier"} | TWO
 _add("inkling2", "Inkling2ForConditionalGeneration", DEEPSEEK_V3, _inkling2, **VL_GATE, **SPARSE)
 _add("inkling2_text", "Inkling2ForCausalLM", DEEPSEEK_V3, _inkling2, **SPARSE)
+# Of one pass: attach refuses a decoder that runs its layers several times.
+_loop = _inkling2 | dict(
+    n_layers_per_attn_res_block=1,
+    loop_layer_index_start=1,
+    loop_layer_index_end=2,
+    loop_num_passes=1,
+    loop_gate_rank=4,
+)
+_add("inkling2_loop", "Inkling2LoopForConditionalGeneration", DEEPSEEK_V3, _loop, **VL_GATE, **SPARSE)
+_add("inkling2_loop_text", "Inkling2LoopForCausalLM", DEEPSEEK_V3, _loop, **SPARSE)
 
 _add(
     "jamba",
@@ -305,12 +323,24 @@ _add(
     Formula(score=sigmoid, norm=1, softcap=2.0),
     dict(moe_router_logit_softcapping=2.0),
 )
+_add(
+    "lara_mini",
+    "LaraMiniForCausalLM",
+    NORM_SOFTMAX,
+    dict(TWO, layer_types=["linear_attention", "full_attention"]),
+    **SPARSE,
+)
 _lfm2 = dict(layer_types=["conv", "full_attention", "conv"])
 _lfm2_router = dict(router="model.layers.{}.feed_forward.gate")
 _lfm2_formula = Formula(score=sigmoid, norm=1, eps=1e-6, scale=SCALE)
 _add("lfm2_moe", "Lfm2MoeForCausalLM", _lfm2_formula, _lfm2, **_lfm2_router)
 _add(
-    "lfm2_moe-no_bias", "Lfm2MoeForCausalLM", _lfm2_formula, _lfm2 | dict(use_expert_bias=False), seed=2, **_lfm2_router
+    "lfm2_moe-no_bias",
+    "Lfm2MoeForCausalLM",
+    _lfm2_formula,
+    _lfm2 | dict(use_expert_bias=False),
+    seed=15,
+    **_lfm2_router,
 )
 
 _llama4 = dict(moe_layers=[1, 2], intermediate_size_mlp=48)
@@ -468,12 +498,25 @@ _add(
     **SPARSE,
 )
 
-# Families that the installed transformers lacks are not listed.
+# What fails in transformers by itself, without replay too: releases, cases, what happens. Families that the installed
+# release lacks, or cannot run, are not listed.
+CANNOT_RUN: dict[str, tuple[str, ...]] = {
+    # Its block looks for an attribute that it has not, where groups are limited.
+    "<5.13": ("deepseek_v2-group_limited", "deepseek_ocr2-group_limited"),
+    # The router has the width of an expert.
+    "<5.15": ("dbrx", "dbrx-l2"),
+    # Its forward looks for `image_outputs` where there are none.
+    "==5.24.*": ("llama4",),
+}
+NOT_REENTRANT: dict[str, tuple[str, ...]] = {
+    # Its rotary frequencies are trained from there on, and all layers share their graph, which the first one frees.
+    "==5.24.*": ("mistral_large4",),
+}
 
 
-# Before 5.13 DeepSeek V2's block looks for an attribute that it has not, where groups are limited; before 5.15 DBRX's
-# router has the width of an expert. There every forward fails, without replay too.
-_VERSION = Version(transformers.__version__)
+def listed(table: dict[str, tuple[str, ...]], name: str, release: str = transformers.__version__) -> bool:
+    """Whether the case `name` is in `table` for a release of transformers, by default the installed one."""
+    return any(name in names and SpecifierSet(releases).contains(release, True) for releases, names in table.items())
 
 
 class _Installed(dict[str, Case]):
@@ -485,13 +528,10 @@ class _Installed(dict[str, Case]):
         pytest.skip(f"transformers {transformers.__version__} cannot run {name}", allow_module_level=True)
 
 
-CASES = _Installed(
-    (name, case)
-    for name, case in _ALL.items()
-    if hasattr(transformers, case.architecture)
-    and not (Version("5.13") > _VERSION and name in ("deepseek_v2-group_limited", "deepseek_ocr2-group_limited"))
-    and not (Version("5.15") > _VERSION and case.architecture == "DbrxForCausalLM")
-)
+_THERE = {name: case for name, case in _ALL.items() if hasattr(transformers, case.architecture)}
+CASES = _Installed((name, case) for name, case in _THERE.items() if not listed(CANNOT_RUN, name))
+ARCHITECTURES = sorted({case.architecture for case in _THERE.values()})
+"""Classes of the installed transformers that have a case, those that it cannot run among them."""
 
 # Folders of transformers.models with a router and without a case, and why.
 NOT_HERE: dict[str, str] = {

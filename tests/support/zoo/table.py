@@ -11,7 +11,7 @@ from pathlib import Path
 
 import transformers
 
-from zoo import CASES
+from zoo import CANNOT_RUN, CASES, NOT_REENTRANT, listed
 
 PROVED = Path(__file__).with_name("proved.json")
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "models.md"
@@ -30,24 +30,35 @@ _NOTES = {
     "deepseek_v4": "the hash layers choose by token id: they need no routing, and have no column",
     "ernie4_5_vl_moe": "text only; an input with images raises",
     "jetmoe": "the experts of the MLP; attention heads are routed live. transformers cannot checkpoint it",
+    "inkling2_loop": "of one pass (`loop_num_passes=1`); `attach` refuses layers that run several times",
+    "inkling2_loop_text": "as `inkling2_loop`",
+    "llama4": "transformers 5.24.0 itself cannot run the class with pictures (`image_outputs`)",
     "longcat_flash": "E counts the zero experts",
+    "mistral_large4": "in transformers 5.24.0 itself reentrant checkpointing fails",
+    "qwen3_omni_moe": "transformers 5.9 names the whole model as its decoder: images are untried there",
     "zaya": "E counts the class that skips the experts",
 }
 
 _INTRO = """# Models
 
 What `tests/replay/test_every_model.py` found for every mixture-of-experts family of transformers, each as a whole tiny
-model with random weights and correction biases, on the CPU. The page is made by those tests:
+model with random weights and correction biases, on the CPU. The page is made by those tests, a column for each release
+that they ran with:
 
     .venv/bin/python -m pytest tests/replay/test_every_model.py --support-table
 
-- **exact**: replaying its own live routing gives logits bit-identical to live, in these dtypes, with each of
+**yes** is all of this:
+
+- *exact*: replaying its own live routing gives logits bit-identical to live, in float32 and bfloat16, with each of
   transformers' expert implementations that the family has (eager, grouped).
-- **formula**: foreign ids reach the experts of every layer as given; the weights equal the family's formula, written
+- *formula*: foreign ids reach the experts of every layer as given; the weights equal the family's formula, written
   independently in float64 (`tests/support/zoo/formulas.py`), and the gradient of every gate equals autograd's on it.
-- **checkpointing**: both modes give the gradients that none gives, over two micro-batches and one backward, with a live
+- *checkpointing*: both modes give the gradients that none gives, over two micro-batches and one backward, with a live
   and another replayed forward in between.
-- **mixed**: rows that are not valid are routed live beside replayed ones.
+- *mixed*: rows that are not valid are routed live beside replayed ones.
+
+What is missing, is missing in transformers itself: it cannot run or checkpoint the model in this way. **fails**: every
+forward of that release fails, without replay too. Empty: the release does not have the family.
 
 On one H200 (torch 2.11.0+cu130, transformers 5.17.0, commit b8c995a, `--device cuda`, deterministic algorithms) all 409
 tests of the 80 models of that version pass as well.
@@ -61,9 +72,6 @@ makes.
 _REFUSED = """
 ## Refused
 Expert ids do not determine what these routers do. `attach` refuses them by name.
-
-| model type | class | transformers | reason |
-|---|---|---|---|
 """
 
 
@@ -90,26 +98,30 @@ def add(passed: list[str], failed: list[str]) -> None:
 
 def page(proved: dict[str, dict[str, dict]]) -> str:
     """docs/reference/models.md of the outcomes `{transformers version: {case: checks}}`."""
-    versions = sorted(proved, key=lambda v: tuple(map(int, v.split("."))))
-    by_case: dict[str, dict[str, dict]] = defaultdict(dict)
-    for version in versions:
-        for name, checks in proved[version].items():
-            by_case[name][version] = checks
-    rows, refused = [], []
-    for name, results in sorted(by_case.items()):
-        last = results[max(results, key=versions.index)]
-        where = f"| `{name}` | {last['class']} | {', '.join(results)} |"
-        if "reason" in last:
-            refused.append(f"{where} {last['reason']} |")
-            continue
+    releases = sorted(proved, key=lambda release: tuple(map(int, release.split("."))))
+    replayed, refused = [], []
+    for name in sorted({name for found in proved.values() for name in found}):
+        results = {release: proved[release].get(name) for release in releases}
+        last = next(found for found in reversed(results.values()) if found)
+        note = last.get("reason") or _NOTES.get(name) or _NOTES.get(name.partition("-")[0], "")
+        cells = (_cell(name, release, found) for release, found in results.items())
+        row = f"| `{name}` | {last['class']} | {' | '.join(cells)} | {note} |"
+        (refused if "reason" in last else replayed).append(row)
 
-        def cell(what: str, results: dict[str, dict] = results) -> str:
-            """Variants that passed, with the versions where that is not in all."""
-            variants = sorted({v for r in results.values() for v in r.get(what, ())}, reverse=True)
-            where = {v: [version for version, r in results.items() if v in r.get(what, ())] for v in variants}
-            return ", ".join(v if len(where[v]) == len(results) else f"{v} ({', '.join(where[v])})" for v in variants)
+    def table(rows: list[str], last: str) -> str:
+        head = ("model type", "class", *releases, last)
+        return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows]) + "\n"
 
-        cells = (cell(what) or "no" for what in ("exact", "formula", "checkpointing", "mixed"))
-        rows.append(f"{where} {' | '.join(cells)} | {_NOTES.get(name.partition('-')[0], '')} |")
-    head = "| model type | class | transformers | exact | formula | checkpointing | mixed | note |\n|" + "---|" * 8
-    return "\n".join([_INTRO, head, *rows]) + "\n" + _REFUSED + "\n".join(refused) + "\n"
+    return f"{_INTRO}\n{table(replayed, 'note')}{_REFUSED}\n{table(refused, 'reason')}"
+
+
+def _cell(name: str, release: str, found: dict | None) -> str:
+    if found is None:
+        return "fails" if listed(CANNOT_RUN, name, release) else ""
+    if "reason" in found:
+        return "refused"
+    exact = [f"no {dtype}" for dtype in ("fp32", "bf16") if dtype not in found.get("exact", ())]
+    missing = exact + [f"no {what}" for what in ("formula", "checkpointing", "mixed") if what not in found]
+    if listed(NOT_REENTRANT, name, release):
+        missing.append("not reentrant")
+    return ", ".join(missing) or "yes"
