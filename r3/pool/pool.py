@@ -144,8 +144,7 @@ class EnginePool:
         try:
             with progress_bar(sum(part.sampling["n"] for part in parts), "rollouts", shown=progress) as show:
                 while not futures.wait([answers], _LOOK_S).done:
-                    show(sum(request.samples for request in list(requests) if request.answer.done()))
-                show(sum(request.samples for request in requests))
+                    show(lambda: sum(request.samples for request in list(requests) if request.answer.done()))
             return rollouts_of(parts, answers.result(), spec, prompt_start=prompt_start, on_error=on_error)
         except BaseException:
             answers.cancel()
