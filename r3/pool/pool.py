@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from r3.capture import Rollouts
 from r3.errors import CaptureError, EngineLostError, SyncError, summary
+from r3.http import base_url
 from r3.pool.clients import EngineClient, client_of
 from r3.pool.dispatch import Dispatcher
 from r3.pool.health import HealthCheck
@@ -214,8 +215,14 @@ class EnginePool:
             Its name.
 
         Raises:
-            SyncError: it has no worker extension, or does not answer.
+            SyncError: it has no worker extension, or does not answer; or it is in the pool, and not lost.
         """
+        name = base_url(engine) if isinstance(engine, str) else str(getattr(engine, "name", ""))
+        state = self.engines.get(name)
+        if state == MemberState.LOST and len(self.sync.engines) > 1:
+            self.leave(name)
+        elif state is not None:
+            raise SyncError(f"{name} is in the pool already, and {state}")
         adapter = self.sync.add(engine)
         try:
             version = _version_of(adapter, self.limits.health_timeout_s)
