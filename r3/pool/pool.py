@@ -332,6 +332,7 @@ class EnginePool:
     def _add(self, adapter: Engine, current: bool) -> None:
         state = MemberState.SERVING if current else MemberState.JOINING
         self._dispatcher.add(Member(self._make_client(adapter), state))
+        self._dispatcher.go_on()
 
     def _remove(self, name: str, cause: str) -> None:
         for member in [each for each in self._dispatcher.members if each.name == name]:
@@ -344,6 +345,7 @@ class EnginePool:
             if member.name in names:
                 member.state, member.missed = MemberState.SERVING, 0
                 self._dispatcher.update(member)
+        self._dispatcher.go_on()
 
     def _named(self, state: MemberState) -> list[str]:
         return [name for name, found in self.engines.items() if found == state]

@@ -35,6 +35,8 @@ SECONDS = 1e-3  # of a token
 class SimulatedHarness(PoolHarness):
     """Servers hold a number, and sample it: 1, 2 or 3 for the weights A, B and C."""
 
+    exact = True
+
     def __init__(self) -> None:
         super().__init__(FAST)
 
