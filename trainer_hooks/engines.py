@@ -25,7 +25,8 @@ def running_engines(config: R3Config) -> Iterator[Any]:
     """What samples, by the settings: a `vllm.LLM`, or an `EnginePool` over servers that are started or have addresses.
 
     Raises:
-        ConfigError: weights that cannot get to an address; more engines than GPUs.
+        ConfigError: weights that cannot get to an address; servers that hold the weights of an earlier run; more
+            engines than GPUs.
         CaptureError, SyncError: an engine does not start, or does not answer.
     """
     engine = config.generator.inference_engine
@@ -36,6 +37,11 @@ def running_engines(config: R3Config) -> Iterator[Any]:
     started = running_servers(config) if not engine.addresses else contextlib.nullcontext(engine.addresses)
     limits = PoolLimits(max_in_flight=engine.max_in_flight, request_timeout_s=engine.request_timeout_s)
     with started as addresses, EnginePool(weight_sync_of(config, addresses), limits) as pool:
+        if pool.version or set(pool.engines.values()) != {"serving"}:
+            raise ConfigError(
+                "generator.inference_engine.addresses: expected servers with the weights that they were started with, "
+                f"got version {pool.version} of an earlier run ({pool.engines}). Start them anew for each run"
+            )
         yield pool
 
 

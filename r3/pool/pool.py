@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from r3.capture import Rollouts
 from r3.errors import CaptureError, EngineLostError, SyncError, summary
+from r3.http import base_url
 from r3.pool.clients import EngineClient, client_of
 from r3.pool.dispatch import Dispatcher
 from r3.pool.health import HealthCheck
@@ -144,8 +145,7 @@ class EnginePool:
         try:
             with progress_bar(sum(part.sampling["n"] for part in parts), "rollouts", shown=progress) as show:
                 while not futures.wait([answers], _LOOK_S).done:
-                    show(sum(request.samples for request in list(requests) if request.answer.done()))
-                show(sum(request.samples for request in requests))
+                    show(lambda: sum(request.samples for request in list(requests) if request.answer.done()))
             return rollouts_of(parts, answers.result(), spec, prompt_start=prompt_start, on_error=on_error)
         except BaseException:
             answers.cancel()
@@ -215,8 +215,14 @@ class EnginePool:
             Its name.
 
         Raises:
-            SyncError: it has no worker extension, or does not answer.
+            SyncError: it has no worker extension, or does not answer; or it is in the pool, and not lost.
         """
+        name = base_url(engine) if isinstance(engine, str) else str(getattr(engine, "name", ""))
+        state = self.engines.get(name)
+        if state == MemberState.LOST and len(self.sync.engines) > 1:
+            self.leave(name)
+        elif state is not None:
+            raise SyncError(f"{name} is in the pool already, and {state}")
         adapter = self.sync.add(engine)
         try:
             version = _version_of(adapter, self.limits.health_timeout_s)
@@ -326,6 +332,7 @@ class EnginePool:
     def _add(self, adapter: Engine, current: bool) -> None:
         state = MemberState.SERVING if current else MemberState.JOINING
         self._dispatcher.add(Member(self._make_client(adapter), state))
+        self._dispatcher.go_on()
 
     def _remove(self, name: str, cause: str) -> None:
         for member in [each for each in self._dispatcher.members if each.name == name]:
@@ -338,6 +345,7 @@ class EnginePool:
             if member.name in names:
                 member.state, member.missed = MemberState.SERVING, 0
                 self._dispatcher.update(member)
+        self._dispatcher.go_on()
 
     def _named(self, state: MemberState) -> list[str]:
         return [name for name, found in self.engines.items() if found == state]

@@ -3,22 +3,23 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, what: str, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Context with a function that takes how many of `total` are done. Shows nothing unless `shown`."""
-    if not shown or not sys.stderr.isatty():
+def progress_bar(total: int, what: str, *, shown: bool) -> Iterator[Callable[[Callable[[], int]], Any]]:
+    """Context with a function that asks how many of `total` are done, and shows it. Shows nothing unless `shown`."""
+    bar_class = _tqdm() if shown and sys.stderr.isatty() else None
+    if bar_class is None:
         yield lambda done: None
         return
+    with bar_class(total=total, unit=f" {what}", dynamic_ncols=True, leave=False) as bar:
+        yield lambda done: bar.update(done() - bar.n)
+
+
+def _tqdm() -> Any:
     try:
         from tqdm import tqdm
     except ImportError:
-        yield lambda done: None
-        return
-    with tqdm(total=total, unit=f" {what}", dynamic_ncols=True, leave=False) as bar:
-
-        def show(done: int) -> None:
-            bar.update(done - bar.n)
-
-        yield show
+        return None
+    return tqdm

@@ -2,7 +2,7 @@
 
 import pytest
 from pool_harness import PoolHarness
-from pool_schedules import KINDS, pool_schedule
+from pool_schedules import pool_schedule
 
 pytestmark = [pytest.mark.engine, pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -19,8 +19,3 @@ def harness():
 def test_every_rollout_comes_once_and_every_sync_commits_or_is_named_and_healed(harness, seed):
     outcome = harness.run(pool_schedule(seed))
     assert not outcome.violations, f"{pool_schedule(seed)}\n{outcome}"
-
-
-def test_schedules_are_the_same_every_time_and_every_fault_comes_in_100():
-    assert [str(pool_schedule(seed)) for seed in range(50)] == [str(pool_schedule(seed)) for seed in range(50)]
-    assert {pool_schedule(seed).fault.kind for seed in range(100)} == KINDS.keys()

@@ -95,6 +95,10 @@ def test_the_trainer_samples_with_servers_that_run_already(tmp_path):
         output, _ = run.process.communicate(timeout=400)
         assert run.process.returncode == 0, output
         assert all(server.healthy() for server in servers)
+        again = Run(f"generator.inference_engine.addresses=[{addresses}]", f"trainer.output_dir={tmp_path / 'again'}")
+        output, _ = again.process.communicate(timeout=200)
+        assert again.process.returncode != 0
+        assert "got version 2 of an earlier run" in output
     assert [step["sync/version"] for step in steps_of(tmp_path / "run")] == [1, 2]
 
 

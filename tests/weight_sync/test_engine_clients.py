@@ -100,10 +100,10 @@ def test_a_loop_that_does_not_run_is_told(two_cores):
 
     engine, _ = two_cores
     with pytest.raises(SyncError, match="runs on no event loop yet"):
-        AsyncEngine(engine._engine, "wait").call("r3_status", timeout_s=5)
+        AsyncEngine(engine.engine, "wait").call("r3_status", timeout_s=5)
     still = asyncio.new_event_loop()
     with pytest.raises(SyncError, match="does not run"):
-        AsyncEngine(engine._engine, "wait", still).call("r3_status", timeout_s=5)
+        AsyncEngine(engine.engine, "wait", still).call("r3_status", timeout_s=5)
     still.close()
 
 

@@ -48,6 +48,7 @@ def test_from_the_commit_on_a_sync_goes_on_without_a_lost_engine(point, caplog):
     with caplog.at_level(logging.WARNING, logger="r3"):
         receipt = sync.push(WEIGHTS.items(), version=1)
     assert receipt.version == sync.version == 1
+    assert receipt.workers == 2
     assert list(sync.lost) == ["b"]
     assert f"goes on without b, which is lost: b: no answer to {point}" in caplog.text
     assert committed(a, 1)

@@ -10,7 +10,7 @@ class SyncReceipt:
     Attributes:
         version: committed, the same on every worker.
         digest: of names and content of all tensors, equal on both sides.
-        workers: number of workers of all engines; each has acknowledged.
+        workers: number of workers of all engines that were not lost; each has acknowledged.
         tensors, chunks: what was sent.
         bytes: of the tensors.
         sent_bytes: handed to the transport: less than `bytes` if only changes were sent.

@@ -272,10 +272,11 @@ class WeightSync:
             raise
         self.poisoned = None
         self.version = version
+        left = {engine.name for engine in self.engines}
         return SyncReceipt(
             version=version,
             digest=total,
-            workers=len(answers),
+            workers=sum(answer["engine"] in left for answer in answers),
             tensors=len(manifest),
             chunks=progress.chunks,
             bytes=progress.bytes,
