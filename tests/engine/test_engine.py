@@ -128,8 +128,9 @@ def test_gates_move_and_the_engine_follows_the_trainer(trainer, engine):
 
 
 def test_rollouts_of_the_next_step_are_sampled_while_one_trains_and_replay_closes_their_gap_too(trainer, monkeypatch):
-    fewer = dataclasses.replace(trainer.config.trainer, train_batch_size=4)
-    monkeypatch.setattr(trainer, "config", dataclasses.replace(trainer.config, trainer=fewer))
+    few = ["trainer.train_batch_size=4", "generator.sampling_params.max_generate_length=24"]
+    path = trainer.config.trainer.policy.model.path
+    monkeypatch.setattr(trainer, "config", r3.R3Config.from_overrides(few, {"trainer.policy.model.path": path}))
     first = trainer.sync.version + 1
     steps = range(first, first + 3)
     lags = []
