@@ -127,6 +127,7 @@ def test_gates_move_and_the_engine_follows_the_trainer(trainer, engine):
     assert to_new < 0.5 * to_old
 
 
+@pytest.mark.long
 def test_rollouts_of_the_next_step_are_sampled_while_one_trains_and_replay_closes_their_gap_too(trainer, monkeypatch):
     few = ["trainer.train_batch_size=4", "generator.sampling_params.max_generate_length=24"]
     path = trainer.config.trainer.policy.model.path
