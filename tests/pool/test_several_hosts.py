@@ -26,12 +26,12 @@ def hosts():
         yield made
 
 
-@pytest.fixture(scope="module")
-def engine(hosts, tmp_path_factory):
+@pytest.fixture
+def engine(hosts, tmp_path):
     """A server on the third host. It is asked from there: this machine's own network does not reach it."""
     server = PoolServer(
         server_config("generator.inference_engine.max_num_seqs=256"),
-        tmp_path_factory.mktemp("server"),
+        tmp_path,
         host=hosts.addresses[2],
         prefix=hosts.command(2, []),
     )
@@ -114,9 +114,7 @@ def test_a_port_that_is_taken_is_named(hosts, engine, tmp_path):
         f"generator.inference_engine.weight_sync.port={SYNC_PORT}",
     )
     assert all(codes)
-    assert f"a free port, by which workers reach it, got {hosts.addresses[0]}:{SYNC_PORT}" in outputs[0], outputs[0][
-        -3000:
-    ]
+    assert f"a free port, by which workers reach it, got {hosts.addresses[0]}:{SYNC_PORT}" in outputs[0]
 
 
 HOLD = """
