@@ -152,8 +152,9 @@ class ServerEngine(Engine):
             )
         if error.status in (401, 403):
             return SyncError(f"{self.name}: {operation}: status {error.status}: expected the server's api_key")
+        told = error.status == 503 or "EngineDead" in message or "EngineCore encountered" in message
         # 0.33 hides from clients what killed the engine: its health tells.
-        if error.status == 503 or (error.status >= 500 and self._is_dead()):
+        if told or (error.status >= 500 and self._is_dead()):
             return SyncError(f"{self.name}: the engine has died in {operation} ({message}). Start it anew, then sync")
         return failed(f"{self.name} (status {error.status})", operation, message)
 
@@ -162,8 +163,8 @@ class ServerEngine(Engine):
             self._client.send("/health", None, HEALTH_TIMEOUT_S)
         except StatusError as error:
             return error.status == 503
-        except FAILURES:  # `_Health` and the next call speak of those
-            return False
+        except FAILURES as error:
+            return isinstance(cause_of(error), ConnectionRefusedError)  # it ends soon after its engine
         return False
 
 
