@@ -19,9 +19,10 @@ from r3.own_methods import code_of, on_copy, set_aside
 from r3.replay.discovery import ROUTE, RouterSite
 from r3.replay.families import family_of
 from r3.replay.topk import Choice, TopKRecorder, TopKSubstitution
-from r3.wrappers import unwrapped
+from r3.wrappers import original_class, unwrapped
 
 _TOKENS = 64
+_FSDP_STATE = "__composable_api"  # what `fully_shard` keeps in a module's attributes
 
 
 class _NotReplayable(Exception):
@@ -48,8 +49,21 @@ def _code(module: nn.Module, method: str) -> Callable:
     return code
 
 
+def _unsharded(module: nn.Module) -> nn.Module:
+    """`module` as it was before `fully_shard`, which forbids copies of its units; shares everything with `module`."""
+    plain = object.__new__(original_class(module))
+    plain.__dict__ = {name: value for name, value in vars(module).items() if not name.startswith(_FSDP_STATE)}
+    children = module._modules.items()
+    plain._modules = {name: None if child is None else _unsharded(child) for name, child in children}
+    return plain
+
+
 def _random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy of `module` with random weights, without hooks or wrappers."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(inner, FSDPModule) for inner in module.modules()):
+        module = _unsharded(module)
     memo: dict[int, Any] = {id(t): _fresh(t, generator) for t in (*module.parameters(), *module.buffers())}
     # Hooks are shared, not copied: they may hold on to the whole model.
     for inner in module.modules():

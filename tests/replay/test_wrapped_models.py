@@ -10,11 +10,13 @@ import torch.distributed as dist
 import transformers
 from models import LAYERS, random_ids, tiny_moe, tokens
 from packaging.version import Version
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3MoeForCausalLM
 from zoo import CASES
 
 import r3
+from r3.parallel import make_mesh, shard_parameters
 from r3.replay import context, patching
 from r3.wrappers import is_tuner
 
@@ -86,6 +88,28 @@ def test_a_wrapped_model_replays_as_the_plain_one(expected, wrapper, first):
     forward(wrapped.train(), routed_experts=random_ids()).square().mean().backward()
     gates = [p.grad for n, p in wrapped.named_parameters() if ".gate." in n and p.grad is not None]
     assert wrapper == "lora" or any(bool((g != 0).any()) for g in gates)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("first", ["attach", "wrap"])
+def test_a_router_that_is_an_fsdp_unit_of_its_own(first):
+    """As `shard_parameters` makes one of a router that transformers keeps in float32."""
+    case = CASES["ernie4_5_moe"]
+    model = case.build()
+    replay = r3.attach(model) if first == "attach" else None
+    shard_parameters(model, make_mesh("cpu"), param_dtype=torch.bfloat16)
+    routers = [router for _, router in case.routers(model)]
+    assert all(isinstance(router, FSDPModule) for router in routers)
+    replay = replay or r3.attach(model)
+    with torch.no_grad(), r3.record(model) as recorder:
+        live = model(**case.inputs()).logits
+    replayed = model(**case.inputs(), routed_experts=recorder.routing).logits
+    assert torch.equal(replayed, live)
+    assert replay.last.routers == len(routers)
+    replayed.float().square().mean().backward()
+    assert all(router.weight.grad.full_tensor().any() for router in routers)
+    replay.detach()
+    assert torch.equal(model(**case.inputs()).logits, live)
 
 
 SHARED = ["gate_proj", "up_proj", "down_proj"]
