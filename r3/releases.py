@@ -33,7 +33,7 @@ class Tested:
 TESTED = {
     "python": Tested(first="3.10", beyond="3.14"),
     "torch": Tested(first="2.9", beyond="2.15"),
-    "transformers": Tested(first="5.9", beyond="5.24"),
+    "transformers": Tested(first="5.9", beyond="5.25"),
     "vllm": Tested(first="0.22", beyond="0.34"),
 }
 

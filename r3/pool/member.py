@@ -6,6 +6,7 @@ from enum import Enum
 
 from r3.pool.clients.client import EngineClient
 from r3.pool.request import Request
+from r3.weight_sync import Engine
 
 
 class MemberState(str, Enum):
@@ -64,3 +65,10 @@ class Member:
         del self.in_flight[request]
         self.load -= request.tokens
         self.sequences -= request.samples
+
+
+def version_of(adapter: Engine, timeout_s: float) -> int | None:
+    """The version that all workers hold, -1 before a sync; None if they differ or are poisoned."""
+    replies = adapter.replies("r3_status", [], timeout_s)
+    versions = {-1 if reply["version"] is None else reply["version"] for reply in replies}
+    return None if len(versions) > 1 or any(reply["cause"] for reply in replies) else versions.pop()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -17,7 +18,7 @@ from r3.pool.dispatch import Dispatcher
 from r3.pool.health import HealthCheck
 from r3.pool.limits import PoolLimits
 from r3.pool.loop import LoopThread
-from r3.pool.member import Member, MemberState
+from r3.pool.member import Member, MemberState, version_of
 from r3.pool.progress import progress_bar
 from r3.pool.request import Answer, Request
 from r3.pool.samples import Part, parts_of, rollouts_of
@@ -62,6 +63,7 @@ class EnginePool:
         self._make_client = client
         self._thread = LoopThread()
         self._closed = False
+        self._members = threading.RLock()  # engines join and leave between syncs
         self._receipt: SyncReceipt | None = None
         limits = self.limits
         self._dispatcher = Dispatcher(
@@ -77,7 +79,7 @@ class EnginePool:
             request_timeout_s=limits.request_timeout_s,
         )
         try:
-            standing = {adapter: _version_of(adapter, limits.health_timeout_s) for adapter in sync.engines}
+            standing = {adapter: version_of(adapter, limits.health_timeout_s) for adapter in sync.engines}
             newest = max((version for version in standing.values() if version is not None), default=-1)
             self._dispatcher.version = max(newest, 0)
             for adapter, version in standing.items():
@@ -185,24 +187,8 @@ class EnginePool:
             SyncError: it did not commit everywhere. The next push heals.
             EngineLostError: engines were removed, and the ranks that `agree` have to push again together.
         """
-        weights = list(named_tensors)
-        if self.sync.removes_lost:  # waiting for them once more would take a timeout
-            for name in self._named(MemberState.LOST)[: len(self.sync.engines) - 1]:
-                logger.warning("engine %s is removed from the pool: it was lost since the last sync", name)
-                self.leave(name)
-        with self._held():
-            while True:
-                try:
-                    receipt = self.sync.push(weights, version=version, frozen=frozen, agree=agree)
-                except EngineLostError:
-                    self._remove_lost()
-                    if agree is not None:
-                        raise
-                    continue
-                self._remove_lost()
-                self._receipt = receipt
-                self._thread.call(lambda: self._committed({each.name for each in self.sync.engines}, version))
-                return receipt
+        with self._members:
+            return self._push([*named_tensors], version, frozen, agree)
 
     def join(self, engine: Any) -> str:
         """Add an engine between syncs. It takes requests once it holds the current version: from the next `push` on, or
@@ -217,21 +203,8 @@ class EnginePool:
         Raises:
             SyncError: it has no worker extension, or does not answer; or it is in the pool, and not lost.
         """
-        name = base_url(engine) if isinstance(engine, str) else str(getattr(engine, "name", ""))
-        state = self.engines.get(name)
-        if state == MemberState.LOST and len(self.sync.engines) > 1:
-            self.leave(name)
-        elif state is not None:
-            raise SyncError(f"{name} is in the pool already, and {state}")
-        adapter = self.sync.add(engine)
-        try:
-            version = _version_of(adapter, self.limits.health_timeout_s)
-            current = version is not None and max(version, 0) == self.version
-            self._thread.call(lambda: self._add(adapter, current))
-        except BaseException:
-            self.sync.remove(adapter.name)
-            raise
-        return adapter.name
+        with self._members:
+            return self._join(engine)
 
     def leave(self, name: str) -> None:
         """Remove an engine between syncs. Requests that it has move to others.
@@ -239,8 +212,9 @@ class EnginePool:
         Raises:
             SyncError: no engine has this name, or it is the only one.
         """
-        self.sync.remove(name)
-        self._thread.call(lambda: self._remove(name, "it has left the pool"))
+        with self._members:
+            self.sync.remove(name)
+            self._thread.call(lambda: self._remove(name, "it has left the pool"))
 
     def catch_up(self, named_tensors: Iterable[tuple[str, Weight]]) -> SyncReceipt | None:
         """Commit the current version on the engines that join, while the others go on. None if none joins.
@@ -252,14 +226,15 @@ class EnginePool:
             SyncError: no push came before; other weights than it sent, which poisons the engines that join; or the sync
                 did not commit on them.
         """
-        names = self._named(MemberState.JOINING)
-        if not names:
-            return None
-        if self._receipt is None:
-            raise SyncError("catch_up: expected a push before, whose weights the engines that join can get; push")
-        receipt = self.sync.push_to(names, named_tensors, like=self._receipt)
-        self._thread.call(lambda: self._committed(set(names), self.version))
-        return receipt
+        with self._members:
+            names = self._named(MemberState.JOINING)
+            if not names:
+                return None
+            if self._receipt is None:
+                raise SyncError("catch_up: expected a push before, whose weights the engines that join can get; push")
+            receipt = self.sync.push_to(names, named_tensors, like=self._receipt)
+            self._thread.call(lambda: self._committed(set(names), self.version))
+            return receipt
 
     def require_committed(self) -> None:
         """Raise `SyncError` if the engines' weights cannot be trusted."""
@@ -327,12 +302,29 @@ class EnginePool:
             self._dispatcher.forget(requests)
             raise
 
-    # -- members, on the loop's thread --------------------------------------------------------------------------------
+    # -- members ------------------------------------------------------------------------------------------------------
 
     def _add(self, adapter: Engine, current: bool) -> None:
         state = MemberState.SERVING if current else MemberState.JOINING
         self._dispatcher.add(Member(self._make_client(adapter), state))
         self._dispatcher.go_on()
+
+    def _join(self, engine: Any) -> str:
+        name = base_url(engine) if isinstance(engine, str) else str(getattr(engine, "name", ""))
+        state = self.engines.get(name)
+        if state == MemberState.LOST and len(self.sync.engines) > 1:
+            self.leave(name)
+        elif state is not None:
+            raise SyncError(f"{name} is in the pool already, and {state}")
+        adapter = self.sync.add(engine)
+        try:
+            version = version_of(adapter, self.limits.health_timeout_s)
+            current = version is not None and max(version, 0) == self.version
+            self._thread.call(lambda: self._add(adapter, current))
+        except BaseException:
+            self.sync.remove(adapter.name)
+            raise
+        return adapter.name
 
     def _remove(self, name: str, cause: str) -> None:
         for member in [each for each in self._dispatcher.members if each.name == name]:
@@ -351,6 +343,31 @@ class EnginePool:
         return [name for name, found in self.engines.items() if found == state]
 
     # -- syncs --------------------------------------------------------------------------------------------------------
+
+    def _push(
+        self,
+        weights: list[tuple[str, Weight]],
+        version: int,
+        frozen: Sequence[str],
+        agree: Callable[[], Any] | None,
+    ) -> SyncReceipt:
+        if self.sync.removes_lost:  # waiting for them once more would take a timeout
+            for name in self._named(MemberState.LOST)[: len(self.sync.engines) - 1]:
+                logger.warning("engine %s is removed from the pool: it was lost since the last sync", name)
+                self.leave(name)
+        with self._held():
+            while True:
+                try:
+                    receipt = self.sync.push(weights, version=version, frozen=frozen, agree=agree)
+                except EngineLostError:
+                    self._remove_lost()
+                    if agree is not None:
+                        raise
+                    continue
+                self._remove_lost()
+                self._receipt = receipt
+                self._thread.call(lambda: self._committed({each.name for each in self.sync.engines}, version))
+                return receipt
 
     def _remove_lost(self) -> None:
         for name, cause in dict(self.sync.lost).items():
@@ -380,10 +397,3 @@ class EnginePool:
             if time.monotonic() > until:
                 raise SyncError(f"{', '.join(names)}: expected idle engines for a sync, got requests in flight")
             time.sleep(0.01)
-
-
-def _version_of(adapter: Engine, timeout_s: float) -> int | None:
-    """The version that all workers hold, -1 before a sync; None if they differ or are poisoned."""
-    replies = adapter.replies("r3_status", [], timeout_s)
-    versions = {-1 if reply["version"] is None else reply["version"] for reply in replies}
-    return None if len(versions) > 1 or any(reply["cause"] for reply in replies) else versions.pop()

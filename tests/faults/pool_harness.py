@@ -157,7 +157,9 @@ class PoolHarness:
 
     def _rollouts(self, pool: EnginePool, schedule: PoolSchedule, held: dict[int, str], outcome: Outcome) -> None:
         """Each rollout comes once, with the tokens of the weights that it names."""
-        found: Rollouts = pool.generate(self._prompts, SAMPLING | {"n": schedule.samples}, None)
+        # Greedy requests have one sample. What is drawn is not known before.
+        drawn = {} if schedule.samples == 1 else {"n": schedule.samples, "temperature": 1.0}
+        found: Rollouts = pool.generate(self._prompts, SAMPLING | drawn, None)
         places = [place for place in range(PROMPTS) for _ in range(schedule.samples)]
         if [item.prompt_index for item in found] != places:
             outcome.violations.append(f"expected rollouts of {places}, got {[i.prompt_index for i in found]}")

@@ -21,13 +21,11 @@ from r3.pool import EnginePool, PoolLimits  # noqa: E402
 from r3.weight_sync import WeightSync  # noqa: E402
 
 FAST = Pace(
-    timeout_s=0.5,
-    short_s=0.1,
-    long_s=1.0,
-    push_limit_s=4.0,
-    limits=PoolLimits(
-        max_in_flight=1, max_attempts=4, health_every_s=0.05, health_timeout_s=0.1, request_timeout_s=0.8
-    ),
+    timeout_s=1.5,
+    short_s=0.2,
+    long_s=3.5,
+    push_limit_s=12.0,
+    limits=PoolLimits(max_in_flight=1, max_attempts=4, health_every_s=0.1, health_timeout_s=0.5, request_timeout_s=3.0),
 )
 SECONDS = 1e-3  # of a token
 

@@ -4,7 +4,7 @@ import pytest
 from pool_schedules import KINDS, pool_schedule
 from pool_simulated import SimulatedHarness, simulated
 
-SEEDS = (7, 10, 18, 22, 24, 29)
+SEEDS = (22, 41, 53)
 
 
 @pytest.fixture(scope="module")

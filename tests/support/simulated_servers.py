@@ -5,7 +5,6 @@ stopped, go on later with what they were asked meanwhile, and be killed.
 """
 
 import asyncio
-import itertools
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from r3.weight_sync import Engine, combine, digest
 from r3.weight_sync.states import SyncState
 
 _POLL_S = 2e-3
+_AT_ONCE = 6  # tokens
 
 
 class SimulatedServer:
@@ -229,13 +229,13 @@ class SimulatedClient(EngineClient):
 
     async def _run(self, request: Any) -> dict[str, Any]:
         tokens: list[int] = []
-        for _ in itertools.repeat(None, request.sampling["max_tokens"]):
-            await asyncio.sleep(self._seconds)
+        for _ in range(request.sampling["max_tokens"] // _AT_ONCE):
+            await asyncio.sleep(self._seconds * _AT_ONCE)
             while self._server.alive and not (self._server.active and self._server.serves):
                 await asyncio.sleep(_POLL_S)
             if not self._server.alive:
                 raise EngineFailedError("the connection failed")
-            tokens.append(self._server.weights)
+            tokens += [self._server.weights] * _AT_ONCE
         content = [{"token": f"token_id:{token}", "logprob": -0.5} for token in tokens]
         choice = {"token_ids": tokens, "logprobs": {"content": content}, "finish_reason": "length"}
         choices = [{"index": number, **choice} for number in range(request.samples)]
