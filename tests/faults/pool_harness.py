@@ -122,7 +122,7 @@ class PoolHarness:
                 strike.start()
             self._rollouts(pool, schedule, held, outcome)
             if fault.phase == "sync":
-                self._strike_before(pool, fault, strike)
+                outcome.reached = self._strike_before(pool, fault, strike)
             pushed = self._push(pool, schedule, held, outcome)
             if fault.phase == "rollouts after":
                 strike.start()
@@ -212,10 +212,13 @@ class PoolHarness:
             case "joins":
                 pool.join(self._joining(server))
 
-    def _strike_before(self, pool: EnginePool, fault: PoolFault, strike: threading.Thread) -> None:
-        """Let it happen just before a call of the sync goes to the engine."""
+    def _strike_before(self, pool: EnginePool, fault: PoolFault, strike: threading.Thread) -> bool:
+        """Let it happen just before a call of the sync goes to the engine. False if that was lost before, by itself."""
         url = self.servers[fault.engine].url
-        adapter = next(each for each in pool.sync.engines if each.name == url)
+        adapters = [each for each in pool.sync.engines if each.name == url]
+        if not adapters:
+            return False
+        (adapter,) = adapters
         replies = adapter.replies
 
         def struck(method, args, timeout_s):
@@ -225,6 +228,7 @@ class PoolHarness:
             return replies(method, args, timeout_s)
 
         adapter.replies = struck
+        return True
 
     def _signal(self, server: PoolServer, fault: PoolFault, number: int) -> None:
         if fault.whole:
