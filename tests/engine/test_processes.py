@@ -50,6 +50,7 @@ def test_a_run_without_replay_trains_on_live_routing_and_ends_cleanly(tmp_path):
         f"trainer.output_dir={tmp_path / 'run'}",
         "trainer.max_steps=2",
         "trainer.train_batch_size=8",
+        "generator.sampling_params.max_generate_length=32",
         "trainer.policy.fsdp_config.moe_enable_routing_replay=false",
         # What is recorded only if it is asked for.
         "trainer.algorithm.correction=tis",
@@ -169,6 +170,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_an_exception_ends_the_engine_too(tmp_path):
     script = tmp_path / "raises.py"
     script.write_text(RAISES)

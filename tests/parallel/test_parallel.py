@@ -166,7 +166,8 @@ def test_a_rank_that_never_comes_is_an_error_after_the_timeout():
     assert second == "elsewhere"
 
 
-@pytest.mark.parametrize("layers", [pytest.param(True, marks=pytest.mark.long), False], ids=["layers", "model"])
+@pytest.mark.long
+@pytest.mark.parametrize("layers", [True, False], ids=["layers", "model"])
 def test_compiled(two, layers):
     check(two.all(call, "softmax", dict(sequence=2, compiled="layers" if layers else "model"))[0], "softmax", 1e-4)
 

@@ -117,7 +117,8 @@ def test_other_advice_is_not_taken_for_it(text: str):
 
 
 def test_doctor_names_the_versions_that_are_declared():
-    lines = {*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["gpu"]}
+    # Without the upper bounds that a known break has set.
+    lines = {line.split(",")[0] for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["gpu"]]}
     assert {f"{name}>={TESTED[name].first}" for name in ("torch", "transformers", "vllm")} <= lines
     assert PROJECT["requires-python"] == f">={TESTED['python'].first}"
     assert f"pip install 'vllm>={TESTED['vllm'].first}'" in INSTALL_VLLM

@@ -48,7 +48,7 @@ class Fixed(GRPOTrainer):
         super().__init__(config, None, policy, None)
         self.batch, self.events, self.log = batch, [], self
 
-    def step(self, step: int) -> Any:
+    def step(self, step: int, ahead: Any = None) -> Any:
         drawn = ADVANTAGES * (1 + random.random() + torch.rand(4))
         return self.update(StepBatch.of(self.batch, drawn)), None
 

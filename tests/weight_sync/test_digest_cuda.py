@@ -18,8 +18,8 @@ def compare_interpreted() -> None:
     from r3.weight_sync.integrity.digest import _lanes
 
     every = cases("cpu", (0, 3, 8, 16))
-    # A sixth of them, as the interpreter is slow; of the last ones, in several pieces or strided, all.
-    chunk = [(name, tensor.contiguous()) for name, tensor in [*every[:-5:6], *every[-5:]]]
+    # A third of them, as the interpreter is slow; of the last ones, in several pieces or strided, all.
+    chunk = [(name, tensor.contiguous()) for name, tensor in [*every[:-5:3], *every[-5:]]]
     expected = ContentDigests()
     expected.add(chunk)
     sums = torch.zeros(len(chunk), 2, dtype=torch.int64)
@@ -43,9 +43,10 @@ def compare_interpreted() -> None:
         assert total % 2**64 == expected._sums[name], name
         if _lanes(tensor.dtype)[2] is None:  # a byte that is NaN is looked for by torch
             assert bool(found) == (name in expected._not_finite), name
-    assert len(expected.not_finite()) > 5
+    assert len(expected.not_finite()) > 15
 
 
+@pytest.mark.long
 def test_the_cuda_kernel_as_triton_interprets_it():
     import triton  # noqa: F401 (comes with vLLM, also on the CPU)
 
