@@ -206,7 +206,7 @@ class TestEveryKind:
                 running.engine.call("r3_test_echo", "late", timeout_s=1)
             if running.engine.name != "vllm.LLM":  # whose pause does not ask the engine core
                 with pytest.raises(SyncError, match=r"within 0\.5 s"):
-                    running.engine.pause(0.5)
+                    running.engine.pause(0.2)
             assert time.monotonic() - start < 20
         (reply,) = running.engine.call("r3_test_echo", "next", timeout_s=30)
         assert reply["echo"] == ["next"]
@@ -278,7 +278,7 @@ def test_a_pause_that_cannot_drain_in_time_is_taken_back(kind, request):
     long = in_thread(lambda: running.generate(450))
     assert running.samples.wait(30)
     with pytest.raises(SyncError, match=r"no answer to (pause_scheduler|/pause)"):
-        running.engine.pause(0.5)
+        running.engine.pause(0.2)
     assert not long.done(), "too short to outlast the pause"
     assert running.generate(2, timeout_s=30) == 2
     assert long.result(60) == 450
