@@ -371,6 +371,16 @@ class WeightSyncConfig:
     )
     timeout_s: float = setting(600.0, "Longest wait for the engine or its workers in a sync.", above(0), unit="s")
 
+    def problems(self, prefix: str) -> list[str]:
+        """Settings that the transport does not use, by dotted name from `prefix`."""
+        users = {"folder": ("files",), "host": ("gloo", "nccl"), "port": ("gloo", "nccl")}
+        return [
+            f"{prefix}.{name}={getattr(self, name)}: {prefix}.transport={self.transport} does not use it; "
+            f"{' and '.join(transports)} {'does' if len(transports) == 1 else 'do'}"
+            for name, transports in users.items()
+            if getattr(self, name) and self.transport not in transports
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceEngineConfig:

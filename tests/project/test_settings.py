@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -11,6 +11,8 @@ from r3 import ConfigError, R3Config
 from r3.cli import main
 from r3.config import TRANSPORTS as NAMED_TRANSPORTS
 from r3.config.fields import Setting, settings_of
+from r3.config.parts import ON_RUNNING
+from r3.weight_sync.engines import RunningRequests
 from r3.weight_sync.transports import TRANSPORTS
 
 SETTINGS = {item.key: item for item in settings_of(R3Config)}
@@ -109,6 +111,20 @@ def test_a_part_of_the_wrong_class_is_refused():
 
 def test_transports_are_those_that_there_are():
     assert sorted(NAMED_TRANSPORTS) == sorted(TRANSPORTS)
+
+
+def test_what_a_sync_does_with_requests_is_what_engines_know():
+    assert sorted(ON_RUNNING) == sorted(get_args(RunningRequests))
+
+
+@pytest.mark.parametrize(
+    ("setting", "transport"), [("folder=/shared", "files"), ("host=trainer", "gloo"), ("port=29600", "nccl")]
+)
+def test_a_setting_of_another_transport_is_refused(setting, transport):
+    name = "generator.inference_engine.weight_sync"
+    with pytest.raises(ConfigError, match=rf"{name}.{setting}: {name}.transport=ipc does not use it; .*{transport}"):
+        R3Config.from_overrides([f"{name}.{setting}", f"{name}.transport=ipc"]).check()
+    R3Config.from_overrides([f"{name}.{setting}", f"{name}.transport={transport}"]).check()
 
 
 def test_the_table_has_a_row_for_each_setting(capsys):

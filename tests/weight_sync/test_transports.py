@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 from receivers import Workers, for_nccl
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from r3 import SyncError
 from r3.weight_sync import transports
-from r3.weight_sync.transports import RECEIVERS, TRANSPORTS, IpcTransport, Receiver, transport_of
+from r3.weight_sync.transports import RECEIVERS, TRANSPORTS, GlooTransport, IpcTransport, Receiver, transport_of
 from r3.weight_sync.transports.framing import pack, unpack
 from r3.weight_sync.transports.transport import wait_until
 
@@ -289,6 +290,15 @@ def test_tensors_are_handed_over_without_a_copy_and_not_to_another_process(pools
         receiver.receive({"index": 0})
     for answer in pools("cpu").run("join", offer, 1.0):
         assert "expected a worker in the trainer's own process" in str(answer)
+
+
+def test_a_port_that_is_set_serves_every_sync_also_after_one_that_was_given_up(pools):
+    workers, port = pools("cpu"), free_port()
+    transport = GlooTransport(port=port)
+    for _ in range(3):
+        assert set(joined(transport, workers)) == {"joined"}
+        assert transport.offer(len(workers.processes), set(workers.run("connection_id")))["port"] == port
+        transport.abort()  # the workers still have their end
 
 
 def test_a_file_that_was_cut_is_refused(workers, pools, tmp_path):
