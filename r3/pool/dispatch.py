@@ -10,7 +10,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 
 from r3.errors import CaptureError, summary
-from r3.pool.clients.client import EngineFailedError
+from r3.pool.clients.client import EngineFailedError, RequestAbortedError
 from r3.pool.member import Member, MemberState
 from r3.pool.request import Answer, Request
 
@@ -192,6 +192,10 @@ class Dispatcher:
         error = None if future.cancelled() else future.exception()
         if request.answer.done():
             pass  # nobody waits for it any more
+        elif self.held and isinstance(error, RequestAbortedError):
+            # By the sync that is under way, and no fault of the engine's: asked anew after it, as if never sent.
+            request.attempt -= 1
+            self._waiting.appendleft(request)
         elif future.cancelled() or isinstance(error, EngineFailedError):
             if member.state is MemberState.SERVING:
                 member.state = MemberState.SUSPECT

@@ -8,6 +8,7 @@ import pytest
 from simulated_engines import SimulatedEngine
 
 from r3 import CaptureError
+from r3.pool.clients.client import RequestAbortedError
 from r3.pool.dispatch import Dispatcher
 from r3.pool.health import HealthCheck
 from r3.pool.member import Member, MemberState
@@ -291,5 +292,40 @@ def test_whatever_fails_each_request_is_answered_once_or_fails_by_name(seed):
         assert len(failed) <= len(requests) // 10
         alive = [member for member in pool.dispatcher.members if member.state is not MemberState.LOST]
         assert all((member.load, member.sequences, len(member.in_flight)) == (0, 0, 0) for member in alive)
+
+    run(body())
+
+
+def test_requests_that_syncs_abort_are_asked_anew_however_often_and_nobody_is_suspected():
+    async def body():
+        pool = Simulation(1, seconds=0.05, max_attempts=2)
+        request = pool.submit()
+        for _ in range(5):
+            pool.dispatcher.held = True
+            for under_way in [*pool.members[0].in_flight.values()]:
+                under_way.set_exception(RequestAbortedError())
+            await asyncio.sleep(0)
+            assert pool.dispatcher.waiting == 1
+            pool.dispatcher.held = False
+            pool.dispatcher.go_on()
+        (answer,) = await pool.all([request])
+        assert (answer.engine, answer.response) == ("engine-0", ("engine-0", 6))
+        assert pool.suspected == []
+        assert pool.dispatcher.moved == 0
+
+    run(body())
+
+
+def test_a_request_that_an_engine_aborts_without_a_sync_moves_and_counts():
+    async def body():
+        pool = Simulation(2, seconds=0.05, max_attempts=2)
+        request = pool.submit()
+        for _ in range(2):
+            (under_way,) = [each for member in pool.members for each in member.in_flight.values()]
+            under_way.set_exception(RequestAbortedError())
+            await asyncio.sleep(0)
+        (error,) = await pool.all([request])
+        assert isinstance(error, CaptureError)
+        assert "it has aborted the request" in str(error)
 
     run(body())

@@ -12,6 +12,13 @@ class EngineFailedError(R3Error, ConnectionError):
     """An engine did not answer a request, which another may answer."""
 
 
+class RequestAbortedError(EngineFailedError):
+    """An engine gave up a request, as it does for a weight sync that aborts what runs."""
+
+    def __init__(self) -> None:
+        super().__init__("it has aborted the request")
+
+
 class EngineClient(ABC):
     """Sends requests to one engine, from the thread of the pool's event loop.
 
@@ -44,7 +51,7 @@ class EngineClient(ABC):
 
 
 def finished(output: Any) -> Any:
-    """A `RequestOutput` if none of its completions was aborted; else raises `EngineFailedError`."""
+    """A `RequestOutput` if none of its completions was aborted; else raises `RequestAbortedError`."""
     if any(completion.finish_reason == "abort" for completion in output.outputs):
-        raise EngineFailedError("it has aborted the request")
+        raise RequestAbortedError
     return output

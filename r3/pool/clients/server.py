@@ -5,7 +5,7 @@ import json
 
 from r3.errors import CaptureError, ConfigError
 from r3.http import base_url, words_of
-from r3.pool.clients.client import EngineClient, EngineFailedError
+from r3.pool.clients.client import EngineClient, EngineFailedError, RequestAbortedError
 from r3.pool.request import Request
 from r3.proxy import is_this_machine
 
@@ -73,7 +73,7 @@ class ServerClient(EngineClient):
             raise EngineFailedError(f"the connection failed: {words_of(error)}") from error
         if status == 200:
             if any(mark in content for mark in _ABORTED):
-                raise EngineFailedError("it has aborted the request")
+                raise RequestAbortedError
             return content
         said = f"status {status}: {content[:500].decode(errors='replace')}"
         if status >= 500 or status in _BUSY_OR_BROKEN:
