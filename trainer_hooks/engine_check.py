@@ -15,6 +15,7 @@ from r3.pool import EnginePool
 from trainer_hooks.batches import StepBatch, broadcast
 from trainer_hooks.measurement import measure
 from trainer_hooks.policy import Policy
+from trainer_hooks.random_states import kept_random_states
 
 logger = logging.getLogger("r3")
 
@@ -37,7 +38,7 @@ def check_engine(config: R3Config, policy: Policy, engine: Any) -> dict[str, flo
     diagnostics, limits = config.trainer.diagnostics, config.generator.inference_engine
     accepted = diagnostics.accepted_engine_faults
     batch, apart = None, None
-    with policy.barrier.guard():
+    with policy.barrier.guard(), kept_random_states():  # an engine in this process would use them up
         if engine is not None:
             spec = policy.replay.spec if policy.replay else None
             engines = [*engine.engines] if isinstance(engine, EnginePool) else [engine]

@@ -15,7 +15,7 @@ from r3.proxy import is_this_machine
 from r3.routing import RoutingSpec
 from r3.weight_sync import FilesTransport, GlooTransport, NcclTransport, Transport, WeightSync, local_address
 from r3.weight_sync.engines.engine import checked_mode
-from trainer_hooks.random_states import seed_engine
+from trainer_hooks.random_states import kept_random_states, seed_engine
 
 _OVER_NETWORKS: dict[str, Any] = {"gloo": GlooTransport, "nccl": NcclTransport}
 
@@ -31,7 +31,9 @@ def running_engines(config: R3Config) -> Iterator[Any]:
     """
     engine = config.generator.inference_engine
     if not engine.pooled:
-        with running_engine(config) as llm:
+        with contextlib.ExitStack() as stack:
+            with _own_random_states(config):
+                llm = stack.enter_context(running_engine(config))
             yield llm
         return
     started = running_servers(config) if not engine.addresses else contextlib.nullcontext(engine.addresses)
@@ -82,10 +84,17 @@ def sample(
         return engine.generate(prompts, sampling, spec, seed=config.trainer.seed << 31 | step, progress=True)
     from vllm import SamplingParams
 
-    seed_engine(engine, config.trainer.seed, step)
     inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    outputs = engine.generate(inputs, SamplingParams(**sampling), use_tqdm=False)
+    with _own_random_states(config):
+        seed_engine(engine, config.trainer.seed, step)
+        outputs = engine.generate(inputs, SamplingParams(**sampling), use_tqdm=False)
     return collect(outputs, spec, weight_version=version)
+
+
+def _own_random_states(config: R3Config) -> contextlib.AbstractContextManager[None]:
+    """Keeps an engine in this process from the trainer's random numbers, which are then those of other engines."""
+    in_process = config.generator.inference_engine.in_process
+    return kept_random_states() if in_process else contextlib.nullcontext()
 
 
 def _transport(config: R3Config) -> str | Transport:

@@ -1,6 +1,7 @@
 """The arguments that a vLLM engine and its sampling need for capture, from the settings."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -117,19 +118,58 @@ def sampling_kwargs(config: R3Config) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def running_engine(config: R3Config) -> Iterator[Any]:
-    """A `vllm.LLM` of the settings, whose processes end when the context is left.
+    """A `vllm.LLM` of the settings, whose processes end when the context is left; it has none with `in_process`.
 
     Also by an exception, by Ctrl-C, or by SIGTERM, which in this context raises SystemExit(143): without that, Python
     would end at once and leave the engine's processes running.
     """
     from vllm import LLM
 
+    in_process = config.generator.inference_engine.in_process
     with terminated_by_exception():
-        engine = LLM(**engine_kwargs(config))
+        with _core_here() if in_process else contextlib.nullcontext():
+            engine = LLM(**engine_kwargs(config))
         try:
             yield engine
         finally:
-            engine.llm_engine.engine_core.shutdown()
+            with _kept_process_group() if in_process else contextlib.nullcontext():
+                engine.llm_engine.engine_core.shutdown()
+
+
+@contextlib.contextmanager
+def _core_here() -> Iterator[None]:
+    """An LLM that is made in this context has its engine core and its worker in this process."""
+    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _kept_process_group() -> Iterator[None]:
+    """In this context nobody destroys torch's default process group.
+
+    An engine core takes a group that is there for its own, and destroys it when it is shut down (vLLM 0.30).
+    """
+    import torch.distributed as dist
+
+    destroy = dist.destroy_process_group
+
+    def destroy_others(group: Any = None) -> None:
+        if group not in (None, dist.group.WORLD):
+            destroy(group)
+
+    dist.destroy_process_group = destroy_others
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
 
 
 @contextlib.contextmanager

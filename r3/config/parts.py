@@ -328,7 +328,10 @@ class SamplingConfig:
 @dataclass(frozen=True, kw_only=True)
 class WeightSyncConfig:
     transport: str = setting(
-        "files", "How weights go to the engine: `nccl` between GPUs, `ipc` on one GPU.", one_of(TRANSPORTS)
+        "files",
+        "How weights go to the engine: `nccl` between GPUs, `ipc` on one GPU. `in_process` runs the engine in the "
+        "first rank's own process: there is one process less, and on a GPU a step of the engine takes less time.",
+        one_of(TRANSPORTS),
     )
     delta: bool = setting(
         False,
@@ -432,6 +435,11 @@ class InferenceEngineConfig:
         one_of(ON_ENGINE_LOST),
     )
     weight_sync: WeightSyncConfig = part(WeightSyncConfig)
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the engine runs in the first rank's own process."""
+        return self.weight_sync.transport == "in_process"
 
     @property
     def pooled(self) -> bool:

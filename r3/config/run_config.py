@@ -80,6 +80,7 @@ class R3Config:
                 f"generator.inference_engine.weight_sync.on_running={engine.weight_sync.on_running} needs addresses or "
                 "num_engines above 1: the one engine that the run starts is idle in a sync"
             )
+        problems += self._problems_in_process()
         if engine.enable_return_routed_experts:
             return problems
         if self.trainer.policy.fsdp_config.moe_enable_routing_replay:
@@ -94,8 +95,34 @@ class R3Config:
             )
         return problems
 
+    def _problems_in_process(self) -> list[str]:
+        """What an engine in the trainer's own process cannot do."""
+        engine = self.generator.inference_engine
+        if not engine.in_process:
+            return []
+        own = (
+            "generator.inference_engine.weight_sync.transport=in_process runs one engine of one worker in the trainer's"
+        )
+        problems = []
+        if engine.pooled or engine.tensor_parallel_size * engine.pipeline_parallel_size > 1:
+            problems.append(
+                f"{own} process: expected num_engines, tensor_parallel_size and pipeline_parallel_size of 1 and no "
+                "addresses; take `ipc`, `nccl` or `files` for processes of their own"
+            )
+        if self.trainer.max_staleness:
+            problems.append(
+                f"{own} process, where it would take turns with the training beside it: expected "
+                f"trainer.max_staleness=0, got {self.trainer.max_staleness}; take `ipc` for an engine beside it"
+            )
+        return problems
+
     def _problems_of_ranks(self, ranks: int) -> list[str]:
         size = self.trainer.policy.sequence_parallel_size
+        if ranks > 1 and self.generator.inference_engine.in_process:
+            return [
+                "generator.inference_engine.weight_sync.transport=in_process: expected one rank, since vLLM takes the "
+                f"process group of its process for its own, got {ranks}; take `ipc`, `nccl` or `files`"
+            ]
         if ranks % size:
             return [f"trainer.policy.sequence_parallel_size: expected a divisor of the {ranks} ranks, got {size}"]
         # Every rank takes part in every forward, so that all need the same number of rollouts in each update.

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 from r3.entry_points import WORKER_EXTENSION
 from r3.errors import SyncError, summary
@@ -27,7 +27,7 @@ class Engine(ABC):
 
     name: str
     remedy: str
-    in_this_process: ClassVar[bool] = False
+    in_this_process: bool = False
 
     def call(self, method: str, *args: Any, timeout_s: float) -> list[Reply]:
         """One reply of every worker of every data-parallel rank to `method(*args)`.

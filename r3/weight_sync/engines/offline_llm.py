@@ -50,6 +50,9 @@ class OfflineEngine(Engine):
         self.name = "vllm.LLM"
         self.llm = llm
         self._core = llm.llm_engine.engine_core
+        # More than one worker have processes of their own in any case.
+        workers = llm.llm_engine.vllm_config.parallel_config.world_size
+        self.in_this_process = not self._in_process_of_its_own and workers == 1
         if self._in_process_of_its_own and not isinstance(self._core._send_input, _OneAtATime):
             self._core._send_input = _OneAtATime(self._core)
         self._guard = Guard(llm.llm_engine)

@@ -13,7 +13,8 @@ _senders: "WeakValueDictionary[str, InProcessTransport]" = WeakValueDictionary()
 
 
 class InProcessTransport(Transport):
-    """For a `vllm.LLM` started by an external launcher, whose worker is in the trainer's process.
+    """For a `vllm.LLM` whose worker is in the trainer's process: started by an external launcher, or with its engine
+    core in this process too (`VLLM_ENABLE_V1_MULTIPROCESSING=0`).
 
     Nothing is written or packed: the worker copies from the trainer's tensors into its weights, on the CPU and on a
     GPU. (`ipc` cannot do this: CUDA does not open a process's memory in that process.)
@@ -64,8 +65,9 @@ class InProcessReceiver(Receiver):
         sender = _senders.get(offer["sender"])
         if sender is None:
             raise SyncError(
-                "in_process: expected a worker in the trainer's own process (an LLM of an external launcher), got "
-                "one in another: use ipc on the trainer's GPU, nccl between GPUs, or files"
+                "in_process: expected a worker in the trainer's own process (an LLM of an external launcher, or made "
+                "under VLLM_ENABLE_V1_MULTIPROCESSING=0), got one in another: use ipc on the trainer's GPU, nccl "
+                "between GPUs, or files"
             )
         self._sender = sender
 
