@@ -184,15 +184,31 @@ def test_ipc_shares_memory_that_lasts_once_and_lets_go_of_all_other(pools, keep_
         part = weight[step:][:6].view(2, 3) if step > 1 else weight[1:]  # of other shapes, by the same name
         handles.append(push(**{"weight": weight, "gathered": made(step), "part of it": part}))
         del part
-    if keep_open:
-        assert handles[0]["weight"] == handles[1]["weight"] == handles[2]["weight"] == handles[2]["part of it"]
-    assert all((one["weight"]["number"] is not None) == keep_open for one in handles)
-    assert all(one["gathered"]["number"] is None for one in handles)
+    assert handles[2]["weight"] == handles[2]["part of it"]
+    assert (handles[0]["weight"] == handles[1]["weight"] == handles[2]["weight"]) == keep_open
+    assert [one["gathered"]["lasts"] for one in handles] == [False] * 3
     weight = made(7)  # another one by the same name
-    again = push(weight=weight)["weight"]
-    assert (again["number"] != handles[2]["weight"]["number"]) == keep_open
+    assert push(weight=weight)["weight"]["number"] != handles[2]["weight"]["number"]
     transport.offer(3, set(workers.run("connection_id")))  # of the next sync
     assert [ref.expired() for ref in memory] == [True] * (len(memory) - 1) + [False]
+
+
+@pytest.mark.gpu
+def test_ipc_keeps_nothing_that_was_made_for_a_sync_and_holds_three_chunks_of_it_at_most(pools):
+    """A cast or gathered model beside its shards would be a copy of it, held until the next sync."""
+    workers, transport = pools("cuda"), IpcTransport()
+    chunk = [(str(i), torch.full((1 << 18,), i, dtype=torch.int32, device="cuda")) for i in range(16)]
+    for seed in range(2):
+        joined(transport, workers)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        pushed(
+            transport, workers, [[(f"{index} {name}", tensor + seed) for name, tensor in chunk] for index in range(8)]
+        )
+        assert torch.cuda.memory_allocated() <= before
+        nbytes = sum(tensor.nbytes for _, tensor in chunk)
+        # The chunks themselves are this test's list.
+        assert torch.cuda.max_memory_allocated() - before < 8 * nbytes + 3 * 1.2 * nbytes
 
 
 @between_processes

@@ -2,8 +2,6 @@
 
 import itertools
 import uuid
-from collections import deque
-from contextlib import ExitStack
 from functools import cache
 from typing import ClassVar
 
@@ -12,19 +10,25 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from r3.errors import SyncError
 from r3.weight_sync.transports.framing import dtype_of
-from r3.weight_sync.transports.transport import Chunk, Descriptor, Receiver, Transport, gpu_uuid
+from r3.weight_sync.transports.transport import Chunk, Descriptor, Receiver, Stop, Transport, gpu_uuid
+
+_ALIGNMENT = 256
 
 
 class IpcTransport(Transport):
-    """Sends handles of the chunk's tensors, without packing them. A worker on the same GPU copies them straight into
-    its weights; a worker on another GPU of the host first copies them to its own GPU.
+    """Sends handles of memory. A worker on the same GPU copies from there straight into its weights; a worker on
+    another GPU of the host first copies to its own GPU.
+
+    Zero-copy weights are shared where they are. What is made for the sync (gathered, cast, merged) is packed into a few
+    buffers of a chunk's size, which the workers open once a sync: opening memory takes longer than copying it, and what
+    a worker has open the trainer cannot free. The buffers go when the sync ends.
 
     Handles travel as plain numbers and hexadecimal strings: no pickle, and no setting of vLLM's that allows it.
 
     Args:
-        keep_open: the workers keep the trainer's memory mapped from sync to sync, and need not open each allocation
-            again. Memory that the trainer frees is then released only when the next two syncs have begun: use False if
-            the trainer leaves the GPU to the engine in between.
+        keep_open: the workers keep zero-copy weights mapped from sync to sync, and need not open each again. Such
+            memory that the trainer frees is then released only when the next two syncs have begun: use False if the
+            trainer leaves the GPU to the engine in between.
     """
 
     name = "ipc"
@@ -33,36 +37,49 @@ class IpcTransport(Transport):
     def __init__(self, *, keep_open: bool = True) -> None:
         self._connection_id = uuid.uuid4().hex if keep_open else None
         self._numbers = itertools.count()
-        self._published: dict[int, list[_SharedStorage]] = {}
-        # Memory that the workers keep open: by storage if it is zero-copy, else one storage per allocation.
-        self._kept: dict[int | str, _SharedStorage] = {}
-        self._used: set[int | str] = set()
+        # Zero-copy weights that the workers have open, by storage, and which of them this sync has sent.
+        self._kept: dict[int, _SharedStorage] = {}
+        self._used: set[int] = set()
+        self._free: list[_Buffer] = []
+        self._staged: dict[int, list[_Buffer]] = {}  # by number of the chunk
+        self._flushed = False
 
     def offer(self, workers: int, connection_ids: set[str | None]) -> Descriptor:
         # The workers closed unused memory at the end of the last sync; new workers have nothing open.
         known = connection_ids == {self._connection_id}
         self._kept = {key: shared for key, shared in self._kept.items() if known and key in self._used}
         self._used = set()
+        self._drop_buffers()
         return {"transport": self.name, "connection_id": self._connection_id}
 
     def publish(self, index: int, chunk: Chunk) -> Descriptor:
-        on_gpu = [(name, tensor, _on_gpu(tensor.detach())) for name, tensor in chunk]
-        # Kernels that make the tensors may still be queued. A worker that waits for them on its device would wait
-        # forever if this process died.
-        for device in {tensor.device for _, _, tensor in on_gpu}:
-            torch.cuda.current_stream(device).synchronize()
-        places: dict[int, int] = {}
         shared: list[_SharedStorage] = []
-        tensors = []
-        for name, sent, tensor in on_gpu:
-            storage, place = tensor.untyped_storage(), None
-            if tensor.nbytes:
+        places: dict[int, int] = {}
+        tensors: list[list] = []
+        made: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
+        devices = set()
+        for name, sent in chunk:
+            tensor = _on_gpu(sent.detach())
+            devices.add(tensor.device)
+            place = None
+            if tensor.nbytes and name in self.zero_copy_names and tensor.data_ptr() == sent.data_ptr():
+                storage = tensor.untyped_storage()
                 place = places.setdefault(storage._cdata, len(shared))
                 if place == len(shared):
-                    lasts = name in self.zero_copy_names and tensor.data_ptr() == sent.data_ptr()
-                    shared.append(self._shared(name, storage, lasts))
+                    shared.append(self._lasting(name, storage))
+            elif tensor.nbytes:
+                made.setdefault(tensor.device, []).append((len(tensors), tensor))
             tensors.append([name, str(tensor.dtype), list(tensor.shape), place, tensor.storage_offset()])
-        self._published[index] = shared
+        for device, group in made.items():
+            buffer, offsets = self._packed(device, [tensor for _, tensor in group])
+            for (number, tensor), offset in zip(group, offsets, strict=True):
+                tensors[number][3:] = [len(shared), offset // tensor.itemsize]
+            shared.append(buffer.shared)
+            self._staged.setdefault(index, []).append(buffer)
+        # Kernels that make the tensors may still be queued. A worker that waits for them on its device would wait
+        # forever if this process died.
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
         return {"storages": [item.handle for item in shared], "tensors": tensors}
 
     def takes_memory(self, chunk: Chunk) -> bool:
@@ -72,29 +89,63 @@ class IpcTransport(Transport):
         )
 
     def release(self, index: int) -> None:
-        self._published = {number: kept for number, kept in self._published.items() if number >= index}
+        for number in [number for number in self._staged if number < index]:
+            self._free += self._staged.pop(number)
+        if self._flushed:  # the workers have answered the seal: they have closed the buffers
+            self._drop_buffers()
+            if self._connection_id is None:
+                self._kept.clear()
+
+    def flush(self, stop: Stop) -> None:
+        self._flushed = True
 
     def abort(self) -> None:
-        self._published.clear()
+        self._drop_buffers()
         self._kept.clear()
         self._used = set()
 
     def close(self) -> None:
         self.abort()
 
-    def _shared(self, name: str, storage: torch.UntypedStorage, lasts: bool) -> "_SharedStorage":
-        if self._connection_id is None:
-            return _SharedStorage(name, storage)
-        if not lasts:
-            shared = _SharedStorage(name, storage)
-            self._kept.setdefault(shared.allocation, shared)
-            self._used.add(shared.allocation)
-            return shared
+    def _lasting(self, name: str, storage: torch.UntypedStorage) -> "_SharedStorage":
         kept = self._kept.get(storage._cdata)
         if kept is None or not kept.is_of(storage):
-            kept = self._kept[storage._cdata] = _SharedStorage(name, storage, next(self._numbers))
+            kept = self._kept[storage._cdata] = _SharedStorage(name, storage, next(self._numbers), lasts=True)
         self._used.add(storage._cdata)
         return kept
+
+    def _packed(self, device: torch.device, tensors: list[torch.Tensor]) -> tuple["_Buffer", list[int]]:
+        """A buffer with copies of `tensors`, and the place of each in it, in bytes."""
+        sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+        *offsets, nbytes = itertools.accumulate(sizes, initial=0)
+        buffer = next((b for b in self._free if b.data.device == device and b.data.numel() >= nbytes), None)
+        if buffer is None:
+            self._free = [b for b in self._free if b.data.device != device]  # too small: larger ones take their place
+            room = nbytes + nbytes // 8  # chunks are of nearly one size: most others will fit
+            buffer = _Buffer(torch.empty(room, dtype=torch.uint8, device=device), next(self._numbers))
+        else:
+            self._free.remove(buffer)
+        by_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            to, source = by_dtype.setdefault(tensor.dtype, ([], []))
+            to.append(buffer.data[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+            source.append(tensor)
+        for to, source in by_dtype.values():
+            torch._foreach_copy_(to, source)
+        return buffer, offsets
+
+    def _drop_buffers(self) -> None:
+        self._flushed = False
+        self._free.clear()
+        self._staged.clear()
+
+
+class _Buffer:
+    """Memory for what is made for a sync, and the same as workers know it."""
+
+    def __init__(self, data: torch.Tensor, number: int) -> None:
+        self.data = data
+        self.shared = _SharedStorage("a buffer of the sync", data.untyped_storage(), number, lasts=False)
 
 
 class _SharedStorage:
@@ -108,10 +159,11 @@ class _SharedStorage:
     Args:
         name: of a tensor in it, for messages.
         storage: is kept alive.
-        number: by which workers know it from sync to sync; None if they do not keep it.
+        number: by which workers know it.
+        lasts: whether they may keep it open when the sync ends.
     """
 
-    def __init__(self, name: str, storage: torch.UntypedStorage, number: int | None = None) -> None:
+    def __init__(self, name: str, storage: torch.UntypedStorage, number: int, *, lasts: bool) -> None:
         all_bytes = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # pyrefly: ignore
         self._alias = from_dlpack(to_dlpack(all_bytes)).untyped_storage()
         try:
@@ -125,9 +177,9 @@ class _SharedStorage:
         _, memory, size, offset, *counter, event, event_sync = shared
         torch.UntypedStorage._release_ipc_counter(*counter, device=storage.device)
         fields = [memory, size, offset, *_counter()[:2], event, event_sync]
-        self.allocation: str = memory.hex()
         self.handle: Descriptor = {
             "number": number,
+            "lasts": lasts,
             "gpu": gpu_uuid(storage.device),
             "storage": [item.hex() if isinstance(item, bytes) else item for item in fields],
         }
@@ -145,51 +197,34 @@ class IpcReceiver(Receiver):
         self.connection_id = offer["connection_id"]
         gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
         self._gpus = {str(gpu_uuid(gpu)): gpu.index for gpu in gpus}
-        # By number, or, one of each allocation, by that: torch keeps it mapped for as long as a storage in it lives.
-        self._open: dict[int | str, _MappedStorage] = {}
-        self._used: set[int | str] = set()
-        self._chunks: deque[list[_MappedStorage]] = deque()
-        self._released = 0
-        self._idle: dict[torch.device, torch.cuda.Stream] = {}
+        self._open: dict[int, _MappedStorage] = {}  # by number
+        self._lasting: set[int] = set()  # of these, what this sync has sent and the next may send again
 
     def receive(self, where: Descriptor) -> Chunk:
         first = where["tensors"][0][0] if where["tensors"] else ""
         opened = [self._opened(first, handle) for handle in where["storages"]]
-        self._chunks.append(opened)
         return [
             (name, self._tensor(None if place is None else opened[place], dtype, shape, offset))
             for name, dtype, shape, place, offset in where["tensors"]
         ]
 
-    def release(self, index: int) -> None:
-        # torch lets go of another process's memory once the current stream has done all that is queued there, and the
-        # host waits for it: here for a stream on which nothing is.
-        with ExitStack() as idle:
-            for stream in self._idle.values():
-                idle.enter_context(torch.cuda.stream(stream))
-            while self._released < index and self._chunks:
-                self._chunks.popleft()
-                self._released += 1
-
     def flush(self) -> None:
+        # torch lets go of another process's memory once the current stream has done all that is queued there.
         torch.cuda.current_stream(self.device).synchronize()
-        self._chunks.clear()
-        self._released = 0
-        self._open = {key: opened for key, opened in self._open.items() if key in self._used}
-        self._used = set()
-        if self.connection_id is None:
-            self._open.clear()
+        kept = self._lasting if self.connection_id is not None else set()
+        self._open = {number: opened for number, opened in self._open.items() if number in kept}
+        self._lasting = set()
 
     def abort(self) -> None:
-        self._chunks.clear()
         self._open.clear()
 
     def _opened(self, name: str, handle: Descriptor) -> "_MappedStorage":
         memory, size, offset, counter, counter_offset, event, event_sync = handle["storage"]
-        key = memory if handle["number"] is None else handle["number"]
-        self._used.add(key)
-        if key in self._open and handle["number"] is not None:
-            return self._open[key]
+        number = handle["number"]
+        if handle["lasts"]:
+            self._lasting.add(number)
+        if number in self._open:
+            return self._open[number]
         gpu = self._gpus.get(handle["gpu"])
         if gpu is None:
             raise SyncError(
@@ -206,10 +241,7 @@ class IpcReceiver(Receiver):
             bytes.fromhex(event),
             event_sync,
         )
-        opened = _MappedStorage(storage)
-        self._open.setdefault(key, opened)
-        if storage.device not in self._idle:
-            self._idle[storage.device] = torch.cuda.Stream(storage.device)
+        opened = self._open[number] = _MappedStorage(storage)
         return opened
 
     def _tensor(self, opened: "_MappedStorage | None", dtype: str, shape: list[int], offset: int) -> torch.Tensor:
