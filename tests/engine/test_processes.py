@@ -47,6 +47,8 @@ def records(folder: Path) -> list[dict]:
 @pytest.mark.engine
 def test_a_run_without_replay_trains_on_live_routing_and_ends_cleanly(tmp_path):
     run = start(
+        # In one process with its engine, which must leave it the process group: the policy is saved after the engine.
+        "generator.inference_engine.weight_sync.transport=in_process",
         f"trainer.output_dir={tmp_path / 'run'}",
         "trainer.max_steps=2",
         "trainer.train_batch_size=8",
