@@ -61,6 +61,36 @@ def test_rows_shifted_by_one_make_the_gap_jump(trainer):
     assert replayed_k3(trainer.policy, dataclasses.replace(batch, routing=shifted)) > 100 * right
 
 
+CUT = [dict(top_k=1), dict(top_k=8), dict(top_k=50, top_p=0.5), dict(top_k=50, top_p=0.9), dict(top_k=50, min_p=0.1)]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5])
+def test_over_the_replayed_sets_the_gap_is_as_small_as_over_the_whole_vocabulary(trainer, temperature, monkeypatch):
+    """Over the whole vocabulary instead, k3 of a distribution that was cut is 10 to 1000 times as large."""
+    problems = trainer.task.problems(7, 24)
+    monkeypatch.setattr(trainer.policy, "temperature", temperature)
+
+    def sampled(**changes):
+        pairs = {**changes, "temperature": temperature}
+        config = r3.R3Config.from_overrides(
+            [f"generator.sampling_params.{name}={value}" for name, value in pairs.items()],
+            {key: value for key, value in trainer.config.to_flat().items() if "sampling_params" not in key},
+        )
+        monkeypatch.setattr(trainer, "config", config)
+        return trainer.rollout(problems, 7).batch(trainer.policy.tokenizer.pad_token_id)
+
+    whole = replayed_k3(trainer.policy, sampled())
+    for cut in CUT:
+        batch = sampled(**cut)
+        sizes = batch.sampling_mask.sizes[batch.response_mask]
+        assert 1 <= int(sizes.min()) <= int(sizes.max()) <= cut["top_k"]
+        over_sets = replayed_k3(trainer.policy, batch)
+        over_vocabulary = replayed_k3(trainer.policy, dataclasses.replace(batch, sampling_mask=None))
+        print(temperature, cut, whole, over_sets, over_vocabulary)
+        assert over_sets <= 1.5 * whole
+        assert over_vocabulary > 5 * over_sets or cut["top_k"] == 8  # what is left out there is next to nothing
+
+
 def zeroed(array):
     return array * 0
 
