@@ -1,14 +1,13 @@
 """The arguments that a vLLM engine and its sampling need for capture, from the settings."""
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from r3.capture.kept_ids import SPARE
-from r3.config import R3Config
+from r3.config import R3Config, environment
 from r3.entry_points import SCHEDULER, WORKER, WORKER_EXTENSION, joined_extension
 from r3.errors import ConfigError
 from r3.vllm_compat.capture import capture_backend, rotary_kernel_fails
@@ -139,28 +138,13 @@ def running_engine(config: R3Config) -> Iterator[Any]:
 
     in_process = config.generator.inference_engine.in_process
     with terminated_by_exception():
-        with _core_here() if in_process else contextlib.nullcontext():
+        with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0") if in_process else contextlib.nullcontext():
             engine = LLM(**engine_kwargs(config))
         try:
             yield engine
         finally:
             with _kept_process_group() if in_process else contextlib.nullcontext():
                 engine.llm_engine.engine_core.shutdown()
-
-
-@contextlib.contextmanager
-def _core_here() -> Iterator[None]:
-    """An LLM that is made in this context has its engine core and its worker in this process."""
-    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextlib.contextmanager
