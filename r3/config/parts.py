@@ -331,12 +331,16 @@ class SamplingConfig:
         unit="tokens",
     )
     top_p: float = setting(
-        1.0, "Mass of the likeliest tokens that a token is sampled from; below 1 it needs `top_k`.", share(zero=False)
+        1.0,
+        "Mass of the likeliest tokens that a token is sampled from; below 1 it needs `top_k`.",
+        share(zero=False),
+        unit="share of probability",
     )
     min_p: float = setting(
         0.0,
         "Least probability of a token that is sampled, over the likeliest one's; above 0 it needs `top_k`.",
         share(zero=True),
+        unit="ratio",
     )
 
     @property
