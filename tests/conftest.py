@@ -64,7 +64,9 @@ def engine(demo_config):
 
     from r3.capture import engine_kwargs
 
-    llm = LLM(**engine_kwargs(demo_config) | {"worker_extension_cls": "engine_worker.BreakableWorker"})
+    # As many log-probabilities as sets of 50 ids need: tests set top_k for themselves.
+    more = {"worker_extension_cls": "engine_worker.BreakableWorker", "max_logprobs": 54}
+    llm = LLM(**engine_kwargs(demo_config) | more)
     yield llm
     llm.llm_engine.engine_core.shutdown()
 

@@ -16,6 +16,7 @@ from r3.errors import CaptureError
 from r3.parallel import IGNORED, Mesh, next_tokens
 from r3.routing import Packing, RolloutRouting, shard
 from r3.routing.checks import require_same_rows
+from r3.sampling_mask import SamplingMask
 from trainer_hooks.micro_batches import even_groups
 
 
@@ -93,6 +94,7 @@ class Rows:
         advantages: float32; 0 where there is no label.
         sample_ids: int64, which rollout of the step the label is of; 0 where there is no label.
         routing: of the positions' own tokens; None if it was not captured.
+        sampling_mask: the ids that each label was sampled from; None if they are the whole vocabulary.
 
     Raises:
         CaptureError: parts of other [R, N] than `input_ids`.
@@ -106,6 +108,7 @@ class Rows:
     advantages: Tensor
     sample_ids: Tensor
     routing: RolloutRouting | None = None
+    sampling_mask: SamplingMask | None = None
 
     def __post_init__(self) -> None:
         require_same_rows(tuple(self.input_ids.shape), vars(self), CaptureError)
@@ -137,6 +140,7 @@ class Rows:
             advantages=place(advantages).roll(-1, 1).masked_fill(labels == IGNORED, 0),
             sample_ids=place(sample_ids).masked_fill(labels == IGNORED, 0),
             routing=routing,
+            sampling_mask=batch.sampling_mask and _of_labels(batch.sampling_mask, place, labels),
         )
 
     @property
@@ -152,6 +156,8 @@ class Rows:
         def sliced(name: str, part: Any) -> Any:
             if part is None or isinstance(part, RolloutRouting):
                 return part and part.shard(rank, size)
+            if isinstance(part, SamplingMask):
+                return part.take(shard(part.positions(), rank, size, fill=-1))
             return shard(part, rank, size, fill=IGNORED if name == "labels" else 0)
 
         return Rows(**{item.name: sliced(item.name, getattr(self, item.name)) for item in fields(self)})
@@ -167,6 +173,12 @@ class Rows:
     def _map(self, change: Callable[[Any], Any]) -> "Rows":
         parts: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         return Rows(**{name: change(part) for name, part in parts.items() if part is not None})
+
+
+def _of_labels(mask: SamplingMask, place: Callable[[Tensor], Tensor], labels: Tensor) -> SamplingMask:
+    """The sets of the labels, from those of the tokens of a batch, which `place` moves to rows."""
+    # Shifted like the labels.
+    return mask.take(place(mask.positions()).roll(-1, 1).masked_fill(labels == IGNORED, -1))
 
 
 def broadcast(whole: StepBatch | None) -> StepBatch:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import torch
 
 from r3.capture import Rollouts, collect, running_engine, running_servers
+from r3.capture.engine import is_truncated
 from r3.config import R3Config
 from r3.errors import ConfigError
 from r3.pool import EnginePool, PoolLimits
@@ -88,7 +89,7 @@ def sample(
     with _own_random_states(config):
         seed_engine(engine, config.trainer.seed, step)
         outputs = engine.generate(inputs, SamplingParams(**sampling), use_tqdm=False)
-    return collect(outputs, spec, weight_version=version)
+    return collect(outputs, spec, weight_version=version, sampling_mask=is_truncated(sampling))
 
 
 def _own_random_states(config: R3Config) -> contextlib.AbstractContextManager[None]:

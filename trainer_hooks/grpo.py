@@ -24,7 +24,7 @@ from trainer_hooks import checkpoint
 from trainer_hooks.batches import StepBatch, broadcast
 from trainer_hooks.engines import sample, weight_sync_of
 from trainer_hooks.evaluation import evaluate, require_held_out
-from trainer_hooks.measurement import Measured, StepGap, coverage, measure
+from trainer_hooks.measurement import Measured, StepGap, coverage, measure, truncation
 from trainer_hooks.objective import group_advantages
 from trainer_hooks.policy import Policy
 from trainer_hooks.publish import push_from_all_ranks
@@ -189,6 +189,7 @@ class GRPOTrainer:
             "reward/mean": float(rewards.mean()),
             "reward/std_in_group": float(rewards.std(dim=1).mean()),
             "rollout/tokens_mean": int(batch.response_mask.sum()) / rewards.numel(),
+            **truncation(batch),
             **coverage(rollouts, batch, trainer_version=step - 1),
         }
         return Experience(rollouts, StepBatch.of(batch, group_advantages(rewards).flatten()), metrics)

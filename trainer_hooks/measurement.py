@@ -88,6 +88,17 @@ def coverage(rollouts: Rollouts, batch: RolloutBatch, *, trainer_version: int) -
     return {f"routing/{name}": value for name, value in sums.metrics().items()}
 
 
+def truncation(batch: RolloutBatch) -> dict[str, float]:
+    """What top_k, top_p and min_p left to sample from: flat names; none where they are not set."""
+    if batch.sampling_mask is None:
+        return {}
+    sizes = batch.sampling_mask.sizes[batch.response_mask]
+    return {
+        "rollout/set_size_mean": float(sizes.double().mean()),
+        "rollout/set_single_frac": float((sizes == 1).double().mean()),
+    }
+
+
 @dataclass(kw_only=True)
 class StepGap:
     """What the micro-batches of this rank have given so far.

@@ -97,7 +97,8 @@ class Policy:
         return sharded, head
 
     def logprobs(self, rows: Rows, *, replayed: bool) -> Tensor:
-        """Float32 `[R, N]` log-probabilities in nats of `rows.labels`, at the sampling temperature.
+        """Float32 `[R, N]` log-probabilities in nats of `rows.labels`, at the sampling temperature, over what they were
+        sampled from.
 
         0 where there is no label. `replayed` says whether routing is replayed or live.
         """
@@ -109,11 +110,12 @@ class Policy:
         return None if self._reference is None else self._score(*self._reference, rows, {})
 
     def _score(self, model: nn.Module, head: FusedHead, rows: Rows, routing: dict[str, Any]) -> Tensor:
-        padding = {} if self.sliced else {"attention_mask": rows.tokens.long()}
+        padding: dict[str, Any] = {} if self.sliced else {"attention_mask": rows.tokens.long()}
         return head.logprobs(
             model,
             rows.labels,
             temperature=self.temperature,
+            sampling_mask=rows.sampling_mask,
             input_ids=rows.input_ids,
             position_ids=rows.position_ids,
             use_cache=False,

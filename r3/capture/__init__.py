@@ -16,6 +16,7 @@ from r3.capture.settings import SamplingSettings
 from r3.capture.stitch import next_prompt_start, stitch, stitch_runs
 from r3.capture.stream import async_rollout
 from r3.capture.weight_versions import resolve_mixed_versions, stamp_versions
+from r3.sampling_mask import SamplingMask
 
 __all__ = [
     "Endpoint",
@@ -24,6 +25,7 @@ __all__ = [
     "Rollout",
     "RolloutBatch",
     "Rollouts",
+    "SamplingMask",
     "SamplingSettings",
     "async_rollout",
     "capture_kwargs",

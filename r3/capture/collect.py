@@ -19,6 +19,7 @@ from r3.capture.sample import Sample, engine_sample
 from r3.capture.weight_versions import stamp_versions
 from r3.errors import CaptureError, R3Error, summary
 from r3.routing import RoutingSpec
+from r3.sampling_mask import SamplingMask
 
 # Tolerance for rounding: the log-probability of a certain token may be slightly above 0.
 LARGEST_LOGPROB = 1e-3
@@ -31,6 +32,7 @@ def collect(
     *,
     weight_version: int | Sequence[int | None] | None = None,
     prompt_start: int | Sequence[int] = 0,
+    sampling_mask: bool = False,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> Rollouts:
     """Turn vLLM's outputs into checked rollouts, or say which of them were not captured correctly.
@@ -49,6 +51,9 @@ def collect(
             versions itself (vLLM 0.32, after a sync that labels its weights), the two must agree.
         prompt_start: the requests' `routed_experts_prompt_start`, or one for each response: the tokens before it have
             no rows. If a server ignores the field (the OpenAI routes of vLLM 0.26) and sends all rows, all are kept.
+        sampling_mask: read the ids that each token was sampled from, which the requests asked for
+            (`sampling_kwargs`, `request_fields`), and without which rollouts of top_p, top_k or min_p cannot be trained
+            on.
         on_error: "skip" keeps the valid samples, and lists in `Rollouts.failed` what is wrong with the others.
 
     Raises:
@@ -74,7 +79,7 @@ def collect(
     for response, version, start in zip(responses, versions, starts, strict=True):
         place, within = len(items) + len(problems), 0
         try:
-            samples = _samples(response, routing=spec is not None)
+            samples = _samples(response, routing=spec is not None, sampling_mask=sampling_mask)
         except Exception as error:
             cause, samples = cause or error, []
             problems[place] = f"sample {place} (prompt {prompt}): {_message_of(error)}"
@@ -101,7 +106,7 @@ def _message_of(error: Exception) -> str:
     return str(error) if isinstance(error, R3Error) else f"cannot be read: {type(error).__name__}: {error}"
 
 
-def _samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
+def _samples(response: Any, *, routing: bool, sampling_mask: bool) -> list[tuple[int, Read]]:
     """For each completion: the index of its prompt in the response, and a function that reads the completion."""
     if hasattr(response, "done") and hasattr(response, "exception"):
         response = _result(response)
@@ -110,8 +115,10 @@ def _samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
     if hasattr(response, "outputs") and hasattr(response, "prompt_token_ids"):
         if not isinstance(response.outputs, Sequence):
             raise CaptureError(f"outputs: expected a list of completions, got {response.outputs!r:.80}")
-        return [(0, partial(engine_sample, response, completion, routing)) for completion in response.outputs]
-    return http_samples(response, routing=routing)
+        return [
+            (0, partial(engine_sample, response, completion, routing, sampling_mask)) for completion in response.outputs
+        ]
+    return http_samples(response, routing=routing, sampling_mask=sampling_mask)
 
 
 def _result(future: Any) -> Any:
@@ -154,6 +161,9 @@ def _rollout(
         prompt_index=prompt_index,
         weight_versions=() if weight_version is None else (weight_version,),
         row_versions=None if weight_version is None else torch.full((tokens,), weight_version, dtype=torch.int32),
+        sampling_mask=None
+        if sample.kept is None
+        else SamplingMask.of(*sample.kept, sample.token_ids, first=len(sample.prompt_ids)),
     )
     if not sample.versions:
         return rollout

@@ -3,9 +3,10 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from r3.capture.kept_ids import SPARE
 from r3.config import R3Config, environment
 from r3.entry_points import SCHEDULER, WORKER, WORKER_EXTENSION, joined_extension
 from r3.errors import ConfigError
@@ -35,6 +36,9 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
         "enforce_eager": engine.enforce_eager,
         "disable_log_stats": True,
     }
+    sampling = config.generator.sampling_params
+    if sampling.truncated:
+        kwargs["max_logprobs"] = sampling.top_k + SPARE
     if current_platform.is_cpu():
         if captures and not engine.enforce_eager:
             raise ConfigError(
@@ -90,10 +94,11 @@ def capture_kwargs(
 
 
 def sampling_kwargs(config: R3Config) -> dict[str, Any]:
-    """Keyword arguments for `vllm.SamplingParams`: the whole distribution at the set temperature, with its logprobs.
+    """Keyword arguments for `vllm.SamplingParams`: the set distribution, with log-probabilities of what was sampled.
 
-    Log-probabilities come as one list instead of an object a token, and text is not made: both take the engine's time.
-    Decode `Rollout.token_ids` where text is needed.
+    Where top_k, top_p or min_p cut the distribution, with those of all ids that were left, which
+    `collect(sampling_mask=True)` reads. Log-probabilities come as one list instead of an object a token, and text is
+    not made: both take the engine's time. Decode `Rollout.token_ids` where text is needed.
 
     Never raises: `R3Config` has checked the settings.
 
@@ -106,13 +111,20 @@ def sampling_kwargs(config: R3Config) -> dict[str, Any]:
     return {
         "n": config.generator.n_samples_per_prompt,
         "temperature": sampling.temperature,
-        "top_p": 1.0,
-        "top_k": -1,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "min_p": sampling.min_p,
         "max_tokens": sampling.max_generate_length,
-        "logprobs": 0,
+        "logprobs": sampling.top_k + SPARE if sampling.truncated else 0,
         "flat_logprobs": True,
         "detokenize": False,
     }
+
+
+def is_truncated(sampling: Mapping[str, Any]) -> bool:
+    """Whether requests with these `vllm.SamplingParams` sample from less than the whole vocabulary."""
+    cut = sampling.get("top_k", 0) > 0 or sampling.get("top_p", 1) < 1 or sampling.get("min_p", 0) > 0
+    return cut and sampling.get("temperature", 1) > 0
 
 
 @contextlib.contextmanager

@@ -13,27 +13,26 @@ from typing import Any
 
 import numpy as np
 
+from r3.capture.kept_ids import UNKNOWN_LOGPROB, kept_by_server
 from r3.capture.rows import decode_npy, row_array
 from r3.capture.sample import Sample, parse_version_spans, token_list
 from r3.errors import CaptureError
 
 # Upper bound for one token: 512 layers of 32 slots of 4 bytes, and the array's header.
 MAX_ROW_BYTES, HEADER_BYTES = 1 << 16, 1 << 12
-# What vLLM sends for minus infinity, and for a token whose log-probability it does not know.
-UNKNOWN_LOGPROB = -9999.0
 # Of a stream's last chunk.
-CARRIED = ("routed_experts", "finish_reason", "weight_versions")
+CARRIED = ("routed_experts", "finish_reason", "weight_versions", "sampling_mask")
 LOST = "the connection or the server was lost"
 REMEDY = "r3.capture.request_fields gives the fields that a request needs"
 
 Read = Callable[[], Sample]
 
 
-def http_samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
+def http_samples(response: Any, *, routing: bool, sampling_mask: bool) -> list[tuple[int, Read]]:
     """For each choice, by ascending `index`: the index of its prompt in the response, and a function that reads it.
 
     Several prompts in one request of `/v1/completions` are distinguished by their token ids: equal neighbours count as
-    one. Without `routing` the choices' routing is not looked at.
+    one. The choices' routing and sets are looked at only if asked for.
 
     Raises:
         CaptureError: not a response of vLLM, an error that the server answered with, or a stream without a choice.
@@ -58,7 +57,9 @@ def http_samples(response: Any, *, routing: bool) -> list[tuple[int, Read]]:
         place += not equal
         before = own
         # Several choices with one index cannot be told apart, but each counts as a sample.
-        samples += [(place, partial(_sample, index, parts, own, routing, streamed))] * (1 if streamed else len(parts))
+        samples += [(place, partial(_sample, index, parts, own, routing, sampling_mask, streamed))] * (
+            1 if streamed else len(parts)
+        )
     return samples
 
 
@@ -138,7 +139,9 @@ def _joined(index: int, parts: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]
     return choice
 
 
-def _sample(index: int, parts: Sequence[Any], prompt: Any, routing: bool, streamed: bool) -> Sample:
+def _sample(
+    index: int, parts: Sequence[Any], prompt: Any, routing: bool, sampling_mask: bool, streamed: bool
+) -> Sample:
     wrong = [part for part in parts if not isinstance(part, Mapping)]
     if wrong:
         raise CaptureError(f"choices: expected objects, got {wrong[0]!r:.80}")
@@ -156,6 +159,7 @@ def _sample(index: int, parts: Sequence[Any], prompt: Any, routing: bool, stream
         logprobs=_logprobs(choice.get("logprobs"), token_ids),
         routed_experts=rows,
         finish_reason=choice.get("finish_reason"),
+        kept=kept_by_server(choice) if sampling_mask else None,
         versions=parse_version_spans(choice.get("weight_versions"), operator.getitem),
     )
 

@@ -14,6 +14,7 @@ from r3.errors import CaptureError, summary
 from r3.routing import RolloutRouting, RoutingSpec
 from r3.routing.checks import require_same_rows
 from r3.routing.types import replace_trusted
+from r3.sampling_mask import SamplingMask
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,6 +34,8 @@ class Rollout:
         row_versions: int32 `[P + G]`, the version that produced each row, -1 where unknown; None if no version is
             known.
         engine: name of the engine of a pool that sampled it; None if there is no pool.
+        sampling_mask: `[P + G]`, the ids that each token was sampled from. None if all were sampled from the whole
+            vocabulary, or nobody asked.
 
     Raises:
         CaptureError: parts whose lengths do not fit the tokens.
@@ -48,6 +51,7 @@ class Rollout:
     weight_versions: tuple[int, ...] = ()
     row_versions: Tensor | None = None
     engine: str | None = None
+    sampling_mask: SamplingMask | None = None
 
     def __post_init__(self) -> None:
         generated, tokens = len(self.token_ids), len(self)
@@ -56,6 +60,7 @@ class Rollout:
             "logprobs": (self.logprobs, (generated,)),
             "row_versions": (self.row_versions, (tokens,)),
             "routing": (self.routing, (1, tokens)),
+            "sampling_mask": (self.sampling_mask, (tokens,)),
         }
         problems = [
             f"{name}: expected {[*shape, *part.shape[2:]]}, got {list(part.shape)}"
@@ -124,6 +129,7 @@ class Rollout:
             finish_reason="length",
             weight_versions=versions,
             row_versions=rows,
+            sampling_mask=self.sampling_mask and self.sampling_mask.select(slice(length)),
         )
 
     @property
@@ -155,6 +161,7 @@ class RolloutBatch:
         response_mask: bool, True on sampled tokens.
         logprobs: float32, nats; entry t is of token t. 0 where `response_mask` is False.
         routing: `[B, S, L, K]`; not valid on the last token of each rollout and on padding. None if not captured.
+        sampling_mask: `[B, S]`, the ids that each token was sampled from; None if they are the whole vocabulary.
 
     Raises:
         CaptureError: parts of other [B, S] than `input_ids`.
@@ -165,6 +172,7 @@ class RolloutBatch:
     response_mask: Tensor
     logprobs: Tensor
     routing: RolloutRouting | None = None
+    sampling_mask: SamplingMask | None = None
 
     def __post_init__(self) -> None:
         require_same_rows(tuple(self.input_ids.shape), vars(self), CaptureError)
@@ -179,7 +187,7 @@ class RolloutBatch:
 
     def select(self, samples: slice | list[int]) -> "RolloutBatch":
         """The chosen rollouts; a slice shares memory."""
-        return self._map(lambda part: part.select(samples) if isinstance(part, RolloutRouting) else part[samples])
+        return self._map(lambda part: part[samples] if isinstance(part, Tensor) else part.select(samples))
 
     def _map(self, change: Callable[[Any], Any]) -> "RolloutBatch":
         parts: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -244,8 +252,20 @@ class Rollouts:
             response_mask=response_mask,
             logprobs=logprobs,
             routing=routing,
+            sampling_mask=self._sampling_mask(shape[1]),
         )
         return batch.pin_memory() if pin_memory else batch
+
+    def _sampling_mask(self, length: int) -> SamplingMask | None:
+        """`[B, length]`; None if no rollout has one."""
+        parts = [rollout.sampling_mask for rollout in self.items]
+        masks = [part for part in parts if part is not None]
+        if masks and len(masks) < len(parts):
+            raise CaptureError(
+                f"sampling masks: expected one of each of {len(parts)} rollouts, or of none, got {len(masks)}: collect "
+                "all of them with sampling_mask=True"
+            )
+        return SamplingMask.cat(masks, length) if masks else None
 
     def _routings(self) -> list[RolloutRouting]:
         """The routing of each rollout; none without a spec."""

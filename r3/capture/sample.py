@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from r3.capture.kept_ids import KeptIds, kept_by_engine
 from r3.capture.rows import row_array
 from r3.errors import CaptureError
 from r3.vllm_compat.capture import weight_versions
@@ -23,6 +24,7 @@ class Sample:
         logprobs: G log-probabilities of `token_ids`, nats.
         routed_experts: integer `[rows, decoder layers, K]`, None where the engine gave none.
         finish_reason: as vLLM gives it.
+        kept: the ids that each token was sampled from; None where they were not asked for.
         versions: (first sampled token, version of the weights from it on), if the engine reports them (vLLM 0.32).
     """
 
@@ -31,11 +33,12 @@ class Sample:
     logprobs: list[float]
     routed_experts: np.ndarray | None
     finish_reason: str | None
+    kept: KeptIds | None = None
     versions: tuple[tuple[int, int], ...] = ()
 
 
-def engine_sample(output: Any, completion: Any, routing: bool) -> Sample:
-    """The sample of a `RequestOutput` and one of its `CompletionOutput`s. Without `routing`, its routing is ignored.
+def engine_sample(output: Any, completion: Any, routing: bool, sampling_mask: bool) -> Sample:
+    """The sample of a `RequestOutput` and one of its `CompletionOutput`s; its routing and sets only if asked for.
 
     Raises:
         CaptureError: what is missing, or of another type than vLLM's.
@@ -53,6 +56,7 @@ def engine_sample(output: Any, completion: Any, routing: bool) -> Sample:
         logprobs=_sampled_logprobs(completion.logprobs, token_ids),
         routed_experts=row_array(completion.routed_experts) if routing else None,
         finish_reason=completion.finish_reason,
+        kept=kept_by_engine(completion) if sampling_mask else None,
         versions=parse_version_spans(weight_versions(completion), getattr),
     )
 

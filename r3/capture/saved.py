@@ -20,8 +20,9 @@ from r3.capture.rollout import Rollout, Rollouts
 from r3.capture.settings import SamplingSettings
 from r3.errors import CaptureError, RoutingError, summary
 from r3.routing import RolloutRouting, RoutingSpec
+from r3.sampling_mask import SamplingMask
 
-FORMAT, VERSION = "r3.rollouts", "1"
+FORMAT, VERSION = "r3.rollouts", "2"
 _DTYPES = {
     "prompt_lengths": torch.int64,
     "response_lengths": torch.int64,
@@ -37,6 +38,9 @@ _DTYPES = {
     "row_versions": torch.int32,
     "routing_bytes": torch.int64,  # -1 for None
     "routing": torch.uint8,
+    "mask_lengths": torch.int64,  # -1 for None
+    "mask_sizes": torch.int64,
+    "mask_ids": torch.int32,
 }
 _PER_ROLLOUT = (
     "prompt_lengths",
@@ -46,6 +50,7 @@ _PER_ROLLOUT = (
     "version_counts",
     "row_version_lengths",
     "routing_bytes",
+    "mask_lengths",
 )
 
 
@@ -172,12 +177,15 @@ def _tensors(rollouts: Rollouts, reasons: dict[str, int]) -> dict[str, Tensor]:
         "version_counts": [len(item.weight_versions) for item in items],
         "weight_versions": [version for item in items for version in item.weight_versions],
         "row_version_lengths": [-1 if row is None else len(row) for row in rows],
+        "mask_lengths": [-1 if item.sampling_mask is None else len(item) for item in items],
         "routing_bytes": [-1 if item.routing is None else len(wire) for item, wire in zip(items, wires, strict=True)],
     }
     parts = {
         "response_mask": [item.response_mask for item in items],
         "logprobs": [item.logprobs for item in items],
         "row_versions": [row for row in rows if row is not None],
+        "mask_sizes": [item.sampling_mask.sizes for item in items if item.sampling_mask is not None],
+        "mask_ids": [item.sampling_mask.token_ids for item in items if item.sampling_mask is not None],
     }
     wire = bytearray(b"".join(wires))
     tensors = {name: torch.tensor(values, dtype=_DTYPES[name]) for name, values in lists.items()}
@@ -245,6 +253,8 @@ def _items(tensors: dict[str, Tensor], content: dict[str, Any], spec: RoutingSpe
     versions = _split("weight_versions", tensors, counts["version_counts"])
     rows = _split("row_versions", tensors, counts["row_version_lengths"], absent=-1)
     wires = _split("routing", tensors, counts["routing_bytes"], absent=-1)
+    sizes = _split("mask_sizes", tensors, counts["mask_lengths"], absent=-1)
+    sets = _split("mask_ids", tensors, [int(each.sum()) for each in sizes])
     for i in range(number):
         where, reason = f"rollout {i}", counts["finish_reason"][i]
         if not -1 <= reason < len(reasons):
@@ -262,6 +272,9 @@ def _items(tensors: dict[str, Tensor], content: dict[str, Any], spec: RoutingSpe
                 prompt_index=counts["prompt_index"][i],
                 weight_versions=tuple(versions[i].tolist()),
                 row_versions=None if counts["row_version_lengths"][i] == -1 else rows[i].clone(),
+                sampling_mask=None
+                if counts["mask_lengths"][i] == -1
+                else _sampling_mask(sizes[i], sets[i], responses[i].tolist(), len(prompts[i])),
             )
         _require_consistent(where, item, spec)
         yield item
@@ -288,6 +301,15 @@ def _routing(wire: Tensor, tokens: int, spec: RoutingSpec | None, stored: int) -
         return RolloutRouting.from_bytes(wire.clone().numpy().tobytes(), max_bytes=limit)
     except RoutingError as error:
         raise CaptureError(f"routing: {error}") from error
+
+
+def _sampling_mask(sizes: Tensor, sets: Tensor, sampled: list[int], prompt: int) -> SamplingMask:
+    if len(sizes) != prompt + len(sampled) or int(sizes.min()) < 0 or sizes[:prompt].any():
+        raise CaptureError("sampling mask: expected a number of ids of each token, 0 in the prompt")
+    drawn = sizes[prompt:] > 0
+    # Tokens between the turns of a conversation have no set.
+    SamplingMask.of(sizes[prompt:][drawn], sets, [token for token, own in zip(sampled, drawn, strict=True) if own])
+    return SamplingMask(sizes.clone(), sets.clone())
 
 
 def _require_consistent(where: str, item: Rollout, spec: RoutingSpec | None) -> None:

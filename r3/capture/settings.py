@@ -59,11 +59,12 @@ class SamplingSettings:
     @classmethod
     def of(cls, config: R3Config, *, weight_version: int | None = None) -> "SamplingSettings":
         """The settings of an engine made with `engine_kwargs(config)` and sampled with `sampling_kwargs(config)`."""
+        sampling = config.generator.sampling_params
         return cls(
-            temperature=float(config.generator.sampling_params.temperature),
-            top_p=1.0,
-            top_k=-1,
-            min_p=0.0,
+            temperature=float(sampling.temperature),
+            top_p=float(sampling.top_p),
+            top_k=sampling.top_k or -1,
+            min_p=float(sampling.min_p),
             presence_penalty=0.0,
             frequency_penalty=0.0,
             repetition_penalty=1.0,

@@ -17,6 +17,7 @@ from r3.errors import CaptureError
 from r3.routing import RolloutRouting
 from r3.routing.types import replace_trusted
 from r3.routing.validity import in_one_form
+from r3.sampling_mask import SamplingMask
 
 Overlap = Literal["earlier", "later"]
 
@@ -147,7 +148,33 @@ def _joined(run: Sequence[Rollout], before: Sequence[Rollout], overlap: Overlap)
         prompt_index=run[0].prompt_index,
         weight_versions=tuple(sorted({version for turn in took_part for version in turn.weight_versions})),
         row_versions=_joined_versions(pieces) if has_versions else None,
+        sampling_mask=_joined_sets(kept, len(ids)),
     )
+
+
+def _joined_sets(kept: Sequence[_Source], length: int) -> SamplingMask | None:
+    """`[S]`, of the tokens that each turn sampled; None if no turn has any.
+
+    Raises:
+        CaptureError: turns with and without.
+    """
+    masks = [source.turn.sampling_mask for source in kept]
+    told = [mask for mask in masks if mask is not None]
+    if not told:
+        return None
+    if len(told) < len(masks):
+        raise CaptureError(
+            f"sampling masks: expected one of each turn, or of none, got {len(told)} of {len(masks)} turns: collect "
+            "all of them with sampling_mask=True"
+        )
+    everything = SamplingMask(torch.cat([mask.sizes for mask in told]), torch.cat([mask.token_ids for mask in told]))
+    positions = torch.full((length,), -1)
+    start = 0
+    for (turn, end), mask in zip(kept, told, strict=True):
+        begin = len(turn.prompt_ids)
+        positions[begin:end] = torch.arange(start + begin, start + end)
+        start += len(mask.sizes)
+    return everything.take(positions)
 
 
 def _pieces(sources: Sequence[_Source], length: int) -> list[_Piece]:

@@ -323,6 +323,39 @@ class SamplingConfig:
         1.0, "Logits are divided by it, in the engine and in the trainer.", above(0), unit="ratio"
     )
     max_generate_length: int = setting(96, "Longest completion.", at_least(1), unit="tokens")
+    top_k: int = setting(
+        0,
+        "Number of likeliest tokens that a token is sampled from; 0 for all. Below all, the trainer scores each token "
+        "over what it was sampled from.",
+        at_least(0),
+        unit="tokens",
+    )
+    top_p: float = setting(
+        1.0,
+        "Mass of the likeliest tokens that a token is sampled from; below 1 it needs `top_k`.",
+        share(zero=False),
+        unit="share of probability",
+    )
+    min_p: float = setting(
+        0.0,
+        "Least probability of a token that is sampled, over the likeliest one's; above 0 it needs `top_k`.",
+        share(zero=True),
+        unit="ratio",
+    )
+
+    @property
+    def truncated(self) -> bool:
+        """Whether tokens are sampled from less than the whole vocabulary."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    def problems(self, prefix: str) -> list[str]:
+        """Settings that make no sense together, by dotted name from `prefix`."""
+        if self.truncated and not self.top_k:
+            return [
+                f"{prefix}.top_k: expected a number above 0 with top_p below 1 or min_p above 0, got 0: it bounds the "
+                "sets that tokens are sampled from, which the engine sends with them"
+            ]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)

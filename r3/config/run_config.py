@@ -70,6 +70,7 @@ class R3Config:
     def _contradictions(self) -> list[str]:
         engine, alarms = self.generator.inference_engine, self.trainer.diagnostics.alarms
         problems = engine.weight_sync.problems("generator.inference_engine.weight_sync")
+        problems += self.generator.sampling_params.problems("generator.sampling_params")
         if engine.addresses and engine.num_engines > 1:
             problems.append(
                 f"generator.inference_engine.num_engines: expected 1 beside addresses, which are engines that run, got "

@@ -34,6 +34,15 @@ STEP_METRICS = (
     ),
     Metric(name="rollout/tokens_mean", formula="mean number of sampled tokens in a rollout", unit="tokens"),
     Metric(
+        name="rollout/set_size_mean",
+        formula="mean number of ids that a token was sampled from, where top_k, top_p or min_p are set",
+        unit="tokens",
+    ),
+    Metric(
+        name="rollout/set_single_frac",
+        formula="share of sampled tokens that were the only one left, where top_k, top_p or min_p are set",
+    ),
+    Metric(
         name="routing/rows_replayed",
         formula="rows whose routing was replayed in training in every layer",
         unit="tokens",

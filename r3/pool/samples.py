@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from r3.capture import Rollout, Rollouts, collect
+from r3.capture.engine import is_truncated
 from r3.errors import CaptureError
 from r3.pool.request import Answer
 from r3.routing import RoutingSpec
@@ -91,7 +92,14 @@ def rollouts_of(
     """
     responses = [answer if isinstance(answer, BaseException) else answer.response for answer in answers]
     versions = [None if isinstance(answer, BaseException) else _one(answer.versions) for answer in answers]
-    rollouts = collect(responses, spec, weight_version=versions, prompt_start=prompt_start, on_error=on_error)
+    rollouts = collect(
+        responses,
+        spec,
+        weight_version=versions,
+        prompt_start=prompt_start,
+        sampling_mask=is_truncated(parts[0].sampling),
+        on_error=on_error,
+    )
     items = [_labelled(item, parts[item.prompt_index], answers[item.prompt_index]) for item in rollouts]
     return replace(rollouts, items=items)
 

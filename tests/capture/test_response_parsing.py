@@ -84,8 +84,11 @@ def test_requests_ask_for_what_the_offline_engine_is_asked(demo_config):
     completions = request_fields(demo_config)
     extra = completions.pop("extra_body")
     # These routes answer with text, and with an object a token, whatever is asked.
-    assert completions | {"top_k": extra["top_k"], "flat_logprobs": True, "detokenize": False} == asked
-    assert extra == {"top_k": -1, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    assert (
+        completions | {name: extra[name] for name in ("top_k", "min_p")} | {"flat_logprobs": True, "detokenize": False}
+        == asked
+    )
+    assert extra == {"top_k": -1, "min_p": 0.0, "return_token_ids": True, "return_tokens_as_token_ids": True}
     chat = request_fields(demo_config, "chat", 5)
     assert (chat["logprobs"], chat["top_logprobs"]) == (True, asked["logprobs"])
     assert chat["extra_body"]["routed_experts_prompt_start"] == 5

@@ -21,7 +21,7 @@ import r3
 from r3.capture import Rollout, Rollouts, collect, handshake, request_fields
 from r3.diagnostics import compare_logprobs
 from r3.doctor import examine
-from r3.parallel import token_logprobs
+from r3.parallel import head_logprobs, token_logprobs
 
 pytestmark = pytest.mark.engine
 
@@ -41,7 +41,7 @@ def server(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     template = folder / "template.jinja"
     template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    with running_server(config, folder, "--chat-template", str(template)) as running:
+    with running_server(config, folder, "--chat-template", str(template), "--max-logprobs", "54") as running:
         yield running
 
 
@@ -147,6 +147,43 @@ def test_chat_gives_the_tokens_of_its_template(client, model, config, trainer):
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     assert [rollout.prompt_ids for rollout in rollouts.items[::4]] == [tokenizer(text).input_ids for text in texts]
     require_lined_up(trainer, rollouts)
+
+
+@pytest.mark.parametrize("route", ["completions", "generate", "stream", "chat"])
+def test_every_route_gives_the_ids_that_tokens_were_sampled_from(server, client, model, trainer, route):
+    pairs = ["n_samples_per_prompt=4", "sampling_params.max_generate_length=32", "sampling_params.top_k=50"]
+    config = r3.R3Config.from_overrides(
+        [f"generator.{pair}" for pair in [*pairs, "sampling_params.top_p=0.8"]],
+        {"trainer.policy.model.path": str(DEMO_MODEL)},
+    )
+    if route == "chat":
+        message = {"role": "user", "content": "12 + 7 = "}
+        asked = [client.chat.completions.create(model=model, messages=[message], **request_fields(config, "chat"))]
+    else:
+        asked = [ask(server, client, model, config, route, prompt) for prompt in prompts(2)]
+    batch = collect(asked, trainer[1].spec, sampling_mask=True).batch(0)
+    labels = torch.where(batch.response_mask, batch.input_ids, -100)[:, 1:]
+    with torch.no_grad():
+        hidden = (
+            trainer[0]
+            .model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                routed_experts=batch.routing,
+                use_cache=False,
+            )
+            .last_hidden_state[:, :-1]
+        )
+    mask = batch.sampling_mask
+    mask = mask.take(mask.positions()[:, 1:].masked_fill(labels == -100, -1))
+    found = head_logprobs(hidden, trainer[0].lm_head.weight, labels, sampling_mask=mask)
+    theirs, sampled = batch.logprobs[:, 1:], batch.response_mask[:, 1:]
+    sizes = batch.sampling_mask.sizes[batch.response_mask]
+    assert 1 <= int(sizes.min()) < int(sizes.max()) <= 50
+    # The model is another by its float32 weights; over other sets, or the vocabulary, k3 is above 1e-2.
+    assert compare_logprobs(found, theirs, sampled)["k3"] < 3e-3
+    assert not found[sampled][sizes == 1].any()
+    assert not theirs[sampled][sizes == 1].any()
 
 
 def test_prompts_of_one_request_are_told_apart(client, model, config, trainer):

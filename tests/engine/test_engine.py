@@ -61,6 +61,45 @@ def test_rows_shifted_by_one_make_the_gap_jump(trainer):
     assert replayed_k3(trainer.policy, dataclasses.replace(batch, routing=shifted)) > 100 * right
 
 
+def truncated(trainer, monkeypatch, problems, **sampling):
+    """A batch that is sampled with these settings."""
+    config = r3.R3Config.from_overrides(
+        [f"generator.sampling_params.{name}={value}" for name, value in sampling.items()],
+        {key: value for key, value in trainer.config.to_flat().items() if "sampling_params" not in key},
+    )
+    monkeypatch.setattr(trainer.policy, "temperature", config.generator.sampling_params.temperature)
+    monkeypatch.setattr(trainer, "config", config)
+    return trainer.rollout(trainer.task.problems(7, problems), 7).batch(trainer.policy.tokenizer.pad_token_id)
+
+
+def test_what_top_p_left_out_is_left_out_in_the_trainer(trainer, monkeypatch):
+    batch = truncated(trainer, monkeypatch, 4, top_k=50, top_p=0.5, max_generate_length=48)
+    sizes = batch.sampling_mask.sizes[batch.response_mask]
+    assert 1 == int(sizes.min()) < int(sizes.max()) <= 50
+    assert not batch.logprobs[batch.response_mask][sizes == 1].any()
+    over_vocabulary = replayed_k3(trainer.policy, dataclasses.replace(batch, sampling_mask=None))
+    assert 0 < replayed_k3(trainer.policy, batch) < over_vocabulary / 5
+    metrics, _ = trainer.step(trainer.sync.version + 1)
+    assert metrics["rollout/set_size_mean"] > 1 > metrics["rollout/set_single_frac"] > 0
+    assert metrics["logprob_diff/replayed/k3"] < 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5])
+def test_over_the_replayed_sets_the_gap_is_as_small_as_over_the_whole_vocabulary(trainer, temperature, monkeypatch):
+    whole = replayed_k3(trainer.policy, truncated(trainer, monkeypatch, 24, temperature=temperature))
+    cuts = [(1, 1.0, 0.0), (8, 1.0, 0.0), (50, 0.5, 0.0), (50, 0.9, 0.0), (50, 1.0, 0.1)]
+    for top_k, top_p, min_p in cuts:
+        cut = dict(top_k=top_k, top_p=top_p, min_p=min_p)
+        batch = truncated(trainer, monkeypatch, 24, temperature=temperature, **cut)
+        assert int(batch.sampling_mask.sizes[batch.response_mask].max()) <= top_k
+        over_sets = replayed_k3(trainer.policy, batch)
+        over_vocabulary = replayed_k3(trainer.policy, dataclasses.replace(batch, sampling_mask=None))
+        print(f"temperature {temperature}, {cut}: {whole:.2e}, {over_sets:.2e}, {over_vocabulary:.2e}")
+        assert over_sets <= 1.5 * whole
+        assert over_vocabulary > over_sets
+
+
 def zeroed(array):
     return array * 0
 

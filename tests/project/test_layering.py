@@ -25,6 +25,7 @@ BOTTOM = {
     "own_methods",
     "proxy",
     "releases",
+    "sampling_mask",
     "vllm_compat",
     "wrappers",
 }
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "errors": set(),
     "entry_points": set(),
     "releases": set(),
+    "sampling_mask": {"errors"},
     "float32_weights": set(),
     "own_methods": set(),
     "wrappers": set(),

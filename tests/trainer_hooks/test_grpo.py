@@ -9,6 +9,7 @@ from places import DEMO_MODEL
 from step_batches import made_batch
 
 import r3
+from r3.capture import SamplingMask
 from trainer_hooks.batches import Rows, StepBatch
 from trainer_hooks.launch import process_group
 from trainer_hooks.objective import clipped_loss, clipped_objective, group_advantages
@@ -104,6 +105,12 @@ def test_policy_logprobs_are_those_of_a_plain_float32_model_at_the_temperature(r
 def test_rows_and_their_slices_keep_what_belongs_together(packed, size):
     batch = made_batch(torch.Generator().manual_seed(1))
     batch.logprobs.copy_(-batch.input_ids.float()).mul_(batch.response_mask)
+    ids = batch.input_ids[batch.response_mask].tolist()
+    sets = [[token, *range(1000, 1000 + token % 3)] for token in ids]
+    sizes = batch.response_mask.long()
+    sizes[batch.response_mask] = torch.tensor([*map(len, sets)])
+    flat = torch.tensor([token for each in sets for token in each], dtype=torch.int32)
+    batch = replace(batch, sampling_mask=SamplingMask(sizes, flat))
     whole = Rows.of(StepBatch.of(batch, torch.arange(3.0) + 1), packed=packed)
     slices = [whole.shard(rank, size) for rank in range(size)]
     labels, mask = (torch.cat([getattr(part, name) for part in slices], 1) for name in ("labels", "mask"))
@@ -115,6 +122,11 @@ def test_rows_and_their_slices_keep_what_belongs_together(packed, size):
         mine = torch.cat([part.advantages for part in slices], 1) == b + 1
         assert labels[mine].tolist() == batch.input_ids[b][batch.response_mask[b]].tolist()
     assert sum(part.routing.rows_valid for part in slices) == batch.routing.rows_valid
+    # Each label's set has the label in it, and as many other ids as it was given.
+    for part in slices:
+        sets = part.sampling_mask.token_ids.split(part.sampling_mask.sizes.flatten().tolist())
+        for label, ids in zip(part.labels.flatten().tolist(), sets, strict=True):
+            assert ids.tolist() == ([] if label == -100 else [label, *range(1000, 1000 + label % 3)])
     assert sum(int(part.tokens.sum()) for part in slices) == int(batch.attention_mask.sum())
 
 

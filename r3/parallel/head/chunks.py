@@ -12,7 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from r3.parallel.head import sampling_sets
 from r3.parallel.head.passes import Tempering
+from r3.parallel.head.sampling_sets import SamplingSets
 
 _TILE = 128  # tokens that a matrix product computes together
 
@@ -36,6 +38,7 @@ class ChunkedHead:
         labels: int64 `[n]`, of the vocabulary.
         tempering: from products to logits.
         tokens: of a chunk.
+        sets: what each token was sampled from, in chunks of as many tokens; None for the whole vocabulary.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class ChunkedHead:
         labels: Tensor,
         tempering: Tempering,
         tokens: int,
+        sets: SamplingSets | None = None,
     ) -> None:
+        self._sets = sets
         self._hidden, self._weight, self._bias, self._labels = hidden, weight, bias, labels
         self._tempering = tempering
         self._tokens = tokens
@@ -66,9 +71,17 @@ class ChunkedHead:
 
     def _add_statistics(self, at: slice, found: Tensor, *, details: bool) -> None:
         x = _product(self._left[at], self._right.t())
-        rows = self._passes.statistics(x, self._bias, self._labels[at], self._tempering, details=details)
-        for row, values in zip(found, rows, strict=False):
-            row[at] = values
+        labels, sets = self._labels[at], self._sets
+        if sets is None or sets.any_whole:
+            rows = self._passes.statistics(x, self._bias, labels, self._tempering, details=details)
+            for row, values in zip(found, rows, strict=False):
+                row[at] = values
+        if sets is not None:
+            part = sets.chunk(at, at.start // self._tokens)
+            rows = sampling_sets.statistics(x, self._bias, labels, self._tempering, part, details=details)
+            for row, values in zip(found, rows, strict=False):
+                if values is not None:
+                    row[at] = torch.where(part[0] > 0, values, row[at]) if sets.any_whole else values
 
     def gradients(
         self, normaliser: Tensor, upstream: Tensor, needed: tuple[bool, ...]
@@ -101,10 +114,17 @@ class ChunkedHead:
 
     def _logits_gradient(self, at: slice, normaliser: Tensor, upstream: Tensor) -> Tensor:
         x = _product(self._left[at], self._right.t())
+        given = (x, self._bias, self._labels[at], normaliser, upstream, self._tempering)
+        part = None if self._sets is None else self._sets.chunk(at, at.start // self._tokens)
+        of_sets = None if part is None else sampling_sets.logits_gradient(*given, part)
         into = x if self._left.dtype == x.dtype else torch.empty_like(x, dtype=self._left.dtype)
-        return self._passes.logits_gradient(
-            x, self._bias, self._labels[at], normaliser, upstream, self._tempering, into
-        )
+        if self._sets is None or self._sets.any_whole:
+            into = self._passes.logits_gradient(*given, into)
+        if part is not None and of_sets is not None:
+            sizes, tokens, ids = part
+            into.masked_fill_((sizes > 0)[:, None], 0)
+            into[tokens, ids] = of_sets.to(into.dtype)
+        return into
 
 
 def _passes(tensor: Tensor) -> ModuleType:

@@ -20,6 +20,7 @@ from r3.own_methods import BELOW_HOOK, code_of
 from r3.parallel.head.after_head import REMEDY, AfterHead, find_after_head
 from r3.parallel.head.passes import Tempering
 from r3.parallel.head.scores import TokenScores, score
+from r3.sampling_mask import SamplingMask
 
 _SLOT = "_r3_fused_head"
 
@@ -34,6 +35,7 @@ class _Request:
 
     labels: Tensor
     temperature: float
+    sampling_mask: SamplingMask | None
     details: bool
     found: tuple[Tensor, ...] | None = None
 
@@ -76,23 +78,42 @@ class FusedHead:
         if self._head.__dict__.get(_SLOT) is self._activity:
             _take_out(self._head, self._before)
 
-    def logprobs(self, model: nn.Module, labels: Tensor, *, temperature: float = 1.0, **inputs: Any) -> Tensor:
+    def logprobs(
+        self,
+        model: nn.Module,
+        labels: Tensor,
+        *,
+        temperature: float = 1.0,
+        sampling_mask: SamplingMask | None = None,
+        **inputs: Any,
+    ) -> Tensor:
         """Float32 `[B, S]`, log-probability in nats of each label under `model(**inputs)`; 0 where it is -100.
 
         Args:
             model: the one that the handle was made for, as it is called now: sharded or wrapped.
             labels: int64 `[B, S]`, by position the next token; of this rank's slice.
             temperature: the logits are divided by it, as at sampling.
+            sampling_mask: `[B, S]`, the ids that each label was sampled from, over which its logits are normalised.
             inputs: keyword arguments of the forward, without `labels`.
 
         Raises:
             ParallelError: the head did not run once, or other logits than its own came out of the model.
         """
-        return self._score(model, _Request(labels=labels, temperature=temperature, details=False), inputs)[0]
+        request = _Request(labels=labels, temperature=temperature, sampling_mask=sampling_mask, details=False)
+        return self._score(model, request, inputs)[0]
 
-    def scores(self, model: nn.Module, labels: Tensor, *, temperature: float = 1.0, **inputs: Any) -> TokenScores:
+    def scores(
+        self,
+        model: nn.Module,
+        labels: Tensor,
+        *,
+        temperature: float = 1.0,
+        sampling_mask: SamplingMask | None = None,
+        **inputs: Any,
+    ) -> TokenScores:
         """As `logprobs`, with entropy and top margin of each token's distribution."""
-        return TokenScores(*self._score(model, _Request(labels=labels, temperature=temperature, details=True), inputs))
+        request = _Request(labels=labels, temperature=temperature, sampling_mask=sampling_mask, details=True)
+        return TokenScores(*self._score(model, request, inputs))
 
     def _score(self, model: nn.Module, request: _Request, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         if self._head.__dict__.get(_SLOT) is not self._activity:
@@ -170,6 +191,7 @@ def _scored(head: Any, hidden: Tensor, request: _Request, after: Any) -> Tensor:
         request.labels,
         bias,
         Tempering.of(temperature=request.temperature, scale=after.scale, softcap=after.softcap),
+        sampling_mask=request.sampling_mask,
         details=request.details,
     )
     request.found = (logprobs.detach(), *rest)

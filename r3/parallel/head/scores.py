@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 from r3.errors import ParallelError
 from r3.parallel.head.chunks import ChunkedHead, tokens_at_once
 from r3.parallel.head.passes import Tempering
+from r3.parallel.head.sampling_sets import SamplingSets
 from r3.parallel.token_logprobs import IGNORED
+from r3.sampling_mask import SamplingMask
 
 CHUNK_BYTES = 1 << 30
 """Of one chunk's logits in float32. With each chunk the weight's gradient, as large as the logits of H tokens, is read
@@ -45,6 +47,7 @@ def head_logprobs(
     temperature: float = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
+    sampling_mask: SamplingMask | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """Float32 `[...]`, log-probability in nats of each label under the head's distribution; 0 where it is -100.
@@ -64,10 +67,13 @@ def head_logprobs(
         temperature: the logits are divided by it, as at sampling.
         scale: the logits are multiplied by it before that, as some models do.
         softcap: c of models that put c * tanh(logits / c) in the place of the scaled logits.
+        sampling_mask: `[...]`, the ids that each label was sampled from, over which its logits are normalised; None for
+            the whole vocabulary.
         chunk_bytes: of the float32 logits of one chunk; at least 1 token's are computed together.
 
     Raises:
-        ParallelError: other shapes, dtypes or devices, labels outside of the vocabulary, or a temperature of 0.
+        ParallelError: other shapes, dtypes or devices, labels outside of the vocabulary or of their sets, or a
+            temperature of 0.
 
     Example:
         >>> hidden, weight = torch.randn(2, 5, 16, requires_grad=True), torch.randn(50, 16)
@@ -75,7 +81,9 @@ def head_logprobs(
         >>> logprobs.sum().backward()
     """
     tempering = Tempering.of(temperature=temperature, scale=scale, softcap=softcap)
-    return score(hidden, weight, labels, bias, tempering, details=False, chunk_bytes=chunk_bytes)[0]
+    return score(
+        hidden, weight, labels, bias, tempering, sampling_mask=sampling_mask, details=False, chunk_bytes=chunk_bytes
+    )[0]
 
 
 def head_scores(
@@ -87,11 +95,16 @@ def head_scores(
     temperature: float = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
+    sampling_mask: SamplingMask | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> TokenScores:
     """As `head_logprobs`, with entropy and top margin of each token's distribution from the same pass."""
     tempering = Tempering.of(temperature=temperature, scale=scale, softcap=softcap)
-    return TokenScores(*score(hidden, weight, labels, bias, tempering, details=True, chunk_bytes=chunk_bytes))
+    return TokenScores(
+        *score(
+            hidden, weight, labels, bias, tempering, sampling_mask=sampling_mask, details=True, chunk_bytes=chunk_bytes
+        )
+    )
 
 
 @torch.compiler.disable
@@ -103,6 +116,7 @@ def score(
     tempering: Tempering,
     *,
     details: bool,
+    sampling_mask: SamplingMask | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, ...]:
     """As `head_logprobs`, one tensor; or as `head_scores`, three, if `details`."""
@@ -112,9 +126,10 @@ def score(
     wanted = flat[places]
     _check_labels(wanted, weight.shape[0])
     tokens = tokens_at_once(len(places), weight.shape[0], chunk_bytes)
+    sets = None if sampling_mask is None else _sets(sampling_mask, labels, places, wanted, weight.shape[0], tokens)
     with torch.autocast(hidden.device.type, enabled=False):
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)
-        found = _HeadScores.apply(chosen, weight, bias, wanted, tempering, tokens, details)
+        found = _HeadScores.apply(chosen, weight, bias, wanted, tempering, tokens, sets, details)
 
     def placed(values: Tensor) -> Tensor:
         return values.new_zeros(flat.shape).index_put((places,), values).view(labels.shape)
@@ -144,6 +159,18 @@ def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
         )
 
 
+def _sets(
+    mask: SamplingMask, labels: Tensor, places: Tensor, wanted: Tensor, vocabulary: int, tokens: int
+) -> SamplingSets:
+    if mask.shape != labels.shape or mask.sizes.device != labels.device:
+        raise ParallelError(
+            f"sampling mask: expected {tuple(labels.shape)} on {labels.device}, as the labels, got "
+            f"{tuple(mask.shape)} on {mask.sizes.device}"
+        )
+    chosen = mask.take(places)
+    return SamplingSets.of(chosen.sizes, chosen.token_ids, wanted, vocabulary, tokens)
+
+
 def _check_labels(wanted: Tensor, vocabulary: int) -> None:
     if not len(wanted):
         return
@@ -167,12 +194,13 @@ class _HeadScores(torch.autograd.Function):
         labels: Tensor,
         tempering: Tempering,
         tokens: int,
+        sets: SamplingSets | None,
         details: bool,
     ) -> tuple[Tensor, ...]:
-        found = ChunkedHead(hidden, weight, bias, labels, tempering, tokens).statistics(details=details)
+        found = ChunkedHead(hidden, weight, bias, labels, tempering, tokens, sets).statistics(details=details)
         logprobs, normaliser, *rest = found.unbind()
         ctx.save_for_backward(hidden, weight, bias, labels, normaliser)
-        ctx.tempering, ctx.tokens = tempering, tokens
+        ctx.tempering, ctx.tokens, ctx.sets = tempering, tokens, sets
         ctx.mark_non_differentiable(*rest)
         return logprobs.clone(), *rest  # no view of the others
 
@@ -180,7 +208,7 @@ class _HeadScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
         hidden, weight, bias, labels, normaliser = ctx.saved_tensors
-        chunked = ChunkedHead(hidden, weight, bias, labels, ctx.tempering, ctx.tokens)
+        chunked = ChunkedHead(hidden, weight, bias, labels, ctx.tempering, ctx.tokens, ctx.sets)
         with torch.autocast(upstream.device.type, enabled=False):
             gradients = chunked.gradients(normaliser, upstream.contiguous(), ctx.needs_input_grad[:3])
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
