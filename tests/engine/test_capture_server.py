@@ -3,6 +3,7 @@
 One server for all tests of the file; the last one kills it.
 """
 
+import contextlib
 import copy
 import dataclasses
 import time
@@ -21,7 +22,7 @@ import r3
 from r3.capture import Rollout, Rollouts, collect, handshake, request_fields
 from r3.diagnostics import compare_logprobs
 from r3.doctor import examine
-from r3.parallel import head_logprobs, token_logprobs
+from r3.parallel import fused_head, token_logprobs
 
 pytestmark = pytest.mark.engine
 
@@ -162,21 +163,21 @@ def test_every_route_gives_the_ids_that_tokens_were_sampled_from(server, client,
     else:
         asked = [ask(server, client, model, config, route, prompt) for prompt in prompts(2)]
     batch = collect(asked, trainer[1].spec, sampling_mask=True).batch(0)
-    labels = torch.where(batch.response_mask, batch.input_ids, -100)[:, 1:]
-    with torch.no_grad():
-        hidden = (
-            trainer[0]
-            .model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                routed_experts=batch.routing,
-                use_cache=False,
-            )
-            .last_hidden_state[:, :-1]
-        )
+    labels = torch.where(batch.response_mask, batch.input_ids, -100).roll(-1, 1)
     mask = batch.sampling_mask
-    mask = mask.take(mask.positions()[:, 1:].masked_fill(labels == -100, -1))
-    found = head_logprobs(hidden, trainer[0].lm_head.weight, labels, sampling_mask=mask)
+    mask = mask.take(mask.positions().roll(-1, 1).masked_fill(labels == -100, -1))
+    head = fused_head(trainer[0])
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        stack.callback(head.detach)
+        found = head.logprobs(
+            trainer[0],
+            labels,
+            sampling_mask=mask,
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            routed_experts=batch.routing,
+            use_cache=False,
+        )[:, :-1]
     theirs, sampled = batch.logprobs[:, 1:], batch.response_mask[:, 1:]
     sizes = batch.sampling_mask.sizes[batch.response_mask]
     assert 1 <= int(sizes.min()) < int(sizes.max()) <= 50
