@@ -206,6 +206,11 @@ def test_sets_stay_with_their_tokens_in_batches_selections_and_packed_rows():
     assert packed.sizes.sum() == batch.sampling_mask.sizes.sum()
 
 
+def test_a_place_that_takes_no_set_gets_none():
+    mask = SamplingMask.of([2, 1], [3, 7, 5], sampled=[7, 5])
+    assert sets_of(mask.take(torch.tensor([[1, -1, 0], [-1, 0, 0]]))) == [[5], [], [3, 7], [], [3, 7], [3, 7]]
+
+
 def test_rollouts_with_and_without_sets_make_no_batch():
     with pytest.raises(CaptureError, match="expected one of each of 2 rollouts, or of none, got 1"):
         Rollouts([rollout(), replace(rollout(), sampling_mask=None)], None).batch(0)

@@ -84,6 +84,17 @@ def test_the_only_id_of_a_set_is_certain_to_the_last_bit_and_teaches_nothing(dev
     assert not weight.grad.any()
 
 
+def test_two_likeliest_ids_of_a_set_are_no_margin_apart():
+    (hidden, weight, _), labels, _ = given((1, 4), 20, masked=0.0)
+    with torch.no_grad():
+        weight[1:4] = weight[0]
+        hidden.copy_(weight[0] * 3)  # so that these are the likeliest
+    sets = [sorted({0, 1, 2, label}) for label in labels[0].tolist()]
+    mask = SamplingMask.of([*map(len, sets)], [token for ids in sets for token in ids], labels[0].tolist())
+    scores = head_scores(hidden, weight, labels, sampling_mask=mask.take(mask.positions()[None]))
+    assert scores.margin.tolist() == [[0.0] * 4]
+
+
 def test_the_whole_vocabulary_as_a_set_is_no_set():
     (hidden, weight, _), labels, _ = given((2, 9), 40)
     everything = SamplingMask(torch.full((2, 9), 40), torch.arange(40, dtype=torch.int32).repeat(18))
