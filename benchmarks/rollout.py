@@ -11,10 +11,14 @@ settings, no log-probabilities and no text; and r3's (`r3.capture.engine_kwargs`
     objects      log-probabilities as an object a token, no text
     text         log-probabilities as an object a token, and text
     streamed     as `text`, with each step's tokens sent as they come: r3's asking before it held them
+    cut          top-k without its sets: as `r3`, with `top_k=50` and `top_p=0.9`
+    sets         the same with what each token was sampled from, which comes with 54 log-probabilities a token; random
+                 weights leave nearly all 50
 
 `collect_s` is what r3 then takes to check the rollouts and lay them out.
 
-Predicted for one H200, of the bare engine: r3 0.9, alone 0.95, objects 0.85, text 0.7, streamed 0.4.
+Predicted for one H200, of the bare engine: r3 0.9, alone 0.95, objects 0.85, text 0.7, streamed 0.4, cut 0.85, sets
+0.5.
 """
 
 import argparse
@@ -29,13 +33,17 @@ import torch
 
 from benchmarks.machine import machine, spread
 from benchmarks.trl_step import LARGE, SMALL, checkpoint
+from r3.capture.kept_ids import SPARE
 
+CUT = {"top_k": 50, "top_p": 0.9}
 ASKED: dict[str, dict[str, Any]] = {
     "r3": {"logprobs": 0, "flat_logprobs": True, "detokenize": False},
     "alone": {"detokenize": False},
     "objects": {"logprobs": 0, "detokenize": False},
     "text": {"logprobs": 0},
     "streamed": {"logprobs": 0, "stop": ["never sampled"]},
+    "cut": {"logprobs": 0, "flat_logprobs": True, "detokenize": False, **CUT},
+    "sets": {"logprobs": CUT["top_k"] + SPARE, "flat_logprobs": True, "detokenize": False, **CUT},
 }
 
 
@@ -53,7 +61,10 @@ def engine(folder: str, size: dict[str, Any], *, bare: bool) -> Any:
         "gpu_memory_utilization": size["memory"],
     }
     config = r3.R3Config.from_overrides(
-        [f"generator.inference_engine.{name}={value}" for name, value in settings.items()],
+        [
+            *(f"generator.inference_engine.{name}={value}" for name, value in settings.items()),
+            *(f"generator.sampling_params.{name}={value}" for name, value in CUT.items()),
+        ],
         {"trainer.policy.model.path": folder},
     )
     kwargs = engine_kwargs(config)
@@ -87,7 +98,7 @@ def main() -> None:
     requests = size["prompts"] * size["samples"]
     ids = torch.randint(2, size["vocab"], (requests, size["prompt"]), generator=torch.Generator().manual_seed(0))
     rates: dict[str, list[float]] = {way: [] for way in ("bare", *options.asked)}
-    collected: list[float] = []
+    collected: dict[str, list[float]] = {way: [] for way in ("r3", "sets")}
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(Path(folder), size)
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -106,10 +117,10 @@ def main() -> None:
                 if turn < 0:
                     continue
                 rates[way].append(rate)
-                if way == "r3":
+                if way in collected:
                     began = time.perf_counter()
-                    rollouts = collect(outputs, spec)
-                    collected.append(time.perf_counter() - began)
+                    rollouts = collect(outputs, spec, sampling_mask=way == "sets")
+                    collected[way].append(time.perf_counter() - began)
                     assert all(rollout.routing.rows_valid == len(rollout) - 1 for rollout in rollouts)  # pyrefly: ignore
         for made in engines.values():
             made.llm_engine.engine_core.shutdown()
@@ -119,7 +130,16 @@ def main() -> None:
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {"tokens_per_s": {way: spread(each) for way, each in rates.items()}, "ratio_to_bare": ratios}
-    print(json.dumps({**machine(device), "size": size, **found, "collect_s": spread(collected) if collected else None}))
+    print(
+        json.dumps(
+            {
+                **machine(device),
+                "size": size,
+                **found,
+                "collect_s": {way: spread(each) for way, each in collected.items() if each},
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
