@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-long test-browser test-newest test-oldest compat newest-seams test-trl test-verl test-skyrl test-swift \
-	test-mutants docs lint format env clean
+	test-ray test-mutants docs lint format env clean
 
 # Each engine is three processes that import vLLM: without bytecode each of them compiles it anew, for 15 s.
 unexport PYTHONDONTWRITEBYTECODE
@@ -55,7 +55,8 @@ test-trl: .venv-trl/.r3-ready  ## the trainers of TRL
 test-verl: .venv-verl/.r3-ready  ## the FSDP workers of verl
 test-skyrl: .venv-skyrl/.r3-ready  ## the FSDP workers of SkyRL
 test-swift: .venv-swift/.r3-ready  ## the GRPO trainer of ms-swift
-test-trl test-verl test-skyrl test-swift:
+test-ray: .venv-ray/.r3-ready  ## r3's own trainer on clusters of Ray, whose nodes are lost
+test-trl test-verl test-skyrl test-swift test-ray:
 	.venv-$(@:test-%=%)/bin/python $(PYTEST) -m "not gpu" tests/trainers/$(@:test-%=%) $(ARGS)
 
 docs: $(READY)  ## build the documentation into build/site; a broken link is an error

@@ -52,33 +52,30 @@ class ReasoningGymTask:
         return self._data.score_answer(extract_answer(completion), problem)
 
 
-def mean(rows: list[dict[str, Any]], key: str) -> float:
-    return sum(row[key] for row in rows) / len(rows)
-
-
-def main(arguments: list[str]) -> None:
+def demo_config(arguments: list[str], defaults: dict[str, Any]) -> Any:
+    """The settings of `arguments` on top of `defaults`; without a task of their own, of the demo's."""
     from r3 import R3Config
-    from r3.config import process_rank, settings_lines
 
     overrides = [pair for pair in arguments if pair != LIST]
     own_task = any(pair.startswith("task.name=") for pair in overrides)
     task_defaults = {} if own_task else {f"task.settings.{name}": value for name, value in CHAIN_SUM.items()}
-    config = R3Config.from_overrides(overrides, DEFAULTS | task_defaults)
-    if LIST in arguments:
-        print(*settings_lines(config), sep="\n")
-        return
+    return R3Config.from_overrides(overrides, defaults | task_defaults)
+
+
+def demo_task(config: Any) -> ReasoningGymTask:
+    return ReasoningGymTask(config.task.name, config.trainer.seed, config.task.settings)
+
+
+def show_log() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("r3").setLevel(logging.INFO)
     # vLLM's processes log hundreds of lines; what fails is raised here.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-    from r3.diagnostics import read_metrics
-    from trainer_hooks.launch import train
 
-    task = ReasoningGymTask(config.task.name, config.trainer.seed, config.task.settings)
-    folder = train(config, task)
-    if process_rank()[0] != 0:
-        return
+def say(folder: Path) -> None:
+    """What the run in `folder` has learned, and where its report is."""
+    from r3.diagnostics import read_metrics
 
     steps = read_metrics(folder)
     first, last = steps[: len(steps) // 3 or 1], steps[-(len(steps) // 3 or 1) :]
@@ -87,6 +84,26 @@ def main(arguments: list[str]) -> None:
         live, replayed = (mean(steps, f"logprob_diff/{mode}/k3") for mode in ("live", "replayed"))
         print(f"k3 KL, nats  {live:.2e} live, {replayed:.2e} replayed: {live / replayed:.1f} times lower")
     print(f"report       {folder / 'report.html'}")
+
+
+def mean(rows: list[dict[str, Any]], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def main(arguments: list[str]) -> None:
+    from r3.config import process_rank, settings_lines
+
+    config = demo_config(arguments, DEFAULTS)
+    if LIST in arguments:
+        print(*settings_lines(config), sep="\n")
+        return
+    show_log()
+
+    from trainer_hooks.launch import train
+
+    folder = train(config, demo_task(config))
+    if process_rank()[0] == 0:
+        say(folder)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ FREE = (
     "generator.inference_engine.request_timeout_s",
     "generator.inference_engine.on_engine_lost",
     "generator.inference_engine.weight_sync.",
+    "ray.",
 )
 """Beginnings of the settings that may differ in the run that goes on; all others mean another run."""
 

@@ -7,7 +7,7 @@ in groups of `sequence_parallel_size` that share each row.
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from r3.config import R3Config, local_rank, process_rank
 from r3.diagnostics import RunFolder, require_sinks
+from r3.errors import ConfigError
 from r3.report import write_report
 from r3.weight_sync import local_address
 from trainer_hooks import checkpoint
@@ -30,12 +31,23 @@ from trainer_hooks.step_log import StepLog
 
 POLICY = "policy"
 """The trained policy, in the run folder."""
+BACKEND = "cpu:gloo,cuda:nccl"
+"""Of the process group, where there are GPUs."""
 
 
-def train(config: R3Config, task: Task) -> Path:
+Engines = Callable[[R3Config], contextlib.AbstractContextManager[Any]]
+"""What samples while the context is open, as `trainer_hooks.engines.running_engines` gives it."""
+
+
+def train(config: R3Config, task: Task, *, engines: Engines | None = None) -> Path:
     """Run the whole job: process group, policy, engine, loop, report. Returns the run folder.
 
     All processes that it started have ended when it returns, also after Ctrl-C or an exception.
+
+    Args:
+        config: all settings.
+        task: source of prompts and rewards.
+        engines: starts the engines, on the first rank; by default on this host, or found by their addresses.
 
     Raises:
         ConfigError: settings that contradict each other, before anything is started; or a checkpoint to resume from
@@ -47,6 +59,11 @@ def train(config: R3Config, task: Task) -> Path:
     """
     rank, world = process_rank()
     config.check(world)
+    if config.ray.num_workers and engines is None:
+        raise ConfigError(
+            f"ray.num_workers={config.ray.num_workers}: expected trainer_hooks.ray.train_on_ray, which runs on a Ray "
+            "cluster, as examples/grpo_ray.py does; got a run without it"
+        )
     require_held_out(config, task)
     require_sinks(config.trainer.diagnostics.sinks)  # before there is a folder that a second try would find in use
     path = Path(config.trainer.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
@@ -58,7 +75,7 @@ def train(config: R3Config, task: Task) -> Path:
         policy = Policy(config)
         with contextlib.ExitStack() as stack:
             with policy.barrier.guard():
-                engine = stack.enter_context(running_engines(config)) if rank == 0 else None
+                engine = stack.enter_context((engines or running_engines)(config)) if rank == 0 else None
             checked = check_engine(config, policy, engine)
             trainer = GRPOTrainer(config, task, policy, engine, log)
             trainer.train(checked, run_folder=path, resume_from=resume_from)
@@ -89,11 +106,11 @@ def process_group() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = BACKEND if torch.cuda.is_available() else "gloo"
     if process_rank()[1] > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank())
-        _choose_interface()
+        _choose_interface_of_launcher()
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -103,16 +120,21 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _choose_interface() -> None:
-    """Let gloo use the interface by which this host reaches the first one, unless the environment names another.
+def _choose_interface_of_launcher() -> None:
+    """The interface by which this host reaches the first one."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if address and port:
+        choose_interface(local_address(address, int(port)))
+
+
+def choose_interface(own: str) -> None:
+    """Let gloo use the interface with the address `own` of this host, unless the environment names another.
 
     Its own choice is the address that the host name resolves to. On many hosts (Debian's, and most containers) that is
     a loopback address, by which no other host can reach it.
     """
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if "GLOO_SOCKET_IFNAME" in os.environ or not address or not port:
+    if "GLOO_SOCKET_IFNAME" in os.environ:
         return
-    own = local_address(address, int(port))
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address.split("%")[0] == own for each in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name

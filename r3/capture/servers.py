@@ -1,7 +1,6 @@
 """`vllm serve`s of this host that end with the process that started them."""
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -13,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from r3.capture import guard as guard_module
 from r3.capture.engine import terminated_by_exception
 from r3.capture.serve import server_command
 from r3.config import R3Config, environment, variables
@@ -22,13 +22,12 @@ from r3.http import FAILURES, HttpClient, StatusError
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LOOK_S = 0.5
 _END_S = 30.0
-_PR_SET_PDEATHSIG = 1
 
 logger = logging.getLogger("r3")
 
 
 @contextlib.contextmanager
-def running_servers(config: R3Config, *, timeout_s: float = 900.0) -> Iterator[list[str]]:
+def running_servers(config: R3Config, *, host: str = "127.0.0.1", timeout_s: float = 900.0) -> Iterator[list[str]]:
     """Addresses of `generator.inference_engine.num_engines` servers of this host, ready for requests and syncs.
 
     Each has GPUs of its own, in the order of their numbers. Their processes end when the context is left, also by an
@@ -36,6 +35,7 @@ def running_servers(config: R3Config, *, timeout_s: float = 900.0) -> Iterator[l
 
     Args:
         config: of the engines.
+        host: the address of this host at which they listen.
         timeout_s: longest wait for all of them to be ready.
 
     Raises:
@@ -48,7 +48,7 @@ def running_servers(config: R3Config, *, timeout_s: float = 900.0) -> Iterator[l
         servers: list[_Server] = []
         try:
             for number, visible in enumerate(gpus):
-                servers.append(_Server(command, Path(folder) / f"server-{number}.log", visible))
+                servers.append(_Server(command, Path(folder) / f"server-{number}.log", visible, host))
             until = time.monotonic() + timeout_s
             while sum(server.is_ready() for server in servers) < len(servers):
                 if time.monotonic() > until:
@@ -64,16 +64,16 @@ def running_servers(config: R3Config, *, timeout_s: float = 900.0) -> Iterator[l
 
 
 class _Server:
-    def __init__(self, command: list[str], log: Path, visible: str | None) -> None:
-        port = _free_port()
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, command: list[str], log: Path, visible: str | None, host: str) -> None:
+        port = _free_port(host)
+        self.url = f"http://{host}:{port}"
         self._log = log
         self._ready = False
         more = {"VLLM_SERVER_DEV_MODE": "1"} | ({} if visible is None else {_VISIBLE: visible})
-        guard = [sys.executable, "-m", __name__, str(os.getpid())]
+        guard = [sys.executable, "-I", "-S", guard_module.__file__, str(os.getpid())]
         with log.open("wb") as out, environment(**more):
             self._process = subprocess.Popen(
-                [*guard, *command, "--host", "127.0.0.1", "--port", str(port)],
+                [*guard, *command, "--host", host, "--port", str(port)],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is this process's
@@ -121,19 +121,7 @@ def _gpus_of_each(config: R3Config) -> list[str | None]:
     return [",".join(names[n * size : (n + 1) * size]) for n in range(engine.num_engines)]
 
 
-def _free_port() -> int:
+def _free_port(host: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return probe.getsockname()[1]
-
-
-def _end_with(parent: int) -> None:
-    """Let the kernel send this process SIGTERM when `parent`, which has started it, ends in whatever way."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
-        sys.exit("the process that started this server has ended")
-
-
-if __name__ == "__main__":
-    _end_with(int(sys.argv[1]))
-    os.execvp(sys.argv[2], sys.argv[2:])

@@ -23,6 +23,7 @@ from r3.config.parts import (
     TrainerConfig,
     WeightSyncConfig,
 )
+from r3.config.ray_cluster import RayConfig
 from r3.config.run_config import R3Config
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "OptimizerConfig",
     "PolicyConfig",
     "R3Config",
+    "RayConfig",
     "SamplingConfig",
     "TaskConfig",
     "TrainerConfig",

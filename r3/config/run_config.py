@@ -6,6 +6,7 @@ from typing import Any
 
 from r3.config.fields import part, problems_of
 from r3.config.parts import GeneratorConfig, TaskConfig, TrainerConfig
+from r3.config.ray_cluster import RayConfig
 from r3.errors import ConfigError, summary
 
 
@@ -15,6 +16,7 @@ class R3Config:
 
     trainer: TrainerConfig = part(TrainerConfig)
     generator: GeneratorConfig = part(GeneratorConfig)
+    ray: RayConfig = part(RayConfig)
     task: TaskConfig = part(TaskConfig)
 
     @classmethod
@@ -71,12 +73,18 @@ class R3Config:
         engine, alarms = self.generator.inference_engine, self.trainer.diagnostics.alarms
         problems = engine.weight_sync.problems("generator.inference_engine.weight_sync")
         problems += self.generator.sampling_params.problems("generator.sampling_params")
+        problems += self.ray.problems(self.trainer.resume_from)
+        if self.ray.num_workers and engine.addresses:
+            problems.append(
+                f"generator.inference_engine.addresses: expected none beside ray.num_workers={self.ray.num_workers}: "
+                "Ray starts num_engines engines on its nodes"
+            )
         if engine.addresses and engine.num_engines > 1:
             problems.append(
                 f"generator.inference_engine.num_engines: expected 1 beside addresses, which are engines that run, got "
                 f"{engine.num_engines}"
             )
-        if engine.weight_sync.on_running != "wait" and not engine.pooled:
+        if engine.weight_sync.on_running != "wait" and not (engine.pooled or self.ray.num_workers):
             problems.append(
                 f"generator.inference_engine.weight_sync.on_running={engine.weight_sync.on_running} needs addresses or "
                 "num_engines above 1: the one engine that the run starts is idle in a sync"

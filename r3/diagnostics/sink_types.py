@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,39 @@ class Wandb:
         self._run.finish()
 
 
+class Ray:
+    """Gauges of the Ray cluster that this process belongs to, one a metric: `ray_r3_reward_mean{run="first"}`."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], project: str) -> None:
+        import ray
+
+        if not ray.is_initialized():
+            raise RuntimeError("expected a process of a Ray cluster, as trainer_hooks.ray.train_on_ray starts")
+        self._run = {"run": folder.name}
+        self._gauges: dict[str, Any] = {}
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        from ray.util.metrics import Gauge
+
+        for key, value in {"step": step, **values}.items():
+            if key not in self._gauges:
+                name = f"r3_{re.sub(r'[^a-zA-Z0-9_]', '_', key)}"
+                self._gauges[key] = Gauge(name, description=f"{key} of r3's last step", tag_keys=("run",))
+            self._gauges[key].set(value, tags=self._run)
+
+    def close(self) -> None:
+        """Ray drops the gauges of a process that ends."""
+
+
 SINK_TYPES: dict[str, Callable[[Path, Mapping[str, Any], str], Sink]] = {
     "tensorboard": TensorBoard,
     "trackio": Trackio,
     "wandb": Wandb,
+    "ray": Ray,
 }
 HINTS = {
     "tensorboard": "",
     "trackio": "",
+    "ray": "",
     "wandb": "; log in with `wandb login`, or set WANDB_MODE=offline",
 }

@@ -1,4 +1,4 @@
-"""Where metrics go beside the run folder: TensorBoard, trackio, Weights & Biases.
+"""Where metrics go beside the run folder: TensorBoard, trackio, Weights & Biases, gauges of a Ray cluster.
 
 1. `metrics.jsonl` is the record, and `RunFolder.log` writes it: a sink is a view of it, and may lose steps.
 2. A training step hands its metrics to one bounded queue a sink, and never waits: what does not fit is dropped, what a
