@@ -5,7 +5,6 @@ import uuid
 from collections import deque
 from contextlib import ExitStack
 from functools import cache
-from typing import ClassVar
 
 import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
@@ -138,7 +137,7 @@ class _SharedStorage:
 
 
 class IpcReceiver(Receiver):
-    takes_memory: ClassVar[bool] = False
+    takes_memory = False
 
     def __init__(self, offer: Descriptor, rank: int, device: torch.device, timeout_s: float) -> None:
         super().__init__(offer, rank, device, timeout_s)
