@@ -11,7 +11,7 @@ from typing import Any
 from r3.errors import EngineLostError, SyncError, summary
 from r3.weight_sync.sender.chunking import OutgoingWeights, Parts, Round
 from r3.weight_sync.sender.progress import SyncProgress
-from r3.weight_sync.sender.rank_link import Link, Message
+from r3.weight_sync.sender.rank_link import Link, Message, await_any
 from r3.weight_sync.weights.gathering import Gathering
 from r3.weight_sync.weights.lazy import Weight
 
@@ -63,7 +63,7 @@ class Orders:
             SyncError: a rank does not come, or has other weights.
         """
         said = fingerprint(weights, settings["frozen"])
-        self._asked = "take part in the sync"
+        self._asked = "take part"
         came = self.answers(self._entry_timeout_s)
         wrong = [f"rank {number}" for number, message in came.items() if message["weights"] != said]
         if wrong:
@@ -133,7 +133,7 @@ class Orders:
         while waiting:
             for number, link in list(waiting.items()):
                 try:
-                    message = link.receive(0.0 if len(waiting) > 1 else 0.05)
+                    message = link.receive(0.0)
                 except SyncError as error:
                     problems.append(str(error))
                     del waiting[number]
@@ -148,14 +148,11 @@ class Orders:
                 else:
                     found[number] = message
             left_s = until - time.monotonic()
-            if problems and not all_of_them:
-                left_s = min(left_s, 0.0)
-            if left_s <= 0:
+            if not waiting or left_s <= 0 or (problems and not all_of_them):
                 break
-            if len(waiting) > 1:
-                time.sleep(min(1e-3, left_s))
+            await_any(waiting.values(), left_s)
         if not problems or all_of_them:
-            problems += [f"rank {number} did not {self._asked} within {timeout_s:g} s" for number in sorted(waiting)]
+            problems += [f"rank {number} has not answered ({self._asked}) within {timeout_s:g} s" for number in sorted(waiting)]
         return problems, found
 
     def _beat(self) -> None:

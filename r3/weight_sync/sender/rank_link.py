@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,11 +50,8 @@ class Link:
         """The next message; None if none comes within `timeout_s`. Raises `SyncError` if the other rank has ended."""
         until = time.monotonic() + timeout_s
         while (message := self._complete()) is None:
-            left_s = until - time.monotonic()
-            if left_s <= 0:
-                return None
             # Not the socket's own timeout, which another thread sets that sends.
-            if not _readable(self._connection, left_s):
+            if not _readable([self._connection], max(0.0, until - time.monotonic())):
                 return None
             try:
                 data = self._connection.recv(1 << 20)
@@ -133,7 +130,7 @@ def _accepted(listener: socket.socket, token: str, rank: int, size: int, timeout
     until = time.monotonic() + timeout_s
     while len(found) < size - 1:
         left_s = until - time.monotonic()
-        if left_s <= 0 or not _readable(listener, left_s):
+        if left_s <= 0 or not _readable([listener], left_s):
             missing = sorted({*range(size)} - {*found, rank})
             raise SyncError(f"ranks {missing} have not connected to rank {rank} within {timeout_s:g} s")
         connection, _ = listener.accept()
@@ -161,7 +158,13 @@ def _everyones(text: str, group: dist.ProcessGroup | None, timeout_s: float) -> 
     return [bytes(each.tolist()).decode().strip() for each in everyones]
 
 
-def _readable(connection: socket.socket, timeout_s: float) -> bool:
+def await_any(links: Iterable[Link], timeout_s: float) -> None:
+    """Wait until one of `links` has something to receive, for `timeout_s` at most."""
+    _readable([link._connection for link in links], timeout_s)
+
+
+def _readable(connections: Iterable[socket.socket], timeout_s: float) -> bool:
     poll = select.poll()
-    poll.register(connection, select.POLLIN)
-    return bool(poll.poll(max(1, timeout_s * 1e3)))
+    for connection in connections:
+        poll.register(connection, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1e3))
