@@ -152,7 +152,9 @@ class Orders:
                 break
             await_any(waiting.values(), left_s)
         if not problems or all_of_them:
-            problems += [f"rank {number} has not answered ({self._asked}) within {timeout_s:g} s" for number in sorted(waiting)]
+            problems += [
+                f"rank {number} has not answered ({self._asked}) within {timeout_s:g} s" for number in sorted(waiting)
+            ]
         return problems, found
 
     def _beat(self) -> None:
