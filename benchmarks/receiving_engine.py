@@ -40,8 +40,16 @@ class ReceivingWorker:
             more = {"error": f"{type(error).__name__}: {error}"}
             self.r3_abort("", more["error"])
         return {
-            **{"rank": self._rank, "world_size": self._size, "dp_rank": 0, "dp_size": 1, "worker": self._name},
-            **{"gpu": None, "version": self.version, "state": self._state, "cause": self.cause, "base_version": None},
+            "rank": self._rank,
+            "world_size": self._size,
+            "dp_rank": 0,
+            "dp_size": 1,
+            "worker": self._name,
+            "gpu": None,
+            "version": self.version,
+            "state": self._state,
+            "cause": self.cause,
+            "base_version": None,
             "connection_id": None if self._receiver is None else self._receiver.connection_id,
             **more,
         }

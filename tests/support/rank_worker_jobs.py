@@ -1,12 +1,8 @@
 """What ranks do in tests of a sync from all of them: four trainers, and engines whose workers are real but for vLLM."""
 
 import copy
-import dataclasses
 import functools
-import os
-import signal
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace

@@ -1,5 +1,7 @@
 """A sync to which every trainer rank sends its part: each weight is gathered to one rank, and all of them commit."""
 
+import re
+
 import pytest
 import rank_sync_jobs as jobs
 from ranks import Ranks
@@ -75,10 +77,24 @@ def test_a_weight_in_any_placement_goes_whole_to_its_owner_alone(four):
 )
 def test_a_failure_of_any_rank_is_told_to_all_in_time_and_the_next_sync_heals(four, where, what, expected):
     found = four.all(jobs.failing, where, what, timeout_s=120)
-    import re
-
     for rank, each in enumerate(found):
         assert re.search(expected, each["said"]), (rank, each)
         assert each["seconds"] < 4 * LIMIT_S, (rank, each)
     assert found[0]["untouched"]
     assert found[0]["healed"]
+
+
+@pytest.mark.parametrize(
+    ("where", "what"), [(3, "dies"), pytest.param(1, "dies sending", marks=pytest.mark.long), (0, "dies sending")]
+)
+def test_the_death_of_any_rank_ends_the_sync_on_all_others_and_nothing_is_committed(where, what):
+    ranks = Ranks(4)
+    try:
+        found = ranks.run(jobs.failing, where, what, timeout_s=120)
+    finally:
+        ranks.close()
+    assert isinstance(found[where], EOFError)
+    for each in (each for rank, each in enumerate(found) if rank != where):
+        assert f"rank {where} has ended" in each["said"], each
+        assert each["seconds"] < 3 * LIMIT_S, each
+    assert where == 0 or found[0]["untouched"]

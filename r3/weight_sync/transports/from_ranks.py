@@ -57,11 +57,11 @@ class RanksReceiver(Receiver):
 
 
 def joint_id(ids: list[str | None]) -> str | None:
-    """One connection id for those of all ranks; None if one keeps no connection."""
-    return None if None in ids else _JOINT.join(map(str, ids))
+    """One connection id for those of all senders, unlike any of theirs; None if one keeps no connection."""
+    return None if None in ids else _JOINT.join([NAME, *map(str, ids)])
 
 
 def ids_of(joint: set[str | None], sender: int, senders: int) -> set[str | None]:
     """Of connections that workers hold, the ids of those to one sender; {None} where a worker has other ones."""
     parted = [(one or "").split(_JOINT) for one in joint]
-    return {parts[sender] if len(parts) == senders and parts[sender] else None for parts in parted}
+    return {parts[1 + sender] if parts[0] == NAME and len(parts) == 1 + senders else None for parts in parted}
