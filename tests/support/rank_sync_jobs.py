@@ -202,7 +202,7 @@ def dies() -> None:
 def failing(where: int, what: str) -> dict[str, Any]:
     """A sync in which rank `where` fails; what this rank is told and when, and whether the next sync heals."""
     weights, of = sharded("softmax"), ranks(LIMIT_S)
-    settings = {"timeout_s": LIMIT_S, "chunk_bytes": 1 << 14}
+    settings = {"timeout_s": LIMIT_S, "chunk_bytes": 1 << 17}
     made = sync(**settings)
     if made is not None and made.version is None:
         found = push(weights, of, **settings).version
