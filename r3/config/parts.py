@@ -367,8 +367,8 @@ class WeightSyncConfig:
     )
     senders: str = setting(
         "all",
-        "With `gloo` and `nccl`, which trainer ranks send weights: `all` a part each, gathered to that rank alone, or the "
-        "`first`, which alone needs to reach the engines then. A delta is sent by the first.",
+        "Which trainer ranks send weights by `gloo` and `nccl`: `all` a part each, gathered to that rank alone; or the "
+        "`first`, for engines that reach no other. A delta is sent by the first.",
         one_of(SENDERS),
     )
     on_running: str = setting(

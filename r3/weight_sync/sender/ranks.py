@@ -77,7 +77,7 @@ class SyncRanks:
         """
         (link,) = self._next(None).values()
         try:
-            part = RankPart(self.number, self.owners, link, self._syncs, self.timeout_s, self.transport)
+            part = RankPart(self.number, self.owners, link, self._syncs, self.timeout_s, self._transport_of)
             part.run(named_tensors, frozen)
         except BaseException as error:
             if not isinstance(error, Exception):
@@ -92,7 +92,7 @@ class SyncRanks:
             self._transport[1].close()
             self._transport = None
 
-    def transport(self, recipe: Message, timeout_s: float) -> Transport:
+    def _transport_of(self, recipe: Message, timeout_s: float) -> Transport:
         """This rank's transport, kept from sync to sync."""
         if self._transport is None or self._transport[0] != recipe:
             if self._transport is not None:
