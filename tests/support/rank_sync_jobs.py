@@ -212,7 +212,7 @@ def failing(where: int, what: str) -> dict[str, Any]:
     given, mine = weights, dist.get_rank() == where
     action = {"raises": raises, "sleeps": sleeps, "dies": dies}.get(what)
     if mine and action is not None:
-        given = spoiled(weights, len(weights) // 2, action)
+        given = spoiled(weights, 0 if what == "raises" else len(weights) // 2, action)
     if mine and what == "is late":
         sleeps()
     if mine and what == "has others":
