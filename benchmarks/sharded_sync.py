@@ -6,7 +6,7 @@
 
 One line of JSON. Weights are random, float32, in FSDP2's shards, and sent as bfloat16: so many decoder layers of fused
 experts. Workers receive into memory, in processes of their own, check every digest, and load nothing: what is measured
-is the trainer's side. On GPUs the ranks take the first ones, and the workers those behind them.
+is the trainer's side. On GPUs the workers take the last ones, and the ranks those before them, shared if too few.
 
 Three ways: `parts` (each rank sends its part), `first` (each weight is gathered to the first rank, which
 sends all) and `gathered` (all ranks gather every weight, the first sends: `gather_all`).
@@ -256,8 +256,14 @@ def main() -> None:
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.transport = "gloo" if args.device == "cpu" else "nccl"
     local = int(os.environ.get("LOCAL_RANK", 0))
+    gpus = 0
     if args.device == "cuda":
-        torch.cuda.set_device(local)
+        gpus = min(torch.cuda.device_count() - args.engines * args.workers, int(os.environ["WORLD_SIZE"]))
+        if gpus < 1:
+            raise SystemExit(f"expected more GPUs than the {args.engines * args.workers} workers have, got {gpus}")
+        if gpus < int(os.environ["WORLD_SIZE"]):  # NCCL takes ranks that share a GPU if they name hosts of their own
+            os.environ |= {"NCCL_HOSTID": f"rank-{local}", "NCCL_SOCKET_IFNAME": "lo"}
+        torch.cuda.set_device(local % gpus)
     torch.set_num_threads(1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
     named, ranks, sent = weights(args), SyncRanks(timeout_s=300.0), SentBytes(TRANSPORTS[args.transport])
@@ -265,7 +271,7 @@ def main() -> None:
         engines: list[Engine] = []
         if not dist.get_rank():
             for number in range(args.engines):
-                first = dist.get_world_size() + number * args.workers
+                first = gpus + number * args.workers
                 where = [f"cuda:{first + at}" if args.device == "cuda" else "cpu" for at in range(args.workers)]
                 engines.append(stack.enter_context(contextlib.closing(ProcessEngine(f"engine {number}", where))))
         found: dict[str, Any] = {**machine(torch.device(args.device)), "transport": args.transport}
