@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from parallel_jobs import build
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
+from benchmarks import sharded_sync
 from benchmarks.receiving_engine import ReceivingEngine
 from r3 import SyncError
 from r3.parallel import make_mesh, shard_parameters
@@ -245,4 +247,28 @@ def failing(where: int, what: str) -> dict[str, Any]:
             found["healed"] = receipt.workers == 4 and all(
                 all(torch.equal(held[name], expected[name]) for name in expected) for held in held_by_workers(made)
             )
+    return found
+
+
+def memory() -> dict[str, int]:
+    """The most that this rank takes above its shards, with 16 MiB the largest tensor and 8 MiB under way in a round."""
+    shape = {"layers": 2, "hidden": 512, "intermediate": 256, "experts": 16}
+    weights = sharded_sync.weights(SimpleNamespace(device="cpu", **shape))
+    measure = sharded_sync.Memory("cpu")
+    of, made = SyncRanks(), None
+    if not dist.get_rank():
+        engine = ReceivingEngine("a", 1, keeps=False)
+        made = WeightSync(engine, transport=GlooTransport(), chunk_bytes=8 << 20, dtype=torch.bfloat16)
+    found = {}
+    for version in (1, 2, 3, 4):
+        dist.barrier()
+        way = "parts" if version < 3 else "gathered"
+        with measure.measured() as extra:
+            if way == "parts":
+                push_from_all_ranks(made, weights, version, None, ranks=of)
+            elif made is not None:
+                made.push(weights, version=version)
+            else:
+                gather_all(weights)
+        found[way] = extra[0]
     return found

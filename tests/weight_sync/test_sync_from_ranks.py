@@ -98,3 +98,11 @@ def test_the_death_of_any_rank_ends_the_sync_on_all_others_and_nothing_is_commit
         assert f"rank {where} has ended" in each["said"], each
         assert each["seconds"] < 3 * LIMIT_S, each
     assert where == 0 or found[0]["untouched"]
+
+
+def test_no_rank_takes_more_than_one_tensor_and_its_part_of_what_is_under_way(four):
+    """The first rank also holds the engine here."""
+    mib = 1 << 20
+    for found in four.all(jobs.memory)[1:]:
+        assert found["parts"] <= (16 + 4 * 2) * mib, found
+        assert found["gathered"] >= 30 * mib, found
