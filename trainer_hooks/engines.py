@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+import torch.distributed as dist
 
 from r3.capture import Rollouts, collect, running_engine, running_servers
 from r3.capture.engine import is_truncated
@@ -14,7 +15,7 @@ from r3.errors import ConfigError
 from r3.pool import EnginePool, PoolLimits
 from r3.proxy import is_this_machine
 from r3.routing import RoutingSpec
-from r3.weight_sync import FilesTransport, GlooTransport, NcclTransport, Transport, WeightSync, local_address
+from r3.weight_sync import FilesTransport, GlooTransport, NcclTransport, SyncRanks, Transport, WeightSync, local_address
 from r3.weight_sync.engines.engine import checked_mode
 from trainer_hooks.random_states import kept_random_states, seed_engine
 
@@ -60,8 +61,20 @@ def weight_sync_of(config: R3Config, engine: Any) -> WeightSync:
         chunk_bytes=int(settings.weight_sync.chunk_mib * 2**20),
         timeout_s=settings.weight_sync.timeout_s,
         on_running=checked_mode(settings.weight_sync.on_running),
+        senders="first" if settings.weight_sync.senders == "first" else "all",
         on_lost="remove" if settings.on_engine_lost == "remove" else "raise",
     )
+
+
+def sync_ranks_of(config: R3Config) -> SyncRanks | None:
+    """The trainer's ranks, for syncs in which each sends its part; None if there is one, or the transport is of one.
+
+    Every rank calls this.
+    """
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if not several or config.generator.inference_engine.weight_sync.transport not in _OVER_NETWORKS:
+        return None
+    return SyncRanks(timeout_s=config.trainer.timeout_s)
 
 
 def sample(

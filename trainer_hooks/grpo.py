@@ -22,7 +22,7 @@ from r3.weight_sync import SyncReceipt
 from r3.weight_sync.timing import StageTimer
 from trainer_hooks import checkpoint
 from trainer_hooks.batches import StepBatch, broadcast
-from trainer_hooks.engines import sample, weight_sync_of
+from trainer_hooks.engines import sample, sync_ranks_of, weight_sync_of
 from trainer_hooks.evaluation import evaluate, require_held_out
 from trainer_hooks.measurement import Measured, StepGap, coverage, measure, truncation
 from trainer_hooks.objective import group_advantages
@@ -83,6 +83,7 @@ class GRPOTrainer:
         self.engine = engine
         self.log = log
         self.sync = engine if engine is None or isinstance(engine, EnginePool) else weight_sync_of(config, engine)
+        self.sync_ranks = sync_ranks_of(config)
 
     def train(
         self,
@@ -102,7 +103,10 @@ class GRPOTrainer:
             AlarmError: an alarm stops the run; a `ParallelError` on the other ranks.
             ConfigError: the checkpoint is of a run with other settings.
         """
-        with contextlib.closing(self.sync) if self.sync is not None else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            for each in (self.sync, self.sync_ranks):
+                if each is not None:
+                    stack.enter_context(contextlib.closing(each))
             done = 0
             if resume_from is not None:
                 done = checkpoint.load(resume_from, self.config, self.policy)
@@ -233,4 +237,5 @@ class GRPOTrainer:
 
     def push(self, version: int) -> SyncReceipt | None:
         """Sync the policy's weights into the engine. Returns the receipt on the rank that has the engine."""
-        return push_from_all_ranks(self.sync, self.policy.named_weights(), version, self.policy.barrier)
+        weights, ranks = self.policy.named_weights(), self.sync_ranks
+        return push_from_all_ranks(self.sync, weights, version, self.policy.barrier, ranks=ranks)

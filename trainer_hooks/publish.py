@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from r3.errors import EngineLostError, ParallelError, SyncError
 from r3.parallel import RankBarrier
 from r3.pool import EnginePool
-from r3.weight_sync import SyncReceipt, Weight, WeightSync, gather_all
+from r3.weight_sync import SyncRanks, SyncReceipt, Weight, WeightSync, gather_all
 
 _LOST = f"{EngineLostError.__name__}: "
 
@@ -17,6 +17,8 @@ def push_from_all_ranks(
     version: int,
     barrier: RankBarrier | None,
     frozen: Sequence[str] = (),
+    *,
+    ranks: SyncRanks | None = None,
 ) -> SyncReceipt | None:
     """A sync that commits on all ranks, or raises on all. Every rank calls this, `frozen` alike, and all gather.
 
@@ -25,8 +27,9 @@ def push_from_all_ranks(
 
     Where engines that are lost are removed (`WeightSync(on_lost="remove")`), all push again to those that are left.
 
-    Sharded tensors are gathered one by one: no rank holds more than a chunk, or one tensor, beside its shards. Without
-    a `barrier` this is the only rank, which has a `sync`.
+    With `ranks`, for one rank with a `sync`, each weight is gathered to one rank, which sends it: no rank holds more
+    than its part of a chunk, or one tensor, beside its shards. Without them all ranks gather every weight, one by one.
+    Without a `barrier` this is the only rank, which has a `sync`.
 
     Returns:
         The receipt on a rank with a `sync`, None on the others.
@@ -35,12 +38,16 @@ def push_from_all_ranks(
         SyncError: on every rank, if the sync did not commit everywhere or a rank could not gather; it says why.
     """
     try:
+        if ranks is not None:
+            if sync is not None:
+                return sync.push(weights, version=version, frozen=frozen, ranks=ranks)
+            return ranks.take_part(weights, frozen=frozen)
         if barrier is not None:
             return _push(sync, weights, version, barrier, frozen)
         assert sync is not None
         return sync.push(weights, version=version, frozen=frozen)
     except EngineLostError:  # it has warned
-        return push_from_all_ranks(sync, weights, version, barrier, frozen)
+        return push_from_all_ranks(sync, weights, version, barrier, frozen, ranks=ranks)
 
 
 def _push(

@@ -28,7 +28,9 @@ MIXED_VERSIONS = ("keep", "invalidate", "drop")
 ON_ENGINE_LOST = ("raise", "remove")
 ON_RUNNING = ("wait", "abort", "keep")
 SINKS = ("tensorboard", "trackio", "wandb", "ray")
+BROADCASTS = ("gloo", "nccl")
 TRANSPORTS = ("files", "gloo", "in_process", "ipc", "nccl")
+SENDERS = ("all", "first")
 CORRECTIONS = ("none", "tis", "mis", "icepop", "gspo")
 SCHEDULERS = ("constant", "linear", "cosine")
 LEVELS = ("token", "sequence")
@@ -399,6 +401,12 @@ class WeightSyncConfig:
         between(0, 65535),
         unit="port",
     )
+    senders: str = setting(
+        "all",
+        "Which trainer ranks send weights by `gloo` and `nccl`: `all` a part each, gathered to that rank alone; or the "
+        "`first`, for engines that reach no other. A delta is sent by the first.",
+        one_of(SENDERS),
+    )
     on_running: str = setting(
         "wait",
         "What a sync does with requests that run in one of several engines: `wait` for their end, `abort` them, after "
@@ -409,12 +417,13 @@ class WeightSyncConfig:
 
     def problems(self, prefix: str) -> list[str]:
         """Settings that the transport does not use, by dotted name from `prefix`."""
-        users = {"folder": ("files",), "host": ("gloo", "nccl"), "port": ("gloo", "nccl")}
+        users = {"folder": ("files",)} | dict.fromkeys(("host", "port", "senders"), BROADCASTS)
+        default = WeightSyncConfig()
         return [
             f"{prefix}.{name}={getattr(self, name)}: {prefix}.transport={self.transport} does not use it; "
             f"{' and '.join(transports)} {'does' if len(transports) == 1 else 'do'}"
             for name, transports in users.items()
-            if getattr(self, name) and self.transport not in transports
+            if getattr(self, name) != getattr(default, name) and self.transport not in transports
         ]
 
 

@@ -23,7 +23,7 @@ from r3.pool.progress import progress_bar
 from r3.pool.request import Answer, Request
 from r3.pool.samples import Part, parts_of, rollouts_of
 from r3.routing import RoutingSpec
-from r3.weight_sync import Engine, SyncReceipt, Weight, WeightSync
+from r3.weight_sync import Engine, SyncRanks, SyncReceipt, Weight, WeightSync
 
 _LOOK_S = 0.1
 
@@ -178,6 +178,7 @@ class EnginePool:
         version: int,
         frozen: Sequence[str] = (),
         agree: Callable[[], Any] | None = None,
+        ranks: SyncRanks | None = None,
     ) -> SyncReceipt:
         """Sync all engines, those that join among them: `WeightSync.push`. No request is sent meanwhile.
 
@@ -185,10 +186,10 @@ class EnginePool:
 
         Raises:
             SyncError: it did not commit everywhere. The next push heals.
-            EngineLostError: engines were removed, and the ranks that `agree` have to push again together.
+            EngineLostError: engines were removed, and the `ranks`, or those that `agree`, have to push again together.
         """
         with self._members:
-            return self._push([*named_tensors], version, frozen, agree)
+            return self._push([*named_tensors], version, frozen, agree, ranks)
 
     def join(self, engine: Any) -> str:
         """Add an engine between syncs. It takes requests once it holds the current version: from the next `push` on, or
@@ -350,6 +351,7 @@ class EnginePool:
         version: int,
         frozen: Sequence[str],
         agree: Callable[[], Any] | None,
+        ranks: SyncRanks | None,
     ) -> SyncReceipt:
         if self.sync.removes_lost:  # waiting for them once more would take a timeout
             for name in self._named(MemberState.LOST)[: len(self.sync.engines) - 1]:
@@ -358,10 +360,10 @@ class EnginePool:
         with self._held():
             while True:
                 try:
-                    receipt = self.sync.push(weights, version=version, frozen=frozen, agree=agree)
+                    receipt = self.sync.push(weights, version=version, frozen=frozen, agree=agree, ranks=ranks)
                 except EngineLostError:
                     self._remove_lost()
-                    if agree is not None:
+                    if agree is not None or ranks is not None:
                         raise
                     continue
                 self._remove_lost()

@@ -5,6 +5,7 @@ from r3.weight_sync.engines import Engine, engine_of
 from r3.weight_sync.integrity.digest import ContentDigests, combine, digest
 from r3.weight_sync.quantization.fp8 import quantised
 from r3.weight_sync.sender.chunking import gather_all
+from r3.weight_sync.sender.ranks import SyncRanks
 from r3.weight_sync.sender.session import SyncReceipt, WeightSync
 from r3.weight_sync.transports import (
     FilesTransport,
@@ -27,6 +28,7 @@ __all__ = [
     "IpcTransport",
     "LazyWeight",
     "NcclTransport",
+    "SyncRanks",
     "SyncReceipt",
     "Transport",
     "Weight",

@@ -118,7 +118,8 @@ def test_what_a_sync_does_with_requests_is_what_engines_know():
 
 
 @pytest.mark.parametrize(
-    ("setting", "transport"), [("folder=/shared", "files"), ("host=trainer", "gloo"), ("port=29600", "nccl")]
+    ("setting", "transport"),
+    [("folder=/shared", "files"), ("host=trainer", "gloo"), ("port=29600", "nccl"), ("senders=first", "gloo")],
 )
 def test_a_setting_of_another_transport_is_refused(setting, transport):
     name = "generator.inference_engine.weight_sync"

@@ -44,7 +44,7 @@ class Ranks:
             dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=size)
 
     def run(self, function: Callable, *args: Any, timeout_s: float = 120.0) -> list[Any]:
-        """What `function(*args)` returns on each rank; an exception is returned as one.
+        """What `function(*args)` returns on each rank; an exception is returned as one, and so is the rank's death.
 
         A test that is skipped on a rank is skipped.
 
@@ -59,7 +59,10 @@ class Ranks:
             if not end.poll(timeout_s):
                 self.close()
                 raise TimeoutError(f"rank {rank} of {function.__name__} hangs")
-            results.append(pickle.loads(end.recv_bytes()))
+            try:
+                results.append(pickle.loads(end.recv_bytes()))
+            except EOFError as error:
+                results.append(error)
         for result in results:
             if isinstance(result, Skipped):
                 pytest.skip(result.reason)

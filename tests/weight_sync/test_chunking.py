@@ -49,7 +49,7 @@ def test_chunks_are_larger_where_they_take_no_memory():
 
     def sizes(named, takes_memory):
         outgoing = OutgoingWeights(named, dtype=torch.float32, chunk_bytes=80)
-        return [len(chunk) for chunk in outgoing.chunks(takes_memory)]
+        return [len(chunk) for _, chunk in outgoing.rounds(takes_memory)]
 
     assert sizes(kept, lambda chunk: True) == [2] * 10
     assert sizes(kept, free) == [16, 4]
@@ -84,7 +84,7 @@ def test_what_is_frozen_is_neither_sent_nor_gathered_on_any_rank():
     named = [(name, weight(name)) for name in ("lm_head", "model.visual.a", "model.visual_too.b", "model.c")]
     frozen = ["model.visual.", "lm_head"]
     outgoing = OutgoingWeights(named, dtype=None, chunk_bytes=1, frozen=frozen)
-    sent = [name for chunk in outgoing.chunks(lambda chunk: True) for name, _ in chunk]
+    sent = [name for _, chunk in outgoing.rounds(lambda chunk: True) for name, _ in chunk]
     assert sent == list(outgoing.manifest()) == gathered == ["model.visual_too.b", "model.c"]
     gathered.clear()
     gather_all(named, frozen=frozen)

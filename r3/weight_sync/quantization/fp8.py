@@ -14,6 +14,7 @@ from torch import Tensor
 from r3.errors import SyncError, summary
 from r3.weight_sync.quantization.block_scales import FP8, block_quantise
 from r3.weight_sync.quantization.scheme import SCALE, Fp8Scheme, fp8_scheme
+from r3.weight_sync.weights.gathering import placeholder
 from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization, Weight, as_source, gathered
 
 __all__ = ["Fp8Scheme", "block_quantise", "fp8_scheme", "quantised"]
@@ -76,8 +77,11 @@ def _quantised(
 
     def make() -> list[Tensor]:
         tensors: list[Tensor] = []
+        full = gathered(weight)
+        if full.is_meta:  # another rank keeps it, and quantises
+            return [placeholder(shape, FP8), placeholder(grid, torch.float32)] * len(parts)
         # In float32, and with what is in between, a matrix takes many times its room: not all experts at once.
-        for matrices in gathered(weight).reshape(-1, *shape).split(max(1, _AT_ONCE // shape.numel())):
+        for matrices in full.reshape(-1, *shape).split(max(1, _AT_ONCE // shape.numel())):
             numbers, scales = block_quantise(matrices, scheme.block, power_of_two=scheme.power_of_two)
             tensors += [tensor for pair in zip(numbers, scales, strict=True) for tensor in pair]
         return tensors
@@ -86,7 +90,8 @@ def _quantised(
 
     def source(index: int, name: str, shape: torch.Size, dtype: torch.dtype) -> tuple[str, LazyWeight]:
         take = lambda: together.take(index)
-        return name, LazyWeight(name=name, shape=shape, dtype=dtype, make=take, keep_dtype=True)
+        made_of = (together, *weight.together)
+        return name, LazyWeight(name=name, shape=shape, dtype=dtype, make=take, keep_dtype=True, together=made_of)
 
     sent = []
     for index, part in enumerate(parts):

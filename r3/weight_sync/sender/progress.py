@@ -33,6 +33,7 @@ class SyncProgress:
         clock: the trainer's seconds by stage.
         digests: of the tensors sent; on a GPU they run on a stream of their own.
         named: digest of each tensor, complete at the end of the sync.
+        not_finite: tensors with NaN or infinity that other ranks have sent.
         chunks: number of chunks handed to the transport.
         loading: number of the first chunk of the last call.
         bytes, sent_bytes: size of the tensors, and of what the transport was given.
@@ -44,6 +45,7 @@ class SyncProgress:
     clock: StageTimer = field(default_factory=StageTimer)
     digests: ContentDigests = field(default_factory=lambda: ContentDigests(beside=True))
     named: dict[str, int] = field(default_factory=dict)
+    not_finite: list[str] = field(default_factory=list)
     chunks: int = 0
     loading: int = 0
     bytes: int = 0

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from r3.errors import SyncError
 from r3.weight_sync.delta import DeltaBase
 from r3.weight_sync.sender.calls import ParallelCalls, first_failure_of
+from r3.weight_sync.sender.chunking import Round
 from r3.weight_sync.sender.engine_group import EngineGroup
 from r3.weight_sync.sender.progress import StagedChunk, SyncProgress
 from r3.weight_sync.transports import Chunk, Transport
@@ -30,14 +31,14 @@ class ChunkSender:
         self._base = base
         self._progress = progress
 
-    def send(self, beginning: list[ParallelCalls], chunks: Iterator[Chunk]) -> None:
-        """Send all chunks. While workers begin or load, the next chunks are staged; one call hands over all of them."""
+    def send(self, beginning: list[ParallelCalls], rounds: Iterator[Round]) -> None:
+        """Send all rounds. While workers begin or load, the next chunks are staged; one call hands over all of them."""
         staged: list[StagedChunk] = []
         loading: ParallelCalls | None = None
         try:
-            more = self._stage(chunks, staged)
+            more = self._stage(rounds, staged)
             while more and not self._is_full(staged) and not all(call.done() for call in beginning):
-                more = self._stage(chunks, staged)
+                more = self._stage(rounds, staged)
         finally:
             with self._progress.clock.stage("begin"):
                 first_failure_of(*beginning)
@@ -45,7 +46,7 @@ class ChunkSender:
             if self._is_full(staged) or loading is None or loading.done():
                 self._wait_for(loading)
                 staged, loading = [], self._hand_over(staged)
-            more = self._stage(chunks, staged)
+            more = self._stage(rounds, staged)
         if staged:
             self._wait_for(loading)
             loading = self._hand_over(staged)
@@ -58,18 +59,19 @@ class ChunkSender:
         """Whether sending `chunk` takes memory besides what the trainer keeps anyway."""
         return self._base is not None or self._transport.takes_memory(chunk)
 
-    def _stage(self, chunks: Iterator[Chunk], staged: list[StagedChunk]) -> bool:
+    def _stage(self, rounds: Iterator[Round], staged: list[StagedChunk]) -> bool:
         """Gather and publish the next chunk, if there is one."""
         with self._progress.clock.stage("gather"):
-            chunk = next(chunks, None)
-            if chunk is None:
+            current = next(rounds, None)
+            if current is None:
                 return False
+            chunk = current.chunk
             self._progress.require_readable(chunk)
             wire = chunk if self._base is None else self._base.encode(chunk)
             self._progress.sent_bytes += sum(tensor.nbytes for _, tensor in wire)
         with self._progress.clock.stage("publish"):
             where = self._transport.publish(self._progress.chunks + len(staged), wire)
-            staged.append(StagedChunk(chunk, ([name for name, _ in chunk], where), self.takes_memory(chunk)))
+            staged.append(StagedChunk(chunk, (current.names, where), self.takes_memory(chunk)))
         return True
 
     def _is_full(self, staged: list[StagedChunk]) -> bool:

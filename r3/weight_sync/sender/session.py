@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,12 +28,17 @@ from r3.weight_sync.sender.calls import (
 )
 from r3.weight_sync.sender.chunking import OutgoingWeights
 from r3.weight_sync.sender.engine_group import EngineGroup, OnLost, require_names
+from r3.weight_sync.sender.orders import Orders
 from r3.weight_sync.sender.progress import SyncProgress
+from r3.weight_sync.sender.ranks import SyncRanks
+from r3.weight_sync.sender.ranks_transport import RanksTransport
 from r3.weight_sync.sender.receipt import SyncReceipt
 from r3.weight_sync.sender.sending import ChunkSender
 from r3.weight_sync.states import SyncState
 from r3.weight_sync.transports import Transport, transport_of
 from r3.weight_sync.weights.lazy import Weight
+
+Senders = Literal["all", "first"]
 
 _ABORT_S = 15.0
 _IDLE_PAUSES_S = 5e-3  # within this, an engine that generates nothing has paused
@@ -64,6 +69,8 @@ class WeightSync:
             with the rest by itself.
         engine_constants: patterns (`*.impl.table`) of tensors of the engine that do not derive from weights, though a
             sync took them for such and refused: it names them.
+        senders: of the ranks that push together (`push(ranks=...)`): "all" send a part each, if the transport can
+            (`gloo`, `nccl`) and no delta is sent; or only the "first", which pushes.
 
     Raises:
         SyncError: an engine has no such extension, or a worker does not answer.
@@ -89,7 +96,10 @@ class WeightSync:
         load_plan: bool = True,
         on_lost: OnLost = "raise",
         engine_constants: Sequence[str] = (),
+        senders: Senders = "all",
     ) -> None:
+        if senders not in get_args(Senders):
+            raise SyncError(f"senders: expected one of {', '.join(get_args(Senders))}, got {senders!r}")
         if on_lost not in get_args(OnLost):
             raise SyncError(f"on_lost: expected one of {', '.join(get_args(OnLost))}, got {on_lost!r}")
         if chunk_bytes <= 0 or timeout_s <= 0:
@@ -110,6 +120,7 @@ class WeightSync:
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
         self._load_plan = load_plan
+        self._senders = senders
         self._engine_constants = list(engine_constants)
         self._digest: int | None = None  # what must be sent
         self._sender = f"process {os.getpid()} on {socket.gethostname()}"
@@ -171,27 +182,37 @@ class WeightSync:
         version: int,
         frozen: Sequence[str] = (),
         agree: Callable[[], Any] | None = None,
+        ranks: SyncRanks | None = None,
     ) -> SyncReceipt:
         """Send all weights, but for what is `frozen`, and commit them as `version`.
 
         Args:
             named_tensors: the whole checkpoint, by Hugging Face names (`named_weights`). A sharded tensor (DTensor) is
-                gathered when its chunk is sent: the other ranks of its mesh call `gather_all` meanwhile. The tensors
-                must not change before this returns.
+                gathered when its chunk is sent: the other ranks of its mesh call `ranks.take_part`, or without `ranks`
+                `gather_all`, meanwhile. The tensors must not change before this returns.
             version: above every version committed before.
             frozen: module paths of the checkpoint (`["model.visual"]`) below which the engine keeps what it has; what
                 `named_tensors` has there is not sent. All else must be complete.
             agree: called when all workers hold all weights, before any commits; an exception from it aborts the sync.
                 Ranks that gather together use it to agree that all have succeeded.
+            ranks: of the trainer: each sends a part (`senders`), and no rank gathers more than it sends.
 
         Raises:
             SyncError: the sync did not commit everywhere; says which worker and why. The engines are then poisoned
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
             EngineLostError: the same, and what failed were engines that have been removed (`on_lost="remove"`).
         """
-        outgoing = OutgoingWeights(named_tensors, dtype=self._dtype, chunk_bytes=self._chunk_bytes, frozen=frozen)
+        settings: dict[str, Any] = {"dtype": self._dtype, "chunk_bytes": self._chunk_bytes, "frozen": frozen}
+        if ranks is not None:
+            recipe = self._transport.recipe()
+            several = recipe if self._senders == "all" and self._base is None else None
+            with ranks.driving(recipe, self._timeout_s) as orders:
+                outgoing = orders.begin([*named_tensors], settings, several)
+                transport = RanksTransport(self._transport, orders, range(ranks.size) if several else [ranks.number])
+                return self._push(outgoing, version, agree or (lambda: None), transport, orders)
+        outgoing = OutgoingWeights(named_tensors, **settings)
         try:
-            return self._push(outgoing, version, agree or (lambda: None))
+            return self._push(outgoing, version, agree or (lambda: None), self._transport)
         except Exception:
             # Whatever failed here, the other ranks gather all sharded tensors: they must not wait for this rank.
             with contextlib.suppress(Exception):
@@ -230,10 +251,17 @@ class WeightSync:
         for engine in self.engines:
             engine.close()
 
-    def _push(self, outgoing: OutgoingWeights, version: int, agree: Callable[[], Any]) -> SyncReceipt:
+    def _push(
+        self,
+        outgoing: OutgoingWeights,
+        version: int,
+        agree: Callable[[], Any],
+        transport: Transport,
+        orders: Orders | None = None,
+    ) -> SyncReceipt:
         manifest = outgoing.manifest()
         self._group.lost = {}
-        self._transport.zero_copy_names = outgoing.zero_copy_names
+        transport.zero_copy_names = outgoing.zero_copy_names
         sync_id = uuid.uuid4().hex[:12]
         progress = SyncProgress()
         clock = progress.clock
@@ -246,12 +274,17 @@ class WeightSync:
                 status = reserving.result()
                 self._pause(progress, resident)
             with clock.stage("begin"):
-                complete, beginning = self._begin(sync_id, status, manifest, outgoing.frozen)
+                complete, beginning = self._begin(sync_id, status, manifest, outgoing.frozen, transport)
                 progress.digest_while(beginning, resident)
-            sender = ChunkSender(sync_id, self._group, self._transport, self._base, progress)
-            sender.send(beginning, outgoing.chunks(sender.takes_memory))
+            sender = ChunkSender(sync_id, self._group, transport, self._base, progress)
+            if orders is None:
+                sender.send(beginning, outgoing.rounds(sender.takes_memory))
+            else:
+                sender.send(beginning, orders.rounds(outgoing.rounds(sender.takes_memory, orders.gather)))
             with clock.stage("seal"):
-                total = self._seal(sync_id, progress)
+                if orders is not None:
+                    orders.collect(progress)
+                total = self._seal(sync_id, progress, transport)
                 agree()
             with clock.stage("commit"):
                 until = time.monotonic() + self._timeout_s / 2  # well within the lease, which the commit begins anew
@@ -263,6 +296,7 @@ class WeightSync:
             with clock.stage("resume"):
                 self._group.serve(sync_id, version, until)
         except BaseException as error:
+            transport.abort()
             self._abort(sync_id, progress, error)
             if self.lost and not progress.committing and isinstance(error, SyncError):
                 raise EngineLostError(
@@ -291,7 +325,12 @@ class WeightSync:
         )
 
     def _begin(
-        self, sync_id: str, status: list[Reply], manifest: dict[str, list], frozen: tuple[str, ...]
+        self,
+        sync_id: str,
+        status: list[Reply],
+        manifest: dict[str, list],
+        frozen: tuple[str, ...],
+        transport: Transport,
     ) -> tuple[bool, list[ParallelCalls]]:
         """Open the sync on all workers. Returns whether it is complete, and the calls to wait for."""
         base_version = None if self._base is None else self._base.version
@@ -300,8 +339,8 @@ class WeightSync:
             base_version = None
         if self._base is not None:
             self._base.begin(complete=base_version is None)
-        self._transport.worker_gpus = {reply["gpu"] for reply in status}
-        offer = self._transport.offer(len(status), {reply["connection_id"] for reply in status})
+        transport.worker_gpus = {reply["gpu"] for reply in status}
+        offer = transport.offer(len(status), {reply["connection_id"] for reply in status})
         sync = {
             "timeout_s": self._timeout_s,
             "offer": offer,
@@ -321,14 +360,14 @@ class WeightSync:
             then=lambda engine: engine.reset_caches(self._timeout_s),
             check=partial(require_found, frozen),
         )
-        join = ParallelCalls([lambda: self._transport.join(call.failed)])
+        join = ParallelCalls([lambda: transport.join(call.failed)])
         return base_version is None, [join, call]
 
-    def _seal(self, sync_id: str, progress: SyncProgress) -> int:
-        broken = progress.digests.not_finite()
+    def _seal(self, sync_id: str, progress: SyncProgress, transport: Transport) -> int:
+        broken = [*progress.digests.not_finite(), *progress.not_finite]
         if broken:
             raise SyncError(f"{len(broken)} tensors hold NaN or infinity:{summary(broken)}")
-        self._transport.flush(lambda: False)
+        transport.flush(lambda: False)
         sealing = self._group.start("r3_seal", sync_id, progress.named)
         total = combine(progress.named)
         if self._digest not in (None, total):
@@ -337,7 +376,7 @@ class WeightSync:
                 "have changed since; push them to all engines"
             )
         answers = sealing.result()
-        self._transport.release(progress.chunks)
+        transport.release(progress.chunks)
         for answer in answers:
             for stage, seconds in answer.get("stages_s", {}).items():
                 progress.worker_stages_s[stage] = max(seconds, progress.worker_stages_s.get(stage, 0.0))
@@ -348,7 +387,6 @@ class WeightSync:
 
     def _abort(self, sync_id: str, progress: SyncProgress, error: BaseException) -> None:
         cause = f"{type(error).__name__}: {error}"
-        self._transport.abort()
         limit_s = min(_ABORT_S, self._timeout_s)
         free = self._group.abort(sync_id, cause, limit_s, error)
         if not progress.chunks and self.poisoned is None:

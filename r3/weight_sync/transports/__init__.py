@@ -6,6 +6,7 @@ from types import MappingProxyType
 from r3.errors import SyncError
 from r3.weight_sync.transports.broadcast import GlooReceiver, GlooTransport, NcclReceiver, NcclTransport
 from r3.weight_sync.transports.files import FilesReceiver, FilesTransport
+from r3.weight_sync.transports.from_ranks import RanksReceiver
 from r3.weight_sync.transports.in_process import InProcessReceiver, InProcessTransport
 from r3.weight_sync.transports.ipc import IpcReceiver, IpcTransport
 from r3.weight_sync.transports.transport import Announced, Chunk, Descriptor, Receiver, Transport
@@ -19,6 +20,7 @@ _receivers: dict[str, type[Receiver]] = {
     "in_process": InProcessReceiver,
     "ipc": IpcReceiver,
     "nccl": NcclReceiver,
+    "ranks": RanksReceiver,
 }
 RECEIVERS: Mapping[str, type[Receiver]] = MappingProxyType(_receivers)
 """By the transport's name; a worker looks here for what its trainer offers. `register_receiver` adds to it."""

@@ -4,18 +4,21 @@ Trainer and workers form a separate group, in which rank 0 is the trainer. It is
 members still have it. Otherwise, after a failure or when a worker was restarted, a new one is made.
 """
 
+import ipaddress
 import socket
 import uuid
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 
 from r3.errors import SyncError
 from r3.weight_sync.transports.framing import PackedBlock, pack, unpack
-from r3.weight_sync.transports.group import GlooGroup, Group
+from r3.weight_sync.transports.group import GlooGroup, Group, local_address
 from r3.weight_sync.transports.nccl import NcclGroup
 from r3.weight_sync.transports.transport import Chunk, Descriptor, Receiver, Stop, Transport
 
+_ANY_PORT = 9  # to look up a route: nothing is sent
 _MOST_RECEIVED = 2
 """Chunks whose memory a worker may hold at a time."""
 
@@ -25,8 +28,9 @@ class BroadcastTransport(Transport):
 
     Args:
         host: address of this machine by which the workers reach it. The default serves engines on the same machine.
-        port: that they meet at; 0 for any that is free. Then the ranks connect to each other at ports that gloo or NCCL
-            chooses (NCCL's by its variables, gloo's out of the system's range for such).
+        port: that they meet at; 0 for any that is free. In a sync from all ranks each takes one, from this on. Then the
+            members connect to each other at ports that gloo or NCCL chooses (NCCL's by its variables, gloo's out of the
+            system's range for such).
         device: from where to send. By default the CPU for gloo, the current GPU for NCCL.
     """
 
@@ -44,6 +48,19 @@ class BroadcastTransport(Transport):
     @staticmethod
     def _default_device() -> torch.device:
         return torch.device("cpu")
+
+    def recipe(self) -> Descriptor:
+        return {"transport": self.name, "host": self._host, "port": self._port, "machine": socket.gethostname()}
+
+    @classmethod
+    def of_recipe(cls, recipe: Descriptor, sender: int) -> "BroadcastTransport":
+        host = local_address(recipe["host"], recipe["port"] or _ANY_PORT)
+        if recipe["machine"] != socket.gethostname() and ipaddress.ip_address(host).is_loopback:
+            raise SyncError(
+                f"{cls.name}: rank 0 is reached by {recipe['host']} on {recipe['machine']} alone, and this rank is on "
+                f"{socket.gethostname()}: give `host=` of the transport, or weight_sync.host, an address of the network"
+            )
+        return cls(host=host, port=recipe["port"] + sender if recipe["port"] else 0)
 
     def offer(self, workers: int, connection_ids: set[str | None]) -> Descriptor:
         kept = (
@@ -121,14 +138,23 @@ class BroadcastReceiver(Receiver):
         self.connection_id = offer["connection_id"]
         self._group = self.group(offer, rank + 1, self._buffers_on(), timeout_s)
 
-    def receive(self, where: Descriptor) -> Chunk:
+    def receiving(self, where: Descriptor) -> Callable[[], Chunk]:
         self._group.flush_all_but(_MOST_RECEIVED - 1, lambda: False)
         device = self._buffers_on()
         data = self._group.receive([nbytes for nbytes, _ in where["blocks"]])
-        tensors = [
-            item for block, (_, layout) in zip(data, where["blocks"], strict=True) for item in unpack(block, layout)
-        ]
-        return tensors if device == self.device else [(name, tensor.to(self.device)) for name, tensor in tensors]
+
+        def received() -> Chunk:
+            if device.type == "cpu":
+                self._group.flush_all_but(0, lambda: False)
+            tensors = [
+                item for block, (_, layout) in zip(data, where["blocks"], strict=True) for item in unpack(block, layout)
+            ]
+            return tensors if device == self.device else [(name, tensor.to(self.device)) for name, tensor in tensors]
+
+        return received
+
+    def receive(self, where: Descriptor) -> Chunk:
+        return self.receiving(where)()
 
     def wait(self) -> None:
         self._group.flush_all_but(0, lambda: False)

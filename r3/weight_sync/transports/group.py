@@ -71,7 +71,8 @@ class Group(ABC):
 
     @abstractmethod
     def receive(self, sizes: list[int]) -> list[Tensor]:
-        """Receive blocks of `sizes` bytes. On a GPU the receive is queued, and the current stream waits for it."""
+        """Begin to receive blocks of `sizes` bytes. On a GPU it is queued, and the current stream waits for it; on the
+        CPU they are there after a flush."""
 
     @abstractmethod
     def _done(self, under_way: Any) -> bool:
@@ -109,7 +110,6 @@ class GlooGroup(Group):
     def receive(self, sizes: list[int]) -> list[Tensor]:
         blocks = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         self.broadcast(blocks)
-        self.flush_all_but(0, lambda: False)
         return blocks
 
     def _done(self, under_way: Any) -> bool:

@@ -3,7 +3,6 @@
 import itertools
 import uuid
 from functools import cache
-from typing import ClassVar
 
 import torch
 from torch.utils.dlpack import from_dlpack, to_dlpack
@@ -190,7 +189,7 @@ class _SharedStorage:
 
 
 class IpcReceiver(Receiver):
-    takes_memory: ClassVar[bool] = False
+    takes_memory = False
 
     def __init__(self, offer: Descriptor, rank: int, device: torch.device, timeout_s: float) -> None:
         super().__init__(offer, rank, device, timeout_s)

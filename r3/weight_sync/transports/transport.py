@@ -22,7 +22,7 @@ the next sync starts from an `offer` that knows nothing of this one.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Container
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +56,22 @@ class Transport(ABC):
     timeout_s: float = 600.0
     zero_copy_names: Container[str] = ()
     worker_gpus: Collection[str | None] = ()
+
+    def recipe(self) -> Descriptor | None:
+        """What other ranks need to send their parts by transports of this kind; None where only one rank can send."""
+        return None
+
+    @classmethod
+    def of_recipe(cls, recipe: Descriptor, sender: int) -> "Transport":
+        """This rank's transport, for the `recipe` of another one's.
+
+        Args:
+            sender: number of this rank among those that send.
+
+        Raises:
+            SyncError: the workers cannot reach this rank that way.
+        """
+        raise NotImplementedError
 
     def offer(self, workers: int, connection_ids: set[str | None]) -> Descriptor:
         """The data that workers need to join: at least {"transport": name}.
@@ -110,7 +126,7 @@ class Receiver(ABC):
         connection_id: names the connection that this receiver keeps from sync to sync; None if it keeps none.
     """
 
-    takes_memory: ClassVar[bool] = True
+    takes_memory: bool = True
     connection_id: str | None = None
 
     def __init__(self, offer: Descriptor, rank: int, device: torch.device, timeout_s: float) -> None:
@@ -122,6 +138,10 @@ class Receiver(ABC):
     @abstractmethod
     def receive(self, where: Descriptor) -> Chunk:
         """The tensors of a chunk. Raises if it is not there or not whole."""
+
+    def receiving(self, where: Descriptor) -> Callable[[], Chunk]:
+        """Begin to receive a chunk. What this returns waits for it: several may be under way, of several receivers."""
+        return partial(self.receive, where)
 
     def wait(self) -> None:  # noqa: B027 (nothing to do for some)
         """Wait, for `timeout_s` at most, until the device has received all that was queued."""

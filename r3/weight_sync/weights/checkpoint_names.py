@@ -8,7 +8,7 @@ are joined or reordered) the function runs again on the real tensors of that gro
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -146,7 +146,7 @@ def _views(source: LazyWeight, names: list[str], traced: dict[str, _Traced]) -> 
         tensor = source.make().contiguous()
         return [tensor.as_strided(shape, stride, tensor.storage_offset() + offset) for shape, stride, offset in cuts]
 
-    return _taken(SharedMaterialization(make), names, traced, source.keep_dtype, live=source.live)
+    return _taken(make, names, traced, [source], live=source.live)
 
 
 def _converted(skeleton: Any, sources: list[LazyWeight], names: list[str], traced: dict[str, _Traced]) -> Named:
@@ -158,12 +158,20 @@ def _converted(skeleton: Any, sources: list[LazyWeight], names: list[str], trace
             raise SyncError(f"transformers' conversion of {len(sources)} weights depends on others:{summary(problems)}")
         return [converted[name] for name in names]
 
-    return _taken(SharedMaterialization(make), names, traced, all(source.keep_dtype for source in sources), live=False)
+    return _taken(make, names, traced, sources, live=False)
 
 
 def _taken(
-    together: SharedMaterialization, names: list[str], traced: dict[str, _Traced], keep_dtype: bool, *, live: bool
+    make: Callable[[], list[Tensor]],
+    names: list[str],
+    traced: dict[str, _Traced],
+    sources: list[LazyWeight],
+    *,
+    live: bool,
 ) -> Named:
+    """The weights `names` that `make` makes at once, of `sources`."""
+    taken = SharedMaterialization(make)
+    together = (taken, *(item for source in sources for item in source.together))
     return [
         (
             name,
@@ -172,9 +180,10 @@ def _taken(
                 shape=torch.Size(traced[name].shape),
                 dtype=traced[name].dtype,
                 # No copy if the view is contiguous, as for experts.
-                make=lambda index=index: together.take(index).contiguous(),
-                keep_dtype=keep_dtype,
+                make=lambda index=index: taken.take(index).contiguous(),
+                keep_dtype=all(source.keep_dtype for source in sources),
                 live=live and traced[name].is_contiguous(),
+                together=together,
             ),
         )
         for index, name in enumerate(names)

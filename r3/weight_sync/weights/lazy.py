@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from r3.errors import SyncError
+from r3.weight_sync.weights.gathering import current, on_mesh
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,6 +23,7 @@ class LazyWeight:
         keep_dtype: whether a sync keeps the dtype, even if it casts the other weights to the engine's.
         live: whether `make` gives the weight itself or a contiguous view of it, and makes nothing.
         parts: names of the checkpoint's tensors, of one shape, that this weight holds fused, in order.
+        together: what it is made of or by, where other weights are too: one rank takes all that have one in common.
     """
 
     name: str
@@ -30,6 +33,7 @@ class LazyWeight:
     keep_dtype: bool = False
     live: bool = False
     parts: tuple[str, ...] = ()
+    together: tuple[Any, ...] = ()
 
 
 Weight = Tensor | LazyWeight
@@ -50,6 +54,8 @@ def is_sharded(tensor: Tensor) -> bool:
 def gathered(weight: Weight) -> Tensor:
     """The whole of `weight`, detached. A sharded one (DTensor) is gathered: every rank of its mesh must come here.
 
+    In a sync from all ranks only the rank that sends it gets it; the others get a placeholder on the meta device.
+
     Raises:
         SyncError: a `LazyWeight` whose weight has changed its shape or dtype since it was listed.
     """
@@ -63,11 +69,9 @@ def gathered(weight: Weight) -> Tensor:
             )
         return tensor
     tensor = weight.detach()
-    if not is_sharded(tensor):
-        return tensor
-    on = tensor.device_mesh.device_type  # pyrefly: ignore
-    # Shards that FSDP keeps in main memory are gathered by the backend of the mesh's device.
-    return (tensor if tensor.device.type == on else tensor.to(on)).full_tensor()  # pyrefly: ignore
+    if (gathering := current()) is not None:
+        return gathering.whole(tensor)
+    return on_mesh(tensor).full_tensor() if is_sharded(tensor) else tensor  # pyrefly: ignore
 
 
 def as_source(name: str, weight: Weight) -> LazyWeight:

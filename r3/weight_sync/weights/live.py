@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from r3.errors import SyncError, summary
 from r3.float32_weights import computes_in_float32, kept_in_float32
+from r3.weight_sync.weights.gathering import placeholder
 from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization, gathered, is_sharded
 from r3.weight_sync.weights.peft_merge import live_choice, merged, tuned_module
 from r3.wrappers import CHECKPOINTED, COMPILED, flattened, is_tuner
@@ -147,6 +148,8 @@ def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_N
     def make() -> list[Tensor]:
         _reshard(shard)
         merged_module = merged(module, gathered)
+        if merged_module is None:
+            return [placeholder(weight.source.shape, weight.source.dtype) for weight in bare]
         return [attrgetter(path)(merged_module).detach() for path in own]
 
     together = SharedMaterialization(make)
@@ -158,7 +161,12 @@ def _merged(module: Any, name: str, shard: Any, keep: re.Pattern) -> Iterator[_N
             weight.name,
             (id(module), index),
             LazyWeight(
-                name=weight.name, shape=source.shape, dtype=source.dtype, make=take, keep_dtype=source.keep_dtype
+                name=weight.name,
+                shape=source.shape,
+                dtype=source.dtype,
+                make=take,
+                keep_dtype=source.keep_dtype,
+                together=(together,),
             ),
         )
 

@@ -47,10 +47,11 @@ def tuned_module(module: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def merged(module: Any, gather: Callable[[Tensor], Tensor]) -> nn.Module:
+def merged(module: Any, gather: Callable[[Tensor], Tensor]) -> nn.Module | None:
     """A copy of the layer that the tuner `module` wraps, with its active adapters merged as `merge_and_unload` does.
 
-    Holds one layer and its adapters, whole: of fused experts, all experts of a decoder layer.
+    Holds one layer and its adapters, whole: of fused experts, all experts of a decoder layer. None where another rank
+    keeps what is gathered, and merges.
 
     Args:
         module: the tuner, which is not changed.
@@ -58,6 +59,8 @@ def merged(module: Any, gather: Callable[[Tensor], Tensor]) -> nn.Module:
             own that is the same on all ranks.
     """
     twin: Any = _twin(module, gather)
+    if any(tensor.is_meta for tensor in twin.parameters()):
+        return None
     if hasattr(twin, "unload_and_optionally_merge_module"):
         return twin.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
     twin.merge(safe_merge=False, adapter_names=None)

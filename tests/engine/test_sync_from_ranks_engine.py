@@ -1,0 +1,41 @@
+"""A sync from three trainer ranks, whose shards are uneven, into a real engine."""
+
+import contextlib
+
+import pytest
+import rank_worker_jobs as jobs
+import torch
+from ranks import Ranks
+from sync_helpers import greedy
+
+from r3.weight_sync import WeightSync
+
+
+def test_an_engine_says_what_the_weights_of_all_ranks_say(engine, weights, reference):
+    with contextlib.closing(WeightSync(engine, dtype=torch.bfloat16, transport="files")) as plain:
+        first = plain.push(weights.items(), version=(plain.version or 0) + 1)
+    jobs.ENGINE.append(engine)
+    ranks = Ranks(3, here=True)
+    try:
+        same, moved, back = [], [], []
+        for said, scale in ((same, 1.0), (moved, 2.0), (back, 0.5)):
+            receipt = ranks.all(jobs.into_engine, scale, timeout_s=240)[0]
+            said += [receipt.digest, greedy(engine)]
+        ranks.all(jobs.close_engine_sync)
+    finally:
+        ranks.close()
+        jobs.ENGINE.clear()
+    assert same[1] == back[1] == reference
+    assert moved[1] != reference
+    assert same[0] == back[0] != moved[0]
+    assert receipt.bytes == first.bytes
+
+
+@pytest.mark.long
+def test_four_ranks_sync_into_four_workers_of_two_engines():
+    """By r3's own worker extension, and vLLM's reload."""
+    ranks = Ranks(4)
+    try:
+        assert ranks.all(jobs.into_extensions, timeout_s=240)[0] == 4
+    finally:
+        ranks.close()
