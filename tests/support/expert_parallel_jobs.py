@@ -1,0 +1,154 @@
+"""What ranks compute in tests/parallel/test_expert_parallel*.py: a training step of a model that transformers sharded."""
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from parallel_jobs import LENGTHS, WIDTH, Batch, gradients, select
+from transformers import AutoModelForCausalLM
+from zoo import CASES
+
+import r3
+from r3.parallel import make_mesh, mean_over_ranks, next_tokens, token_logprobs, ulysses
+from r3.routing import Packing, RolloutRouting, shard
+
+# Heads that two and four ranks divide.
+HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
+FAMILIES = {
+    "qwen3_moe": HEADS,  # softmax
+    "deepseek_v3": HEADS,  # sigmoid with a bias and groups, shared experts, a dense first layer
+    "glm4_moe": HEADS,  # the same, and attention whose heads are grouped
+    "gpt_oss": HEADS,  # biases, interleaved weights, attention sinks
+    "qwen2_moe": HEADS,  # shared experts with a gate of their own
+}
+
+
+def build(family: str) -> torch.nn.Module:
+    case = CASES[family]
+    return dataclasses.replace(case, text={**case.text, **FAMILIES.get(family, {})}).build()
+
+
+class Folders:
+    """Checkpoints of the families, written once each."""
+
+    def __init__(self) -> None:
+        self._root = Path(tempfile.mkdtemp(prefix="r3-expert-parallel-"))
+
+    def of(self, family: str) -> str:
+        path = self._root / family
+        if not path.exists():
+            build(family).save_pretrained(path)
+        return str(path)
+
+    def close(self) -> None:
+        shutil.rmtree(self._root)
+
+
+def batch_for(spec: Any) -> Batch:
+    """As that of `parallel_jobs`; a part of the rows is live, a part live in some layers."""
+    generator = torch.Generator().manual_seed(5)
+    shape = (len(LENGTHS), WIDTH)
+    mask = torch.arange(WIDTH) < torch.tensor(LENGTHS)[:, None]
+    scores = torch.rand(*shape, len(spec.layer_ids), spec.num_experts, generator=generator)
+    captured = (mask & (torch.rand(shape, generator=generator) < 0.8))[..., None]
+    captured = captured & (torch.rand(scores.shape[:3], generator=generator) < 0.8)
+    routing = RolloutRouting(
+        scores.argsort(-1)[..., : spec.top_k], captured, spec.layer_ids, spec.num_experts, weight_version=1
+    )
+    weights = torch.randn(shape, generator=generator) * (mask & (torch.arange(WIDTH) >= 2))
+    return Batch(torch.randint(1, 60, shape, generator=generator) * mask, mask, weights, routing)
+
+
+def reference(folder: str, *, replayed: bool) -> dict[str, Any]:
+    """One process, float32, stock attention, padded rows, no checkpointing."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").train()
+    replay = r3.attach(model)
+    batch = batch_for(replay.spec)
+    routing = {"routed_experts": batch.routing} if replayed else {}
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False, **routing).logits
+    found = token_logprobs(logits, _labels(batch))
+    logprobs = found.roll(1, 1) * (torch.arange(WIDTH) > 0) * batch.mask
+    loss = -(logprobs * batch.weights).sum() / (batch.weights != 0).sum()
+    loss.backward()
+    return {"logprobs": logprobs.detach(), "loss": float(loss.detach()), "grads": gradients(model)}
+
+
+def _labels(batch: Batch) -> torch.Tensor:
+    return next_tokens(batch.input_ids, (batch.mask.cumsum(1) - 1).clamp(min=0) * batch.mask)
+
+
+def load(folder: str, layout: dict[str, Any], **options: Any) -> torch.nn.Module:
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(**layout)
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, **options).train()
+
+
+def step(
+    folder: str,
+    layout: dict[str, Any],
+    *,
+    replayed: bool = True,
+    attached: bool = True,
+    checkpointing: bool = False,
+    sequence: int = 1,
+    experts: str = "eager",
+) -> dict[str, Any]:
+    """The same step on ranks that share the model as `layout` says, keyword arguments of `DistributedConfig`."""
+    model = load(folder, layout, attn_implementation="eager", experts_implementation=experts)
+    replay = r3.attach(model) if attached else None
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tp = layout.get("tp_size", 1)
+    copies = tp * sequence  # ranks that have the same rows
+    ranks = dist.get_world_size()
+    mine = slice(dist.get_rank() // copies, None, ranks // copies)
+    spec = replay.spec if replay is not None else r3.attach(build(Path(folder).name)).spec
+    whole = batch_for(spec)
+    part = select(whole, mine)
+    everyone = torch.zeros(whole.mask.shape)
+    if sequence > 1:
+        mesh = make_mesh("cpu", sequence)
+        handle = ulysses(model, mesh.sequence_group, barrier=r3.parallel.RankBarrier(timeout_s=60))
+        packing = Packing.from_mask(part.mask)
+        tokens, weights, routing = packing.pack(part.input_ids), packing.pack(part.weights), part.routing.pack(packing)
+        positions = packing.position_ids()
+        labels = next_tokens(tokens, positions)
+        shifted = weights.roll(-1, 1) * (labels != -100)
+        rank = mesh.sequence_rank
+        inputs = {
+            "input_ids": shard(tokens, rank, sequence),
+            "position_ids": shard(positions, rank, sequence),
+            "routed_experts": routing.shard(rank, sequence),
+        }
+        labels, shifted = shard(labels, rank, sequence, fill=-100), shard(shifted, rank, sequence)
+    else:
+        inputs = {"input_ids": part.input_ids, "attention_mask": part.mask.long(), "routed_experts": part.routing}
+        labels, shifted = _labels(part), part.weights.roll(-1, 1)
+    if not replayed:
+        del inputs["routed_experts"]
+    logits = model(**inputs, use_cache=False).logits
+    logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+    found = token_logprobs(logits, labels)
+    loss = mean_over_ranks(-(found * shifted).sum(), (shifted != 0).sum())
+    loss.backward()
+    value = loss.detach().clone()
+    dist.all_reduce(value)
+    if sequence > 1:
+        rows = r3.parallel.gather_sequence(found.detach(), mesh.sequence_group)[:, : tokens.shape[1]]
+        logprobs = packing.unpack(rows.roll(1, 1))
+        handle.detach()
+    else:
+        logprobs = found.detach().roll(1, 1)
+    everyone[mine] = logprobs * (torch.arange(WIDTH) > 0) * part.mask
+    dist.all_reduce(everyone)
+    return {
+        "logprobs": everyone / copies,
+        "loss": float(value) / ranks,
+        "grads": gradients(model),
+        "report": replay.last if replay is not None and replayed else None,
+    }
