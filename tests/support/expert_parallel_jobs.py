@@ -1,6 +1,7 @@
 """What ranks compute in tests/parallel/test_expert_parallel*.py: a training step of a model that transformers sharded."""
 
 import dataclasses
+import functools
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from parallel_jobs import LENGTHS, WIDTH, Batch, gradients, select
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig, initialize_distributed_mesh, mixin
 from zoo import CASES
 
 import r3
@@ -81,9 +83,21 @@ def _labels(batch: Batch) -> torch.Tensor:
     return next_tokens(batch.input_ids, (batch.mask.cumsum(1) - 1).clamp(min=0) * batch.mask)
 
 
-def load(folder: str, layout: dict[str, Any], **options: Any) -> torch.nn.Module:
-    from transformers.distributed import DistributedConfig
+# Meshes of one shape are made once: each dimension is a process group, with threads that a process keeps.
+_mesh = functools.cache(make_mesh)
+_barrier = functools.cache(r3.parallel.RankBarrier)
+_meshes: dict[str, Any] = {}
 
+
+def _mesh_of_transformers(config: Any) -> Any:
+    key = repr([config.pp_size, config.dp_replicate_size, config.fsdp_size, config.tp_size, config.ep_size])
+    if key not in _meshes:
+        _meshes[key] = initialize_distributed_mesh(config)
+    return _meshes[key]
+
+
+def load(folder: str, layout: dict[str, Any], **options: Any) -> torch.nn.Module:
+    mixin.initialize_distributed_mesh = _mesh_of_transformers
     config = DistributedConfig(**layout)
     return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, **options).train()
 
@@ -112,8 +126,8 @@ def step(
     part = select(whole, mine)
     everyone = torch.zeros(whole.mask.shape)
     if sequence > 1:
-        mesh = make_mesh("cpu", sequence)
-        handle = ulysses(model, mesh.sequence_group, barrier=r3.parallel.RankBarrier(timeout_s=60))
+        mesh = _mesh("cpu", sequence)
+        handle = ulysses(model, mesh.sequence_group, barrier=_barrier(timeout_s=60.0))
         packing = Packing.from_mask(part.mask)
         tokens, weights, routing = packing.pack(part.input_ids), packing.pack(part.weights), part.routing.pack(packing)
         positions = packing.position_ids()
