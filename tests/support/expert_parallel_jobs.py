@@ -15,8 +15,19 @@ from transformers.distributed import DistributedConfig, initialize_distributed_m
 from zoo import CASES
 
 import r3
-from r3.parallel import make_mesh, mean_over_ranks, next_tokens, token_logprobs, ulysses
+from r3.parallel import (
+    clip_grad_norm,
+    fused_head,
+    gather_sequence,
+    make_mesh,
+    mean_over_ranks,
+    next_tokens,
+    parameter_groups,
+    token_logprobs,
+    ulysses,
+)
 from r3.routing import Packing, RolloutRouting, shard
+from r3.weight_sync import gathered, named_weights
 
 # Heads that two and four ranks divide.
 HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
@@ -71,12 +82,19 @@ def reference(folder: str, *, replayed: bool) -> dict[str, Any]:
     replay = r3.attach(model)
     batch = batch_for(replay.spec)
     routing = {"routed_experts": batch.routing} if replayed else {}
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False, **routing).logits
+    with r3.record(model) as recorder:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.mask.long(), use_cache=False, **routing).logits
     found = token_logprobs(logits, _labels(batch))
     logprobs = found.roll(1, 1) * (torch.arange(WIDTH) > 0) * batch.mask
     loss = -(logprobs * batch.weights).sum() / (batch.weights != 0).sum()
     loss.backward()
-    return {"logprobs": logprobs.detach(), "loss": float(loss.detach()), "grads": gradients(model)}
+    return {
+        "logprobs": logprobs.detach(),
+        "loss": float(loss.detach()),
+        "grads": gradients(model),
+        "report": replay.last,
+        "chosen": recorder.expert_ids,
+    }
 
 
 def _labels(batch: Batch) -> torch.Tensor:
@@ -107,62 +125,113 @@ def step(
     layout: dict[str, Any],
     *,
     replayed: bool = True,
-    attached: bool = True,
     checkpointing: bool = False,
     sequence: int = 1,
+    packed: bool = False,
+    fused: bool = False,
     experts: str = "eager",
 ) -> dict[str, Any]:
-    """The same step on ranks that share the model as `layout` says, keyword arguments of `DistributedConfig`."""
+    """The same step on ranks that share the model as `layout` says, keyword arguments of `DistributedConfig`.
+
+    `sequence` ranks share each row. Rows are packed there, and where `packed` says so. `fused` takes log-probabilities
+    from `fused_head`.
+    """
     model = load(folder, layout, attn_implementation="eager", experts_implementation=experts)
-    replay = r3.attach(model) if attached else None
+    replay = r3.attach(model)
+    head = fused_head(model) if fused else None
+    mesh = _mesh("cpu", sequence)
+    handle = None
+    if packed or sequence > 1:
+        handle = ulysses(model, mesh.sequence_group, barrier=_barrier(timeout_s=60.0))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    tp = layout.get("tp_size", 1)
-    copies = tp * sequence  # ranks that have the same rows
+    copies = layout.get("tp_size", 1) * sequence  # ranks that have the same rows
     ranks = dist.get_world_size()
     mine = slice(dist.get_rank() // copies, None, ranks // copies)
-    spec = replay.spec if replay is not None else r3.attach(build(Path(folder).name)).spec
-    whole = batch_for(spec)
+    whole = batch_for(replay.spec)
     part = select(whole, mine)
-    everyone = torch.zeros(whole.mask.shape)
-    if sequence > 1:
-        mesh = _mesh("cpu", sequence)
-        handle = ulysses(model, mesh.sequence_group, barrier=_barrier(timeout_s=60.0))
+    tokens, weights, routing, packing = part.input_ids, part.weights, part.routing, None
+    positions = (part.mask.cumsum(1) - 1).clamp(min=0) * part.mask
+    if handle is not None:
         packing = Packing.from_mask(part.mask)
-        tokens, weights, routing = packing.pack(part.input_ids), packing.pack(part.weights), part.routing.pack(packing)
+        tokens, weights, routing = packing.pack(tokens), packing.pack(weights), routing.pack(packing)
         positions = packing.position_ids()
-        labels = next_tokens(tokens, positions)
-        shifted = weights.roll(-1, 1) * (labels != -100)
-        rank = mesh.sequence_rank
-        inputs = {
-            "input_ids": shard(tokens, rank, sequence),
-            "position_ids": shard(positions, rank, sequence),
-            "routed_experts": routing.shard(rank, sequence),
-        }
-        labels, shifted = shard(labels, rank, sequence, fill=-100), shard(shifted, rank, sequence)
+    labels = next_tokens(tokens, positions)
+    shifted = weights.roll(-1, 1) * (labels != -100)
+    rank = mesh.sequence_rank
+    inputs: dict[str, Any] = {"input_ids": shard(tokens, rank, sequence), "use_cache": False}
+    if replayed:
+        inputs["routed_experts"] = routing.shard(rank, sequence)
+    if packing is None:
+        inputs["attention_mask"] = part.mask.long()
     else:
-        inputs = {"input_ids": part.input_ids, "attention_mask": part.mask.long(), "routed_experts": part.routing}
-        labels, shifted = _labels(part), part.weights.roll(-1, 1)
-    if not replayed:
-        del inputs["routed_experts"]
-    logits = model(**inputs, use_cache=False).logits
-    logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
-    found = token_logprobs(logits, labels)
+        inputs["position_ids"] = shard(positions, rank, sequence)
+    labels, shifted = shard(labels, rank, sequence, fill=-100), shard(shifted, rank, sequence)
+    with r3.record(model) as recorder:
+        if head is not None:
+            found = head.logprobs(model, labels, **inputs)
+        else:
+            found = token_logprobs(model(**inputs).logits, labels)
     loss = mean_over_ranks(-(found * shifted).sum(), (shifted != 0).sum())
     loss.backward()
     value = loss.detach().clone()
     dist.all_reduce(value)
+    rows = found.detach()
     if sequence > 1:
-        rows = r3.parallel.gather_sequence(found.detach(), mesh.sequence_group)[:, : tokens.shape[1]]
-        logprobs = packing.unpack(rows.roll(1, 1))
-        handle.detach()
-    else:
-        logprobs = found.detach().roll(1, 1)
-    everyone[mine] = logprobs * (torch.arange(WIDTH) > 0) * part.mask
+        rows = gather_sequence(rows, mesh.sequence_group)[:, : tokens.shape[1]]
+    rows = rows.roll(1, 1)
+    everyone = torch.zeros(whole.mask.shape)
+    everyone[mine] = (rows if packing is None else packing.unpack(rows)) * (torch.arange(WIDTH) > 0) * part.mask
     dist.all_reduce(everyone)
+    if handle is not None:
+        handle.detach()
     return {
         "logprobs": everyone / copies,
         "loss": float(value) / ranks,
         "grads": gradients(model),
-        "report": replay.last if replay is not None and replayed else None,
+        "report": replay.last,
+        "chosen": recorder.expert_ids,
     }
+
+
+def weights(folder: str, layout: dict[str, Any], *, fused_experts: bool = False) -> dict[str, Any]:
+    """What a sync would send of a model that transformers sharded: (names that differ from the checkpoint, most rows).
+
+    The second is the most experts that were held at once, over those of a layer.
+    """
+    from safetensors.torch import load_file
+
+    model = load(folder, layout)
+    stored = load_file(f"{folder}/model.safetensors")
+    sent = {name: gathered(source).detach().clone() for name, source in named_weights(model)}
+    return {
+        "missing": sorted(stored.keys() ^ sent.keys()),
+        "different": [name for name in stored.keys() & sent.keys() if not torch.equal(stored[name], sent[name])],
+    }
+
+
+def trained(folder: str, layout: dict[str, Any], *, steps: int = 3) -> dict[str, Any]:
+    """Weights and gradient norms of a few steps with clipping and AdamW, on all samples on each rank."""
+    model = AutoModelForCausalLM.from_pretrained(folder).train() if not layout else load(folder, layout)
+    replay = r3.attach(model)
+    batch = batch_for(replay.spec)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-3, fused=True)
+    norms = []
+    for _ in range(steps):
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long(), "routed_experts": batch.routing}
+        found = token_logprobs(model(**inputs, use_cache=False).logits, _labels(batch))
+        (found * batch.weights.roll(-1, 1)).sum().backward()
+        norms.append(float(clip_grad_norm(model, 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"norms": norms, "weights": {name: gathered(source) for name, source in named_weights(model)}}
+
+
+def refusals(folder: str) -> dict[str, str]:
+    """What r3 says to a model that tensor parallelism splits, when its rows are to be sliced as well."""
+    model = load(folder, {"tp_size": 2})
+    try:
+        ulysses(model, _mesh("cpu", 2).sequence_group)
+    except r3.ParallelError as error:
+        return {"ulysses": str(error)}
+    return {}
