@@ -1,6 +1,7 @@
 """Ulysses sequence parallelism and packed rows for stock Hugging Face models, FSDP2 beside it, and the losses."""
 
 from r3.parallel.collectives import gather_sequence
+from r3.parallel.expert_parallel import load_expert_parallel
 from r3.parallel.head import FusedHead, TokenScores, fused_head, head_logprobs, head_scores
 from r3.parallel.mesh import Mesh, make_mesh, shard_parameters
 from r3.parallel.placements import clip_grad_norm, parameter_groups
@@ -20,6 +21,7 @@ __all__ = [
     "gather_sequence",
     "head_logprobs",
     "head_scores",
+    "load_expert_parallel",
     "make_mesh",
     "mean_over_ranks",
     "next_tokens",
