@@ -15,6 +15,7 @@ from transformers.distributed import DistributedConfig, initialize_distributed_m
 from zoo import CASES
 
 import r3
+from r3.experts import register
 from r3.parallel import (
     clip_grad_norm,
     fused_head,
@@ -94,6 +95,7 @@ def reference(folder: str, *, replayed: bool) -> dict[str, Any]:
         "grads": gradients(model),
         "report": replay.last,
         "chosen": recorder.expert_ids,
+        "mask": batch.mask,
     }
 
 
@@ -129,13 +131,14 @@ def step(
     sequence: int = 1,
     packed: bool = False,
     fused: bool = False,
-    experts: str = "eager",
+    experts: str = "grouped_mm",
 ) -> dict[str, Any]:
     """The same step on ranks that share the model as `layout` says, keyword arguments of `DistributedConfig`.
 
     `sequence` ranks share each row. Rows are packed there, and where `packed` says so. `fused` takes log-probabilities
     from `fused_head`.
     """
+    register()
     model = load(folder, layout, attn_implementation="eager", experts_implementation=experts)
     replay = r3.attach(model)
     head = fused_head(model) if fused else None
@@ -227,11 +230,40 @@ def trained(folder: str, layout: dict[str, Any], *, steps: int = 3) -> dict[str,
     return {"norms": norms, "weights": {name: gathered(source) for name, source in named_weights(model)}}
 
 
-def refusals(folder: str) -> dict[str, str]:
-    """What r3 says to a model that tensor parallelism splits, when its rows are to be sliced as well."""
-    model = load(folder, {"tp_size": 2})
+def adapted(folder: str, layout: dict[str, Any], targets: list[str]) -> dict[str, Any]:
+    """Logits of all samples, and what a sync would send, of a model with LoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = load(folder, layout) if layout else AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    batch = batch_for(r3.attach(model).spec)
+    with torch.no_grad():
+        logits = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.mask.long(),
+            routed_experts=batch.routing,
+            use_cache=False,
+        ).logits
+    return {
+        "logits": logits * batch.mask[..., None],
+        "weights": {name: gathered(source) for name, source in named_weights(model)},
+    }
+
+
+def refusal(folder: str, layout: dict[str, Any], what: str) -> str | None:
+    """What r3 says to a model that transformers spread over ranks, as it is or with `what`."""
+    model: Any = load(folder, layout, experts_implementation="eager")
     try:
-        ulysses(model, _mesh("cpu", 2).sequence_group)
-    except r3.ParallelError as error:
-        return {"ulysses": str(error)}
-    return {}
+        if what == "slices of tensor parallel rows":
+            ulysses(model, _mesh("cpu", 2).sequence_group)
+        elif what == "adapters of experts":
+            from peft import LoraConfig, get_peft_model
+
+            experts = ["mlp.experts.gate_up_proj"]
+            r3.attach(get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=experts)))
+        else:
+            r3.attach(model)
+    except r3.R3Error as error:
+        return str(error)
+    return None

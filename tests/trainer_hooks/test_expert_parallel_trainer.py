@@ -79,19 +79,23 @@ def require_close(found, expected, size):
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("slices", [1, 2])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("size", "slices"), [(2, 2), *(pytest.param(*one, marks=pytest.mark.long) for one in ((2, 1), (4, 1), (4, 2)))]
+)
 def test_a_run_is_the_one_without_expert_parallelism_and_can_be_resumed(path, batch, four, tmp_path, size, slices):
     alone = run(settings(path, **RUN), batch, tmp_path / "alone")
     config = settings(path, **RUN, **{EXPERTS: size, SLICES: slices})
     whole = four.all(run, config, batch, tmp_path / "whole")
     require_close(whole[0], alone, size)
-    resumed = four.all(run, config, batch, tmp_path / "rest", checkpoint.newest(tmp_path / "whole").with_name("step-000002"))
+    resumed = four.all(
+        run, config, batch, tmp_path / "rest", checkpoint.newest(tmp_path / "whole").with_name("step-000002")
+    )
     assert resumed[0][0] == whole[0][0][2:]
     for name, weight in whole[0][1].items():
         assert torch.equal(resumed[0][1][name], weight), name
 
 
+@pytest.mark.long
 def test_bfloat16_trains(path, batch, four, tmp_path):
     low = {"trainer.policy.fsdp_config.param_dtype": "bfloat16", "trainer.max_steps": 1, EXPERTS: 2}
     ((metrics,), _), *_ = four.all(run, settings(path, **(RUN | low)), batch, tmp_path)
