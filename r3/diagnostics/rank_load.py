@@ -19,7 +19,7 @@ RANK_LOAD_METRICS = (
             section="load",
             title="Most loaded rank",
             unit="times the mean load",
-            caption="Load of the rank whose experts get most rows over the mean of its layer; the largest of all layers.",
+            caption="Load of the rank whose experts get most, over the mean of its layer; the largest of all layers.",
         ),
     ),
     Metric(name="rank_load/{live,rollout}/layer_NN", formula="the same in decoder layer NN, at least two digits"),

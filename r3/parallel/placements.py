@@ -27,7 +27,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
 
 @torch.no_grad()
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients of `model` down to an L2 norm of at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
+    """Scale the gradients of `model` down to an L2 norm of at most `max_norm`, as torch's `clip_grad_norm_` does.
 
     Each of its ranks calls this.
 

@@ -47,8 +47,8 @@ class ReplayContext:
 
     Attributes:
         ids: integer `[T, L, K]`, a column for each router of the model.
-        live: int64 `[R]`, the rows that are routed live, some perhaps repeated, or None if there are none; bool `[T, L]`
-            where layers differ.
+        live: int64 `[R]`, the rows that are routed live, some perhaps repeated, or None if there are none; bool
+            `[T, L]` where layers differ.
         report: the forward's report, complete when all routers have replayed it.
         forward_id: kept by routers that replayed it; keeping the context itself would keep its ids in memory.
     """

@@ -28,18 +28,18 @@ def padding_rows(kwargs: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | 
     return torch.nn.functional.pad(ends[:, 1:] & ends[:, :-1], (0, 1))
 
 
-def spread_ids(rows: int, layers: int, top_k: int, num_experts: int, *, like: Tensor) -> Tensor:
-    """`[rows, layers, top_k]` of the dtype and device of `like`: distinct ids in a row, each expert as often as others.
+def spread_ids(like: Tensor, num_experts: int) -> Tensor:
+    """Ids of the shape `[T, L, K]`, dtype and device of `like`: distinct in a row, and each expert as often as others.
 
     Example:
-        >>> spread_ids(3, 1, 2, 4, like=torch.tensor(0))[:, 0]
+        >>> spread_ids(torch.zeros(3, 1, 2, dtype=torch.int64), num_experts=4)[:, 0]
         tensor([[0, 1],
                 [2, 3],
                 [0, 1]])
     """
-    counts = [torch.arange(n, device=like.device) for n in (rows, layers, top_k)]
+    counts = [torch.arange(n, device=like.device) for n in like.shape]
     row, layer, slot = torch.meshgrid(*counts, indexing="ij")
-    return ((row * top_k + layer + slot) % num_experts).to(like.dtype)
+    return ((row * like.shape[-1] + layer + slot) % num_experts).to(like.dtype)
 
 
 def choosing_rows(
@@ -62,7 +62,7 @@ def choosing_rows(
         return ids, torch.nonzero_static(invalid, size=count)[:, 0] if invalid.dim() == 1 else invalid
     padding = padding.to(ids.device).flatten()
     unused = invalid & (padding if invalid.dim() == 1 else padding[:, None])
-    spread = spread_ids(*ids.shape, num_experts, like=ids)
+    spread = spread_ids(ids, num_experts)
     ids = torch.where(unused.view(len(ids), -1, 1), spread, ids)
     if invalid.dim() == 2:
         return ids, invalid & ~unused

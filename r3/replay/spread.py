@@ -1,6 +1,7 @@
 """What transformers and PEFT themselves get wrong in a model that is spread over ranks: refused by name.
 
-Each was seen without r3, in transformers 5.23 and 5.24 and PEFT 0.21, two ranks against one (docs/reference/parallel.md).
+Each was seen without r3, in transformers 5.23 and 5.24 and PEFT 0.21, two ranks against one:
+docs/reference/parallel.md.
 """
 
 from typing import Any
@@ -40,8 +41,8 @@ def require_right(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if is_tuner(module) and any(getattr(inner, "_is_expert_parallel", False) for inner in module.modules()):
             raise UnsupportedModelError(
-                f"{path}: PEFT adapts experts that expert parallelism spreads over ranks, and computes with those of all "
-                "ranks. Adapt attention and shared experts, or load the model with ep_size=1"
+                f"{path}: PEFT adapts experts that expert parallelism spreads over ranks, and computes with those of "
+                "all ranks. Adapt attention and shared experts, or load the model with ep_size=1"
             )
     found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     layout: Any = getattr(getattr(found, "config", None), "distributed_config", None)

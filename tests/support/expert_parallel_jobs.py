@@ -1,4 +1,4 @@
-"""What ranks compute in tests/parallel/test_expert_parallel*.py: a training step of a model that transformers sharded."""
+"""What ranks compute in tests/parallel/test_expert_parallel.py: a step of a model that transformers spread."""
 
 import dataclasses
 import functools
