@@ -6,7 +6,7 @@ Prediction: replayed over live is within 0.98 and 1.02 on GPUs. Replay changes w
 comes after; the exchange of tokens is the same for the same ids. Routing that fills one of P ranks multiplies the time
 of the experts by up to P, as the others wait: with two ranks and experts that take half of a step, about 1.5.
 
-Each rank loads its shards by `load_expert_parallel`, the model on random weights of Qwen3-30B-A3B's layers, and has rows
+Each rank loads its shards by `load_expert_parallel`, of random weights of Qwen3-30B-A3B's layers, and has rows
 of its own. The replayed step brings the model's own recorded routing, so that the experts have the same load on both
 sides. A step is forward and backward with gradient checkpointing. The three take turns in one run; a ratio is the
 median over the rounds.

@@ -4,7 +4,6 @@ transformers does all of the work: each rank reads its own shards of the checkpo
 experts by all-to-all. FSDP2 shards the rest over all ranks, and the experts over the ranks that hold the same ones.
 """
 
-import dataclasses
 import logging
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from r3.errors import ParallelError
 from r3.float32_weights import float32_gates
+from r3.releases import has_right_expert_parallelism
 
 logger = logging.getLogger("r3")
 
@@ -46,8 +46,7 @@ def load_expert_parallel(path: str, size: int, *, param_dtype: torch.dtype) -> A
     from transformers.distributed import DistributedConfig
 
     world = dist.get_world_size()
-    names = {field.name for field in dataclasses.fields(DistributedConfig)}
-    if not {"ep_size", "ep_implementation"} <= names:
+    if not has_right_expert_parallelism():
         raise ParallelError(
             f"expert parallelism beside FSDP2: expected transformers 5.23 or later, got {transformers.__version__}"
         )

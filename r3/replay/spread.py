@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from r3.errors import UnsupportedModelError
+from r3.releases import has_right_expert_parallelism
 from r3.wrappers import is_tuner
 
 _JOINED = "weights that it joins when it loads them reach the ranks in another order (convolutions), without an error"
@@ -49,13 +50,13 @@ def require_right(model: nn.Module) -> None:
     if found is None or layout is None:
         return
     text = found.config.get_text_config()
+    sizes = ", ".join(f"{n}={getattr(layout, n, 1)}" for n in ("fsdp_size", "tp_size", "ep_size"))
+    where = f"{type(found).__name__} ({text.model_type}) spread over ranks by transformers {transformers.__version__}"
+    if not has_right_expert_parallelism() and (layout.fsdp_size or 1) > 1 and getattr(layout, "ep_size", 1) > 1:
+        raise UnsupportedModelError(f"{where} ({sizes}): the experts' gradients are too small; 5.23 or later is right")
     for kind in _kinds(layout, text):
         if (reason := _REASONS.get((text.model_type, kind))) is not None:
-            sizes = ", ".join(f"{n}={getattr(layout, n, 1)}" for n in ("fsdp_size", "tp_size", "ep_size"))
-            raise UnsupportedModelError(
-                f"{type(found).__name__} ({text.model_type}) spread over ranks by transformers "
-                f"{transformers.__version__} ({sizes}): {reason}"
-            )
+            raise UnsupportedModelError(f"{where} ({sizes}): {reason}")
 
 
 def _kinds(layout: Any, text: Any) -> list[str]:

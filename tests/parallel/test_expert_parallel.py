@@ -138,7 +138,18 @@ def test_padding_is_spread_over_the_ranks(two, folders):
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_named_weights_are_those_of_the_checkpoint(two, folders, family, layout):
     for found in two.all(jobs.weights, folders.of(family), layout):
-        assert found == {"missing": [], "different": []}
+        assert (found["missing"], found["different"]) == ([], [])
+        if family == "qwen3_moe" and "ep_size" in layout:
+            # A view of gate and up holds both: one rank's half of the experts, each of twice the size.
+            assert found["share"] == 0.5 * 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [dict(fsdp_size=4, ep_size=2), dict(fsdp_size=2, tp_size=2, ep_size=4)], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_named_weights_of_experts_that_fsdp2_shards_too(four, folders, family, layout):
+    for found in four.all(jobs.weights, folders.of(family), layout):
+        assert (found["missing"], found["different"]) == ([], [])
 
 
 @pytest.mark.parametrize("layout", [TENSOR, BOTH, EXPERT], ids=str)

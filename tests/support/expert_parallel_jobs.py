@@ -197,19 +197,23 @@ def step(
     }
 
 
-def weights(folder: str, layout: dict[str, Any], *, fused_experts: bool = False) -> dict[str, Any]:
-    """What a sync would send of a model that transformers sharded: (names that differ from the checkpoint, most rows).
-
-    The second is the most experts that were held at once, over those of a layer.
-    """
+def weights(folder: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """How what a sync would send differs from the checkpoint, and the share of a layer's experts held at once."""
     from safetensors.torch import load_file
 
     model = load(folder, layout)
-    stored = load_file(f"{folder}/model.safetensors")
-    sent = {name: gathered(source).detach().clone() for name, source in named_weights(model)}
+    experts = next(len(p) for name, p in model.named_parameters() if "experts" in name and p.dim() == 3)
+    stored, sent, most = load_file(f"{folder}/model.safetensors"), {}, 0
+    for name, source in named_weights(model):
+        tensor = gathered(source).detach()
+        sent[name] = tensor.clone()
+        if ".experts." in name:
+            of_one = tensor.numel() if tensor.dim() == 2 else tensor[0].numel()
+            most = max(most, tensor.untyped_storage().nbytes() // tensor.element_size() // of_one)
     return {
         "missing": sorted(stored.keys() ^ sent.keys()),
         "different": [name for name in stored.keys() & sent.keys() if not torch.equal(stored[name], sent[name])],
+        "share": most / experts,
     }
 
 
