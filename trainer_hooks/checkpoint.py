@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from r3.config import R3Config
 from r3.errors import ConfigError, summary
-from r3.parallel.placements import in_one_piece
 from trainer_hooks.policy import Policy
 from trainer_hooks.random_states import random_states, set_random_states
 
@@ -97,7 +96,7 @@ def save(run_folder: Path, step: int, config: R3Config, policy: Policy) -> Path:
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
             partial.mkdir(parents=True)
     with barrier.guard():
-        dcp.save(in_one_piece(_state(policy)) | {_random_key(): pickle.dumps(random_states())}, checkpoint_id=partial)
+        dcp.save(_state(policy) | {_random_key(): pickle.dumps(random_states())}, checkpoint_id=partial)
     with barrier.guard():
         if first:
             run = {
@@ -122,8 +121,7 @@ def load(path: Path, config: R3Config, policy: Policy) -> int:
     """
     run = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
     _require_same(run["settings"], config, path)
-    sharded, mine = _state(policy), dist.get_rank() < run["ranks"]
-    state = in_one_piece(sharded)
+    state, mine = _state(policy), dist.get_rank() < run["ranks"]
     if mine:
         state[_random_key()] = b""
     if run["ranks"] != dist.get_world_size():
@@ -134,10 +132,7 @@ def load(path: Path, config: R3Config, policy: Policy) -> int:
             dist.get_world_size(),
         )
     dcp.load(state, checkpoint_id=path)
-    loaded = {name: in_one_piece(state[name], parts) for name, parts in sharded.items()}
-    set_state_dict(
-        policy.model, policy.optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
-    )
+    set_state_dict(policy.model, policy.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     policy.scheduler.load_state_dict(run["scheduler"])
     if mine:
         set_random_states(pickle.loads(state[_random_key()]))

@@ -7,12 +7,10 @@ take one kind only.
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, list[nn.Parameter]]]:
@@ -41,28 +39,6 @@ def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     for group in groups:
         nn.utils.clip_grads_with_norm_(group, max_norm, total)
     return total
-
-
-def in_one_piece(state: Any, like: Any = None) -> Any:
-    """`state`, nested dicts and lists, with DTensors of which each rank holds one contiguous part along a dimension.
-
-    Where FSDP2 shards experts that expert parallelism has sharded, a rank's part lies in several places of the whole
-    (`_StridedShard`). torch's distributed checkpoint (2.13) takes it for one, and saves it to the wrong place.
-
-    Args:
-        state: as `torch.distributed.checkpoint.state_dict.get_state_dict` returns it.
-        like: a state of the same form whose placements the result has instead: the way back.
-    """
-    if isinstance(state, dict):
-        return {key: in_one_piece(value, None if like is None else like[key]) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        rest = [None] * len(state) if like is None else like
-        return type(state)(in_one_piece(value, other) for value, other in zip(state, rest, strict=True))
-    if not isinstance(state, DTensor):
-        return state
-    wanted = tuple(Shard(p.dim) if isinstance(p, _StridedShard) else p for p in state.placements)
-    wanted = wanted if like is None else like.placements
-    return state if wanted == state.placements else state.redistribute(placements=wanted)
 
 
 def _by_placement(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
