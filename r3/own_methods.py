@@ -129,6 +129,8 @@ def _wrapped(value: Any) -> list[Any]:
         held += [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, MethodType):
         held.append(value.__func__)
+    elif not isinstance(value, type):
+        held += vars(value).values() if hasattr(value, "__dict__") else ()  # transformers' expert parallelism
     return [item for item in held if callable(item) and not isinstance(item, nn.Module)]
 
 

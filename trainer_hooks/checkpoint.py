@@ -39,6 +39,7 @@ FREE = (
     "trainer.micro_train_batch_size",
     "trainer.use_sample_packing",
     "trainer.policy.sequence_parallel_size",
+    "trainer.policy.expert_parallel_size",
     "trainer.policy.fsdp_config.gradient_checkpointing",
     "generator.inference_engine.tensor_parallel_size",
     "generator.inference_engine.pipeline_parallel_size",

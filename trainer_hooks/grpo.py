@@ -229,6 +229,7 @@ class GRPOTrainer:
             size=trainer.micro_train_batch_size,
             extreme_ratio=trainer.diagnostics.extreme_ratio,
             details=details,
+            expert_parallel_size=trainer.policy.expert_parallel_size,
         )
 
     def update(self, whole: StepBatch, gap: StepGap | None = None) -> dict[str, float]:

@@ -25,6 +25,7 @@ from r3.diagnostics import (
     RoutingSums,
     SequenceSums,
     TokenDetails,
+    rank_load_metrics,
     sequence_totals,
 )
 from r3.routing import RolloutRouting
@@ -45,7 +46,15 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(policy: Scorer, whole: StepBatch, *, size: int, extreme_ratio: float, details: bool) -> Measured:
+def measure(
+    policy: Scorer,
+    whole: StepBatch,
+    *,
+    size: int,
+    extreme_ratio: float,
+    details: bool,
+    expert_parallel_size: int = 1,
+) -> Measured:
     """Two forwards of all rollouts, one with live and one with replayed routing, or one where there is no routing.
 
     Every rank calls it.
@@ -56,9 +65,15 @@ def measure(policy: Scorer, whole: StepBatch, *, size: int, extreme_ratio: float
         size: rollouts in one forward.
         extreme_ratio: bound of `extreme_frac`.
         details: whether to choose single tokens for the report.
+        expert_parallel_size: ranks that share the experts; above 1, their load is measured.
     """
     policy.model.eval()
-    found = StepGap(samples=len(whole.advantages), extreme_ratio=extreme_ratio, details=details)
+    found = StepGap(
+        samples=len(whole.advantages),
+        extreme_ratio=extreme_ratio,
+        details=details,
+        expert_parallel_size=expert_parallel_size,
+    )
     for rows in policy.rows(whole, size):
         if rows.routing is None:
             found.add(rows, {"live": policy.logprobs(rows, replayed=False)})
@@ -107,11 +122,13 @@ class StepGap:
         samples: rollouts of the step.
         extreme_ratio: bound of `extreme_frac`.
         details: whether to choose single tokens.
+        expert_parallel_size: ranks that share the experts.
     """
 
     samples: int
     extreme_ratio: float
     details: bool = False
+    expert_parallel_size: int = 1
     gaps: dict[str, LogprobSums] = field(default_factory=dict)
     sequences: dict[str, Tensor] = field(default_factory=dict)  # [2, B]: sum of d, and tokens
     routing: tuple[MergeableSums, ...] = ()
@@ -170,7 +187,10 @@ class StepGap:
             sequences = SequenceSums.from_totals(*self.sequences[side])
             found |= {f"logprob_diff/{side}/{name}": v for name, v in (gap.metrics() | sequences.metrics()).items()}
         for sums in self.routing:
-            found |= {f"routing/{name}": value for name, value in sums.metrics().items()}
+            measured = sums.metrics()
+            if isinstance(sums, LoadSums) and self.expert_parallel_size > 1:
+                measured |= rank_load_metrics(sums, self.expert_parallel_size)
+            found |= {f"routing/{name}": value for name, value in measured.items()}
         return found
 
     def record(self, decode: Callable[[list[int]], str], batch: RolloutBatch) -> dict[str, Any]:

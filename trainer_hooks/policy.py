@@ -11,7 +11,16 @@ from torch import Tensor, nn
 import r3
 from r3.config import R3Config
 from r3.experts import use_experts
-from r3.parallel import FusedHead, RankBarrier, fused_head, make_mesh, shard_parameters, ulysses
+from r3.parallel import (
+    FusedHead,
+    RankBarrier,
+    fused_head,
+    load_expert_parallel,
+    make_mesh,
+    parameter_groups,
+    shard_parameters,
+    ulysses,
+)
 from r3.routing import prefetch
 from r3.weight_sync import LazyWeight, named_weights
 from trainer_hooks.batches import Rows, StepBatch
@@ -52,7 +61,7 @@ class Policy:
         self.model, self._head = self._load(config, trained=True)
         self._reference = self._load(config, trained=False) if config.trainer.algorithm.kl_coef else None
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            parameter_groups(self.model),
             lr=policy.optimizer_config.lr,
             betas=(0.9, 0.95),
             weight_decay=policy.optimizer_config.weight_decay,
@@ -72,7 +81,11 @@ class Policy:
 
         policy = config.trainer.policy
         fsdp, capture = policy.fsdp_config, config.generator.inference_engine.enable_return_routed_experts
-        model = AutoModelForCausalLM.from_pretrained(policy.model.path, dtype=torch.float32).to(self.device)
+        param_dtype, spread = getattr(torch, fsdp.param_dtype), policy.expert_parallel_size > 1
+        if spread:
+            model = load_expert_parallel(policy.model.path, policy.expert_parallel_size, param_dtype=param_dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(policy.model.path, dtype=torch.float32).to(self.device)
         use_experts(model, policy.model.experts_implementation)
         # Before sharding, so that a model that cannot be replayed or sliced is refused before anything is built on it.
         if trained and capture:
@@ -84,7 +97,7 @@ class Policy:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if policy.model.use_liger_kernel:
             use_liger_norms(model)
-        sharded = shard_parameters(model, self.mesh, param_dtype=getattr(torch, fsdp.param_dtype))
+        sharded = model if spread else shard_parameters(model, self.mesh, param_dtype=param_dtype)
         if not trained:
             sharded.eval().requires_grad_(False)
             if dist.get_rank() == 0:

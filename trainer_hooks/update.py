@@ -13,11 +13,12 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from r3.config import R3Config
 from r3.diagnostics import CorrectionSums
 from r3.errors import CaptureError
+from r3.parallel import clip_grad_norm
 from trainer_hooks.batches import Rows, StepBatch
 from trainer_hooks.measurement import StepGap
 from trainer_hooks.policy import Policy
@@ -57,8 +58,7 @@ def update(config: R3Config, policy: Policy, whole: StepBatch, gap: StepGap | No
             loss = loss_of(rows, logprobs, old, policy.reference_logprobs(rows))
             (loss.total / tokens).backward()
             totals.add(rows, loss)
-        norm = nn.utils.clip_grad_norm_(policy.model.parameters(), trainer.policy.optimizer_config.max_grad_norm)
-        norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # pyrefly: ignore
+        norms.append(clip_grad_norm(policy.model, trainer.policy.optimizer_config.max_grad_norm))
         policy.optimizer.step()
         policy.optimizer.zero_grad(set_to_none=True)
     # The host reads nothing from the device before the last kernel is queued.

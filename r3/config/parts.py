@@ -95,6 +95,13 @@ class PolicyConfig:
         at_least(1),
         unit="ranks",
     )
+    expert_parallel_size: int = setting(
+        1,
+        "Ranks over which the experts of each layer are spread: each holds its own, and tokens are sent to them, by "
+        "transformers (5.23 or later). Must divide the ranks, and the model's experts; 1 for none.",
+        at_least(1),
+        unit="ranks",
+    )
     model: ModelConfig = part(ModelConfig)
     fsdp_config: FSDPConfig = part(FSDPConfig)
     optimizer_config: OptimizerConfig = part(OptimizerConfig)

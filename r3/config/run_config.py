@@ -90,6 +90,12 @@ class R3Config:
                 "num_engines above 1: the one engine that the run starts is idle in a sync"
             )
         problems += self._problems_in_process()
+        policy = self.trainer.policy
+        if policy.expert_parallel_size > 1 and policy.fsdp_config.param_dtype == "float16":
+            problems.append(
+                "trainer.policy.expert_parallel_size above 1 needs trainer.policy.fsdp_config.param_dtype=bfloat16 or "
+                "float32: transformers, which shards the model then, has no other"
+            )
         if engine.enable_return_routed_experts:
             return problems
         if self.trainer.policy.fsdp_config.moe_enable_routing_replay:
@@ -134,6 +140,9 @@ class R3Config:
             ]
         if ranks % size:
             return [f"trainer.policy.sequence_parallel_size: expected a divisor of the {ranks} ranks, got {size}"]
+        experts = self.trainer.policy.expert_parallel_size
+        if ranks % experts:
+            return [f"trainer.policy.expert_parallel_size: expected a divisor of the {ranks} ranks, got {experts}"]
         # Every rank takes part in every forward, so that all need the same number of rollouts in each update.
         rollouts = self.trainer.train_batch_size * self.generator.n_samples_per_prompt
         parts = self.trainer.updates_per_step * (ranks // size)

@@ -18,6 +18,7 @@ from r3.diagnostics.initial_mismatch import EngineAgreement
 from r3.diagnostics.logprobs import LogprobSums, compare_logprobs
 from r3.diagnostics.margins import MarginSums
 from r3.diagnostics.merging import MergeableSums
+from r3.diagnostics.rank_load import rank_load_metrics
 from r3.diagnostics.routing_agreement import RoutingSums, compare_routing
 from r3.diagnostics.run_folder import RunFolder, read_details, read_metrics, read_settings
 from r3.diagnostics.run_reader import Run, read_run
@@ -50,6 +51,7 @@ __all__ = [
     "masked_importance",
     "open_sinks",
     "product_mask",
+    "rank_load_metrics",
     "read_details",
     "read_metrics",
     "read_run",

@@ -16,6 +16,7 @@ from r3.diagnostics.initial_mismatch import EngineAgreement
 from r3.diagnostics.logprobs import LogprobSums
 from r3.diagnostics.margins import MarginSums
 from r3.diagnostics.metric import Metric, without_layer
+from r3.diagnostics.rank_load import RANK_LOAD_METRICS
 from r3.diagnostics.routing_agreement import RoutingSums
 from r3.diagnostics.sequences import SequenceSums
 from r3.diagnostics.step_metrics import STEP_METRICS
@@ -55,6 +56,7 @@ GROUPS = (
         prefixes=ROUTING,
     ),
     Group(name="load", metrics=LoadSums.METRICS, prefixes=ROUTING),
+    Group(name="rank-load", metrics=RANK_LOAD_METRICS, prefixes=ROUTING),
     Group(name="margin", metrics=MarginSums.METRICS, prefixes=ROUTING),
     Group(name="coverage", over="the rows of all rollouts", metrics=CoverageSums.METRICS, prefixes=ROUTING),
     Group(name="corrections", metrics=CorrectionSums.METRICS, prefixes=("correction/",)),

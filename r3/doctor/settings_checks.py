@@ -5,6 +5,7 @@ from pathlib import Path
 from r3.config import R3Config
 from r3.doctor.check import Check
 from r3.errors import summary
+from r3.parallel.expert_parallel import num_experts
 
 
 def run_settings(config: R3Config) -> Check:
@@ -58,6 +59,12 @@ def _of_model(config: R3Config) -> list[str]:
         problems.append(
             f"trainer.policy.sequence_parallel_size: expected a divisor of the {heads} query heads, got "
             f"{policy.sequence_parallel_size}"
+        )
+    experts = num_experts(text)
+    if experts is not None and experts % policy.expert_parallel_size:
+        problems.append(
+            f"trainer.policy.expert_parallel_size: expected a divisor of the {experts} experts, got "
+            f"{policy.expert_parallel_size}"
         )
     if positions is not None and engine.max_model_len > positions:
         problems.append(

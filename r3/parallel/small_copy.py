@@ -87,7 +87,7 @@ class _Copy:
         self._memo[id(module)] = replica = object.__new__(original_class(module))
         replica.__dict__.update(nn.Module().__dict__)
         replica.__dict__ |= self._entries({name: value for name, value in vars(module).items() if "_hooks" not in name})
-        replica.__dict__ |= {"training": False, "_compiled_call_impl": None}
+        replica.__dict__ |= {"training": False, "_compiled_call_impl": None} | _of_all_experts(module)
         aside = replica.__dict__.get(ASIDE)  # what the class calls where replay is attached
         on_copy(replica, "forward", code)
         if aside is not None:
@@ -115,6 +115,13 @@ def _overlapping(shape: torch.Size) -> list[int]:
     if len(shape) < 3:
         return [7, 1][2 - len(shape) :]
     return [64 * (back + 1) for back in reversed(range(len(shape) - 2))] + [shape[-1], 1]
+
+
+def _of_all_experts(module: nn.Module) -> dict[str, Any]:
+    """What a copy with the experts of all ranks has in place of a rank's own: transformers counts those it holds."""
+    if not getattr(module, "_is_expert_parallel", False):
+        return {}
+    return {"_is_expert_parallel": False, "num_experts": next(module.parameters(recurse=False)).shape[0]}
 
 
 def _kind(layer: nn.Module) -> tuple:

@@ -61,6 +61,12 @@ class Ulysses:
         outermost = _transformers_model(model)
         if flattened(model):
             raise ParallelError(FLATTENED)
+        if self.size > 1 and (getattr(outermost, "_tp_size", None) or 1) > 1:
+            raise ParallelError(
+                f"{type(outermost).__name__} is split by tensor parallelism (tp_size={outermost._tp_size}), whose "
+                "ranks need the same tokens: its rows cannot be sliced over ranks as well. Load it with tp_size=1: "
+                "fsdp_size and ep_size go together with slices"
+            )
         decoder = outermost.get_decoder()
         self._config: Any = decoder.config
         self._inputs = ModelInputs(model)

@@ -10,6 +10,7 @@ from r3.replay.adapters import say_adapted
 from r3.replay.audit import require_all_replayed
 from r3.replay.context import KEYWORD, ForwardReport, ReplayContext, tokens_of
 from r3.replay.graph import mark_outputs
+from r3.replay.padding import choosing_rows, padding_rows
 from r3.replay.patching import ModelPatch
 from r3.routing import RolloutRouting, RoutingSpec, routing_of
 from r3.routing.positions import ModelInputs
@@ -80,9 +81,11 @@ class Replay:
             return args, {name: value for name, value in kwargs.items() if name != KEYWORD}
         self._inputs.require_positions(kwargs)
         routing = argument if isinstance(argument, RolloutRouting) else self.routing(argument)
-        return args, {**kwargs, KEYWORD: self._call(routing, tokens_of(args, kwargs))}
+        tokens = tokens_of(args, kwargs)
+        padding = padding_rows(kwargs, (tokens.shape[0], tokens.shape[1]))
+        return args, {**kwargs, KEYWORD: self._call(routing, tokens, padding)}
 
-    def _call(self, routing: RolloutRouting, tokens: Tensor) -> ReplayContext:
+    def _call(self, routing: RolloutRouting, tokens: Tensor, padding: Tensor | None) -> ReplayContext:
         spec = self.spec
         expected = (*tokens.shape[:2], len(spec.layer_ids), spec.top_k)
         missing = sorted(set(spec.layer_ids) - set(routing.layer_ids))
@@ -99,10 +102,9 @@ class Replay:
         self._patch.to(tokens.device)
         ids, valid = routing.expert_ids.flatten(0, 1), routing.validity.flatten(0, 1)
         rows_live = len(ids) - routing.rows_valid
-        live = ~valid if rows_live else None
-        if live is not None and live.dim() == 1:
-            # With the number of rows known, the host need not wait for the device to find them.
-            live = torch.nonzero_static(live, size=rows_live)[:, 0]
+        live = None
+        if rows_live:
+            ids, live = choosing_rows(ids, ~valid, rows_live, padding, spec.num_experts)
         report = ForwardReport(
             rows_replayed=routing.rows_valid,
             rows_live=rows_live,

@@ -28,7 +28,7 @@ class ForwardReport:
 
     Attributes:
         rows_replayed: rows (tokens) replayed in every layer.
-        rows_live: the other rows, padding among them.
+        rows_live: the other rows: routed live, or padding, which is spread over the experts.
         pairs_replayed, pairs_live: the same by (token, layer): rows that lack some layers are replayed in the others.
         routers: number of routers that ran.
     """
@@ -47,7 +47,8 @@ class ReplayContext:
 
     Attributes:
         ids: integer `[T, L, K]`, a column for each router of the model.
-        live: int64 `[R]`, the rows that are routed live, or None if there are none; bool `[T, L]` where layers differ.
+        live: int64 `[R]`, the rows that are routed live, some perhaps repeated, or None if there are none; bool
+            `[T, L]` where layers differ.
         report: the forward's report, complete when all routers have replayed it.
         forward_id: kept by routers that replayed it; keeping the context itself would keep its ids in memory.
     """

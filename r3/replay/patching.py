@@ -18,6 +18,7 @@ from r3.replay.context import KEYWORD, Activity, Carrier, ForwardId, ReplayConte
 from r3.replay.discovery import RouterMap, RouterSite, find_routers
 from r3.replay.graph import UNMARKED, evaluated_node, mark_inputs, mark_outputs, nearest_mark, packs_for_repeat
 from r3.replay.proof import prove_all
+from r3.replay.spread import require_right
 from r3.replay.topk import Choice, TopKSubstitution
 from r3.routing import RoutingSpec
 from r3.wrappers import FLATTENED, flattened
@@ -174,8 +175,10 @@ class ModelPatch:
         """The patch of `model`, with one more user.
 
         Raises:
-            UnsupportedModelError: no routers, or routers that cannot be replayed exactly, by name.
+            UnsupportedModelError: no routers, or routers that cannot be replayed exactly, or a family that transformers
+                gets wrong as it spreads it over ranks, by name.
         """
+        require_right(model)
         routers = find_routers(model)
         patch = routers.layers[0].__dict__.get(_MODEL)
         if patch is None:

@@ -91,8 +91,8 @@ class TopKSubstitution(TorchFunctionMode):
     Args:
         choice: the `topk` call to replace.
         ids: integer `[T, K]`, or None to let the live choice stand.
-        live: int64 `[R]`, the rows that take the live choice, or None if there are none: the top-k runs on these rows
-            only. Or bool `[T]`: it then runs on all rows.
+        live: int64 `[R]`, the rows that take the live choice, some perhaps repeated, or None if there are none: the
+            top-k runs on these rows only. Or bool `[T]`: it then runs on all rows.
         site: the router, for errors.
         margins: whether to record the margin of live choices, which takes a second `topk` over the same scores.
 
@@ -202,7 +202,8 @@ def with_live_rows(ids: Tensor, scores: Tensor, rows: Tensor, search: Search) ->
     Args:
         ids: integer `[T, K]`; what they are in `rows` does not matter.
         scores: floating `[..., E]` of T tokens, those that the router chooses by.
-        rows: int64 `[R]`, distinct; or bool `[T]`, where their number is not known: then the search is of all rows.
+        rows: int64 `[R]`, which may be repeated; or bool `[T]`, where their number is not known: then the search is of
+            all rows.
         search: the router's choice.
 
     Returns:

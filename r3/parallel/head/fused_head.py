@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from r3.errors import ParallelError
@@ -43,9 +44,10 @@ class _Request:
 class _Activity(threading.local):
     """What a head is asked for in the current thread; a copy of it is idle."""
 
-    def __init__(self, head: nn.Module | None = None, after: AfterHead | None = None) -> None:
+    def __init__(self, head: nn.Module | None = None, after: AfterHead | None = None, before: Any = None) -> None:
         self.head = head
         self.after = after
+        self.before = before  # the head's own method, of tensor parallelism for one; None for its class's
         self.request: _Request | None = None
 
     def __reduce__(self) -> Any:
@@ -66,10 +68,10 @@ class FusedHead:
         _require_linear(inner, head)
         self.after = find_after_head(inner)
         self._head: Any = head
-        self._activity = _Activity(head, self.after)
         # Below accelerate's hooks, as replay is.
         self._name = BELOW_HOOK if BELOW_HOOK in head.__dict__ else "forward"
         self._before = head.__dict__.get(self._name)
+        self._activity = _Activity(head, self.after, self._before)
         head.__dict__[_SLOT] = self._activity
         head.__dict__[self._name] = MethodType(_forward, head)
 
@@ -166,8 +168,10 @@ def fused_head(model: nn.Module) -> FusedHead:
 def _forward(self: Any, input: Tensor) -> Tensor:
     """A linear layer's forward, or the scores that are asked for. `self` may be a copy of the head."""
     activity: _Activity | None = self.__dict__.get(_SLOT)
-    if activity is None or activity.request is None or activity.head is not self:
+    if activity is None or activity.head is not self or (activity.request is None and activity.before is None):
         return nn.Linear.forward(self, input)
+    if activity.request is None:
+        return activity.before(input)
     return _scored(self, input, activity.request, activity.after)
 
 
@@ -182,7 +186,8 @@ def _scored(head: Any, hidden: Tensor, request: _Request, after: Any) -> Tensor:
             f"labels: expected [B, S] = {list(hidden.shape[:-1])}, the positions of which the model computes logits, "
             f"got {list(request.labels.shape)}"
         )
-    weight, bias = head.weight, head.bias
+    # Tensor parallelism splits the head over ranks that have the same tokens: each scores them with all of it.
+    weight, bias = (t.full_tensor() if isinstance(t, DTensor) else t for t in (head.weight, head.bias))
     if after.vocabulary < len(weight):
         weight, bias = weight[: after.vocabulary], bias if bias is None else bias[: after.vocabulary]
     logprobs, *rest = score(

@@ -140,11 +140,37 @@ def _is_split_of_experts(origins: list[str], names: list[str]) -> bool:
 
 
 def _views(source: LazyWeight, names: list[str], traced: dict[str, _Traced]) -> Named:
+    rows = source.rows
+    if rows is None or source.blocks == 1:
+        return _cut(source, names, traced, source.make, 0)
+    entry, step = source.shape[1:].numel(), source.shape[0] // source.blocks
+    named: Named = []
+    for first in range(0, source.shape[0], step):
+        # What is cut out of these entries alone comes together, so that no others are held meanwhile.
+        within = [name for name in names if first * entry <= traced[name].storage_offset() < (first + step) * entry]
+        ends = [_end(traced[name]) for name in within]
+        if max(ends, default=0) > (first + step) * entry:
+            return _cut(source, names, traced, source.make, 0)
+        named += _cut(source, within, traced, lambda first=first: rows(first, first + step), first * entry)
+    return named
+
+
+def _end(view: Tensor) -> int:
+    """One past the last number of a view in its storage."""
+    reach: int = sum(stride * (size - 1) for stride, size in zip(view.stride(), view.shape, strict=True))
+    return int(view.storage_offset()) + reach + 1
+
+
+def _cut(
+    source: LazyWeight, names: list[str], traced: dict[str, _Traced], whole: Callable[[], Tensor], before: int
+) -> Named:
+    """Views of what `whole` makes, which begins after `before` numbers of `source`."""
     cuts = [(traced[name].shape, traced[name].stride(), traced[name].storage_offset()) for name in names]
 
     def make() -> list[Tensor]:
-        tensor = source.make().contiguous()
-        return [tensor.as_strided(shape, stride, tensor.storage_offset() + offset) for shape, stride, offset in cuts]
+        tensor = whole().contiguous()
+        at = tensor.storage_offset() - before
+        return [tensor.as_strided(shape, stride, at + offset) for shape, stride, offset in cuts]
 
     return _taken(make, names, traced, [source], live=source.live)
 

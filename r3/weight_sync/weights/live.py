@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from r3.errors import SyncError, summary
 from r3.float32_weights import computes_in_float32, kept_in_float32
 from r3.weight_sync.weights.gathering import placeholder
-from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization, gathered, is_sharded
+from r3.weight_sync.weights.lazy import (
+    LazyWeight,
+    SharedMaterialization,
+    expert_ranks,
+    gathered,
+    gathered_rows,
+    is_sharded,
+)
 from r3.weight_sync.weights.peft_merge import live_choice, merged, tuned_module
 from r3.wrappers import CHECKPOINTED, COMPILED, flattened, is_tuner
 
@@ -127,6 +134,8 @@ def _walk(module: nn.Module, name: str, shard: Any, keep: re.Pattern) -> Iterato
                 # What the forward rounds is sent rounded: the engine's router is then the trainer's.
                 keeps = keep.search(prefix + own) is not None and computes_in_float32(shard)
                 source = _source(prefix + own, tensor, _reader(module, own, shard), keeps)
+                if (ranks := expert_ranks(tensor)) > 1:
+                    source = replace(source, rows=_rows_reader(module, own, shard), blocks=ranks)
                 yield _NamedWeight(prefix + own, id(tensor), source)
         for own, tensor in module._buffers.items():
             if tensor is not None and own not in module._non_persistent_buffers_set:
@@ -188,6 +197,14 @@ def _reader(module: nn.Module, own: str, shard: Any) -> Callable[[], Tensor]:
         return gathered(getattr(module, own))
 
     return make
+
+
+def _rows_reader(module: nn.Module, own: str, shard: Any) -> Callable[[int, int], Tensor]:
+    def rows(first: int, last: int) -> Tensor:
+        _reshard(shard)
+        return gathered_rows(getattr(module, own), first, last)
+
+    return rows
 
 
 def _reshard(shard: Any) -> None:

@@ -41,7 +41,8 @@ def named_weights(model: nn.Module, *, fused_experts: bool = False) -> list[tupl
       the trainer computes with cast ones too, and both sides have the same router.
 
     One weight is held whole at a time. For weights that are cut out of one tensor (experts), or merged together, that
-    is the tensor that they are cut from; a view of it keeps it in memory.
+    is the tensor that they are cut from; a view of it keeps it in memory. Of experts that expert parallelism spreads
+    over ranks, it is those of one rank.
 
     The list can be sent again after each step of the optimizer. It must be iterated in order, from the start, and on
     every rank of the mesh where the model is sharded.

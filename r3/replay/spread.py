@@ -1,0 +1,70 @@
+"""What transformers and PEFT themselves get wrong in a model that is spread over ranks: refused by name.
+
+Each was seen without r3, in transformers 5.23 and 5.24 and PEFT 0.21, two ranks against one:
+docs/reference/parallel.md.
+"""
+
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from r3.errors import UnsupportedModelError
+from r3.releases import has_right_expert_parallelism
+from r3.wrappers import is_tuner
+
+_JOINED = "weights that it joins when it loads them reach the ranks in another order (convolutions), without an error"
+_MASKED = (
+    "its eager experts fail where those of other ranks are masked; load with experts_implementation='grouped_mm', or "
+    "with ep_implementation='all_to_all'"
+)
+_REASONS = {
+    ("bailing_hybrid", "fsdp_size"): _JOINED,
+    ("kimi_linear", "fsdp_size"): _JOINED,
+    ("zaya", "fsdp_size"): "its log-probabilities are others than on one rank, without an error",
+    (
+        "inkling2_text",
+        "tp_size",
+    ): "the experts' gate and up weights have wrong gradients, without an error; set ep_size",
+    ("llama4_text", "tp_size"): "its backward fails",
+    ("gpt_oss", "masked"): _MASKED,
+    ("nemotron_h", "masked"): _MASKED,
+}
+
+
+def require_right(model: nn.Module) -> None:
+    """Refuse a model that transformers spread over ranks in a way in which it is wrong there.
+
+    Raises:
+        UnsupportedModelError: names the family, the setting and the release; or adapters on experts of some ranks.
+    """
+    for path, module in model.named_modules():
+        if is_tuner(module) and any(getattr(inner, "_is_expert_parallel", False) for inner in module.modules()):
+            raise UnsupportedModelError(
+                f"{path}: PEFT adapts experts that expert parallelism spreads over ranks, and computes with those of "
+                "all ranks. Adapt attention and shared experts, or load the model with ep_size=1"
+            )
+    found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    layout: Any = getattr(getattr(found, "config", None), "distributed_config", None)
+    if found is None or layout is None:
+        return
+    text = found.config.get_text_config()
+    sizes = ", ".join(f"{n}={getattr(layout, n, 1)}" for n in ("fsdp_size", "tp_size", "ep_size"))
+    where = f"{type(found).__name__} ({text.model_type}) spread over ranks by transformers {transformers.__version__}"
+    if not has_right_expert_parallelism() and (layout.fsdp_size or 1) > 1 and getattr(layout, "ep_size", 1) > 1:
+        raise UnsupportedModelError(f"{where} ({sizes}): the experts' gradients are too small; 5.23 or later is right")
+    for kind in _kinds(layout, text):
+        if (reason := _REASONS.get((text.model_type, kind))) is not None:
+            raise UnsupportedModelError(f"{where} ({sizes}): {reason}")
+
+
+def _kinds(layout: Any, text: Any) -> list[str]:
+    tensor, expert = layout.tp_size or 1, getattr(layout, "ep_size", 1)
+    kinds = ["fsdp_size"] if (layout.fsdp_size or 1) > 1 else []
+    if tensor > 1 and expert == 1:
+        kinds.append("tp_size")
+    all_reduce = getattr(layout, "ep_implementation", "") in ("auto", "all_reduce")
+    if tensor == expert > 1 and all_reduce and getattr(text, "_experts_implementation", "") == "eager":
+        kinds.append("masked")
+    return kinds

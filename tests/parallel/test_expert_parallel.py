@@ -1,0 +1,192 @@
+"""A model that transformers spread over ranks = one process, on log-probabilities, loss, gradients and chosen ids."""
+
+import contextlib
+import functools
+import re
+
+import expert_parallel_jobs as jobs
+import pytest
+import torch
+from ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def two():
+    with contextlib.closing(Ranks(2)) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four():
+    with contextlib.closing(Ranks(4)) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def folders():
+    with contextlib.closing(jobs.Folders()) as folders:
+        yield folders
+
+
+@functools.cache
+def reference(folder, replayed):
+    return jobs.reference(folder, replayed=replayed)
+
+
+def gap(found, expected):
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+def check(found, folder, replayed=True):
+    expected = reference(folder, replayed)
+    assert any(gradient.abs().max() > 1e-4 for gradient in expected["grads"].values())
+    assert found["grads"].keys() == expected["grads"].keys()
+    worst = {name: gap(found["grads"][name], gradient) for name, gradient in expected["grads"].items()}
+    worst["logprobs"] = gap(found["logprobs"], expected["logprobs"])
+    worst["loss"] = abs(found["loss"] - expected["loss"]) / float(expected["logprobs"].abs().max())
+    assert not {name: value for name, value in worst.items() if not value < 2e-5}
+
+
+TENSOR = dict(tp_size=2)
+BOTH = dict(tp_size=2, ep_size=2)  # transformers chooses all-to-all in training, all-reduce without gradients
+EXPERT = dict(fsdp_size=2, ep_size=2)
+SLICED = dict(sequence=2)
+ON_TWO = {
+    "tensor": (TENSOR, {}),
+    "tensor and expert": (BOTH, {}),
+    "tensor and expert, packed, fused head": (BOTH, dict(packed=True, fused=True)),
+    "expert": (EXPERT, {}),
+    "expert, padded, fused head": (EXPERT, dict(fused=True)),
+    "expert, slices": (EXPERT, SLICED),
+    "expert, slices, fused head": (EXPERT, SLICED | dict(fused=True)),
+}
+ON_FOUR = {
+    "tensor and expert": (dict(tp_size=4, ep_size=4), {}),
+    "expert": (dict(fsdp_size=4, ep_size=4), {}),
+    "fsdp2 x expert": (dict(fsdp_size=4, ep_size=2), {}),
+    "fsdp2 x tensor and expert": (dict(fsdp_size=2, tp_size=2, ep_size=2), {}),
+    "experts over more ranks than tensors": (dict(fsdp_size=2, tp_size=2, ep_size=4), {}),
+    "fsdp2 x expert, slices": (dict(fsdp_size=4, ep_size=2), SLICED | dict(fused=True)),
+    "expert, slices over two": (dict(fsdp_size=4, ep_size=4), SLICED),
+    "expert, slices over four": (dict(fsdp_size=4, ep_size=4), dict(sequence=4)),
+}
+# What the gate runs; the rest is long.
+QUICK = {"tensor and expert, packed, fused head", "expert, slices, fused head"}
+LAYOUTS = [how if how in QUICK else pytest.param(how, marks=pytest.mark.long) for how in ON_TWO]
+
+
+@pytest.mark.parametrize("family", list(jobs.FAMILIES))
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize("replayed", [True, False], ids=["replayed", "live"])
+def test_two_ranks(two, folders, family, checkpointing, replayed, how):
+    layout, options = ON_TWO[how]
+    found = two.all(call, folders.of(family), layout, options | dict(checkpointing=checkpointing, replayed=replayed))
+    check(found[0], folders.of(family), replayed)
+
+
+# The gate has four ranks in tests/trainer_hooks/test_expert_parallel_trainer.py.
+@pytest.mark.long
+@pytest.mark.parametrize("family", list(jobs.FAMILIES))
+@pytest.mark.parametrize("how", list(ON_FOUR))
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_four_ranks(four, folders, family, checkpointing, how):
+    layout, options = ON_FOUR[how]
+    found = four.all(call, folders.of(family), layout, options | dict(checkpointing=checkpointing))
+    check(found[0], folders.of(family))
+
+
+@pytest.mark.parametrize("experts", ["eager", "r3_grouped"])
+@pytest.mark.parametrize("layout", [EXPERT, dict(tp_size=2, ep_size=2, ep_implementation="all_reduce")], ids=str)
+def test_experts_functions(two, folders, layout, experts):
+    folder = folders.of("qwen3_moe")
+    check(two.all(call, folder, layout, dict(experts=experts))[0], folder)
+
+
+@pytest.mark.parametrize("layout", [BOTH, EXPERT], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_ids_are_those_of_all_ranks_wherever_they_are_seen(two, folders, family, layout):
+    folder = folders.of(family)
+    expected = reference(folder, True)
+    found = two.all(call, folder, layout, {})
+    same_rows = layout.get("tp_size", 1) > 1
+    for rank, one in enumerate(found):
+        rows = slice(None) if same_rows else slice(rank, None, 2)
+        tokens = expected["mask"][rows]
+        assert torch.equal(one["chosen"][tokens], expected["chosen"][rows][tokens])
+        report = one["report"]
+        assert report.rows_replayed + report.rows_live == one["chosen"].shape[0] * one["chosen"].shape[1]
+    total = sum(one["report"].pairs_replayed for one in found)
+    assert total == expected["report"].pairs_replayed * (2 if same_rows else 1)
+    assert expected["chosen"].max() == 7, "of eight experts; a rank holds four"
+
+
+def test_padding_is_spread_over_the_ranks(two, folders):
+    """16 of 40 rows are padding. Routed live they are one token, which goes to one expert's rank."""
+    chosen = torch.cat([one["chosen"] for one in two.all(call, folders.of("qwen3_moe"), EXPERT, {})])
+    mask = reference(folders.of("qwen3_moe"), True)["mask"]
+    padding = ~torch.cat([mask[0::2], mask[1::2]])
+    for layer in range(chosen.shape[2]):
+        counts = chosen[..., layer, :][padding].flatten().bincount(minlength=8)
+        assert counts.max() <= 2 * counts.float().mean(), counts
+    live = torch.cat([one["chosen"] for one in two.all(call, folders.of("qwen3_moe"), EXPERT, dict(replayed=False))])
+    counts = live[..., 0, :][padding].flatten().bincount(minlength=8)
+    assert counts.max() > 2 * counts.float().mean(), "as it is without routing"
+
+
+@pytest.mark.parametrize("layout", [TENSOR, BOTH, EXPERT], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_named_weights_are_those_of_the_checkpoint(two, folders, family, layout):
+    for found in two.all(jobs.weights, folders.of(family), layout):
+        assert (found["missing"], found["different"]) == ([], [])
+        if family == "qwen3_moe" and "ep_size" in layout:
+            # A view of gate and up holds both: one rank's half of the experts, each of twice the size.
+            assert found["share"] == 0.5 * 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", [dict(fsdp_size=4, ep_size=2), dict(fsdp_size=2, tp_size=2, ep_size=4)], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_named_weights_of_experts_that_fsdp2_shards_too(four, folders, family, layout):
+    for found in four.all(jobs.weights, folders.of(family), layout):
+        assert (found["missing"], found["different"]) == ([], [])
+
+
+@pytest.mark.parametrize("layout", [TENSOR, BOTH, EXPERT], ids=str)
+def test_clipping_and_optimizer_over_all_placements(two, folders, layout):
+    folder = folders.of("qwen3_moe")
+    expected = jobs.trained(folder, {})
+    assert min(expected["norms"]) > 1, "or nothing is clipped"
+    for found in two.all(jobs.trained, folder, layout):
+        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_adapters_of_attention(two, folders):
+    expected = jobs.adapted(folders.of("qwen3_moe"), {}, ["q_proj", "o_proj"])
+    for found in two.all(jobs.adapted, folders.of("qwen3_moe"), EXPERT, ["q_proj", "o_proj"]):
+        assert gap(found["logits"], expected["logits"]) < 2e-5
+        assert found["weights"].keys() == expected["weights"].keys()
+        assert max(gap(found["weights"][name], weight) for name, weight in expected["weights"].items()) < 1e-6
+
+
+REFUSED = {
+    "adapters of experts": ("qwen3_moe", EXPERT, "PEFT adapts experts that expert parallelism spreads over ranks"),
+    "slices of tensor parallel rows": ("qwen3_moe", TENSOR, "need the same tokens: its rows cannot be sliced"),
+    "joined weights": ("kimi_linear", dict(fsdp_size=2), r"kimi_linear.*transformers 5.*fsdp_size=2.*another order"),
+    "masked eager experts": ("gpt_oss", BOTH, "eager experts fail where those of other ranks are masked"),
+}
+
+
+@pytest.mark.parametrize("what", list(REFUSED))
+def test_what_would_be_wrong_is_refused_by_name(two, folders, what):
+    family, layout, message = REFUSED[what]
+    for found in two.all(jobs.refusal, folders.of(family), layout, what):
+        assert found is not None
+        assert re.search(message, found, re.DOTALL)
+
+
+def call(folder, layout, options):
+    """Runs on each rank."""
+    return jobs.step(folder, layout, **options)
