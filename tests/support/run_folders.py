@@ -64,6 +64,8 @@ def step_metrics(step, rng, *, layers, experts, replay, steps, worse=1.0):
         "routing/load_max/live": 2.6 + 0.4 * drift + rng.gauss(0, 0.1),
         "routing/load_max/rollout": 2.6 + 0.4 * drift + rng.gauss(0, 0.1),
         "routing/load_shift": 0.006 * drift,
+        "routing/rank_load_max/live": 1.1 + rng.gauss(0, 0.02),
+        "routing/rank_load_max/rollout": 1.1 + rng.gauss(0, 0.02),
         "routing/margin/agreeing_p50": 0.02,
         "routing/margin/differing_p50": 0.0006 * rng.lognormvariate(0, 0.1),
         "routing/coverage": 1 - abs(rng.gauss(0, 0.0005)),
