@@ -11,6 +11,9 @@ from sync_helpers import greedy
 from r3.weight_sync import WeightSync
 
 
+pytestmark = [pytest.mark.engine, pytest.mark.long]
+
+
 def test_an_engine_says_what_the_weights_of_all_ranks_say(engine, weights, reference):
     with contextlib.closing(WeightSync(engine, dtype=torch.bfloat16, transport="files")) as plain:
         first = plain.push(weights.items(), version=(plain.version or 0) + 1)
@@ -31,7 +34,6 @@ def test_an_engine_says_what_the_weights_of_all_ranks_say(engine, weights, refer
     assert receipt.bytes == first.bytes
 
 
-@pytest.mark.long
 def test_four_ranks_sync_into_four_workers_of_two_engines():
     """By r3's own worker extension, and vLLM's reload."""
     ranks = Ranks(4)

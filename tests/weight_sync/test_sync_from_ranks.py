@@ -70,8 +70,8 @@ def test_a_weight_in_any_placement_goes_whole_to_its_owner_alone(four):
         (3, "cannot send", "MemoryError: no memory|r3_load failed"),
         (1, "sends other bytes", "have come as they were sent"),
         (1, "has others", "rank 1: expected the weights of rank 0"),
-        (1, "sleeps", "rank 1 has not answered"),
-        (2, "is late", r"rank 2 has not answered \(take part\)"),
+        pytest.param(1, "sleeps", "rank 1 has not answered", marks=pytest.mark.long),
+        pytest.param(2, "is late", r"rank 2 has not answered \(take part\)", marks=pytest.mark.long),
         (0, "is late", "rank 0, which drives the sync, has said nothing|has given up"),
     ],
 )
@@ -85,7 +85,8 @@ def test_a_failure_of_any_rank_is_told_to_all_in_time_and_the_next_sync_heals(fo
 
 
 @pytest.mark.parametrize(
-    ("where", "what"), [(3, "dies"), pytest.param(1, "dies sending", marks=pytest.mark.long), (0, "dies sending")]
+    ("where", "what"),
+    [(3, "dies"), *(pytest.param(rank, "dies sending", marks=pytest.mark.long) for rank in (0, 1))],
 )
 def test_the_death_of_any_rank_ends_the_sync_on_all_others_and_nothing_is_committed(where, what):
     ranks = Ranks(4)
