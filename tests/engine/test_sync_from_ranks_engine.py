@@ -10,7 +10,6 @@ from sync_helpers import greedy
 
 from r3.weight_sync import WeightSync
 
-
 pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 
