@@ -32,7 +32,7 @@ class Tested:
 # docs/reference/compatibility.md has what was seen with each.
 TESTED = {
     "python": Tested(first="3.10", beyond="3.14"),
-    "torch": Tested(first="2.9", beyond="2.15"),
+    "torch": Tested(first="2.9", beyond="2.16"),
     "transformers": Tested(first="5.9", beyond="5.25"),
     "vllm": Tested(first="0.22", beyond="0.34"),
 }
