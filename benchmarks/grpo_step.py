@@ -16,7 +16,7 @@ allocators, is left out; of the others the median counts. Sides:
              model without its head, gradients checkpointed, in bfloat16: no trainer can be faster with these parts
 
 Stages, in seconds: `rollout` with rewards, `train` (TRL: with the log-probabilities that it computes anew), `sync`.
-Peak memory is of the trainer's process, of all steps; r3's by stage as well.
+Peak memory is of the trainer's process, of all steps; r3's of its updates and its syncs, each by itself.
 
 Predicted for one H200, of r3's step: inside 0.75 (an engine's step 6 ms instead of 10), ahead 0.8, TRL's 1.6; so the
 better of the two is 0.45 to 0.5 of TRL's.

@@ -2,7 +2,7 @@
 
 vLLM tells them in two ways. Log-probabilities of the sampling distribution (`logprobs_mode="processed_logprobs"`) are
 minus infinity for ids that top-k, top-p or min-p took out: with as many of the largest as a set may have, and a few
-more, the finite ones are the set. Every release, route and device has that. And `return_sampling_mask`, from 0.30 in
+more, the finite ones are the set. That depends on no release, route or device. And `return_sampling_mask`, from 0.30 in
 its newer model runner, gives the sets themselves; they are taken where they are there.
 """
 
@@ -39,7 +39,8 @@ def kept_by_engine(completion: Any) -> KeptIds:
         return _of_lists(native.token_ids)
     entries = completion.logprobs
     if hasattr(entries, "start_indices"):
-        starts, ends = np.asarray(entries.start_indices), np.asarray(entries.end_indices)
+        # Empty lists, as of a request that was aborted at once, would become floats.
+        starts, ends = (np.asarray(each, np.int64) for each in (entries.start_indices, entries.end_indices))
         ids, values = np.asarray(entries.token_ids, np.int32), np.asarray(entries.logprobs, np.float64)
         first = np.zeros(len(ids), bool)
         first[starts] = True  # the sampled token, which is among those that follow

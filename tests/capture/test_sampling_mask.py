@@ -124,6 +124,12 @@ def test_a_set_that_may_be_larger_than_what_was_asked_for_is_refused(name):
         collect([(by_engine(4) | by_server(4))[name]], None, sampling_mask=True)
 
 
+def test_a_request_that_was_aborted_at_once_has_no_sets():
+    nothing = Completion(Flat([], [], [], []), token_ids=[], finish_reason="abort")
+    (rollout,) = collect([Output([nothing])], None, sampling_mask=True)
+    assert rollout.sampling_mask.sizes.tolist() == [0, 0]
+
+
 def test_log_probabilities_of_the_sampled_tokens_alone_are_refused():
     response = by_server()["content"]
     for entry in response["choices"][0]["logprobs"]["content"]:

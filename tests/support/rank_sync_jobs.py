@@ -65,7 +65,8 @@ def sharded(kind: str) -> Named:
 
 
 def with_adapters(model: nn.Module) -> nn.Module:
-    peft = pytest.importorskip("peft")
+    import peft
+
     settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], target_parameters=["mlp.experts.gate_up_proj"])
     model = peft.get_peft_model(model, settings)
     of = torch.Generator().manual_seed(3)

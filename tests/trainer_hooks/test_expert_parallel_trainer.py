@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from learning_steps import ADVANTAGES, CASE, make_rollouts, save_checkpoint, settings
+from learning_steps import ADVANTAGES, CASE, settings
 from ranks import Ranks
 
 import r3
@@ -21,16 +21,6 @@ EXPERTS, SLICES = "trainer.policy.expert_parallel_size", "trainer.policy.sequenc
 # Of rollouts whose ratios lie at the bound.
 AT_A_BOUND = [f"logprob_diff/{side}/extreme_frac" for side in ("live", "replayed")]
 RUN = {"trainer.max_steps": 4, "trainer.save_every": 2, "trainer.policy.optimizer_config.max_grad_norm": 0.5}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def batch(path):
-    return make_rollouts(path)
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ class WeightSync:
             `worker_extension_cls=r3.weight_sync.WORKER_EXTENSION`.
         on_running: what becomes of requests that run when a sync begins: `wait`, `abort` or `keep` (see `engine_of`).
         transport: a `Transport`, or the name of one: files, gloo, nccl, ipc, in_process. None: in_process where the
-            workers are in this process (an LLM that an external launcher started), else files.
+            workers are in this process (an LLM that an external launcher started, or whose engine core is), else files.
         delta: send only what changed since the last acknowledged version. Trainer and each worker then keep a copy of
             the weights in main memory. The first sync, and any after a failure, is complete.
         dtype: 16-, 32- and 64-bit floating-point tensors are sent in this dtype (the engine's), None to send all as
