@@ -1,27 +1,29 @@
 """Settings: frozen dataclasses that mirror the dotted `key=value` names, and the only reader of the environment."""
 
 from r3.config.environment import environment, local_rank, process_rank, variables
+from r3.config.generator import (
+    MIXED_VERSIONS,
+    TRANSPORTS,
+    GeneratorConfig,
+    InferenceEngineConfig,
+    SamplingConfig,
+    WeightSyncConfig,
+)
 from r3.config.listing import settings_lines, settings_table
 from r3.config.parts import (
     DTYPES,
     ENGINE_FAULTS,
-    MIXED_VERSIONS,
     MOST_REPEAT_NATS,
     SINKS,
-    TRANSPORTS,
     AlarmsConfig,
     AlgorithmConfig,
     DiagnosticsConfig,
     FSDPConfig,
-    GeneratorConfig,
-    InferenceEngineConfig,
     ModelConfig,
     OptimizerConfig,
     PolicyConfig,
-    SamplingConfig,
     TaskConfig,
     TrainerConfig,
-    WeightSyncConfig,
 )
 from r3.config.ray_cluster import RayConfig
 from r3.config.run_config import R3Config

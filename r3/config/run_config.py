@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from r3.config.fields import part, problems_of
-from r3.config.parts import GeneratorConfig, TaskConfig, TrainerConfig
+from r3.config.generator import GeneratorConfig
+from r3.config.parts import TaskConfig, TrainerConfig
 from r3.config.ray_cluster import RayConfig
 from r3.errors import ConfigError, summary
 

@@ -11,7 +11,7 @@ from r3 import ConfigError, R3Config
 from r3.cli import main
 from r3.config import TRANSPORTS as NAMED_TRANSPORTS
 from r3.config.fields import Setting, settings_of
-from r3.config.parts import ON_RUNNING
+from r3.config.generator import ON_RUNNING
 from r3.weight_sync.engines import RunningRequests
 from r3.weight_sync.transports import TRANSPORTS
 
