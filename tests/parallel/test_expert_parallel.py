@@ -11,14 +11,14 @@ from ranks import Ranks
 
 
 @pytest.fixture(scope="module")
-def two():
-    with contextlib.closing(Ranks(2)) as ranks:
+def two(device):
+    with contextlib.closing(Ranks(2, device)) as ranks:
         yield ranks
 
 
 @pytest.fixture(scope="module")
-def four():
-    with contextlib.closing(Ranks(4)) as ranks:
+def four(device):
+    with contextlib.closing(Ranks(4, device)) as ranks:
         yield ranks
 
 

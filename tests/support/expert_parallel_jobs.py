@@ -116,6 +116,11 @@ def _mesh_of_transformers(config: Any) -> Any:
     return _meshes[key]
 
 
+def where() -> str:
+    """ "cuda" on ranks with NCCL, "cpu" elsewhere."""
+    return "cuda" if "nccl" in dist.get_backend_config() else "cpu"
+
+
 def load(folder: str, layout: dict[str, Any], **options: Any) -> torch.nn.Module:
     mixin.initialize_distributed_mesh = _mesh_of_transformers
     config = DistributedConfig(**layout)
@@ -142,7 +147,8 @@ def step(
     model = load(folder, layout, attn_implementation="eager", experts_implementation=experts)
     replay = r3.attach(model)
     head = fused_head(model) if fused else None
-    mesh = _mesh("cpu", sequence)
+    device = where()
+    mesh = _mesh(device, sequence)
     handle = None
     if packed or sequence > 1:
         handle = ulysses(model, mesh.sequence_group, barrier=_barrier(timeout_s=60.0))
@@ -162,14 +168,17 @@ def step(
     labels = next_tokens(tokens, positions)
     shifted = weights.roll(-1, 1) * (labels != -100)
     rank = mesh.sequence_rank
-    inputs: dict[str, Any] = {"input_ids": shard(tokens, rank, sequence), "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": shard(tokens, rank, sequence)}
     if replayed:
         inputs["routed_experts"] = routing.shard(rank, sequence)
     if packing is None:
         inputs["attention_mask"] = part.mask.long()
     else:
         inputs["position_ids"] = shard(positions, rank, sequence)
-    labels, shifted = shard(labels, rank, sequence, fill=-100), shard(shifted, rank, sequence)
+    inputs = {name: each.to(device) for name, each in inputs.items()} | {"use_cache": False}
+    labels, shifted = (
+        each.to(device) for each in (shard(labels, rank, sequence, fill=-100), shard(shifted, rank, sequence))
+    )
     with r3.record(model) as recorder:
         if head is not None:
             found = head.logprobs(model, labels, **inputs)
@@ -182,7 +191,7 @@ def step(
     rows = found.detach()
     if sequence > 1:
         rows = gather_sequence(rows, mesh.sequence_group)[:, : tokens.shape[1]]
-    rows = rows.roll(1, 1)
+    rows = rows.cpu().roll(1, 1)
     everyone = torch.zeros(whole.mask.shape)
     everyone[mine] = (rows if packing is None else packing.unpack(rows)) * (torch.arange(WIDTH) > 0) * part.mask
     dist.all_reduce(everyone)
@@ -206,7 +215,7 @@ def weights(folder: str, layout: dict[str, Any]) -> dict[str, Any]:
     stored, sent, most = load_file(f"{folder}/model.safetensors"), {}, 0
     for name, source in named_weights(model):
         tensor = gathered(source).detach()
-        sent[name] = tensor.clone()
+        sent[name] = tensor.cpu()
         if ".experts." in name:
             of_one = tensor.numel() if tensor.dim() == 2 else tensor[0].numel()
             most = max(most, tensor.untyped_storage().nbytes() // tensor.element_size() // of_one)
@@ -221,17 +230,25 @@ def trained(folder: str, layout: dict[str, Any], *, steps: int = 3) -> dict[str,
     """Weights and gradient norms of a few steps with clipping and AdamW, on all samples on each rank."""
     model = AutoModelForCausalLM.from_pretrained(folder).train() if not layout else load(folder, layout)
     replay = r3.attach(model)
-    batch = batch_for(replay.spec)
+    batch, device = batch_for(replay.spec), where() if layout else "cpu"
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-3, fused=True)
     norms = []
     for _ in range(steps):
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long(), "routed_experts": batch.routing}
-        found = token_logprobs(model(**inputs, use_cache=False).logits, _labels(batch))
-        (found * batch.weights.roll(-1, 1)).sum().backward()
+        found = token_logprobs(model(**_inputs(batch, device), use_cache=False).logits, _labels(batch).to(device))
+        (found * batch.weights.roll(-1, 1).to(device)).sum().backward()
         norms.append(float(clip_grad_norm(model, 1.0)))
         optimizer.step()
         optimizer.zero_grad()
-    return {"norms": norms, "weights": {name: gathered(source) for name, source in named_weights(model)}}
+    return {"norms": norms, "weights": _weights(model)}
+
+
+def _inputs(batch: Batch, device: str) -> dict[str, Any]:
+    named = {"input_ids": batch.input_ids, "attention_mask": batch.mask.long(), "routed_experts": batch.routing}
+    return {name: each.to(device) for name, each in named.items()}
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: gathered(source).detach().cpu() for name, source in named_weights(model)}
 
 
 def adapted(folder: str, layout: dict[str, Any], targets: list[str]) -> dict[str, Any]:
@@ -243,16 +260,8 @@ def adapted(folder: str, layout: dict[str, Any], targets: list[str]) -> dict[str
     model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
     batch = batch_for(r3.attach(model).spec)
     with torch.no_grad():
-        logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.mask.long(),
-            routed_experts=batch.routing,
-            use_cache=False,
-        ).logits
-    return {
-        "logits": logits * batch.mask[..., None],
-        "weights": {name: gathered(source) for name, source in named_weights(model)},
-    }
+        logits = model(**_inputs(batch, where() if layout else "cpu"), use_cache=False).logits
+    return {"logits": logits.cpu() * batch.mask[..., None], "weights": _weights(model)}
 
 
 def refusal(folder: str, layout: dict[str, Any], what: str) -> str | None:
@@ -260,7 +269,7 @@ def refusal(folder: str, layout: dict[str, Any], what: str) -> str | None:
     model: Any = load(folder, layout, experts_implementation="eager")
     try:
         if what == "slices of tensor parallel rows":
-            ulysses(model, _mesh("cpu", 2).sequence_group)
+            ulysses(model, _mesh(where(), 2).sequence_group)
         elif what == "adapters of experts":
             from peft import LoraConfig, get_peft_model
 
