@@ -3,8 +3,9 @@
     python -m benchmarks.rollout                      # a GPU: 256 requests of 64 tokens, 1,024 sampled each
     python -m benchmarks.rollout --small              # a CPU: that it runs, not what it takes
 
-A line of JSON for each measurement, and one for all. Two engines of the same random Qwen3-MoE stand side by side and take turns: `bare`, with vLLM's own
-settings, no log-probabilities and no text; and r3's (`r3.capture.engine_kwargs`), whose requests ask for
+A line of JSON for each measurement, and one for all. Two engines of the same random Qwen3-MoE stand side by side and
+take turns: `bare`, with vLLM's own settings, no log-probabilities and no text; and r3's (`r3.capture.engine_kwargs`),
+whose requests ask for
 
     r3           what `r3.capture.sampling_kwargs` asks for: sampled log-probabilities as one list, no text
     alone        no log-probabilities and no text: what capture costs

@@ -6,7 +6,8 @@
 
 One line of JSON. Weights are random, float32, in FSDP2's shards, and sent as bfloat16: so many decoder layers of fused
 experts. Workers receive into memory, in processes of their own, check every digest, and load nothing: what is measured
-is the trainer's side. On GPUs the workers take the last ones, and the ranks those before them, shared if too few.
+is the trainer's side. On GPUs the ranks take the first ones and the workers the last, shared if too few: what shares
+a GPU goes through sockets.
 
 Three ways: `parts` (each rank sends its part), `first` (each weight is gathered to the first rank, which
 sends all) and `gathered` (all ranks gather every weight, the first sends: `gather_all`).
@@ -64,7 +65,8 @@ class ProcessEngine(Engine):
         self._processes = []
         for rank, device in enumerate(devices):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, name, rank, len(devices), device), daemon=True)
+            args = (there, name, rank, len(devices), device)
+            process = context.Process(target=_work, args=args, daemon=True)
             process.start()
             self._ends.append(here)
             self._processes.append(process)
@@ -96,6 +98,8 @@ def _work(end: Connection, name: str, rank: int, size: int, device: str) -> None
         os.environ.pop(variable, None)
     if device != "cpu":
         torch.cuda.set_device(device)
+        if "NCCL_HOSTID" in os.environ:
+            os.environ["NCCL_HOSTID"] = f"{name}/{rank}"
     worker = ReceivingWorker(f"{name}/{rank}", rank, size, torch.device(device), keeps=False)
     while True:
         method, args = end.recv()
@@ -256,13 +260,12 @@ def main() -> None:
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     args.transport = "gloo" if args.device == "cpu" else "nccl"
     local = int(os.environ.get("LOCAL_RANK", 0))
-    gpus = 0
-    if args.device == "cuda":
-        gpus = min(torch.cuda.device_count() - args.engines * args.workers, int(os.environ["WORLD_SIZE"]))
-        if gpus < 1:
-            raise SystemExit(f"expected more GPUs than the {args.engines * args.workers} workers have, got {gpus}")
-        if gpus < int(os.environ["WORLD_SIZE"]):  # NCCL takes ranks that share a GPU if they name hosts of their own
-            os.environ |= {"NCCL_HOSTID": f"rank-{local}", "NCCL_SOCKET_IFNAME": "lo"}
+    size, workers = int(os.environ["WORLD_SIZE"]), args.engines * args.workers
+    gpus = torch.cuda.device_count() if args.device == "cuda" else 0
+    if gpus:
+        if gpus < size + workers:  # NCCL takes what shares a GPU if it names hosts of its own
+            os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+            os.environ["NCCL_HOSTID"] = "ranks" if size <= gpus else f"rank-{local}"
         torch.cuda.set_device(local % gpus)
     torch.set_num_threads(1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
@@ -271,8 +274,8 @@ def main() -> None:
         engines: list[Engine] = []
         if not dist.get_rank():
             for number in range(args.engines):
-                first = gpus + number * args.workers
-                where = [f"cuda:{first + at}" if args.device == "cuda" else "cpu" for at in range(args.workers)]
+                last = gpus - 1 - number * args.workers
+                where = [f"cuda:{(last - at) % gpus}" if gpus else "cpu" for at in range(args.workers)]
                 engines.append(stack.enter_context(contextlib.closing(ProcessEngine(f"engine {number}", where))))
         found: dict[str, Any] = {**machine(torch.device(args.device)), "transport": args.transport}
         found |= {"ranks": ranks.size, "workers": args.workers, "chunk_mib": args.chunk_mib}
