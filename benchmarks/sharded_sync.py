@@ -44,7 +44,8 @@ from benchmarks.machine import machine, spread
 from benchmarks.receiving_engine import ReceivingWorker
 from r3.weight_sync import Engine, SyncRanks, SyncReceipt, WeightSync, gather_all
 from r3.weight_sync.transports import TRANSPORTS, Transport
-from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization, as_source, gathered
+from r3.weight_sync.weights.lazy import LazyWeight, SharedMaterialization, as_source
+from r3.weight_sync.weights.row_blocks import RowBlock, gathered_block, row_blocks
 
 Named = list[tuple[str, LazyWeight]]
 OWN = ("gather", "publish", "transfer", "digest")
@@ -106,6 +107,10 @@ def _work(end: Connection, name: str, rank: int, size: int, device: str) -> None
         end.send(worker.answer(method, args))
 
 
+def _parts(sharded: DTensor, block: RowBlock) -> list[torch.Tensor]:
+    return list(gathered_block(sharded, block))
+
+
 def weights(args: argparse.Namespace) -> Named:
     """In each layer two fused tensors of experts, cut apart as a checkpoint has them, and two small ones; sharded."""
     mesh = init_device_mesh(args.device, (dist.get_world_size(),))
@@ -117,11 +122,12 @@ def weights(args: argparse.Namespace) -> Named:
         if parts == 1:
             named.append((name, as_source(name, sharded)))
             return
-        taken = SharedMaterialization(lambda: list(gathered(sharded)))
-        for part in range(parts):
-            lazy: dict[str, Any] = {"name": f"{name}.{part}", "shape": sharded.shape[1:], "dtype": sharded.dtype}
-            make = partial(taken.take, part)
-            named.append((lazy["name"], LazyWeight(**lazy, make=make, together=(taken,))))
+        for block in row_blocks(sharded) or (RowBlock(0, parts, (0,)),):
+            taken = SharedMaterialization(partial(_parts, sharded, block))
+            for part in range(block.first, block.last):
+                lazy: dict[str, Any] = {"name": f"{name}.{part}", "shape": sharded.shape[1:], "dtype": sharded.dtype}
+                lazy |= {"make": partial(taken.take, part - block.first), "together": (taken,)}
+                named.append((lazy["name"], LazyWeight(**lazy, holders=block.holders)))
 
     torch.manual_seed(dist.get_rank())
     for layer in range(args.layers):

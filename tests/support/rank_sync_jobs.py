@@ -139,6 +139,20 @@ def synced(kind: str) -> dict[str, Any]:
     return found
 
 
+def exchanges(kind: str) -> tuple[int, int]:
+    """How many exchanges gather weights in a sync from all ranks, and how many weights are not of one expert."""
+    weights, exchange, made = sharded(kind), dist.all_to_all_single, []
+
+    def counting(*args, **options):
+        made.append(args)
+        return exchange(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_to_all_single", counting)
+        push(weights)
+    return len(made), len([name for name, _ in weights if ".experts." not in name])
+
+
 def largest_unit(weights: Named) -> int:
     sizes: dict[Any, int] = {}
     for name, weight in weights:

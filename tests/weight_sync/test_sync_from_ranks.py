@@ -35,6 +35,21 @@ def test_weights_are_dealt_evenly_and_what_is_made_together_stays_together():
     assert deal([Dealt(5, ())], 3) == [[0], [], []]
 
 
+def test_what_a_rank_holds_it_sends_and_the_rest_makes_up_for_it():
+    held, free = object(), object()
+    weights = [
+        Dealt(6, (held,), (2,)),
+        Dealt(1, (held,), (2,)),
+        Dealt(4, (), (0, 2)),
+        Dealt(4, (free,)),
+        Dealt(3, (free,)),
+    ]
+    assert deal(weights, 3) == [[2], [3, 4], [0, 1]]
+    assert deal([Dealt(1, (held,), (0,)), Dealt(1, (held,), (1,))], 2) in ([[0, 1], []], [[], [0, 1]]), (
+        "in parts of two"
+    )
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -101,9 +116,15 @@ def test_the_death_of_any_rank_ends_the_sync_on_all_others_and_nothing_is_commit
     assert where == 0 or found[0]["untouched"]
 
 
-def test_no_rank_takes_more_than_one_tensor_and_its_part_of_what_is_under_way(four):
-    """The first rank also holds the engine here."""
+def test_no_rank_gathers_experts(four):
+    """A layer's fused experts have 16 MiB. The first rank also holds the engine here."""
     mib = 1 << 20
     for found in four.all(jobs.memory)[1:]:
-        assert found["parts"] <= (16 + 4 * 2) * mib, found
-        assert found["gathered"] >= 30 * mib, found
+        assert found["parts"] <= 4 * 2 * mib, "of chunks, and no experts of others"
+        assert found["gathered"] <= (4 + 2) * mib, "of one rank's experts at a time"
+
+
+@pytest.mark.parametrize("kind", ["softmax", "softmax, replicated", "softmax, fp8"])
+def test_every_rank_sends_the_experts_that_it_holds(four, kind):
+    for made, others in four.all(jobs.exchanges, kind):
+        assert 0 < made <= others, "weights of experts are gathered"

@@ -90,8 +90,8 @@ def _quantised(
 
     def source(index: int, name: str, shape: torch.Size, dtype: torch.dtype) -> tuple[str, LazyWeight]:
         take = lambda: together.take(index)
-        made_of = (together, *weight.together)
-        return name, LazyWeight(name=name, shape=shape, dtype=dtype, make=take, keep_dtype=True, together=made_of)
+        made = {"name": name, "shape": shape, "dtype": dtype, "make": take, "keep_dtype": True}
+        return name, LazyWeight(**made, together=(together, *weight.together), holders=weight.holders)
 
     sent = []
     for index, part in enumerate(parts):

@@ -12,7 +12,7 @@ from r3.errors import SyncError, summary
 from r3.weight_sync.sender.deal import Dealt, deal
 from r3.weight_sync.transports import Chunk
 from r3.weight_sync.weights.gathering import Gathering
-from r3.weight_sync.weights.lazy import LazyWeight, Weight, gathered, is_live
+from r3.weight_sync.weights.lazy import LazyWeight, Weight, as_source, gathered, is_live
 
 _CASTABLE = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _MORE_IN_PLACE = 8  # times chunk_bytes: a chunk costs both sides 0.3 ms, in which a GPU copies 0.5 GiB
@@ -76,8 +76,13 @@ class OutgoingWeights:
         self._limit = chunk_bytes
 
     def deal(self) -> None:
-        """Let every owner send its part, instead of this rank all."""
-        dealt = [Dealt(self._sent_bytes(w), w.together if isinstance(w, LazyWeight) else ()) for _, w in self._named]
+        """Let every owner send its part, instead of this rank all: what it holds, where it holds weights whole."""
+        sender_of = {rank: sender for sender, rank in enumerate(self._owners or [])}
+        dealt = []
+        for _, weight in self._named:
+            lazy = as_source("", weight)
+            holders = tuple(sender_of[rank] for rank in lazy.holders if rank in sender_of)
+            dealt.append(Dealt(self._sent_bytes(weight), lazy.together, holders))
         self._shares = [deque(share) for share in deal(dealt, len(self._shares))]
         self._limit = max(1, self._chunk_bytes // len(self._shares))
 

@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,18 +141,17 @@ def _is_split_of_experts(origins: list[str], names: list[str]) -> bool:
 
 
 def _views(source: LazyWeight, names: list[str], traced: dict[str, _Traced]) -> Named:
-    rows = source.rows
-    if rows is None or source.blocks == 1:
-        return _cut(source, names, traced, source.make, 0)
-    entry, step = source.shape[1:].numel(), source.shape[0] // source.blocks
+    entry, make_block = source.shape[1:].numel(), source.make_block
+    if make_block is None:
+        return _cut(source, names, traced, 0)
     named: Named = []
-    for first in range(0, source.shape[0], step):
+    for block in source.blocks:
         # What is cut out of these entries alone comes together, so that no others are held meanwhile.
-        within = [name for name in names if first * entry <= traced[name].storage_offset() < (first + step) * entry]
-        ends = [_end(traced[name]) for name in within]
-        if max(ends, default=0) > (first + step) * entry:
-            return _cut(source, names, traced, source.make, 0)
-        named += _cut(source, within, traced, lambda first=first: rows(first, first + step), first * entry)
+        first, last = block.first * entry, block.last * entry
+        within = [name for name in names if first <= traced[name].storage_offset() < last]
+        if max((_end(traced[name]) for name in within), default=0) > last:
+            return _cut(source, names, traced, 0)
+        named += _cut(replace(source, make=partial(make_block, block), holders=block.holders), within, traced, first)
     return named
 
 
@@ -161,14 +161,12 @@ def _end(view: Tensor) -> int:
     return int(view.storage_offset()) + reach + 1
 
 
-def _cut(
-    source: LazyWeight, names: list[str], traced: dict[str, _Traced], whole: Callable[[], Tensor], before: int
-) -> Named:
-    """Views of what `whole` makes, which begins after `before` numbers of `source`."""
+def _cut(source: LazyWeight, names: list[str], traced: dict[str, _Traced], before: int) -> Named:
+    """Views of what `source` makes, which begins after `before` numbers of the weight."""
     cuts = [(traced[name].shape, traced[name].stride(), traced[name].storage_offset()) for name in names]
 
     def make() -> list[Tensor]:
-        tensor = whole().contiguous()
+        tensor = source.make().contiguous()
         at = tensor.storage_offset() - before
         return [tensor.as_strided(shape, stride, at + offset) for shape, stride, offset in cuts]
 
@@ -210,6 +208,7 @@ def _taken(
                 keep_dtype=all(source.keep_dtype for source in sources),
                 live=live and traced[name].is_contiguous(),
                 together=together,
+                holders=sources[0].holders if len(sources) == 1 else (),
             ),
         )
         for index, name in enumerate(names)

@@ -55,7 +55,7 @@ class Gathering:
         from torch.distributed.tensor import Replicate, Shard
 
         if not hasattr(tensor, "full_tensor"):
-            return tensor if self._owns else placeholder(tensor.shape, tensor.dtype)
+            return self.of_owner(tensor)
         mesh, placements = tensor.device_mesh, tensor.placements  # pyrefly: ignore
         if self.owner not in mesh.mesh.flatten().tolist():
             raise SyncError(
@@ -86,27 +86,49 @@ class Gathering:
     def _owns(self) -> bool:
         return self.owner == (dist.get_rank() if dist.is_initialized() else 0)
 
-    def _from_shards(self, shard: Tensor, shape: torch.Size, dim: int, group: dist.ProcessGroup) -> Tensor:
-        """Exchange of bytes in which only the owner receives: shards may differ in size, and be empty."""
+    def of_owner(self, tensor: Tensor) -> Tensor:
+        """`tensor`, which the owner has: a placeholder on other ranks."""
+        return tensor if self._owns else placeholder(tensor.shape, tensor.dtype)
+
+    def of_one(
+        self, tensor: Tensor | None, source: int, shape: torch.Size, dtype: torch.dtype, group: Any, device: str
+    ) -> Tensor:
+        """What the global rank `source` has of this shape and dtype, on its owner; every rank of `group` comes here."""
+        ranks = dist.get_process_group_ranks(group)
+        if self.owner not in ranks:
+            return placeholder(shape, dtype)
+        sent = torch.empty(0, dtype=dtype, device=device) if tensor is None else tensor
+        received = self._to_owner(sent, [shape.numel() if rank == source else 0 for rank in ranks], ranks, group)
+        return placeholder(shape, dtype) if received is None else received.view(shape)
+
+    def _from_shards(self, shard: Tensor, shape: torch.Size, dim: int, group: Any) -> Tensor:
         ranks = dist.get_process_group_ranks(group)
         rows = -(-shape[dim] // len(ranks))  # as torch.chunk parts them
         shapes = [
             torch.Size([*shape[:dim], max(0, min(rows, shape[dim] - rows * at)), *shape[dim + 1 :]])
             for at in range(len(ranks))
         ]
-        sent = shard.detach().contiguous().view(-1).view(torch.uint8)
-        sizes = [part.numel() * shard.dtype.itemsize if self._owns else 0 for part in shapes]
-        received = torch.empty(sum(sizes), dtype=torch.uint8, device=shard.device)
+        sizes = [part.numel() for part in shapes]
+        received = self._to_owner(shard, sizes, ranks, group)
+        if received is None:
+            return placeholder(shape, shard.dtype)
+        if dim == 0:
+            return received.view(shape)
+        parts = [received[start:end] for start, end in pairwise(accumulate(sizes, initial=0))]
+        return torch.cat([part.view(of) for part, of in zip(parts, shapes, strict=True)], dim)
+
+    def _to_owner(self, tensor: Tensor, sizes: list[int], ranks: list[int], group: Any) -> Tensor | None:
+        """Exchange in which only the owner receives, `sizes` numbers of each rank, which may have none."""
+        sent = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        nbytes = [size * tensor.dtype.itemsize if self._owns else 0 for size in sizes]
+        received = torch.empty(sum(nbytes), dtype=torch.uint8, device=sent.device)
         to_owner = [sent.numel() if rank == self.owner else 0 for rank in ranks]
-        work = dist.all_to_all_single(received, sent, sizes, to_owner, group=group, async_op=True)
+        work = dist.all_to_all_single(received, sent, nbytes, to_owner, group=group, async_op=True)
         if not self._owns or not self.waits:
             self._under_way.append((work, (received, sent)))
-            return placeholder(shape, shard.dtype)
+            return None
         self._wait(work)
-        if dim == 0:
-            return received.view(shard.dtype).view(shape)
-        parts = [received[start:end] for start, end in pairwise(accumulate(sizes, initial=0))]
-        return torch.cat([part.view(shard.dtype).view(of) for part, of in zip(parts, shapes, strict=True)], dim)
+        return received.view(tensor.dtype)
 
     def _wait(self, work: Any) -> None:
         wait_until(work.is_completed, lambda: False, self._timeout_s, "gathering shards from the other ranks")

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from r3.errors import SyncError
 from r3.weight_sync.weights.gathering import current, on_mesh
+from r3.weight_sync.weights.row_blocks import RowBlock
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,9 +25,8 @@ class LazyWeight:
         live: whether `make` gives the weight itself or a contiguous view of it, and makes nothing.
         parts: names of the checkpoint's tensors, of one shape, that this weight holds fused, in order.
         together: what it is made of or by, where other weights are too: one rank takes all that have one in common.
-        rows: returns the entries from one index up to another along the first dimension, as `make` returns all; where
-            the weight is sharded, every rank calls it. None if there is no way but `make`.
-        blocks: in how many parts the weight may be made by `rows`, of equal numbers of entries.
+        blocks: that ranks share the weight in, if any; `make_block` makes one of them, as `make` makes all.
+        holders: global ranks that make the weight without the others; none if it takes all of them.
     """
 
     name: str
@@ -38,8 +37,9 @@ class LazyWeight:
     live: bool = False
     parts: tuple[str, ...] = ()
     together: tuple[Any, ...] = ()
-    rows: Callable[[int, int], Tensor] | None = None
-    blocks: int = 1
+    blocks: tuple[RowBlock, ...] = ()
+    make_block: Callable[[RowBlock], Tensor] | None = None
+    holders: tuple[int, ...] = ()
 
 
 Weight = Tensor | LazyWeight
@@ -78,36 +78,6 @@ def gathered(weight: Weight) -> Tensor:
     if (gathering := current()) is not None:
         return gathering.whole(tensor)
     return on_mesh(tensor).full_tensor() if is_sharded(tensor) else tensor  # pyrefly: ignore
-
-
-def expert_ranks(tensor: Tensor) -> int:
-    """The ranks over which expert parallelism spreads `tensor` along its first dimension; 1 without it."""
-    mesh = getattr(tensor, "device_mesh", None)
-    names = () if mesh is None else mesh.mesh_dim_names or ()
-    return mesh["ep"].size() if "ep" in names else 1  # pyrefly: ignore
-
-
-def gathered_rows(tensor: Any, first: int, last: int) -> Tensor:
-    """The entries from `first` up to `last` of a DTensor along its first dimension, detached, and no others gathered.
-
-    Every rank of its mesh must come here.
-    """
-    mesh, local = tensor.device_mesh, tensor.detach().to_local()
-    on_rows = [hasattr(p, "dim") and p.dim == 0 for p in tensor.placements]
-    numbers = distribute_tensor(
-        torch.arange(len(tensor), device=local.device),
-        mesh,
-        [p if rows else Replicate() for p, rows in zip(tensor.placements, on_rows, strict=True)],
-        src_data_rank=None,
-    ).to_local()
-    held = (first <= numbers) & (numbers < last)
-    block = local.new_zeros(last - first, *local.shape[1:])
-    block[numbers[held] - first] = local[held]
-    # Each entry is on one rank of a dimension that shards entries, and zero on the others.
-    placements = [Partial() if rows else p for p, rows in zip(tensor.placements, on_rows, strict=True)]
-    shape = torch.Size([last - first, *tensor.shape[1:]])
-    stride = torch.empty(shape, device="meta").stride()
-    return gathered(DTensor.from_local(block, mesh, placements, run_check=False, shape=shape, stride=stride))
 
 
 def as_source(name: str, weight: Weight) -> LazyWeight:

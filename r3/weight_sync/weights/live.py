@@ -15,12 +15,11 @@ from r3.weight_sync.weights.gathering import placeholder
 from r3.weight_sync.weights.lazy import (
     LazyWeight,
     SharedMaterialization,
-    expert_ranks,
     gathered,
-    gathered_rows,
     is_sharded,
 )
 from r3.weight_sync.weights.peft_merge import live_choice, merged, tuned_module
+from r3.weight_sync.weights.row_blocks import RowBlock, gathered_block, row_blocks
 from r3.wrappers import CHECKPOINTED, COMPILED, flattened, is_tuner
 
 # Wrappers of one module: torch.compile, activation checkpointing.
@@ -134,8 +133,8 @@ def _walk(module: nn.Module, name: str, shard: Any, keep: re.Pattern) -> Iterato
                 # What the forward rounds is sent rounded: the engine's router is then the trainer's.
                 keeps = keep.search(prefix + own) is not None and computes_in_float32(shard)
                 source = _source(prefix + own, tensor, _reader(module, own, shard), keeps)
-                if (ranks := expert_ranks(tensor)) > 1:
-                    source = replace(source, rows=_rows_reader(module, own, shard), blocks=ranks)
+                if blocks := row_blocks(tensor):
+                    source = replace(source, blocks=blocks, make_block=_block_reader(module, own, shard))
                 yield _NamedWeight(prefix + own, id(tensor), source)
         for own, tensor in module._buffers.items():
             if tensor is not None and own not in module._non_persistent_buffers_set:
@@ -199,12 +198,12 @@ def _reader(module: nn.Module, own: str, shard: Any) -> Callable[[], Tensor]:
     return make
 
 
-def _rows_reader(module: nn.Module, own: str, shard: Any) -> Callable[[int, int], Tensor]:
-    def rows(first: int, last: int) -> Tensor:
+def _block_reader(module: nn.Module, own: str, shard: Any) -> Callable[[RowBlock], Tensor]:
+    def make_block(block: RowBlock) -> Tensor:
         _reshard(shard)
-        return gathered_rows(getattr(module, own), first, last)
+        return gathered_block(getattr(module, own), block)
 
-    return rows
+    return make_block
 
 
 def _reshard(shard: Any) -> None:
