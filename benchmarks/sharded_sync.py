@@ -12,11 +12,11 @@ a GPU goes through sockets.
 Three ways: `parts` (each rank sends its part), `first` (each weight is gathered to the first rank, which
 sends all) and `gathered` (all ranks gather every weight, the first sends: `gather_all`).
 
-Predicted, for n ranks, W bytes of weights, one fused tensor of u bytes in float32 and chunks of c:
+Predicted, for n ranks, W bytes of weights, the largest tensor that is no expert of d bytes, and chunks of c:
 
-- sent: of `parts` W / n on each rank, within one tensor; else W on the first and nothing on the others.
-- extra memory, the most above the shards: of `parts` u on a rank, for the tensor that it gathers, and up to 4 c / n of
-  chunks under way; of `gathered` u and its gathering on every rank, and 4 c on the first.
+- sent: of `parts` W / n on each rank; else W on the first and nothing on the others.
+- extra memory, the most above the shards: of `parts` d on a rank, for the tensor that it gathers, and up to 4 c / n of
+  chunks under way; of `gathered` one rank's experts of a layer on every rank, and 4 c on the first.
 - seconds: of `parts` less than of `gathered` where gathering counts: each shard goes to one rank instead of to n.
 - the sender's own time to 3 engines at most 1.3 of that to 1 where each worker has a link of its own. On one host
   without such links bytes to workers add up, and it grows with their number.

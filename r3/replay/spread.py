@@ -6,12 +6,13 @@ docs/reference/parallel.md.
 
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from r3.errors import UnsupportedModelError
-from r3.releases import has_right_expert_parallelism
+from r3.releases import gathers_split_parts, has_right_expert_parallelism
 from r3.wrappers import is_tuner
 
 _JOINED = "weights that it joins when it loads them reach the ranks in another order (convolutions), without an error"
@@ -54,9 +55,20 @@ def require_right(model: nn.Module) -> None:
     where = f"{type(found).__name__} ({text.model_type}) spread over ranks by transformers {transformers.__version__}"
     if not has_right_expert_parallelism() and (layout.fsdp_size or 1) > 1 and getattr(layout, "ep_size", 1) > 1:
         raise UnsupportedModelError(f"{where} ({sizes}): the experts' gradients are too small; 5.23 or later is right")
+    if not gathers_split_parts() and any(map(_split_in_parts, found.parameters())):
+        raise UnsupportedModelError(
+            f"{where} ({sizes}): torch {torch.__version__} cannot gather fused weights of which every part is sharded; "
+            "2.12 or later can"
+        )
     for kind in _kinds(layout, text):
         if (reason := _REASONS.get((text.model_type, kind))) is not None:
             raise UnsupportedModelError(f"{where} ({sizes}): {reason}")
+
+
+def _split_in_parts(parameter: Any) -> bool:
+    """Whether the one dimension of a mesh shards each part of a fused weight (`_StridedShard`)."""
+    placements = getattr(parameter, "placements", ())
+    return len(placements) == 1 and hasattr(placements[0], "split_factor")
 
 
 def _kinds(layout: Any, text: Any) -> list[str]:

@@ -344,6 +344,23 @@ def test_a_sync_that_is_refused_touches_nothing_and_poisons_nothing(engine, weig
     assert greedy(engine) == reference
 
 
+def balances_experts(worker, moves):
+    worker.vllm_config.parallel_config.enable_eplb = moves
+
+
+def test_experts_that_load_balancing_moves_are_refused(engine, weights, reference, sync):
+    """vLLM 0.26 on two GPUs: a sync committed, and k3 rose from 9e-4 to 0.2. Experts are not where it loads them."""
+    version = following(sync)
+    engine.collective_rpc(balances_experts, args=(True,))
+    try:
+        with pytest.raises(r3.SyncError, match="enable_eplb: expected experts that stay where they are"):
+            sync.push(weights.items(), version=version)
+    finally:
+        engine.collective_rpc(balances_experts, args=(False,))
+    assert sync.poisoned is None
+    assert greedy(engine) == reference
+
+
 def test_a_tensor_of_which_no_digest_can_be_taken_is_refused_before_its_chunk_is_sent(engine, weights, reference, sync):
     unreadable = weights | {"model.norm.weight": weights["model.norm.weight"].to("meta")}
     with contextlib.closing(WeightSync(engine, chunk_bytes=1 << 30, timeout_s=60)) as whole:

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from parallel_jobs import LENGTHS, WIDTH, Batch, gradients, select
@@ -94,7 +95,7 @@ def reference(folder: str, *, replayed: bool) -> dict[str, Any]:
         "loss": float(loss.detach()),
         "grads": gradients(model),
         "report": replay.last,
-        "chosen": recorder.expert_ids,
+        "chosen": recorder.expert_ids.cpu(),
         "mask": batch.mask,
     }
 
@@ -202,7 +203,7 @@ def step(
         "loss": float(value) / ranks,
         "grads": gradients(model),
         "report": replay.last,
-        "chosen": recorder.expert_ids,
+        "chosen": recorder.expert_ids.cpu(),
     }
 
 
@@ -275,6 +276,10 @@ def refusal(folder: str, layout: dict[str, Any], what: str) -> str | None:
 
             experts = ["mlp.experts.gate_up_proj"]
             r3.attach(get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=experts)))
+        elif what.startswith("torch "):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "__version__", what.removeprefix("torch "))
+                r3.attach(model)
         else:
             r3.attach(model)
     except r3.R3Error as error:

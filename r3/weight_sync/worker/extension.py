@@ -195,6 +195,12 @@ class WeightSyncWorker:
                 "the engine's weights are asleep (sleep mode), and nothing can be copied into them: wake them before "
                 'the sync, llm.wake_up(tags=["weights"]); the KV cache may stay asleep'
             )
+        if self.vllm_config.parallel_config.enable_eplb:
+            # Seen with vLLM 0.26 on two GPUs: committed, and the weights of 30% of the choices were other experts'.
+            raise _RefusedError(
+                "enable_eplb: expected experts that stay where they are, got expert load balancing: vLLM reloads "
+                "weights to where experts were at the start. Start the engine without it"
+            )
         if offer["transport"] not in RECEIVERS:
             raise _RefusedError(f"expected a transport of {sorted(RECEIVERS)}, got {offer['transport']!r}")
         base = state.base if request["keep_base"] else None

@@ -116,8 +116,7 @@ class LayerwiseReload:
                 return
             self._planned = None
             logger.warning("The engine's tensors have changed; the load plan is learned again:%s", summary(changed))
-        rearranges = bool(getattr(self._config.parallel_config, "enable_eplb", False))
-        self._learner = LoadTracer(self._model, kernel, rearranges=rearranges)
+        self._learner = LoadTracer(self._model, kernel)
 
     def misfits(self, manifest: Manifest) -> list[str]:
         """Misfits of `manifest`, one line each; the last line may give the likely cause. Touches nothing."""

@@ -24,7 +24,6 @@ def build_plan(
     shared: Iterable[Collection[tuple[str, str]]],
     optional: Collection[str],
     slow_sources: set[str],
-    rearranges: bool,
 ) -> LoadPlan:
     """Build the plan. Waits for the device, once.
 
@@ -37,7 +36,6 @@ def build_plan(
         shared: groups of (layer, tensor) that are the same memory.
         optional: names of tensors that keep their values, on every path, if nothing is loaded into them.
         slow_sources: tensors of which something was computed, or that went where it cannot be said.
-        rearranges: experts move between ranks as the engine runs.
     """
     slow = {name: f"{record.kind}: {record.reason}" for name, record in records.items() if record.reason}
 
@@ -51,9 +49,6 @@ def build_plan(
         layers = {layer for layer, tensor in group if layer in records and records[layer].regions(tensor)}
         for layer in layers if len(layers) > 1 else ():
             fail(layer, "several layers load the same memory")
-    for layer in records if rearranges else ():
-        if {"expert_map", "expert_map_manager"} & set(dir(model.get_submodule(layer))):
-            fail(layer, "experts move between ranks")
 
     linked = {source for source, _ in links}
     slow_sources = set(slow_sources)

@@ -42,13 +42,11 @@ class LoadTracer:
     Args:
         model: the worker's model, after the bracket was opened.
         kernel: layer -> tensor name -> tensor that the engine computes with.
-        rearranges: the engine moves experts about (expert-parallel load balancing): they are never planned.
     """
 
-    def __init__(self, model: nn.Module, kernel: dict[str, dict[str, Tensor]], *, rearranges: bool = False) -> None:
+    def __init__(self, model: nn.Module, kernel: dict[str, dict[str, Tensor]]) -> None:
         self._model = model
         self._kernel = kernel
-        self._rearranges = rearranges
         self._names = {module: name for name, module in model.named_modules()}
         self._manifest: dict[str, tuple[tuple[int, ...], str]] = {}
         # The weak references keep addresses of storages from being used again, not their memory.
@@ -122,7 +120,6 @@ class LoadTracer:
             shared=self._live.values(),
             optional=never_counted(),
             slow_sources=self._computed | (self._wanted - linked),
-            rearranges=self._rearranges,
         )
 
     # Around three steps of vLLM's processing of a layer.
