@@ -64,8 +64,7 @@ def has_right_expert_parallelism() -> bool:
 def gathers_split_parts() -> bool:
     """Whether the installed torch gathers a fused weight of which every part is sharded, as tensor parallelism does.
 
-    2.11 raises in `DTensor.full_tensor` ("unable to be interpreted"), and a step that clips gradients hung (NCCL).
-    2.12, 2.13 and 2.15 are right.
+    2.11 raises in `DTensor.full_tensor` ("unable to be interpreted"). 2.12, 2.13 and 2.15 are right.
     """
     import torch
     from packaging.version import Version
