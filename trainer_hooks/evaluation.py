@@ -44,7 +44,7 @@ def evaluate(config: R3Config, task: Any, engine: Any, tokenizer: Any) -> dict[s
     with kept_random_states():
         problems = task.eval_problems(trainer.eval_batch_size)
         prompts = [tokenizer(task.prompt(problem)).input_ids for problem in problems]
-        rollouts = sample(config, engine, prompts, None, sampling=sampling, version=0, step=0)
+        rollouts = sample(config, engine, prompts, None, sampling=sampling, version=None, step=0)
         texts = tokenizer.batch_decode([rollout.token_ids for rollout in rollouts], skip_special_tokens=True)
         rewards = [task.reward(problem, text) for problem, text in zip(problems, texts, strict=True)]
         # Rollouts that found these prompts' beginnings in it would be computed in other batches. A pool's batches are

@@ -63,7 +63,7 @@ def kept_by_server(choice: Mapping[str, Any]) -> KeptIds:
             pairs = [[(_token_id(t), value) for t, value in place.items()] for place in logprobs["top_logprobs"]]
         else:
             places = [entry.get("top_logprobs") or [] for entry in logprobs["content"]]
-            pairs = [[(_token_id(top["token"]), top["logprob"]) for top in place] for place in places]
+            pairs = [[(_token_id(_said(top)), top["logprob"]) for top in place] for place in places]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CaptureError(
             f"the ids that tokens were sampled from: expected top log-probabilities by token ids, got {logprobs!r:.80}"
@@ -71,8 +71,13 @@ def kept_by_server(choice: Mapping[str, Any]) -> KeptIds:
     return _of_pairs(pairs, UNKNOWN_LOGPROB)
 
 
-def _token_id(token: str) -> int:
-    return int(token.removeprefix("token_id:"))
+def _said(entry: Mapping[str, Any]) -> int | str:
+    """The token: `/inference/v1/generate` says its id from vLLM 0.32, and `token_id:17` before, as the others do."""
+    return entry["token_id"] if "token_id" in entry else entry["token"]
+
+
+def _token_id(token: int | str) -> int:
+    return token if isinstance(token, int) else int(token.removeprefix("token_id:"))
 
 
 def _of_lists(sets: Any) -> KeptIds:

@@ -94,6 +94,16 @@ def by_server(asked=6):
         }
         for token, top in zip(SAMPLED, tops(asked), strict=True)
     ]
+    # As /inference/v1/generate from vLLM 0.32.
+    ids = [
+        {
+            "token_id": token,
+            "logprob": dict(top)[token],
+            "rank": 1,
+            "top_logprobs": [{"token_id": other, "logprob": sent(value), "rank": 1} for other, value in top],
+        }
+        for token, top in zip(SAMPLED, tops(asked), strict=True)
+    ]
     completions = {
         "tokens": [f"token_id:{token}" for token in SAMPLED],
         "token_logprobs": [dict(top)[token] for token, top in zip(SAMPLED, tops(asked), strict=True)],
@@ -102,7 +112,11 @@ def by_server(asked=6):
     choice = {"index": 0, "token_ids": SAMPLED, "finish_reason": "length"}
     return {
         name: {"prompt_token_ids": [10, 11], "choices": [choice | {"logprobs": logprobs}]}
-        for name, logprobs in (("content", {"content": content}), ("completions", completions))
+        for name, logprobs in (
+            ("content", {"content": content}),
+            ("ids", {"content": ids}),
+            ("completions", completions),
+        )
     }
 
 

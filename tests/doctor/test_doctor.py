@@ -144,8 +144,9 @@ def test_versions_of_vllm(version, status):
 def test_a_vllm_that_captures_in_an_unknown_way_is_a_problem(monkeypatch):
     from vllm.model_executor.layers.fused_moe import routed_experts_capturer
 
-    assert "captures" in found(config(model=""))["vllm platform"].detail
-    monkeypatch.delattr(routed_experts_capturer, "RoutedExpertsManager")  # as from 0.31, which has its connector
+    assert found(config(model=""))["vllm platform"].status == "ok"
+    monkeypatch.delattr(routed_experts_capturer, "RoutedExpertsManager", raising=False)  # 0.22 to 0.30
+    monkeypatch.setattr("r3.vllm_compat.capture.find_spec", lambda name: None)  # the connector of 0.31 and later
     check = found(config(model=""))["vllm platform"]
     assert check.status == "problem"
     assert "captures in a way that r3 does not know" in check.detail

@@ -111,7 +111,7 @@ _meshes: dict[str, Any] = {}
 
 
 def _mesh_of_transformers(config: Any) -> Any:
-    key = repr([config.pp_size, config.dp_replicate_size, config.fsdp_size, config.tp_size, config.ep_size])
+    key = repr({name: size for name, size in vars(config).items() if name.endswith("_size")})
     if key not in _meshes:
         _meshes[key] = initialize_distributed_mesh(config)
     return _meshes[key]
