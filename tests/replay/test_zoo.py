@@ -69,6 +69,7 @@ def test_every_family_with_a_router_is_here():
     assert len(found) > 40, "the search itself finds too little"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_model_is_the_same_at_each_build(name):
     case = CASES[name]
@@ -83,6 +84,7 @@ def test_model_is_the_same_at_each_build(name):
     assert all(value.isfinite().all() for value in one.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "dtype"), [(name, key) for name in OPEN for key, dtype in DTYPES.items() if dtype in CASES[name].dtypes]
 )
@@ -167,6 +169,7 @@ def _without_group_limit(case: Case, model: torch.nn.Module) -> bool:
     return groups > 1 and getattr(owner, "topk_method", "grouped") != "greedy"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("without", "least"), [(_without_corrections, 20), (_without_group_limit, 5)])
 def test_what_acts_on_the_choice_alone_does_act(without, least):
     idle, tried = [], 0
@@ -184,6 +187,7 @@ def test_what_acts_on_the_choice_alone_does_act(without, least):
     assert tried >= least
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", OPEN)
 def test_experts_implementation_is_the_one_asked_for(name, monkeypatch):
     case = CASES[name]
