@@ -78,18 +78,26 @@ class SamplingMask:
         return cls(torch.cat([counts.new_zeros(first), counts]), ids)
 
     @classmethod
-    def cat(cls, parts: Sequence[SamplingMask], length: int) -> SamplingMask:
+    def cat(cls, parts: Sequence[SamplingMask], length: int, *, starts: Sequence[int] | None = None) -> SamplingMask:
         """`[B, length]`, from one `[S_b]` of each rollout, padded on the right.
 
+        Args:
+            parts: of each rollout.
+            length: positions of the batch.
+            starts: position of each part's first one, by default 0: the padding on the left of a prompt.
+
         Raises:
-            CaptureError: a part that is longer.
+            CaptureError: a part that ends after `length`, or that has no start from 0 up.
         """
-        longest = max((len(part.sizes) for part in parts), default=0)
+        starts = [0] * len(parts) if starts is None else starts
+        if len(starts) != len(parts) or min(starts, default=0) < 0:
+            raise CaptureError(f"starts: expected {len(parts)} positions from 0 up, one a part, got {list(starts)}")
+        longest = max((start + len(part.sizes) for start, part in zip(starts, parts, strict=True)), default=0)
         if longest > length:
             raise CaptureError(f"length: expected at least {longest}, got {length}")
-        sizes = torch.nn.utils.rnn.pad_sequence(
-            [torch.zeros(length, dtype=torch.int64), *(part.sizes for part in parts)], batch_first=True
-        )[1:]
+        sizes = torch.zeros(len(parts), length, dtype=torch.int64)
+        for row, start, part in zip(sizes, starts, parts, strict=True):
+            row[start : start + len(part.sizes)] = part.sizes
         return cls(sizes, torch.cat([torch.zeros(0, dtype=torch.int32), *(part.token_ids for part in parts)]))
 
     @property

@@ -32,6 +32,7 @@ from r3.routing import RolloutRouting
 from r3.routing.validity import by_pair
 from trainer_hooks.batches import Rows, StepBatch
 from trainer_hooks.policy_protocol import Scorer
+from trainer_hooks.sampling_sets import set_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +108,7 @@ def truncation(batch: RolloutBatch) -> dict[str, float]:
     """What top_k, top_p and min_p left to sample from: flat names; none where they are not set."""
     if batch.sampling_mask is None:
         return {}
-    sizes = batch.sampling_mask.sizes[batch.response_mask]
-    return {
-        "rollout/set_size_mean": float(sizes.double().mean()),
-        "rollout/set_single_frac": float((sizes == 1).double().mean()),
-    }
+    return set_metrics(batch.sampling_mask.sizes[batch.response_mask])
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,7 @@ from places import DEMO_MODEL
 from torch import Tensor, nn
 
 import r3
-from r3.capture import Rollout, load_rollouts
+from r3.capture import Rollout, SamplingMask, load_rollouts
 
 EQUAL = 1e-5
 """Largest `distance` between a padded, packed or cut forward in float32 and that of one sequence alone."""
@@ -131,15 +131,27 @@ class Oracle:
     Args:
         model: any model of the weights wanted; it is copied.
         rows: integer `[T, L, K]` for the first T tokens of each sequence of token ids, as an engine gave them.
+        sets: of sequences whose tokens were sampled from less than the vocabulary, over which they are then scored.
     """
 
-    def __init__(self, model: nn.Module, rows: Mapping[tuple[int, ...], Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Mapping[tuple[int, ...], Tensor],
+        sets: Mapping[tuple[int, ...], SamplingMask] | None = None,
+    ) -> None:
         self.model = copy.deepcopy(model).float().eval()
         self.replay = r3.attach(self.model)
         self.rows = rows
+        self.sets = sets or {}
 
     def logprobs(self, ids: Sequence[int] | Tensor, *, replayed: bool, temperature: float = 1.0) -> Tensor:
         """float32 `[len(ids) - 1]` in nats, of each token after the first."""
+        scores = self.distributions(ids, replayed=replayed, temperature=temperature)
+        return scores.gather(-1, torch.as_tensor(ids, device=scores.device)[1:, None])[:, 0]
+
+    def distributions(self, ids: Sequence[int] | Tensor, *, replayed: bool, temperature: float = 1.0) -> Tensor:
+        """`[len(ids) - 1, V]` in nats, from which each token after the first was sampled; -inf for what was cut."""
         known = tuple(torch.as_tensor(ids).tolist())
         tokens = torch.tensor([known], device=self.model.device)
         routing = {}
@@ -149,7 +161,9 @@ class Oracle:
             whole[0, : len(rows)] = rows
             routing = {"routed_experts": whole}
         logits = self.model(input_ids=tokens, use_cache=False, **routing).logits[0, :-1] / temperature
-        return logits.log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
+        if known in self.sets:
+            logits = logits.masked_fill(_cut(self.sets[known], logits.shape[-1])[1:].to(logits.device), -math.inf)
+        return logits.log_softmax(-1)
 
     @torch.no_grad()
     def scored(
@@ -181,6 +195,16 @@ class Oracle:
             if sampled is not None and known in sampled:
                 made.sampled.append((got, live, sampled[known]))
         return made
+
+
+def _cut(mask: SamplingMask, vocabulary: int) -> Tensor:
+    """bool `[S, V]`: True where an id was not left to sample from."""
+    cut = torch.zeros(len(mask.sizes), vocabulary, dtype=torch.bool)
+    for row, ids in zip(cut, mask.token_ids.long().split(mask.sizes.tolist()), strict=True):
+        if len(ids):
+            row[:] = True
+            row[ids] = False
+    return cut
 
 
 def plain_model(weights: Mapping[str, Tensor] | None = None) -> Any:

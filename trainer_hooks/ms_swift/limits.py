@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from trainer_hooks.ms_swift.engine import sampling
+from trainer_hooks.sampling_sets import without_bound
 from trainer_hooks.support import Refusal, Seam
 
 TESTED = "4.6.0"
@@ -17,6 +19,7 @@ def seams() -> Iterator[Seam]:
     trainer = grpo_trainer.GRPOTrainer
     for name, parameters in {
         "_prepare_vllm_engine": (),
+        "_get_request_config": (),
         "_move_full_model_to_vllm": (),
         "_prepare_batch_inputs": ("samples",),
         "_collate_teacher_opsd_batch": ("batch", "template"),
@@ -90,6 +93,7 @@ REFUSALS = (
         cure="Leave it out",
         found=lambda it: bool(it.given.get("chord_sft_dataset")),
     ),
+    without_bound(lambda it: sampling(it.args)),
     Refusal(
         setting="DeepSpeed ZeRO-3",
         why="parameters are in parts that neither replay's proof nor the weight sync can read",

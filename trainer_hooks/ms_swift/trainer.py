@@ -18,8 +18,10 @@ from r3.replay.context import KEYWORD
 from r3.weight_sync import WeightSync, named_weights
 from trainer_hooks.feed import RoutingFeed
 from trainer_hooks.ms_swift import engine, limits
+from trainer_hooks.ms_swift.engine import SETS
 from trainer_hooks.ms_swift.rows import RoutedSample, placed, without_rows
 from trainer_hooks.publish import push_from_all_ranks
+from trainer_hooks.sampling_sets import logits_over_sets, logprobs_asked, set_metrics
 from trainer_hooks.support import require_seams, require_supported
 
 
@@ -46,6 +48,7 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
             return
         require_seams("ms-swift", limits.TESTED, limits.seams())
         require_supported("ms-swift", limits.REFUSALS, limits.subject(config, kwargs))
+        self._logprobs = logprobs_asked(engine.sampling(config))
         self.sample_cls = RoutedSample
         super().__init__(*args, **kwargs)
         # Before accelerate wraps the model, which has not happened yet.
@@ -58,12 +61,20 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
     def _prepare_vllm_engine(self) -> Any:
         if not self._replays:
             return super()._prepare_vllm_engine()
-        engine.ask_for_capture(self.args)
+        engine.ask_for_capture(self.args, self._logprobs)
         made = super()._prepare_vllm_engine()
+        if self._logprobs:
+            engine.keep_sets(made)
         self._barrier = RankBarrier() if self.accelerator.num_processes > 1 else None
         self._sync = WeightSync(engine.as_llm(made.engine), dtype=made.engine.vllm_config.model_config.dtype)
         self._version = self._sync.version or 0
         return made
+
+    def _get_request_config(self) -> Any:
+        request = super()._get_request_config()
+        if self._replays and self._logprobs:
+            request.top_logprobs = self._logprobs
+        return request
 
     def _move_full_model_to_vllm(self) -> None:
         """In place of swift's, which loads groups of parameters outside any reload."""
@@ -95,9 +106,16 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
                 return model_inputs, grpo_batch
             assert self.replay is not None
             input_ids, left = model_inputs["input_ids"], template.padding_side == "left"
-            rows, share = placed(samples, self.replay.spec, input_ids, packed=template.padding_free, left=left)
-            self._metrics["train"]["routing/replayed_frac"].append(share)
-            return {**model_inputs, KEYWORD: rows.to(input_ids.device)}, grpo_batch
+            rows = placed(samples, self.replay.spec, input_ids, packed=template.padding_free, left=left)
+            metrics = {"routing/replayed_frac": rows.captured}
+            if self._logprobs:
+                if rows.sampling_mask is None:
+                    raise ReplayError("top_k, top_p or min_p is set, and swift's samples came without their sets")
+                sizes = rows.sampling_mask.sizes
+                metrics |= set_metrics(sizes[sizes > 0])
+            for name, value in metrics.items():
+                self._metrics["train"][name].append(value)
+            return {**model_inputs, KEYWORD: rows.routing.to(input_ids.device), SETS: rows.sampling_mask}, grpo_batch
 
         grpo_trainer.collate_to_grpo_micro_batch = collated
         try:
@@ -110,6 +128,8 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, model_inputs: dict[str, Any], grpo_batch: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        model_inputs = dict(model_inputs)
+        sets = model_inputs.pop(SETS, None)
         if self.replay is not None:
             if self._live or not self.model.training or not self._is_policy(model):
                 model_inputs = without_rows(model_inputs)
@@ -118,7 +138,9 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
                     f"forward of the policy in training without `{KEYWORD}`: something between swift's rollout and its "
                     "loss makes micro-batches that r3's hook does not know"
                 )
-        return super()._get_per_token_logps_and_entropies(model, model_inputs, grpo_batch, *args, **kwargs)
+        # The reference too is over the sets, for the KL to it.
+        with logits_over_sets(model, sets):
+            return super()._get_per_token_logps_and_entropies(model, model_inputs, grpo_batch, *args, **kwargs)
 
     def _is_policy(self, model: Any) -> bool:
         unwrap = self.accelerator.unwrap_model

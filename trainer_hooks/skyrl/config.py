@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from skyrl.train.config import FSDPConfig, PolicyConfig, SkyRLTrainConfig, TrainerConfig
 from skyrl.train.utils import utils
 
+from trainer_hooks.sampling_sets import truncated_without
 from trainer_hooks.support import Refusal, require_supported
 
 FLAG = "trainer.policy.fsdp_config.moe_enable_routing_replay"
@@ -62,6 +63,13 @@ REFUSALS = (
         why="SkyRL found that capture can hang with it",
         cure="Set generator.inference_engine.distributed_executor_backend=mp",
         found=lambda cfg: cfg.generator.inference_engine.distributed_executor_backend != "mp",
+    ),
+    truncated_without(
+        setting="top_p, top_k or min_p (generator.sampling_params) without enable_sample_support_replay",
+        cure="Set trainer.algorithm.enable_sample_support_replay=true and "
+        "generator.inference_engine.enable_return_sample_support_set=true: SkyRL carries these ids by itself",
+        sampling_of=lambda cfg: vars(cfg.generator.sampling_params),
+        carried=lambda cfg: cfg.trainer.algorithm.enable_sample_support_replay,
     ),
 )
 

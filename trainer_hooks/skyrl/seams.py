@@ -19,6 +19,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "skyrl.train.config:TrainerConfig.__dataclass_fields__.policy": (),
     "skyrl.train.config:SkyRLTrainConfig.__dataclass_fields__.trainer": (),
     "skyrl.train.config:SkyRLTrainConfig.from_cli_overrides": ("args",),
+    "skyrl.train.config:AlgorithmConfig.__dataclass_fields__.enable_sample_support_replay": (),
     "skyrl.train.utils.utils:validate_cfg": ("cfg",),
     "skyrl.train.utils.utils:validate_inference_engine_cfg": ("cfg",),
     "skyrl.train.utils.utils:initialize_ray": ("cfg",),

@@ -4,17 +4,24 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from r3.capture.engine import is_truncated
+from trainer_hooks.sampling_sets import without_bound
 from trainer_hooks.support import Refusal, Seam
 
 TESTED = "1.16.0"
 
 _LOGPS = ("model", "input_ids", "attention_mask", "logits_to_keep")
+_HEAD = (
+    *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
+    *("final_logit_softcapping", "logit_scale", "outputs"),
+)
 
 
 def seams(trainer: type) -> Iterator[Seam]:
     """Those of a class of trainers."""
     from trl.generation import vllm_generation
     from trl.generation.vllm_client import VLLMClient
+    from trl.trainer import utils
 
     for name, parameters in {
         "_generate": ("prompts",),
@@ -29,13 +36,30 @@ def seams(trainer: type) -> Iterator[Seam]:
         yield Seam(where=f"VLLMGeneration.{name}", target=getattr(generation, name, None))
     for name in ("LLM", "VLLMClient"):
         yield Seam(where=f"trl.generation.vllm_generation.{name}", target=getattr(vllm_generation, name, None))
+    head = getattr(utils, "_ChunkedLogProbFunction", None)
+    yield Seam(
+        where="trl.trainer.utils._use_triton", target=getattr(utils, "_use_triton", None), parameters=("device",)
+    )
+    yield Seam(
+        where="trl.trainer.utils._ChunkedLogProbFunction", target=getattr(head, "forward", None), parameters=_HEAD
+    )
     yield Seam(where="VLLMClient._post", target=getattr(VLLMClient, "_post", None), parameters=("url",))
     yield Seam(where="VLLMClient.init_communicator", target=getattr(VLLMClient, "init_communicator", None))
+
+
+def sampling(args: Any) -> dict[str, Any]:
+    """What TRL's requests sample with, as `vllm.SamplingParams`."""
+    own = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p or 0.0}
+    return own | (args.generation_kwargs or {})
 
 
 def subject(args: Any, given: dict[str, Any], state: Any = None) -> SimpleNamespace:
     """What refusals look at: the configuration, the trainer's other arguments, and accelerate's state."""
     return SimpleNamespace(args=args, given=given, state=state)
+
+
+def _has_entropy_bonus(args: Any) -> bool:
+    return bool(getattr(args, "entropy_coef", 0) or getattr(args, "use_adaptive_entropy", False))
 
 
 BEFORE_START = (
@@ -62,6 +86,13 @@ BEFORE_START = (
         why="vLLM then runs transformers' own layers, from which capture is untried",
         cure="Leave it at 'vllm'",
         found=lambda it: it.args.vllm_model_impl == "transformers",
+    ),
+    without_bound(lambda it: sampling(it.args)),
+    Refusal(
+        setting="entropy_coef or use_adaptive_entropy with top_p, top_k or min_p",
+        why="entropy over the ids that tokens were sampled from comes without gradient: the bonus would do nothing",
+        cure="Leave the bonus off, or sample from the whole vocabulary",
+        found=lambda it: is_truncated(sampling(it.args)) and _has_entropy_bonus(it.args),
     ),
 )
 

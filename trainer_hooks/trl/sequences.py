@@ -1,13 +1,35 @@
-"""The sequences that TRL trains on, put together from the engine's answers to its turns."""
+"""The sequences that TRL trains on, put together from the engine's answers to its turns.
+
+Shapes: B rows, S positions; P tokens of a prompt, G of a completion.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from r3.capture import Rollout, stitch
+from r3.capture import Rollout, SamplingMask, stitch
 from r3.errors import CaptureError
 from r3.routing import RolloutRouting
+
+
+@dataclass(frozen=True)
+class ReplayedRows:
+    """What the rollouts decided for rows `[B, S]`.
+
+    Attributes:
+        routing: `[B, S, L, K]`.
+        sampling_mask: `[B, S]`, the ids that each token was sampled from; None for the whole vocabulary.
+    """
+
+    routing: RolloutRouting
+    sampling_mask: SamplingMask | None
+
+    def select(self, rows: list[int]) -> "ReplayedRows":
+        """The chosen rows, in their order."""
+        mask = self.sampling_mask
+        return ReplayedRows(self.routing.select(rows), mask and mask.select(rows))
 
 
 class Turns:
@@ -23,8 +45,8 @@ class Turns:
     def add(self, rollouts: list[Rollout]) -> None:
         self._turns.append(rollouts)
 
-    def routing(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> "Routings":
-        """The routing of the sequences that TRL made of them.
+    def joined(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> "Sequences":
+        """The sequences that TRL made of them.
 
         Args:
             prompt_ids: of each sequence.
@@ -35,8 +57,7 @@ class Turns:
         """
         whole = [[*prompt, *completion] for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
         chains = self._chains(whole)
-        parts = [_routing(chain, ids, i) for i, (chain, ids) in enumerate(zip(chains, whole, strict=True))]
-        return Routings(parts, whole, [len(prompt) for prompt in prompt_ids])
+        return Sequences([_joined(chain, ids, i) for i, (chain, ids) in enumerate(zip(chains, whole, strict=True))])
 
     def _chains(self, whole: Sequence[list[int]]) -> list[list[Rollout]]:
         """The turns of each sequence."""
@@ -58,27 +79,32 @@ class Turns:
         return chains
 
 
-class Routings:
-    """Routing of each sequence of a generation step, and where TRL's rows have its tokens.
+class Sequences:
+    """The rollouts of the sequences of a generation step, and where TRL's rows have their tokens.
 
     Args:
-        parts: `[1, P + G, L, K]` of each sequence.
-        ids: P + G token ids of each.
-        prompts: P of each.
+        rollouts: of each sequence, `[1, P + G, L, K]` of routing each.
     """
 
-    def __init__(self, parts: list[RolloutRouting], ids: list[list[int]], prompts: list[int]) -> None:
-        self._parts = parts
-        self._ids = ids
-        self._prompts = prompts
+    def __init__(self, rollouts: list[Rollout]) -> None:
+        self._routing = [rollout.routing for rollout in rollouts if rollout.routing is not None]
+        self._masks = [rollout.sampling_mask for rollout in rollouts if rollout.sampling_mask is not None]
+        self._ids = [[*rollout.prompt_ids, *rollout.token_ids] for rollout in rollouts]
+        self._prompts = [len(rollout.prompt_ids) for rollout in rollouts]
 
     @property
     def replayed_share(self) -> float:
         """Share of tokens with a row; the one that a sequence ends with has none."""
-        return sum(part.rows_valid for part in self._parts) / max(1, sum(map(len, self._ids)))
+        return sum(part.rows_valid for part in self._routing) / max(1, sum(map(len, self._ids)))
 
-    def placed(self, input_ids: Tensor, prompt_columns: int) -> RolloutRouting:
-        """`[B, S, L, K]` for rows whose prompts, padded on the left, end before `prompt_columns`.
+    @property
+    def set_sizes(self) -> Tensor:
+        """int64 `[n]`, how many ids each of the sampled tokens had to itself and others; empty without sets."""
+        sizes = torch.cat([mask.sizes for mask in self._masks]) if self._masks else torch.zeros(0, dtype=torch.int64)
+        return sizes[sizes > 0]
+
+    def placed(self, input_ids: Tensor, prompt_columns: int) -> ReplayedRows:
+        """For rows whose prompts, padded on the left, end before `prompt_columns`.
 
         By place and not by attention mask: TRL masks completions that were cut (`mask_truncated_completions`).
 
@@ -99,7 +125,11 @@ class Routings:
                     f"sequence {i}: expected its {len(ids)} tokens from column {start} on, got others. TRL lays its "
                     "rows out in another way than r3's hook knows"
                 )
-        return RolloutRouting.cat(self._parts, length=rows.shape[1], starts=starts)
+        length = rows.shape[1]
+        return ReplayedRows(
+            RolloutRouting.cat(self._routing, length=length, starts=starts),
+            SamplingMask.cat(self._masks, length, starts=starts) if self._masks else None,
+        )
 
 
 def _continues(chain: list[Rollout], rollout: Rollout, whole: list[int]) -> bool:
@@ -107,14 +137,13 @@ def _continues(chain: list[Rollout], rollout: Rollout, whole: list[int]) -> bool
     return len(prompt) > len(before) and prompt[: len(before)] == before and whole[: len(prompt)] == prompt
 
 
-def _routing(chain: list[Rollout], ids: list[int], number: int) -> RolloutRouting:
+def _joined(chain: list[Rollout], ids: list[int], number: int) -> Rollout:
     joined = chain[0] if len(chain) == 1 else stitch(chain)
     if len(ids) < len(joined):
         joined = joined.truncate(len(ids))
     if [*joined.prompt_ids, *joined.token_ids] != ids:
         raise CaptureError(f"sequence {number}: expected the tokens that the engine read and sampled, got others")
-    assert joined.routing is not None
-    return joined.routing
+    return joined
 
 
 def row_numbers(step: int, sequences: int) -> Tensor:

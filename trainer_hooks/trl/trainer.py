@@ -15,14 +15,15 @@ from transformers import TrainingArguments
 import r3
 from r3.errors import ReplayError
 from r3.parallel import RankBarrier
-from r3.routing import RolloutRouting
 from r3.weight_sync import WeightSync, named_weights
 from trainer_hooks.feed import RoutingFeed
 from trainer_hooks.publish import push_from_all_ranks
+from trainer_hooks.sampling_sets import logprobs_asked, set_metrics
 from trainer_hooks.support import require_seams, require_supported
 from trainer_hooks.trl import limits
-from trainer_hooks.trl.engine import EngineAnswers, capturing_engine
-from trainer_hooks.trl.sequences import Routings, Turns, row_numbers
+from trainer_hooks.trl.engine import EngineAnswers, capturing_engine, require_server_logprobs
+from trainer_hooks.trl.head import over_sets
+from trainer_hooks.trl.sequences import ReplayedRows, Sequences, Turns, row_numbers
 
 _ROWS = "routing_rows"
 _Trainer: Any = object  # one of TRL's, behind the mixin
@@ -59,9 +60,9 @@ class RoutingReplayMixin(_Trainer):
             moe_enable_routing_replay = getattr(config, "moe_enable_routing_replay", True)
         self.replay: r3.Replay | None = None
         self._turns: Turns | None = None
-        self._made: Routings | None = None
-        self._placed: RolloutRouting | None = None
-        self._loss_rows: RolloutRouting | None = None
+        self._made: Sequences | None = None
+        self._placed: ReplayedRows | None = None
+        self._loss_rows: ReplayedRows | None = None
         self._generation_step = 0
         if not moe_enable_routing_replay:
             super().__init__(*args, **kwargs)
@@ -70,7 +71,8 @@ class RoutingReplayMixin(_Trainer):
         if config is None:
             raise r3.ConfigError("args: expected a configuration with use_vllm=True, got none: vLLM captures routing")
         require_supported("TRL", limits.BEFORE_START, limits.subject(config, kwargs))
-        with capturing_engine():
+        self._logprobs = logprobs_asked(limits.sampling(config))
+        with capturing_engine(self._logprobs):
             super().__init__(*args, **kwargs)
         require_supported("TRL", limits.AFTER_START, limits.subject(config, kwargs, self.accelerator.state))
         # Before accelerate wraps the model, which has not happened yet.
@@ -90,13 +92,15 @@ class RoutingReplayMixin(_Trainer):
             self._sync = WeightSync(generation.llm, **(chosen | settings))
         elif self.accelerator.is_main_process:
             client = generation.vllm_client
-            chosen["dtype"] = getattr(torch, client.get_server_info()["model_config"]["dtype"].removeprefix("torch."))
+            served = client.get_server_info()["model_config"]
+            require_server_logprobs(served["max_logprobs"], self._logprobs)
+            chosen["dtype"] = getattr(torch, served["dtype"].removeprefix("torch."))
             chosen["transport"] = "nccl" if self.accelerator.device.type == "cuda" else "files"
             self._sync = WeightSync(client.base_url, **(chosen | settings))
         self._version = 0 if self._sync is None else self._sync.version or 0
-        self._engine = EngineAnswers(generation, replay.spec, self._barrier)
+        self._engine = EngineAnswers(generation, replay.spec, self._barrier, sampling_mask=self._logprobs > 0)
         generation.sync_weights = self._sync_weights
-        generation.logprobs = 0 if generation.logprobs is None else generation.logprobs  # capture checks them
+        generation.logprobs = self._logprobs or generation.logprobs or 0  # capture checks them
 
     def _sync_weights(self) -> None:
         """In place of `VLLMGeneration.sync_weights`, which loads parameter by parameter outside any reload."""
@@ -126,7 +130,7 @@ class RoutingReplayMixin(_Trainer):
     def _generate(self, prompts: list) -> Any:
         result = super()._generate(prompts)
         if self.replay is not None and self._turns is not None:
-            self._made = self._turns.routing(result[0], result[1])
+            self._made = self._turns.joined(result[0], result[1])
         return result
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -136,18 +140,21 @@ class RoutingReplayMixin(_Trainer):
         try:
             batch = super()._generate_and_score_completions(inputs)
             prompts, completions = batch["prompt_ids"], batch["completion_ids"]
-            routing = self._of_generation(torch.cat([prompts, completions], dim=1), completions.shape[1])
+            placed = self._of_generation(torch.cat([prompts, completions], dim=1), completions.shape[1])
             assert self._made is not None
             self._metrics["train"]["routing/replayed_frac"].append(self._made.replayed_share)
+            if self._logprobs:
+                for name, value in set_metrics(self._made.set_sizes).items():
+                    self._metrics["train"][name].append(value)
         finally:
             self._turns = self._made = None
         self._generation_step += 1
-        self._placed = routing
+        self._placed = placed
         batch[_ROWS] = row_numbers(self._generation_step, len(prompts))
         return batch
 
-    def _of_generation(self, input_ids: Tensor, completion_columns: int) -> RolloutRouting:
-        """`[B, S, L, K]` of the rows that TRL made of the current generation."""
+    def _of_generation(self, input_ids: Tensor, completion_columns: int) -> ReplayedRows:
+        """Of the rows `[B, S]` that TRL made of the current generation."""
         if self._placed is None:
             if self._made is None:
                 raise ReplayError("TRL scores completions before it has generated them: r3's hook knows no such order")
@@ -165,7 +172,7 @@ class RoutingReplayMixin(_Trainer):
                 "expected the inputs of a loss to be numbered by the last generation, they are not: something between "
                 "TRL's generation and its loss makes rows of its own"
             )
-        self._loss_rows = self._placed.select(numbers[:, 1])
+        self._loss_rows = self._placed.select(numbers[:, 1].tolist())
         try:
             return super()._compute_loss(model, inputs)
         finally:
@@ -174,14 +181,15 @@ class RoutingReplayMixin(_Trainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
     ) -> Any:
-        routing = self._loss_rows
-        if routing is None and self._turns is not None:
-            routing = self._of_generation(input_ids, logits_to_keep)
-        if routing is None or self._is_reference(model):
-            feed: Any = contextlib.nullcontext()
-        else:
-            feed = self._feed.rows(routing)
-        with feed:
+        rows = self._loss_rows
+        if rows is None and self._turns is not None:
+            rows = self._of_generation(input_ids, logits_to_keep)
+        with contextlib.ExitStack() as stack:
+            if rows is not None:
+                # The reference too is over the sets, for the KL to it; its routing stays its own.
+                stack.enter_context(over_sets(rows.sampling_mask, input_ids, attention_mask, logits_to_keep))
+                if not self._is_reference(model):
+                    stack.enter_context(self._feed.rows(rows.routing))
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
             )

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from r3.errors import ConfigError
-from trainer_hooks.support import Refusal
+from trainer_hooks.sampling_sets import truncated_without
+from trainer_hooks.support import Refusal, require_supported
 
 MODES = ("disabled", "R2", "R3")
 KEY = "actor_rollout_ref.actor.fsdp_config.router_replay.mode"
@@ -49,3 +50,26 @@ REFUSALS = (
         found=lambda engine: engine.replay is not None and engine.replay.spec.top_k == 1,
     ),
 )
+
+# Of `actor_rollout_ref`, where replay is on.
+_OF_SAMPLING = (
+    truncated_without(
+        setting="actor_rollout_ref.rollout.top_p or top_k",
+        cure="Set actor_rollout_ref.rollout.top_p=1.0 and actor_rollout_ref.rollout.top_k=-1",
+        sampling_of=lambda config: {name: config.rollout[name] for name in ("temperature", "top_p", "top_k")},
+    ),
+)
+
+
+def require_supported_sampling(config: Any) -> None:
+    """Raise if an actor that replays is to train on what was sampled from a part of the vocabulary.
+
+    Args:
+        config: `actor_rollout_ref` of verl's configuration.
+
+    Raises:
+        ConfigError: names the setting, and what to do instead.
+    """
+    engine = config.actor.get("fsdp_config")
+    if engine is not None and config.get("rollout") is not None and replay_mode(engine) != "disabled":
+        require_supported(f"verl ({KEY}={replay_mode(engine)})", _OF_SAMPLING, config)

@@ -1,5 +1,6 @@
 """Puts the engine with replay into verl's registry, as soon as verl's own engines are imported."""
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -10,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 ENGINES = "verl.workers.engine"
+WORKERS = "verl.workers.engine_workers"
+_CHECKED = "_r3_checks_sampling"
 
 
 class _AfterImport(MetaPathFinder):
@@ -41,11 +44,12 @@ class _AfterImport(MetaPathFinder):
 
 
 def install() -> None:
-    """Register the engine, now or when verl imports its own."""
-    if ENGINES in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AfterImport) and finder.name == ENGINES for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(ENGINES, _register))
+    """Register the engine, and have the actors' sampling checked, now or when verl imports its own."""
+    for name, then in ((ENGINES, _register), (WORKERS, _check_sampling)):
+        if name in sys.modules:
+            then()
+        elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport(name, then))
 
 
 def _register() -> None:
@@ -58,3 +62,23 @@ def _register() -> None:
     vendors = sorted({get_vendor(), "r3"})
     place = EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device=get_device_name(), vendor=vendors)
     place(RoutingReplayEngine)
+
+
+def _check_sampling() -> None:
+    """Before an actor is made: its engine does not see what the rollouts are sampled with."""
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    from trainer_hooks.verl.mode import require_supported_sampling
+
+    make: Any = ActorRolloutRefWorker.__init__
+    if hasattr(make, _CHECKED):
+        return
+
+    @functools.wraps(make)
+    def checked(self: Any, config: Any, role: str, *args: Any, **kwargs: Any) -> None:
+        if "actor" in role:
+            require_supported_sampling(config)
+        make(self, config, role, *args, **kwargs)
+
+    setattr(checked, _CHECKED, True)
+    ActorRolloutRefWorker.__init__ = checked

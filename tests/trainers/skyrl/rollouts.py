@@ -50,8 +50,8 @@ def samples() -> list[tuple[list[int], list[int], np.ndarray]]:
     return out
 
 
-def training_batch(cfg):
-    """The batch of these rollouts, two a prompt."""
+def training_batch(cfg, **more):
+    """The batch of these rollouts, two a prompt; `more` of a generator's output."""
     prompts, responses, rows = (list(part) for part in zip(*samples(), strict=True))
     return training_batch_of(
         cfg,
@@ -62,6 +62,7 @@ def training_batch(cfg):
             "loss_masks": [[1] * len(response) for response in responses],
             "rollout_logprobs": [[-1.0] * len(response) for response in responses],
             "rollout_expert_indices": rows,
+            **more,
         },
     )
 
@@ -87,10 +88,10 @@ def training_batch_of(cfg, output):
     return pickle.loads(pickle.dumps(batch))
 
 
-def oracle() -> Oracle:
-    """The plain model, which has the rows of the samples."""
+def oracle(sets=None) -> Oracle:
+    """The plain model, which has the rows of the samples, and `sets` of them."""
     rows = {(*prompt, *response): torch.from_numpy(rows) for prompt, response, rows in samples()}
-    return Oracle(plain_model(), rows)
+    return Oracle(plain_model(), rows, sets)
 
 
 def plain_logprobs(plain: Oracle, *, replayed: bool = True) -> list[torch.Tensor]:

@@ -80,11 +80,18 @@ def test_all_other_checks_of_skyrl_remain(setting, message):
         (f"{ENGINE}.enable_return_routed_experts=false", "routed_experts=false: ", "Set .*routed_experts=true"),
         ("trainer.strategy=megatron", "strategy other than fsdp: ", "megatron_config.moe_enable_routing_replay"),
         (f"{ENGINE}.distributed_executor_backend=ray", "backend other than mp: ", "distributed_executor_backend=mp"),
+        ("generator.sampling_params.top_p=0.9", "without .*support_replay: ", "enable_return_sample_support_set=true"),
+        ("generator.sampling_params.min_p=0.1", "without .*support_replay: ", "enable_return_sample_support_set=true"),
     ],
 )
 def test_what_replay_cannot_do_is_refused_by_name(setting, named, cure):
     with check_refused(f"routing replay in SkyRL:\n.*{named}", cure):
         validate_cfg(settings(setting))
+
+
+def test_sampling_that_skyrl_carries_is_admitted():
+    carried = ("trainer.algorithm.enable_sample_support_replay=true", f"{ENGINE}.enable_return_sample_support_set=true")
+    validate_cfg(settings("generator.sampling_params.top_k=50", "generator.sampling_params.top_p=0.9", *carried))
 
 
 def test_an_unknown_setting_is_still_an_error():

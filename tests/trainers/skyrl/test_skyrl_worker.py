@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from rollouts import (
@@ -9,6 +10,7 @@ from rollouts import (
     of_samples,
     oracle,
     plain_logprobs,
+    samples,
     scored,
     settings,
     training_batch,
@@ -32,6 +34,7 @@ from trainers.conformance import (
 from workers import bare_worker, policy_worker, wrapper
 
 import r3
+from r3.capture import SamplingMask
 from trainer_hooks.skyrl.worker import RoutingReplayPolicyWorkerBase
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -133,6 +136,32 @@ def test_training_is_on_replayed_forwards(plain, packed, more, reentrant):
     assert any("gate" in name for name in wanted)
     for name, grad in wanted.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=1e-5 * grad.abs().max().item() + 1e-7)
+
+
+@layouts
+def test_skyrls_own_sample_support_goes_with_replay(packed):
+    """What SkyRL carries where top_k or top_p cut: replayed routing, and log-probabilities over the ids."""
+    cfg = settings(
+        "trainer.algorithm.enable_sample_support_replay=true",
+        "generator.inference_engine.enable_return_sample_support_set=true",
+        "generator.sampling_params.top_k=4",
+    )
+    supports = [support_of(response) for _, response, _ in samples()]
+    sets = {
+        (*prompt, *response): SamplingMask.of((support >= 0).sum(1), support[support >= 0], response, first=len(prompt))
+        for (prompt, response, _), support in zip(samples(), supports, strict=True)
+    }
+    plain = oracle(sets)
+    worker, batch = policy_worker(cfg, packed), training_batch(cfg, rollout_sample_support=supports)
+    check_replayed(scored(plain, old_logprobs(worker, batch), trained(worker, batch)[0]))
+
+
+def support_of(response):
+    """int32 `[G, 4]`: each token among up to 3 others, filled up by -1."""
+    support = np.full((len(response), 4), -1, np.int32)
+    for row, token in zip(support, response, strict=True):
+        row[: 1 + token % 4] = [token, *range(300, 300 + token % 4)]
+    return support
 
 
 @layouts

@@ -36,7 +36,10 @@ from torch.nn.utils.rnn import pad_sequence
 from trainers.conformance import VOCABULARY, Oracle, Scored, plain_model, plain_weights, rows_of
 
 import trainer_hooks.ms_swift.plugin  # noqa: F401
+from r3.capture import SamplingMask
+from r3.capture.kept_ids import KeptIds
 from trainer_hooks.ms_swift import trainer as hook
+from trainer_hooks.ms_swift.engine import SETS
 
 PROMPTS = [f"{a}+{b}=\n" * (1 + a % 3) for a in range(10, 14) for b in range(10, 14)]
 END = 1
@@ -82,6 +85,12 @@ class StandIn:
             token_ids=tokens,
             routed_experts=rows_of(ids[:-1]).numpy(),
         )
+        if config.top_logprobs:
+            sets = [
+                {token, *(self.random.randrange(2, VOCABULARY) for _ in range(self.random.randint(0, 6)))}
+                for token in tokens
+            ]
+            setattr(choice, SETS, KeptIds([len(each) for each in sets], [token for each in sets for token in each]))
         usage = UsageInfo(len(prompt), len(tokens), len(ids))
         response = ChatCompletionResponse("stand-in", [choice], usage, prompt_token_ids=prompt)
         return RolloutOutput(response=response)
@@ -94,6 +103,7 @@ class Known:
     prompt: int
     rows: Tensor
     logprobs: Tensor
+    sets: SamplingMask | None
 
 
 class Watched:
@@ -120,10 +130,12 @@ class Watched:
     def _keep(self, output: RolloutOutput) -> RolloutOutput:
         response = output.response
         choice = response.choices[0]
+        prompt, sets = len(response.prompt_token_ids), getattr(choice, SETS, None)
         self.known[(*response.prompt_token_ids, *choice.token_ids)] = Known(
-            len(response.prompt_token_ids),
+            prompt,
             torch.tensor(choice.routed_experts),
             torch.tensor([each["logprob"] for each in choice.logprobs["content"]]),
+            sets and SamplingMask.of(*sets, choice.token_ids, first=prompt),
         )
         if self.spoil is not None:
             self.spoil(response)
@@ -146,6 +158,7 @@ class Watched:
         oracle = _oracle()
         oracle.model.load_state_dict(plain_weights(self.accelerator.unwrap_model(model)))
         oracle.rows = {ids: known.rows for ids, known in self.known.items()}
+        oracle.sets = {ids: known.sets for ids, known in self.known.items() if known.sets and self.model.training}
         forward = [(ids, row[here]) for ids, row, here in zip(sequences(inputs), logps, mask, strict=True)]
         return oracle.scored(
             forward,

@@ -41,6 +41,33 @@ def test_replays(tmp_path, settings):
     assert all(line["routing/replayed_frac"] > 0.9 for line in log_of(made) if "routing/replayed_frac" in line)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(num_iterations=2, top_k=20, top_p=0.9),
+        dict(padding_free=True, num_iterations=2, top_k=20),
+        dict(padding_side="left", top_k=5, min_p=0.1, beta=0.04, max_steps=1, gradient_checkpointing=True),
+        dict(tuner_type="lora", lora_dropout=0.0, beta=0.04, learning_rate=1e-3, top_k=20),
+    ],
+    ids=["padded", "padding_free", "left", "lora"],
+)
+def test_what_was_cut_is_cut_in_training(tmp_path, settings):
+    """Log-probabilities of policy and reference are over the sets of the engine: 1 to 7 ids that it made up."""
+    made = run(tmp_path, temperature=0.7, **settings)
+    check_replayed(made.scored)
+    if "beta" in settings:
+        check_live([each for each in made.scored if each.reference])
+    for line in log_of(made):
+        if "rollout/set_size_mean" in line:
+            assert 7 > line["rollout/set_size_mean"] > 1 > line["rollout/set_single_frac"] > 0
+    assert any("rollout/set_size_mean" in line for line in log_of(made))
+
+
+def test_sets_that_do_not_come_stop_the_step(tmp_path):
+    with pytest.raises(r3.ReplayError, match=r"swift's samples came without their sets"):
+        run(tmp_path, spoil=lambda response: delattr(response.choices[0], "sampling_sets"), top_k=20)
+
+
 def test_a_reference_model_is_live(tmp_path):
     made = run(tmp_path, beta=0.04, max_steps=1)
     check_replayed(made.scored)
@@ -65,20 +92,28 @@ def test_evaluation_is_live_and_leaves_training_alone(tmp_path):
     check_live([each for each in made.scored if not each.training])
 
 
-def test_gradients_are_those_of_the_plain_replayed_model(tmp_path):
-    made = run(tmp_path, max_steps=1)
+@pytest.mark.parametrize("settings", [{}, dict(top_k=20)], ids=["whole", "cut"])
+def test_gradients_and_entropy_are_those_of_the_plain_replayed_model(tmp_path, settings):
+    made = run(tmp_path, max_steps=1, **settings)
     batch = made._buffered_inputs[0]
     mask = batch["grpo_batch"].completion_mask
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0)) * mask
     made.model.train()
     made.model.zero_grad()
-    logps, _ = made._get_per_token_logps_and_entropies(made.model, dict(batch["model_inputs"]), batch["grpo_batch"])
+    logps, entropies = made._get_per_token_logps_and_entropies(
+        made.model, dict(batch["model_inputs"]), batch["grpo_batch"], compute_entropy=True
+    )
     (logps * weights).sum().backward()
 
-    oracle = Oracle(plain_model(plain_weights(made.model)), {ids: known.rows for ids, known in made.known.items()})
-    for ids, row, here in zip(sequences(batch["model_inputs"]), weights, mask, strict=True):
-        scores = oracle.logprobs(ids, replayed=True)[made.known[ids].prompt - 1 :]
-        (scores * row[here]).sum().backward()
+    known = made.known
+    sets = {ids: each.sets for ids, each in known.items() if each.sets}
+    oracle = Oracle(plain_model(plain_weights(made.model)), {ids: each.rows for ids, each in known.items()}, sets)
+    rows = zip(sequences(batch["model_inputs"]), weights, entropies, mask, strict=True)
+    for ids, row, entropy, here in rows:
+        scores = oracle.distributions(ids, replayed=True)[known[ids].prompt - 1 :]
+        own = scores.gather(-1, torch.tensor(ids)[known[ids].prompt :, None])[:, 0]
+        (own * row[here]).sum().backward()
+        torch.testing.assert_close(entropy[here], torch.special.entr(scores.exp()).sum(-1), rtol=1e-4, atol=1e-5)
     gates = 0
     for (name, parameter), (_, other) in zip(
         made.model.named_parameters(), oracle.model.named_parameters(), strict=True

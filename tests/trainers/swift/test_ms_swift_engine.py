@@ -18,10 +18,13 @@ def checked(made, own, live, equal=EQUAL):
     assert engine.as_llm(made.engine.engine).collective_rpc("r3_status")[0]["state"] == "idle"
 
 
-def test_a_run_with_its_engine(tmp_path):
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 20, "top_p": 0.9}], ids=["whole", "cut"])
+def test_a_run_with_its_engine(tmp_path, sampling):
     """swift's own sync cannot reload this engine on a CPU; r3's can. Replay lowers the gap to a third."""
     pytest.importorskip("vllm")
-    checked(*run_with_engine(tmp_path, ddp_backend="gloo"))
+    made, *gaps = run_with_engine(tmp_path, ddp_backend="gloo", **sampling)
+    checked(made, *gaps)
+    assert all((known.sets is not None) == bool(sampling) for known in made.known.values())
 
 
 @pytest.mark.gpu

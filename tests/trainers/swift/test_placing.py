@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from r3 import CaptureError, ConfigError
+from r3.capture.kept_ids import KeptIds
 from r3.routing import RoutingSpec
 from trainer_hooks.ms_swift.limits import REFUSALS, subject
 from trainer_hooks.ms_swift.rows import RoutedSample, placed
@@ -37,17 +38,44 @@ def test_each_row_is_beside_its_token(layout, slots):
         batch = torch.cat(ids)[None]
     else:
         batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD, padding_side=layout)
-    rows, share = placed(samples, spec, batch, packed=layout == "packed", left=layout == "left")
+    made = placed(samples, spec, batch, packed=layout == "packed", left=layout == "left")
+    rows = made.routing
     assert rows.shape == (*batch.shape, 2, slots)
     lasts = {each.engine_tokens[-1] for each in samples}
     for token, row in zip(batch.flatten().tolist(), rows.flatten(0, 1), strict=True):
         expected = -1 if token == PAD or token in lasts else token
         assert (row[:, 0] == expected).all()
-    assert share == pytest.approx(sum(n - 1 for n in LENGTHS) / sum(LENGTHS))
+    assert made.sampling_mask is None
+    assert made.captured == pytest.approx(sum(n - 1 for n in LENGTHS) / sum(LENGTHS))
+
+
+@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+def test_each_set_is_beside_its_token(layout):
+    """A set has its token and as many more as the token says; the first token of each sample was in its prompt."""
+    samples = [sample(10 * (i + 1), tokens) for i, tokens in enumerate(LENGTHS)]
+    for each in samples:
+        sets = [[token, *range(200, 200 + token % 10)] for token in each.engine_tokens[1:]]
+        each.engine_sets = KeptIds([len(ids) for ids in sets], [token for ids in sets for token in ids])
+    ids = [torch.tensor(each.encoded["input_ids"]) for each in samples]
+    if layout == "packed":
+        batch = torch.cat(ids)[None]
+    else:
+        batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD, padding_side=layout)
+    mask = placed(samples, SPEC, batch, packed=layout == "packed", left=layout == "left").sampling_mask
+    assert mask.shape == batch.shape
+    prompts = {each.engine_tokens[0] for each in samples} | {PAD}
+    for token, own in zip(batch.flatten().tolist(), mask.token_ids.split(mask.sizes.flatten().tolist()), strict=True):
+        assert own.tolist() == ([] if token in prompts else [token, *range(200, 200 + token % 10)])
+    samples[1].engine_sets = None
+    with pytest.raises(CaptureError, match="sets: expected those of all 3 samples, or of none, got 2"):
+        placed(samples, SPEC, batch, packed=layout == "packed", left=layout == "left")
+    samples[1].engine_sets = KeptIds([1] * 4, [1] * 4)
+    with pytest.raises(CaptureError, match="sample 1: sampling mask: expected sets of different ids"):
+        placed(samples, SPEC, batch, packed=layout == "packed", left=layout == "left")
 
 
 def test_what_a_template_adds_behind_has_no_row():
-    rows, _ = placed([sample(10, 3, tail=(7, 8))], SPEC, torch.tensor([[10, 11, 12, 7, 8]]))
+    rows = placed([sample(10, 3, tail=(7, 8))], SPEC, torch.tensor([[10, 11, 12, 7, 8]])).routing
     assert (rows[0, :2] >= 0).all()
     assert (rows[0, 2:] == -1).all()
 
@@ -73,6 +101,10 @@ def settings(**changed):
         use_liger_kernel=False,
         multi_turn_scheduler=None,
         deepspeed_plugin=SimpleNamespace(zero_stage=2),
+        temperature=1.0,
+        top_k=-1,
+        top_p=1.0,
+        min_p=0.0,
     )
     given = {"template": SimpleNamespace(sequence_parallel_size=changed.pop("sequence_parallel_size", 1))}
     given["chord_sft_dataset"] = changed.pop("chord_sft_dataset", None)
@@ -81,6 +113,7 @@ def settings(**changed):
 
 def test_plain_settings_are_supported():
     require_supported("ms-swift", REFUSALS, settings())
+    require_supported("ms-swift", REFUSALS, settings(top_k=50, top_p=0.9, min_p=0.05))
 
 
 @pytest.mark.parametrize(
@@ -92,6 +125,8 @@ def test_plain_settings_are_supported():
         ("sequence_parallel_size above 1", dict(sequence_parallel_size=2)),
         ("use_liger_kernel", dict(use_liger_kernel=True)),
         ("multi_turn_scheduler", dict(multi_turn_scheduler="tips")),
+        ("top_p or min_p without top_k", dict(top_p=0.9)),
+        ("top_p or min_p without top_k", dict(min_p=0.1)),
         ("chord_sft_dataset", dict(chord_sft_dataset=["demonstrations"])),
         ("DeepSpeed ZeRO-3", dict(deepspeed_plugin=SimpleNamespace(zero_stage=3))),
     ],

@@ -45,8 +45,8 @@ def check_ranks(results: list[dict], equal: float = EQUAL) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"vllm_tensor_parallel_size": 2}, FSDP2, {"kind": "rloo"}],
-    ids=["data-parallel", "tensor-parallel", "fsdp2", "rloo"],
+    [{}, {"vllm_tensor_parallel_size": 2}, FSDP2, {"kind": "rloo"}, {"top_k": 20, "top_p": 0.9, **FSDP2}],
+    ids=["data-parallel", "tensor-parallel", "fsdp2", "rloo", "fsdp2-truncated"],
 )
 def test_two_ranks_with_engines_in_them(tmp_path, settings):
     check_ranks(ranks(2, tmp_path, **settings))
@@ -60,11 +60,12 @@ def test_two_gpus(tmp_path, settings):
     check_ranks(results, 1e-3)  # beside a plain model on the CPU
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_server_answers_for_all_ranks(tmp_path, monkeypatch, count):
+@pytest.mark.parametrize(("count", "sampling"), [(1, {}), (2, {}), (2, {"top_k": 20, "top_p": 0.9})])
+def test_a_server_answers_for_all_ranks(tmp_path, monkeypatch, count, sampling):
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # TRL and r3 sync through its development routes
+    cut = [f"generator.sampling_params.{name}={value}" for name, value in sampling.items()]
     config = r3.R3Config.from_overrides(
-        ["generator.inference_engine.max_model_len=256"], {"trainer.policy.model.path": str(DEMO_MODEL)}
+        ["generator.inference_engine.max_model_len=256", *cut], {"trainer.policy.model.path": str(DEMO_MODEL)}
     )
     with running_server(config, tmp_path) as server:
-        check_ranks(ranks(count, tmp_path, vllm_mode="server", vllm_server_base_url=server.url))
+        check_ranks(ranks(count, tmp_path, vllm_mode="server", vllm_server_base_url=server.url, **sampling))

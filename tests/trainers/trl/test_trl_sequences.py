@@ -1,10 +1,12 @@
 """Which of the engine's answers a sequence of TRL's is made of, and where its rows are in TRL's padded ones."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from r3 import CaptureError
-from r3.capture import Rollout
+from r3.capture import Rollout, SamplingMask
 from r3.routing import RoutingSpec, routing_of
 from trainer_hooks.trl.sequences import Turns, row_numbers
 
@@ -42,17 +44,17 @@ def padded(sequences: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, 
 
 def check(turns: Turns, sequences: list[tuple[list[int], list[int]]], without: set[tuple[int, int]] = frozenset()):
     """Each token has its own row, but for the last of each sequence and those in `without` (sequence, token)."""
-    made = turns.routing(*map(list, zip(*sequences, strict=True)))
+    made = turns.joined(*map(list, zip(*sequences, strict=True)))
     rows, columns = padded(sequences)
     found = made.placed(rows, columns)
     for b, (prompt, tokens) in enumerate(sequences):
         ids, start = prompt + tokens, columns - len(prompt)
         for t, token in enumerate(ids):
-            row = found.expert_ids[b, start + t].tolist()
+            row = found.routing.expert_ids[b, start + t].tolist()
             has = t < len(ids) - 1 and (b, t) not in without
-            assert found.valid[b, start + t] == has
+            assert found.routing.valid[b, start + t] == has
             assert not has or row == [of_token(token, layer) for layer in (0, 1)]
-    assert found.rows_valid == sum(len(p) + len(c) - 1 for p, c in sequences) - len(without)
+    assert found.routing.rows_valid == sum(len(p) + len(c) - 1 for p, c in sequences) - len(without)
 
 
 def test_rows_are_placed_by_their_tokens():
@@ -60,6 +62,28 @@ def test_rows_are_placed_by_their_tokens():
     turns = Turns()
     turns.add([rollout(*each) for each in sequences])
     check(turns, sequences)
+
+
+def test_sets_are_placed_by_their_tokens_and_go_with_their_rows():
+    """A set is a token and the next one; those of a prompt and of a tool's answer have none."""
+    turns = Turns()
+    turns.add([with_sets(rollout([5, 6, 7], [8, 9])), with_sets(rollout([5], [1, 2]))])
+    turns.add([with_sets(rollout([5, 1, 2, 20, 21], [3]))])
+    sequences = [([5, 6, 7], [8, 9]), ([5], [1, 2, 20, 21, 3])]
+    made = turns.joined(*map(list, zip(*sequences, strict=True)))
+    assert made.set_sizes.tolist() == [2] * 5
+    rows, columns = padded(sequences)
+    found = made.placed(rows, columns).select([1, 0])
+    sampled = [{1, 2, 3}, {8, 9}]
+    for row, mask, own in zip(rows.flip(0), (found.sampling_mask.select([b]) for b in (0, 1)), sampled, strict=True):
+        sets = mask.token_ids.split(mask.sizes[0].tolist())
+        assert [ids.tolist() for ids in sets] == [[t, t + 1] if t in own else [] for t in row.tolist()]
+
+
+def with_sets(made: Rollout) -> Rollout:
+    sets = [token + more for token in made.token_ids for more in (0, 1)]
+    mask = SamplingMask.of([2] * len(made.token_ids), sets, made.token_ids, first=len(made.prompt_ids))
+    return replace(made, sampling_mask=mask)
 
 
 def test_turns_with_tools_are_joined_where_they_belong():
@@ -92,7 +116,7 @@ def test_other_tokens_than_the_engines_are_refused(sequences, message):
     turns = Turns()
     turns.add([rollout([1], [2, 3])])
     with pytest.raises(CaptureError, match=message):
-        turns.routing(*map(list, zip(*sequences, strict=True)))
+        turns.joined(*map(list, zip(*sequences, strict=True)))
 
 
 def test_a_turn_of_no_sequence_is_refused():
@@ -100,13 +124,13 @@ def test_a_turn_of_no_sequence_is_refused():
     turns.add([rollout([1], [2])])
     turns.add([rollout([1, 3, 4], [5])])
     with pytest.raises(CaptureError, match="it continues none"):
-        turns.routing([[1]], [[2]])
+        turns.joined([[1]], [[2]])
 
 
 def test_rows_that_are_laid_out_otherwise_are_refused():
     turns = Turns()
     turns.add([rollout([1, 2], [3, 4])])
-    made = turns.routing([[1, 2]], [[3, 4]])
+    made = turns.joined([[1, 2]], [[3, 4]])
     with pytest.raises(CaptureError, match="lays its rows out in another way"):
         made.placed(torch.tensor([[1, 2, 0, 0, 3, 4]]), 4)  # prompts padded on the right
     with pytest.raises(CaptureError, match="rows of 1 sequences, got 2"):

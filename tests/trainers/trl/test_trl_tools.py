@@ -35,7 +35,8 @@ def called(tokenizer, ids, prefix=None, tools=None):
     return {"role": "assistant", "content": tokenizer.decode(ids)} | ({"tool_calls": calls} if sum(ids) % 2 else {})
 
 
-def test_turns_with_tools_are_replayed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 20, "top_p": 0.95}], ids=["whole", "cut"])
+def test_turns_with_tools_are_replayed(tmp_path, monkeypatch, sampling):
     from datasets import Dataset
 
     monkeypatch.setattr(grpo, "parse_response", called)
@@ -55,14 +56,15 @@ def test_turns_with_tools_are_replayed(tmp_path, monkeypatch):
         per_device_train_batch_size=8,
         max_tool_calling_iterations=3,
         temperature=1.2,
+        **sampling,
     )
     steps = []
     place = made._of_generation
 
     def watched(input_ids, columns):
-        routing = place(input_ids, columns)
-        steps.append((made._turns._turns, routing))
-        return routing
+        rows = place(input_ids, columns)
+        steps.append((made._turns._turns, rows.routing))
+        return rows
 
     monkeypatch.setattr(made, "_of_generation", watched)
     made._look = lambda *_: None

@@ -14,6 +14,7 @@ from places import DEMO_MODEL
 from torch import Tensor
 from trainers.conformance import EQUAL, Oracle, Scored, check_gap, check_replayed, plain_model, plain_weights
 
+from r3.capture import SamplingMask
 from trainer_hooks import trl as hooks
 
 PROMPTS = [f"{a}+{b}=\n" * (1 + a % 3) for a in range(10, 14) for b in range(10, 14)]
@@ -29,13 +30,14 @@ class Watched:
 
     Attributes:
         scored: of each call that scores with the policy or the reference.
-        rows, sampled: the engine's own rows and log-probabilities of each sequence, by its tokens.
+        rows, sampled, sets: the engine's own rows, log-probabilities and sets of each sequence, by its tokens.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.scored: list[Scored] = []
         self.rows: dict[tuple[int, ...], Tensor] = {}
         self.sampled: dict[tuple[int, ...], Tensor] = {}
+        self.sets: dict[tuple[int, ...], SamplingMask] = {}
         super().__init__(*args, **kwargs)
         if self.replay is not None:
             take = self._engine.take
@@ -46,6 +48,8 @@ class Watched:
             ids = (*rollout.prompt_ids, *rollout.token_ids)
             self.rows[ids] = rollout.routing.expert_ids[0, :-1]
             self.sampled[ids] = rollout.logprobs
+            if rollout.sampling_mask is not None:
+                self.sets[ids] = rollout.sampling_mask
         return rollouts
 
     def _sync_weights(self) -> None:
@@ -65,7 +69,7 @@ class Watched:
 
     def _look(self, model: Any, input_ids: Tensor, mask: Tensor, got: Tensor, keep: int) -> None:
         plain = self.ref_model if model is self.ref_model else self.accelerator.unwrap_model(self.model)
-        oracle = Oracle(plain_model(plain_weights(plain)), self.rows)
+        oracle = Oracle(plain_model(plain_weights(plain)), self.rows, self.sets if self.model.training else {})
         prompt = input_ids.shape[1] - keep
         forward = []
         for row, attended, logps in zip(input_ids, mask.bool(), got, strict=True):

@@ -61,3 +61,32 @@ def test_an_engine_that_fails_to_import_is_not_silent(installed):
     done = run("import sys, verl\nsys.modules['trainer_hooks.verl.rows'] = None\nimport verl.workers.engine", installed)
     assert done.returncode == 1
     assert "ModuleNotFoundError: import of trainer_hooks.verl.rows halted" in done.stderr
+
+
+@pytest.mark.parametrize("setting", ["top_p=0.9", "top_k=50"])
+@pytest.mark.parametrize("mode", ["R2", "R3"])
+def test_an_actor_whose_rollouts_are_cut_is_refused_before_it_is_made(installed, setting, mode):
+    key = "actor_rollout_ref.actor.fsdp_config.router_replay.mode"
+    code = f"""
+import verl.trainer.config
+from hydra import compose, initialize_config_dir
+from verl.workers.engine_workers import ActorRolloutRefWorker
+from verl.workers.config import HFModelConfig
+HFModelConfig(path={str(DEMO_MODEL)!r}, external_lib="trainer_hooks.verl")
+with initialize_config_dir(verl.trainer.config.__path__[0], version_base=None):
+    on, cut = "+{key}={mode}", "actor_rollout_ref.rollout.{setting}"
+    made = [compose("ppo_trainer", overrides=each) for each in ([on], [cut], [on, cut])]
+for config in made:
+    try:
+        ActorRolloutRefWorker(config.actor_rollout_ref, "actor")
+    except Exception as error:
+        print(type(error).__name__, str(error).replace(chr(10), " "))
+    else:
+        print("made")
+"""
+    done = run(code, installed)
+    whole, off, cut = done.stdout.splitlines()[-3:]
+    assert "ConfigError" not in whole + off, done.stderr
+    assert cut.startswith(f"ConfigError routing replay in verl ({key}={mode}):"), done.stderr
+    assert "actor_rollout_ref.rollout.top_p or top_k: " in cut
+    assert "Set actor_rollout_ref.rollout.top_p=1.0 and" in cut
