@@ -13,7 +13,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"
-"$folder/env/bin/pip" install --quiet "torch==2.13.0" "transformers==5.23.0"
+"$folder/env/bin/pip" install --quiet "torch==2.13.0" "transformers==5.23.0" "accelerate==1.15.0"
 cd "$folder"
 cat > compare.py <<'PY'
 import sys
