@@ -16,6 +16,7 @@ import torch.distributed as dist
 from parallel_jobs import build
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from benchmarks import sharded_sync
 from benchmarks.receiving_engine import ReceivingEngine
@@ -24,6 +25,7 @@ from r3.parallel import make_mesh, shard_parameters
 from r3.weight_sync import GlooTransport, SyncRanks, WeightSync, gather_all, gathered, named_weights, quantised
 from r3.weight_sync.weights.gathering import Gathering
 from r3.weight_sync.weights.lazy import as_source
+from r3.weight_sync.weights.row_blocks import gathered_block, row_blocks
 from trainer_hooks import push_from_all_ranks
 
 CHUNK_BYTES = 1 << 16
@@ -186,6 +188,37 @@ def placements() -> None:
                 gathering.settle()
                 assert (got.shape, got.dtype) == (full.shape, full.dtype)
                 assert torch.equal(got, full) if rank == owner else got.is_meta, (placed, shape, owner, got)
+
+
+def blocks() -> None:
+    """A tensor in every placement by entries: each rank's block, sent to every owner, and to all."""
+    rank = dist.get_rank()
+    flat = init_device_mesh("cpu", (4,))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    strided = _StridedShard(0, split_factor=2)
+    cases = [(flat, [Shard(0)], (8, 3)), (flat, [Shard(0)], (5, 3)), (flat, [Shard(0)], (2, 3))]
+    cases += [(square, [Replicate(), Shard(0)], (5, 2)), (square, [Shard(0), Replicate()], (3, 4))]
+    cases += [(square, [Shard(0), Shard(0)], (7, 2)), (square, [strided, Shard(0)], (8, 2))]
+    gathering = Gathering(20.0)
+    for mesh, placed, shape in cases:
+        full = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+        tensor = distribute_tensor(full, mesh, placed)
+        found = row_blocks(tensor)
+        assert [block.first for block in found] == [0, *(block.last for block in found[:-1])]
+        assert found[-1].last == len(full)
+        mine = [full[block.first : block.last] for block in found if rank in block.holders]
+        assert torch.equal(torch.cat(mine) if mine else full[:0], tensor.to_local()), (placed, shape)
+        for block in found:
+            expected = full[block.first : block.last]
+            assert torch.equal(gathered_block(tensor, block), expected), (placed, shape, block)
+            for owner in range(4):
+                with gathering.to(owner):
+                    got = gathered_block(tensor, block)
+                gathering.settle()
+                assert (got.shape, got.dtype) == (expected.shape, expected.dtype), (placed, shape, block, owner)
+                assert torch.equal(got, expected) if rank == owner else got.is_meta, (placed, shape, block, owner)
+    for mesh, placed in ((flat, [Shard(1)]), (flat, [Replicate()]), (square, [Shard(0), Shard(1)])):
+        assert row_blocks(distribute_tensor(torch.zeros(4, 4), mesh, placed)) == ()
 
 
 # --- failures

@@ -77,6 +77,10 @@ def test_a_weight_in_any_placement_goes_whole_to_its_owner_alone(four):
     four.all(jobs.placements)
 
 
+def test_entries_that_some_ranks_hold_go_to_their_owner_alone_or_to_all(four):
+    four.all(jobs.blocks)
+
+
 @pytest.mark.parametrize(
     ("where", "what", "expected"),
     [

@@ -55,7 +55,7 @@ class Gathering:
         from torch.distributed.tensor import Replicate, Shard
 
         if not hasattr(tensor, "full_tensor"):
-            return self.of_owner(tensor)
+            return tensor if self._owns else placeholder(tensor.shape, tensor.dtype)
         mesh, placements = tensor.device_mesh, tensor.placements  # pyrefly: ignore
         if self.owner not in mesh.mesh.flatten().tolist():
             raise SyncError(
@@ -85,10 +85,6 @@ class Gathering:
     @property
     def _owns(self) -> bool:
         return self.owner == (dist.get_rank() if dist.is_initialized() else 0)
-
-    def of_owner(self, tensor: Tensor) -> Tensor:
-        """`tensor`, which the owner has: a placeholder on other ranks."""
-        return tensor if self._owns else placeholder(tensor.shape, tensor.dtype)
 
     def of_one(
         self, tensor: Tensor | None, source: int, shape: torch.Size, dtype: torch.dtype, group: Any, device: str

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from r3.errors import SyncError
-from r3.weight_sync.weights.gathering import current, on_mesh
+from r3.weight_sync.weights.gathering import current, on_mesh, placeholder
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ def gathered_block(tensor: Any, block: RowBlock) -> Tensor:
     Every rank of its mesh must come here. Where one that holds the block sends it, nothing is exchanged.
     """
     local, rank, gathering = tensor.detach().to_local(), dist.get_rank(), current()
-    if gathering is not None and gathering.owner in block.holders:
-        return gathering.of_owner(local)
-    mesh, placements = tensor.device_mesh, tensor.placements
     shape = torch.Size([block.last - block.first, *tensor.shape[1:]])
+    if gathering is not None and gathering.owner in block.holders:
+        return local if rank == gathering.owner else placeholder(shape, tensor.dtype)
+    mesh, placements = tensor.device_mesh, tensor.placements
     on_rows = [at for at, placed in enumerate(placements) if type(placed) is not Replicate]
     if len(on_rows) == 1:
         group = mesh.get_group(on_rows[0])
