@@ -149,7 +149,12 @@ def seams(combination: Combination) -> str:
 def run_tests(combination: Combination, tests: list[str], more: list[str]) -> tuple[Counter, list[str]]:
     """How many tests passed, were skipped and failed, and the names of those that failed."""
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
-        run(combination, "-m", "pytest", "-q", f"--junitxml={report.name}", *more, *tests)
+        done = run(combination, "-m", "pytest", "-q", f"--junitxml={report.name}", *more, *tests)
+        if not Path(report.name).stat().st_size:
+            raise SystemExit(
+                f"compat: {combination.title}: pytest ended with status {done.returncode} before it had run all tests; "
+                "no row was written"
+            )
         return counted(ElementTree.parse(report.name))
 
 

