@@ -68,6 +68,16 @@ def test_sets_that_do_not_come_stop_the_step(tmp_path):
         run(tmp_path, spoil=lambda response: delattr(response.choices[0], "sampling_sets"), top_k=20)
 
 
+def test_a_forward_in_training_without_sets_is_refused(tmp_path):
+    """Live ones too: a teacher's with a prompt of its own would be over the whole vocabulary."""
+    made = run(tmp_path, max_steps=1, top_k=20)
+    batch = made._buffered_inputs[0]
+    inputs = {name: value for name, value in batch["model_inputs"].items() if name != "sampling_sets"}
+    made.model.train()
+    with made._live_forwards(), pytest.raises(r3.ReplayError, match="forward in training without `sampling_sets`"):
+        made._get_per_token_logps_and_entropies(made.model, inputs, batch["grpo_batch"])
+
+
 def test_a_reference_model_is_live(tmp_path):
     made = run(tmp_path, beta=0.04, max_steps=1)
     check_replayed(made.scored)
