@@ -118,7 +118,7 @@ def test_gradients_and_entropy_are_those_of_a_float64_reference(tmp_path, monkey
     [
         (dict(top_p=0.9), "top_p or min_p without top_k", "Set top_k"),
         (dict(generation_kwargs={"min_p": 0.1}), "top_p or min_p without top_k", "Set top_k"),
-        (dict(top_k=20, generation_kwargs={"temperature": 0.5}), "generation_kwargs: temperature", "temperature itself"),
+        (dict(top_k=20, generation_kwargs={"temperature": 0.5}), "generation_kwargs: temp", "temperature itself"),
         (dict(top_k=20, entropy_coef=0.01), "entropy_coef", "Leave the bonus off"),
     ],
 )
