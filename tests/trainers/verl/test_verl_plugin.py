@@ -86,15 +86,16 @@ for config in made:
     try:
         worker.init_model()
     except Exception as error:
-        print(type(error).__name__, str(error).replace(chr(10), " "))
+        print("seen", type(error).__name__, str(error).replace(chr(10), " "))
     else:
-        print("made", worker.actor.engine.mode_of_replay)
+        print("seen made", worker.actor.engine.mode_of_replay)
 """
     more = {"VERL_PLATFORM": "r3cpu", "VERL_USE_EXTERNAL_MODULES": "cpu_platform"}
     more |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = run(code, installed | more | ({"VERL_USE_EXTERNAL_PLUGINS": "none"} if plugins == "none" else {}))
-    *_, whole, off, cut = ["", "", *done.stdout.splitlines()]
-    assert (whole, off) == (f"made {mode}", "made disabled"), done.stderr
+    seen = [line.removeprefix("seen ") for line in done.stdout.splitlines() if line.startswith("seen ")]
+    assert seen[:2] == [f"made {mode}", "made disabled"], done.stderr
+    cut = seen[2]
     assert cut.startswith(f"ConfigError routing replay in verl ({key}={mode}):"), done.stderr
     assert "actor_rollout_ref.rollout.top_p or top_k: " in cut
     assert "Set actor_rollout_ref.rollout.top_p=1.0 and" in cut
