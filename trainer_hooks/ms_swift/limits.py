@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from r3.capture.engine import is_truncated
 from trainer_hooks.ms_swift.engine import sampling
 from trainer_hooks.sampling_sets import without_bound
 from trainer_hooks.support import Refusal, Seam
@@ -94,6 +95,12 @@ REFUSALS = (
         found=lambda it: bool(it.given.get("chord_sft_dataset")),
     ),
     without_bound(lambda it: sampling(it.args)),
+    Refusal(
+        setting="teacher_model_server with top_p, top_k or min_p",
+        why="the server's log-probabilities are over the whole vocabulary, the policy's over the ids that were left",
+        cure="Set teacher_model, or sample from the whole vocabulary: --top_k -1 --top_p 1",
+        found=lambda it: is_truncated(sampling(it.args)) and bool(it.given.get("teacher_model_server")),
+    ),
     Refusal(
         setting="DeepSpeed ZeRO-3",
         why="parameters are in parts that neither replay's proof nor the weight sync can read",

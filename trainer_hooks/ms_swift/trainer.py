@@ -138,7 +138,12 @@ class GRPOTrainer(grpo_trainer.GRPOTrainer):
                     f"forward of the policy in training without `{KEYWORD}`: something between swift's rollout and its "
                     "loss makes micro-batches that r3's hook does not know"
                 )
-        # The reference too is over the sets, for the KL to it.
+            if self.model.training and self._logprobs and sets is None:
+                raise ReplayError(
+                    f"forward in training without `{SETS}`, with top_k, top_p or min_p: its log-probabilities would be "
+                    "over the whole vocabulary. A teacher with a prompt of its own (teacher_prompt) is such a forward"
+                )
+        # The reference and a teacher too are over the sets, for the KL to them.
         with logits_over_sets(model, sets):
             return super()._get_per_token_logps_and_entropies(model, model_inputs, grpo_batch, *args, **kwargs)
 

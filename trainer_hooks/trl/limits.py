@@ -87,6 +87,12 @@ BEFORE_START = (
         cure="Leave it at 'vllm'",
         found=lambda it: it.args.vllm_model_impl == "transformers",
     ),
+    Refusal(
+        setting="generation_kwargs: temperature",
+        why="the engine samples at it, and TRL's log-probabilities stay at the other: importance ratios are off",
+        cure="Set temperature itself",
+        found=lambda it: sampling(it.args)["temperature"] != it.args.temperature,
+    ),
     without_bound(lambda it: sampling(it.args)),
     Refusal(
         setting="entropy_coef or use_adaptive_entropy with top_p, top_k or min_p",

@@ -29,6 +29,8 @@ _FIELD = "routed_experts"  # of verl's batches and model outputs, int16 and jagg
 
 
 def _seams() -> list[Seam]:
+    from verl.workers.engine_workers import ActorRolloutRefWorker  # imports this module's engines
+
     overridden = {
         "_build_fsdp_module": ("module",),
         "prepare_model_inputs": ("micro_batch",),
@@ -37,10 +39,17 @@ def _seams() -> list[Seam]:
         "disable_adapter": (),
         "_gather_and_unpad_packed": ("tensor", "pad_size"),
     }
-    base = FSDPEngineWithLMHead
+    base, worker = FSDPEngineWithLMHead, ActorRolloutRefWorker
     return [
-        Seam(where=f"{base.__name__}.{name}", target=getattr(base, name, None), parameters=parameters)
-        for name, parameters in overridden.items()
+        *(
+            Seam(where=f"{base.__name__}.{name}", target=getattr(base, name, None), parameters=parameters)
+            for name, parameters in overridden.items()
+        ),
+        Seam(
+            where=f"{worker.__name__}.set_dispatch_collect",
+            target=getattr(worker, "set_dispatch_collect", None),
+            parameters=("mesh_name",),
+        ),
     ]
 
 

@@ -65,20 +65,23 @@ def _register() -> None:
 
 
 def _check_sampling() -> None:
-    """Before an actor is made: its engine does not see what the rollouts are sampled with."""
+    """When a worker has made its actor: the actor's engine does not see what the rollouts are sampled with.
+
+    Not when the worker itself is made: where `external_lib` alone loads this plugin, that is over.
+    """
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
     from trainer_hooks.verl.mode import require_supported_sampling
 
-    make: Any = ActorRolloutRefWorker.__init__
-    if hasattr(make, _CHECKED):
+    register: Any = ActorRolloutRefWorker.set_dispatch_collect
+    if hasattr(register, _CHECKED):
         return
 
-    @functools.wraps(make)
-    def checked(self: Any, config: Any, role: str, *args: Any, **kwargs: Any) -> None:
-        if "actor" in role:
-            require_supported_sampling(config)
-        make(self, config, role, *args, **kwargs)
+    @functools.wraps(register)
+    def checked(self: Any, mesh_name: str, *args: Any, **kwargs: Any) -> None:
+        if mesh_name == "actor":
+            require_supported_sampling(self.config)
+        register(self, mesh_name, *args, **kwargs)
 
     setattr(checked, _CHECKED, True)
-    ActorRolloutRefWorker.__init__ = checked
+    ActorRolloutRefWorker.set_dispatch_collect = checked

@@ -1,9 +1,13 @@
 """swift's GRPO pipeline with r3's trainer and a stand-in for the engine: each forward is replayed as it should."""
 
+import json
+import math
+
 import pytest
 import torch
 from swift_runs import PROMPTS, run, sequences
 from trainers.conformance import (
+    EQUAL,
     Oracle,
     check_identical,
     check_live,
@@ -66,6 +70,21 @@ def test_what_was_cut_is_cut_in_training(tmp_path, settings):
 def test_sets_that_do_not_come_stop_the_step(tmp_path):
     with pytest.raises(r3.ReplayError, match=r"swift's samples came without their sets"):
         run(tmp_path, spoil=lambda response: delattr(response.choices[0], "sampling_sets"), top_k=20)
+
+
+def test_a_teacher_with_a_prompt_of_its_own_is_live_and_refused_where_the_policy_is_cut(tmp_path):
+    """It would be over the whole vocabulary: swift collates its rows anew, without sets."""
+    data = tmp_path / "taught.jsonl"
+    lines = [{"messages": [{"role": "user", "content": each}], "teacher_prompt": f"x{each}"} for each in PROMPTS]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    settings = dict(dataset=[str(data)], remove_unused_columns=False, max_steps=1)
+    made = run(tmp_path, **settings)
+    taught = [each for each in made.scored if math.isnan(each.replayed)]  # of no sequence that the engine knows
+    assert taught
+    assert all(each.live < EQUAL and not each.in_loss for each in taught)
+    check_replayed([each for each in made.scored if not math.isnan(each.replayed)])
+    with pytest.raises(r3.ReplayError, match=r"forward in training without `sampling_sets`.*teacher_prompt"):
+        run(tmp_path, top_k=20, **settings)
 
 
 def test_a_reference_model_is_live(tmp_path):

@@ -107,13 +107,14 @@ def settings(**changed):
         min_p=0.0,
     )
     given = {"template": SimpleNamespace(sequence_parallel_size=changed.pop("sequence_parallel_size", 1))}
-    given["chord_sft_dataset"] = changed.pop("chord_sft_dataset", None)
+    given |= {name: changed.pop(name, None) for name in ("chord_sft_dataset", "teacher_model_server")}
     return subject(SimpleNamespace(**{**args, **changed}), given)
 
 
 def test_plain_settings_are_supported():
     require_supported("ms-swift", REFUSALS, settings())
     require_supported("ms-swift", REFUSALS, settings(top_k=50, top_p=0.9, min_p=0.05))
+    require_supported("ms-swift", REFUSALS, settings(teacher_model_server="http://a"))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +128,7 @@ def test_plain_settings_are_supported():
         ("multi_turn_scheduler", dict(multi_turn_scheduler="tips")),
         ("top_p or min_p without top_k", dict(top_p=0.9)),
         ("top_p or min_p without top_k", dict(min_p=0.1)),
+        ("teacher_model_server with top_p, top_k or min_p", dict(teacher_model_server="http://a", top_k=50)),
         ("chord_sft_dataset", dict(chord_sft_dataset=["demonstrations"])),
         ("DeepSpeed ZeRO-3", dict(deepspeed_plugin=SimpleNamespace(zero_stage=3))),
     ],

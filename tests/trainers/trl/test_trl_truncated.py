@@ -42,6 +42,25 @@ def test_old_and_new_logprobs_are_over_the_sets_through_accumulation_iterations_
     assert all(line["rollout/set_size_mean"] > 1 > line["rollout/set_single_frac"] > 0 for line in log)
 
 
+def test_positions_without_a_label_may_be_left_out(tmp_path, monkeypatch):
+    """As TRL does on GPUs, with completions that are in no loss among them."""
+    from trl.trainer import utils
+
+    monkeypatch.setattr(utils, "_use_triton", lambda device: True)
+    made = trainer(
+        tmp_path,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        max_completion_length=24,
+        mask_truncated_completions=True,
+        beta=0.05,
+        **CUT,
+    )
+    made.train()
+    check(made.scored, made.state.log_history)
+    check_live([each for each in made.scored if each.reference])
+
+
 def test_rloo_and_its_reference_are_over_the_sets(tmp_path):
     made = trainer(tmp_path, kind="rloo", beta=0.05, top_k=8, min_p=0.05)
     made.train()
@@ -118,6 +137,7 @@ def test_gradients_and_entropy_are_those_of_a_float64_reference(tmp_path, monkey
     [
         (dict(top_p=0.9), "top_p or min_p without top_k", "Set top_k"),
         (dict(generation_kwargs={"min_p": 0.1}), "top_p or min_p without top_k", "Set top_k"),
+        (dict(top_k=20, generation_kwargs={"temperature": 0.5}), "generation_kwargs: temp", "temperature itself"),
         (dict(top_k=20, entropy_coef=0.01), "entropy_coef", "Leave the bonus off"),
     ],
 )

@@ -63,30 +63,39 @@ def test_an_engine_that_fails_to_import_is_not_silent(installed):
     assert "ModuleNotFoundError: import of trainer_hooks.verl.rows halted" in done.stderr
 
 
-@pytest.mark.parametrize("setting", ["top_p=0.9", "top_k=50"])
-@pytest.mark.parametrize("mode", ["R2", "R3"])
-def test_an_actor_whose_rollouts_are_cut_is_refused_before_it_is_made(installed, setting, mode):
+@pytest.mark.parametrize(("mode", "setting", "plugins"), [("R2", "top_k=50", "all"), ("R3", "top_p=0.9", "none")])
+def test_an_actor_whose_rollouts_are_cut_is_refused(installed, mode, setting, plugins):
+    """However the plugin is loaded: where `external_lib` alone does it, the first worker is there before the plugin."""
     key = "actor_rollout_ref.actor.fsdp_config.router_replay.mode"
     code = f"""
+import torch.distributed as dist
 import verl.trainer.config
 from hydra import compose, initialize_config_dir
 from verl.workers.engine_workers import ActorRolloutRefWorker
-from verl.workers.config import HFModelConfig
-HFModelConfig(path={str(DEMO_MODEL)!r}, external_lib="trainer_hooks.verl")
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+shared = [f"actor_rollout_ref.{{each}}" for each in (
+    "model.path={DEMO_MODEL}", "model.external_lib=trainer_hooks.verl", "actor.strategy=fsdp2",
+    "actor.fsdp_config.use_torch_compile=false", "actor.ppo_micro_batch_size_per_gpu=1",
+    "rollout.log_prob_micro_batch_size_per_gpu=1")]
+shared.append("+actor_rollout_ref.model.override_config.attn_implementation=sdpa")
 with initialize_config_dir(verl.trainer.config.__path__[0], version_base=None):
     on, cut = "+{key}={mode}", "actor_rollout_ref.rollout.{setting}"
-    made = [compose("ppo_trainer", overrides=each) for each in ([on], [cut], [on, cut])]
+    made = [compose("ppo_trainer", overrides=[*shared, *each]) for each in ([on, cut], [on], [cut])]
 for config in made:
+    worker = ActorRolloutRefWorker(config.actor_rollout_ref, "actor")
     try:
-        ActorRolloutRefWorker(config.actor_rollout_ref, "actor")
+        worker.init_model()
     except Exception as error:
-        print(type(error).__name__, str(error).replace(chr(10), " "))
+        print("seen", type(error).__name__, str(error).replace(chr(10), " "))
     else:
-        print("made")
+        print("seen made", worker.actor.engine.mode_of_replay)
 """
-    done = run(code, installed)
-    whole, off, cut = done.stdout.splitlines()[-3:]
-    assert "ConfigError" not in whole + off, done.stderr
+    more = {"VERL_PLATFORM": "r3cpu", "VERL_USE_EXTERNAL_MODULES": "cpu_platform"}
+    more |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = run(code, installed | more | ({"VERL_USE_EXTERNAL_PLUGINS": "none"} if plugins == "none" else {}))
+    seen = [line.removeprefix("seen ") for line in done.stdout.splitlines() if line.startswith("seen ")]
+    assert seen[1:] == [f"made {mode}", "made disabled"], done.stderr
+    cut = seen[0]
     assert cut.startswith(f"ConfigError routing replay in verl ({key}={mode}):"), done.stderr
     assert "actor_rollout_ref.rollout.top_p or top_k: " in cut
     assert "Set actor_rollout_ref.rollout.top_p=1.0 and" in cut
