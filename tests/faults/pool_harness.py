@@ -65,6 +65,7 @@ class PoolHarness:
     def __init__(self, pace: Pace = REAL) -> None:
         self.pace = pace
         self._stack = contextlib.ExitStack()
+        self.servers: list[Any] = []
         self.outcomes: list[tuple[PoolSchedule, Outcome]] = []
         self.violations = 0
         self._known: dict[str, list[list[int]]] = {}
@@ -73,7 +74,7 @@ class PoolHarness:
         self._prompts = [torch.randint(2, 300, (24,), generator=of).tolist() for _ in range(PROMPTS)]
 
     def __enter__(self) -> "PoolHarness":
-        self.servers: list[PoolServer] = self._stack.enter_context(pool_servers(3, *OFF))
+        self.servers = self._stack.enter_context(pool_servers(3, *OFF))
         with self._pool(self.servers[:1]) as pool:
             for name in "ABC":
                 pool.push(self._weights(name), version=self._next())
