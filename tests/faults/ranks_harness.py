@@ -296,6 +296,16 @@ class RanksHarness(PoolHarness):
     def _weights(self, name: str) -> str:
         return name  # each rank has its shards of them
 
+    def _recover(self) -> None:
+        for server in self.servers:
+            if not server.healthy():
+                server.close()
+                server.start()
+            server.signal(signal.SIGCONT)
+        time.sleep(self.pace.short_s / 3)
+        if any(server.held()["state"] not in ("idle", "poisoned") for server in self.servers):
+            time.sleep(self.pace.timeout_s)  # leases of what stood still
+
     def _processes(self) -> set[int]:
         """What runs of the processes that were made here."""
         (forks,) = {psutil.Process(server.pid).ppid() for server in self.servers[:1]}

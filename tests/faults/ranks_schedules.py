@@ -11,8 +11,8 @@ CUT_KINDS = {"cut off": 2, "cut off for long": 3}
 """Kind -> how often. The link of a host is set down, and up again."""
 
 DRIVER_POINTS = ("begin", "r3_reserve", "offer", "join", "r3_begin", "gather", "r3_load", "transfer", "flush")
-DRIVER_POINTS += ("r3_seal", "r3_commit", "r3_release", "end")
-OTHER_POINTS = ("begin", "offer", "join", "gather", "transfer", "release", "flush", "end")
+DRIVER_POINTS += ("r3_seal", "r3_commit", "r3_release", "committed", "end")
+OTHER_POINTS = ("begin", "offer", "join", "gather", "transfer", "release", "flush", "committed", "end")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,6 +115,20 @@ class Orders:
             progress.bytes += answer["bytes"]
             progress.sent_bytes += answer["bytes"]
 
+    def committed(self, version: int) -> None:
+        """All workers hold `version`, and serve: let the others know it, so that all ranks end alike.
+
+        Raises:
+            SyncError: a rank has given up before, and has raised; or does not answer.
+        """
+        try:
+            self.tell("committed")
+            self.answers()
+        except SyncError as error:
+            raise SyncError(
+                f"version {version} has committed on the engines, and not all ranks know it: push a later one. {error}"
+            ) from error
+
     def end(self, error: BaseException | None) -> None:
         """The sync has committed, or failed by `error`: the same goes for the other ranks."""
         self._over.set()

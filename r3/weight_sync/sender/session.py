@@ -295,6 +295,8 @@ class WeightSync:
                     self._base.version = version
             with clock.stage("resume"):
                 self._group.serve(sync_id, version, until)
+                if orders is not None:
+                    orders.committed(version)
         except BaseException as error:
             transport.abort()
             self._abort(sync_id, progress, error)
