@@ -157,7 +157,9 @@ class RanksHarness(PoolHarness):
         if committed is not None:
             self._check_held(pool, version, schedule.weights, committed, outcome)
             return True
-        return pool.ranks[0].alive and pool.state["poisoned"] is None
+        if not pool.ranks[0].alive or pool.state["poisoned"] is not None:
+            return False
+        return any(state == "serving" for state in pool.engines.values())  # none where the driving rank was cut off
 
     def _results(self, answers: list[Future], outcome: Outcome) -> list[int | Exception | None]:
         """Of each rank: workers that committed (None where it does not drive), its error, or its death."""

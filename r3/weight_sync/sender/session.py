@@ -202,6 +202,7 @@ class WeightSync:
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
             EngineLostError: the same, and what failed were engines that have been removed (`on_lost="remove"`).
         """
+        self._group.lost = {}
         settings: dict[str, Any] = {"dtype": self._dtype, "chunk_bytes": self._chunk_bytes, "frozen": frozen}
         if ranks is not None:
             recipe = self._transport.recipe()
@@ -260,7 +261,6 @@ class WeightSync:
         orders: Orders | None = None,
     ) -> SyncReceipt:
         manifest = outgoing.manifest()
-        self._group.lost = {}
         transport.zero_copy_names = outgoing.zero_copy_names
         sync_id = uuid.uuid4().hex[:12]
         progress = SyncProgress()
