@@ -116,7 +116,7 @@ class PoolHarness:
         fault = schedule.fault
         first = [s for n, s in enumerate(self.servers) if fault.kind != "joins" or n != fault.engine]
         with self._pool(first, transport=schedule.transport, on_lost=schedule.on_lost) as pool:
-            pool.push(self._weights("A"), version=self._next())
+            self._first_push(pool, fault)
             held = {pool.version: "A"}
             strike = threading.Thread(target=self._strike, args=(pool, fault), daemon=True)
             if fault.phase == "rollouts":
@@ -132,6 +132,9 @@ class PoolHarness:
             if strike.ident is not None:
                 strike.join(60)
             self._heal(pool, schedule, held, outcome)
+
+    def _first_push(self, pool: EnginePool, fault: PoolFault) -> None:
+        pool.push(self._weights("A"), version=self._next())
 
     def _push(self, pool: EnginePool, schedule: PoolSchedule, held: dict[int, str], outcome: Outcome) -> bool:
         start, version = time.monotonic(), self._next()

@@ -6,6 +6,7 @@ python tests/faults/pool_simulated.py --schedules 150 --seed 0 --ranks    # of `
 
 import argparse
 import contextlib
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, nargs="+")
     parser.add_argument("--all", action="store_true", help="print also those without a violation")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started here ends with it
     made, schedule_of = (RanksHarness, ranks_schedule) if options.ranks else (SimulatedHarness, simulated)
     with made() as harness, contextlib.suppress(KeyboardInterrupt):
         for seed in options.only or range(options.seed, options.seed + options.schedules):

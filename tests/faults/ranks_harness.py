@@ -25,14 +25,13 @@ from r3.errors import SyncError
 from r3.pool import PoolLimits
 
 RANKS_PACE = Pace(
-    timeout_s=1.5,
+    timeout_s=3.0,
     short_s=0.3,
-    long_s=4.0,
-    push_limit_s=14.0,
-    limits=PoolLimits(max_in_flight=1, max_attempts=4, health_every_s=0.1, health_timeout_s=0.5, request_timeout_s=3.0),
+    long_s=5.5,
+    push_limit_s=20.0,
+    limits=PoolLimits(max_in_flight=1, max_attempts=4, health_every_s=0.1, health_timeout_s=1.0, request_timeout_s=4.5),
 )
-_ENTRY_S = 2.0
-_BACKOFF_S = 4.0  # TCP sends again so long after a link was cut for `long_s`
+_ENTRY_S = 4.0
 _SECONDS = 1e-3  # of a token
 _HANGS_S = 30.0
 _ENGINES = 3
@@ -127,7 +126,13 @@ class RanksHarness(PoolHarness):
             self._stack.callback(self.servers[-1].close)
         for server in self.servers:
             server.wait()
+        self._begin()
         return self
+
+    def _begin(self) -> None:
+        """All engines hold the weights A, as every schedule leaves them."""
+        with self._pool(self.servers, on_lost="raise") as pool:
+            pool.push("A", version=self._next())
 
     # -- a schedule ---------------------------------------------------------------------------------------------------
 
@@ -137,7 +142,13 @@ class RanksHarness(PoolHarness):
         if left:
             outcome.violations.append(f"processes are left: {left}")
             self.violations += 1
+        if outcome.violations:
+            self._begin()
         return outcome
+
+    def _first_push(self, pool: Trainer, fault: RanksFault) -> None:
+        if not fault.first:
+            super()._first_push(pool, fault)
 
     def _push(self, pool: Trainer, schedule: PoolSchedule, held: dict[int, str], outcome: Outcome) -> bool:
         fault, version, late = schedule.fault, self._next(), [0.0, 0.0]
@@ -152,6 +163,9 @@ class RanksHarness(PoolHarness):
         results = self._results(pool.pushing(schedule.weights, version, late), outcome)
         if strike is not None:
             strike.join(_HANGS_S)
+        if fault.phase == "sync" and fault.point:
+            outcome.reached = pool.struck.is_set()
+            pool.ranks[fault.rank or 0].ask("hold", "")
         self._judge(pool, results, outcome)
         committed = results[0] if isinstance(results[0], int) else None
         if committed is not None:

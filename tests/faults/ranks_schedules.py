@@ -20,15 +20,17 @@ class RanksFault(PoolFault):
     """Attributes:
     rank: that it happens to, in a sync: 0, which drives, or 1. None: to an engine.
     point: what that rank, or the driving one, is about to do; "" for before the sync.
+    first: whether in the first sync of a trainer, in which ranks and workers connect, or in its second.
     """
 
     rank: int | None
+    first: bool
 
     def __str__(self) -> str:
         who = f"engine {self.engine}" if self.rank is None else f"rank {self.rank}"
         when = f"{self.after_s:.1f} s into {self.phase}"
         if self.phase == "sync":
-            when = f"before {self.point or 'the sync'}"
+            when = f"before {self.point or 'the sync'}{', its first' * self.first}"
         return f"{who} {self.kind}{'' if self.whole else ' (core)'} {when}"
 
 
@@ -56,5 +58,6 @@ def ranks_schedule(seed: int) -> PoolSchedule:
             engine=of.randrange(3),
             whole=rank is not None or kind not in ("stopped", "stopped for long") or of.random() < 0.6,
             rank=rank,
+            first=of.random() < 0.4,
         ),
     )
