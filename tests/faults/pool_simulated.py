@@ -71,7 +71,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedules", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", action="store_true", help="two trainer ranks that sync together, and engines by HTTP")
+    parser.add_argument(
+        "--ranks", action="store_true", help="two trainer ranks that sync together, and engines by HTTP"
+    )
     parser.add_argument("--only", type=int, nargs="+")
     parser.add_argument("--all", action="store_true", help="print also those without a violation")
     options = parser.parse_args()

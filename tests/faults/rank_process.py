@@ -181,11 +181,12 @@ class _Rank:
             )
             self._pool = EnginePool(sync, its.limits)
 
-    def push(self, name: str, version: int) -> tuple[int | None, float]:
-        """Workers that committed, where this rank drives; seconds."""
+    def push(self, name: str, version: int) -> tuple[tuple[int, int] | None, float]:
+        """Where this rank drives, the workers that committed, and the engines; seconds."""
         start = time.monotonic()
         receipt = push_from_all_ranks(self._pool, self._weights[name], version, None, ranks=self._ranks)
-        return None if receipt is None else receipt.workers, time.monotonic() - start
+        seconds = time.monotonic() - start
+        return None if receipt is None else (receipt.workers, len(self._pool.sync.engines)), seconds
 
     def generate(self, *args: Any) -> list[tuple]:
         assert self._pool is not None
@@ -204,8 +205,7 @@ class _Rank:
         assert self._pool is not None
         pool = self._pool
         return {"engines": pool.engines, "counts": pool.counts, "version": pool.version} | {
-            "poisoned": pool.sync.poisoned,
-            "synced": len(pool.sync.engines),
+            "poisoned": pool.sync.poisoned
         }
 
     # -- points at which it is held

@@ -73,7 +73,7 @@ class Trainer:
 
     def push(self, name: str, *, version: int) -> SimpleNamespace:
         """A push in which nothing may fail."""
-        (workers, _), _ = (answer.result(_HANGS_S) for answer in self.pushing(name, version))
+        ((workers, _), _), _ = (answer.result(_HANGS_S) for answer in self.pushing(name, version))
         return SimpleNamespace(workers=workers)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], spec: None) -> list:
@@ -167,17 +167,22 @@ class RanksHarness(PoolHarness):
             outcome.reached = pool.struck.is_set()
             pool.ranks[fault.rank or 0].ask("hold", "")
         self._judge(pool, results, outcome)
-        committed = results[0] if isinstance(results[0], int) else None
-        if committed is not None:
-            self._check_held(pool, version, schedule.weights, committed, outcome)
+        if isinstance(results[0], tuple):
+            workers, engines = results[0]
+            if workers != engines:
+                outcome.violations.append(f"{workers} workers of {engines} engines committed")
+            self._check_held(pool, version, schedule.weights, outcome)
             return True
         if not pool.ranks[0].alive or pool.state["poisoned"] is not None:
             return False
+        if not all(server.held()["serves"] for server in self.servers if server.healthy()):
+            outcome.kind += ", paused until then"  # it did not answer the abort in time
+            return False
         return any(state == "serving" for state in pool.engines.values())  # none where the driving rank was cut off
 
-    def _results(self, answers: list[Future], outcome: Outcome) -> list[int | Exception | None]:
-        """Of each rank: workers that committed (None where it does not drive), its error, or its death."""
-        found: list[int | Exception | None] = []
+    def _results(self, answers: list[Future], outcome: Outcome) -> list[tuple[int, int] | Exception | None]:
+        """Of each rank: what it has committed (None where it does not drive), its error, or its death."""
+        found: list[tuple[int, int] | Exception | None] = []
         for number, answer in enumerate(answers):
             try:
                 workers, seconds = answer.result(2 * _HANGS_S)
@@ -212,14 +217,11 @@ class RanksHarness(PoolHarness):
         if any(died):
             outcome.kind += " by a new trainer" if "error" in outcome.kind else ", then a rank died"
 
-    def _check_held(self, pool: Trainer, version: int, name: str, workers: int, outcome: Outcome) -> None:
-        state = pool.state
-        if workers != state["synced"]:
-            outcome.violations.append(f"{workers} workers of {state['synced']} engines committed")
+    def _check_held(self, pool: Trainer, version: int, name: str, outcome: Outcome) -> None:
+        engines = pool.engines
         for server in self.servers:
-            if server.url not in state["engines"] or not server.healthy():
+            if server.url not in engines or not server.healthy():
                 continue
-            server.signal(signal.SIGCONT)
             held = server.held()
             if (held["version"], held["digest"]) != (version, self._digests[name]):
                 outcome.violations.append(f"{server.url}: expected version {version} of weights {name}, got {held}")
@@ -231,7 +233,7 @@ class RanksHarness(PoolHarness):
             pool.settings = self._settings([server.url for server in self.servers], schedule.on_lost)
             pool.start()
         super()._heal(pool, schedule, held, outcome)
-        self._check_held(pool, max(held), "A", _ENGINES, outcome)
+        self._check_held(pool, max(held), "A", outcome)
 
     # -- faults -------------------------------------------------------------------------------------------------------
 
@@ -259,6 +261,8 @@ class RanksHarness(PoolHarness):
             self._hosts.cut(number)
             time.sleep(self._long(fault))
             self._hosts.heal(number)
+            if fault.kind == "cut off for long":
+                time.sleep(self.pace.long_s)  # TCP waits so long before it sends again
         elif fault.rank is None:
             super()._strike(pool, fault)
         else:
@@ -314,11 +318,12 @@ class RanksHarness(PoolHarness):
 
     def _recover(self) -> None:
         for server in self.servers:
+            server.signal(signal.SIGCONT)
+        time.sleep(self.pace.short_s / 3)
+        for server in self.servers:
             if not server.healthy():
                 server.close()
                 server.start()
-            server.signal(signal.SIGCONT)
-        time.sleep(self.pace.short_s / 3)
         if any(server.held()["state"] not in ("idle", "poisoned") for server in self.servers):
             time.sleep(self.pace.timeout_s)  # leases of what stood still
 

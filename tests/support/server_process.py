@@ -72,7 +72,10 @@ class ServerProcess:
                 self._end.send(("signal", number))
 
     def held(self) -> dict[str, Any]:
-        """What its worker holds: `version`, `digest` of all tensors, `state`, `cause`."""
+        """What its worker holds: `version`, `digest` of all tensors, `state`, `cause`; whether it `serves`.
+
+        Of one that stands still, once it goes on.
+        """
         self._end.send(("held", 0))
         if not self._end.poll(_PATIENCE_S):
             raise TimeoutError(f"{self.url} does not say what it holds")
@@ -96,7 +99,7 @@ def _run(end: Connection, host: str, port: int, namespace: str | None, seconds: 
                     worker = server.worker
                     held = combine({name: digest(tensor) for name, tensor in worker.held.items()})
                     said = {"version": worker.version, "digest": held, "state": str(worker.state.value)}
-                    end.send(said | {"cause": worker.cause})
+                    end.send(said | {"cause": worker.cause, "serves": server.serves})
     os._exit(0)
 
 

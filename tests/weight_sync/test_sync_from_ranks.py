@@ -116,6 +116,16 @@ def test_the_death_of_any_rank_ends_the_sync_on_all_others_and_nothing_is_commit
     assert where == 0 or found[0]["untouched"]
 
 
+@pytest.mark.parametrize("where", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_a_commit_that_not_all_ranks_know_of_is_an_error_on_all(four, where):
+    """The engines hold the new version by then."""
+    for rank, each in enumerate(found := four.all(jobs.failing, where, "is stopped at the end", timeout_s=120)):
+        drives = where or not rank
+        assert re.search("has committed on the engines, and not" if drives else "rank 0, which drives", each["said"])
+    assert not found[0]["untouched"]
+    assert found[0]["healed"]
+
+
 def test_no_rank_gathers_experts(four):
     """A layer's fused experts have 16 MiB. The first rank also holds the engine here."""
     mib = 1 << 20

@@ -153,7 +153,8 @@ def _everyones(text: str, group: dist.ProcessGroup | None, timeout_s: float) -> 
     everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     work = dist.all_gather(everyones, mine, group=group, async_op=True)
     assert work is not None
-    wait_until(work.is_completed, lambda: False, timeout_s, "the ranks' first meeting for a sync")
+    where = f"rank {dist.get_rank(group)} waits for the first meeting of all ranks for a sync"
+    wait_until(work.is_completed, lambda: False, timeout_s, where)
     work.wait()
     return [bytes(each.tolist()).decode().strip() for each in everyones]
 

@@ -291,6 +291,7 @@ class WeightSync:
                 progress.committing = True
                 answers = self._group.commit(sync_id)
                 require_equal(answers, version, total)
+                self.version = version
                 if self._base is not None:
                     self._base.version = version
             with clock.stage("resume"):
@@ -307,7 +308,6 @@ class WeightSync:
                 ) from error
             raise
         self.poisoned = None
-        self.version = version
         left = {engine.name for engine in self.engines}
         return SyncReceipt(
             version=version,
