@@ -81,6 +81,8 @@ def main() -> int:
     made, schedule_of = (RanksHarness, ranks_schedule) if options.ranks else (SimulatedHarness, simulated)
     with made() as harness, contextlib.suppress(KeyboardInterrupt):
         for seed in options.only or range(options.seed, options.seed + options.schedules):
+            if options.ranks and not harness.can_run(schedule_of(seed)):
+                continue
             outcome = harness.run(schedule_of(seed))
             if outcome.violations or options.all or options.only:
                 print(f"{schedule_of(seed)}\n    -> {outcome}", flush=True)

@@ -117,7 +117,7 @@ class RanksHarness(PoolHarness):
         self._port = 20_000
 
     def __enter__(self) -> "RanksHarness":
-        FORKS.set_forkserver_preload(["rank_process"])
+        FORKS.set_forkserver_preload(["ranks_harness"])
         if self._hosts is not None:
             self._stack.enter_context(self._hosts)
         for number in range(_ENGINES):
@@ -133,6 +133,10 @@ class RanksHarness(PoolHarness):
         """All engines hold the weights A, as every schedule leaves them."""
         with self._pool(self.servers, on_lost="raise") as pool:
             pool.push("A", version=self._next())
+
+    def can_run(self, schedule: PoolSchedule) -> bool:
+        """Whether this machine lets links be cut, if that is asked for."""
+        return self._hosts is not None or not schedule.fault.kind.startswith("cut off")
 
     # -- a schedule ---------------------------------------------------------------------------------------------------
 
@@ -160,7 +164,8 @@ class RanksHarness(PoolHarness):
             strike = threading.Thread(target=self._strike, args=(pool, fault), daemon=True)
             strike.start()
             time.sleep(self.pace.short_s / 10)
-        results = self._results(pool.pushing(schedule.weights, version, late), outcome)
+        pushing = pool.pushing(schedule.weights, version, late)
+        results = [self._result(number, answer, outcome) for number, answer in enumerate(pushing)]
         if strike is not None:
             strike.join(_HANGS_S)
         if fault.phase == "sync" and fault.point:
@@ -180,23 +185,20 @@ class RanksHarness(PoolHarness):
             return False
         return any(state == "serving" for state in pool.engines.values())  # none where the driving rank was cut off
 
-    def _results(self, answers: list[Future], outcome: Outcome) -> list[tuple[int, int] | Exception | None]:
-        """Of each rank: what it has committed (None where it does not drive), its error, or its death."""
-        found: list[tuple[int, int] | Exception | None] = []
-        for number, answer in enumerate(answers):
-            try:
-                workers, seconds = answer.result(2 * _HANGS_S)
-                found.append(workers)
-                if seconds > self.pace.push_limit_s:
-                    outcome.violations.append(f"rank {number}: the sync took {seconds:.0f} s")
-            except Exception as error:
-                found.append(error)
-                outcome.said.append(f"rank {number}: {type(error).__name__}: {error}")
-                if isinstance(error, TimeoutError):
-                    outcome.violations.append(f"rank {number} hangs in the sync")
-                elif not isinstance(error, RankDiedError | SyncError):
-                    outcome.violations.append(f"rank {number}: {type(error).__name__}: {error}")
-        return found
+    def _result(self, number: int, answer: Future, outcome: Outcome) -> tuple[int, int] | Exception | None:
+        """Of a rank: what it has committed (None where it does not drive), its error, or its death."""
+        try:
+            committed, seconds = answer.result(2 * _HANGS_S)
+        except Exception as error:
+            outcome.said.append(f"rank {number}: {type(error).__name__}: {error}")
+            if isinstance(error, TimeoutError):
+                outcome.violations.append(f"rank {number} hangs in the sync")
+            elif not isinstance(error, RankDiedError | SyncError):
+                outcome.violations.append(f"rank {number}: {type(error).__name__}: {error}")
+            return error
+        if seconds > self.pace.push_limit_s:
+            outcome.violations.append(f"rank {number}: the sync took {seconds:.0f} s")
+        return committed
 
     def _judge(self, pool: Trainer, results: list, outcome: Outcome) -> None:
         failed = [isinstance(result, Exception) for result in results]

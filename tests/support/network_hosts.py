@@ -10,7 +10,6 @@ import uuid
 
 import pytest
 
-
 _NETWORK = 0x40000000  # CLONE_NEWNET
 
 
