@@ -3,7 +3,6 @@
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -181,12 +180,10 @@ class _Rank:
             )
             self._pool = EnginePool(sync, its.limits)
 
-    def push(self, name: str, version: int) -> tuple[tuple[int, int] | None, float]:
-        """Where this rank drives, the workers that committed, and the engines; seconds."""
-        start = time.monotonic()
+    def push(self, name: str, version: int) -> tuple[int, int] | None:
+        """Where this rank drives, the workers that committed, and the engines."""
         receipt = push_from_all_ranks(self._pool, self._weights[name], version, None, ranks=self._ranks)
-        seconds = time.monotonic() - start
-        return None if receipt is None else (receipt.workers, len(self._pool.sync.engines)), seconds
+        return None if receipt is None else (receipt.workers, len(self._pool.sync.engines))
 
     def generate(self, *args: Any) -> list[tuple]:
         assert self._pool is not None

@@ -73,7 +73,7 @@ class Trainer:
 
     def push(self, name: str, *, version: int) -> SimpleNamespace:
         """A push in which nothing may fail."""
-        ((workers, _), _), _ = (answer.result(_HANGS_S) for answer in self.pushing(name, version))
+        (workers, _), _ = (answer.result(_HANGS_S) for answer in self.pushing(name, version))
         return SimpleNamespace(workers=workers)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], spec: None) -> list:
@@ -164,8 +164,10 @@ class RanksHarness(PoolHarness):
             strike = threading.Thread(target=self._strike, args=(pool, fault), daemon=True)
             strike.start()
             time.sleep(self.pace.short_s / 10)
-        pushing = pool.pushing(schedule.weights, version, late)
+        start, pushing = time.monotonic(), pool.pushing(schedule.weights, version, late)
         results = [self._result(number, answer, outcome) for number, answer in enumerate(pushing)]
+        if time.monotonic() - start > self.pace.push_limit_s:
+            outcome.violations.append(f"the sync took {time.monotonic() - start:.0f} s")
         if strike is not None:
             strike.join(_HANGS_S)
         if fault.phase == "sync" and fault.point:
@@ -188,7 +190,7 @@ class RanksHarness(PoolHarness):
     def _result(self, number: int, answer: Future, outcome: Outcome) -> tuple[int, int] | Exception | None:
         """Of a rank: what it has committed (None where it does not drive), its error, or its death."""
         try:
-            committed, seconds = answer.result(2 * _HANGS_S)
+            return answer.result(2 * _HANGS_S)
         except Exception as error:
             outcome.said.append(f"rank {number}: {type(error).__name__}: {error}")
             if isinstance(error, TimeoutError):
@@ -196,9 +198,6 @@ class RanksHarness(PoolHarness):
             elif not isinstance(error, RankDiedError | SyncError):
                 outcome.violations.append(f"rank {number}: {type(error).__name__}: {error}")
             return error
-        if seconds > self.pace.push_limit_s:
-            outcome.violations.append(f"rank {number}: the sync took {seconds:.0f} s")
-        return committed
 
     def _judge(self, pool: Trainer, results: list, outcome: Outcome) -> None:
         failed = [isinstance(result, Exception) for result in results]

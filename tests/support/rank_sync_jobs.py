@@ -278,6 +278,17 @@ def failing(where: int, what: str) -> dict[str, Any]:
     return found
 
 
+def meeting_without(where: int) -> str:
+    """What a rank is told that comes to the first sync, to which rank `where` does not."""
+    of = SyncRanks(timeout_s=LIMIT_S)
+    dist.barrier()
+    if dist.get_rank() == where:
+        dies()
+    with pytest.raises(SyncError) as told:
+        of.take_part([])
+    return str(told.value)
+
+
 def memory() -> dict[str, int]:
     """The most that this rank takes above its shards, with 16 MiB the largest tensor and 8 MiB under way in a round."""
     shape = {"layers": 2, "hidden": 512, "intermediate": 256, "experts": 16}

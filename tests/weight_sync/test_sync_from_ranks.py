@@ -126,6 +126,16 @@ def test_a_commit_that_not_all_ranks_know_of_is_an_error_on_all(four, where):
     assert found[0]["healed"]
 
 
+def test_a_rank_that_dies_before_all_have_met_is_an_error_that_says_so():
+    ranks = Ranks(2)
+    try:
+        found = ranks.run(jobs.meeting_without, 0, timeout_s=60)
+    finally:
+        ranks.close()
+    assert isinstance(found[0], EOFError)
+    assert str(found[1]).startswith("rank 1 waits for the first meeting of all ranks for a sync: ")
+
+
 def test_no_rank_gathers_experts(four):
     """A layer's fused experts have 16 MiB. The first rank also holds the engine here."""
     mib = 1 << 20

@@ -151,11 +151,16 @@ def _everyones(text: str, group: dist.ProcessGroup | None, timeout_s: float) -> 
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     mine = torch.tensor([*text.encode().ljust(_ADDRESS_BYTES)], dtype=torch.uint8, device=device)
     everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    work = dist.all_gather(everyones, mine, group=group, async_op=True)
-    assert work is not None
     where = f"rank {dist.get_rank(group)} waits for the first meeting of all ranks for a sync"
-    wait_until(work.is_completed, lambda: False, timeout_s, where)
-    work.wait()
+    try:
+        work = dist.all_gather(everyones, mine, group=group, async_op=True)
+        assert work is not None
+        wait_until(work.is_completed, lambda: False, timeout_s, where)
+        work.wait()
+    except SyncError:
+        raise
+    except RuntimeError as error:  # as the group says that a rank has ended
+        raise SyncError(f"{where}: {error}") from error
     return [bytes(each.tolist()).decode().strip() for each in everyones]
 
 
