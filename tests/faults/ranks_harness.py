@@ -115,6 +115,8 @@ class RanksHarness(PoolHarness):
         self._known = {name: [[number] * TOKENS] * PROMPTS for number, name in enumerate("ABC", 1)}
         self._digests = {name: digest_of(name) for name in "ABC"}
         self._port = 20_000
+        self._healed = threading.Event()  # the link that was cut last
+        self._healed.set()
 
     def __enter__(self) -> "RanksHarness":
         FORKS.set_forkserver_preload(["ranks_harness"])
@@ -174,12 +176,13 @@ class RanksHarness(PoolHarness):
             outcome.reached = pool.struck.is_set()
             pool.ranks[fault.rank or 0].ask("hold", "")
         self._judge(pool, results, outcome)
+        if fault.rank == 0 and fault.kind.startswith("cut off"):
+            self._healed.wait(2 * self.pace.long_s)  # no engine is reached before
         if isinstance(results[0], tuple):
             workers, engines = results[0]
             if workers != engines:
                 outcome.violations.append(f"{workers} workers of {engines} engines committed")
             self._check_held(pool, version, schedule.weights, outcome)
-            return True
         if not pool.ranks[0].alive or pool.state["poisoned"] is not None:
             return False
         if not all(server.held()["serves"] for server in self.servers if server.healthy()):
@@ -259,9 +262,11 @@ class RanksHarness(PoolHarness):
         if fault.kind.startswith("cut off"):
             assert self._hosts is not None
             number = fault.engine if fault.rank is None else _ENGINES + fault.rank
+            self._healed.clear()
             self._hosts.cut(number)
             time.sleep(self._long(fault))
             self._hosts.heal(number)
+            self._healed.set()
             if fault.kind == "cut off for long":
                 time.sleep(self.pace.long_s)  # TCP waits so long before it sends again
         elif fault.rank is None:

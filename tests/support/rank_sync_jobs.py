@@ -255,6 +255,9 @@ def failing(where: int, what: str) -> dict[str, Any]:
         committed, answer = Orders.committed, RankPart._committed
         patch.setattr(Orders, "committed", lambda *args: (stops(), committed(*args)))
         patch.setattr(RankPart, "_committed", lambda *args: (stops(), answer(*args)))
+    if mine and what == "is stopped before it gathers":
+        gather = Orders.gather
+        patch.setattr(Orders, "gather", lambda *args: (patch.undo(), stops(), gather(*args)))
     dist.barrier() if what != "is late" else None
     start = time.monotonic()
     try:

@@ -56,6 +56,7 @@ class RankPart:
         self._published: dict[int, Chunk] = {}
         self._rounds = self._bytes = 0
         self._has_committed = False
+        self._owed: list[Parts] = []
         self._orders: dict[str, Callable[..., None]] = {
             "begin": self._begin,
             "offer": self._offer,
@@ -91,7 +92,9 @@ class RankPart:
         until = time.monotonic() + self._timeout_s
         # A rank that stood still first takes what has come meanwhile.
         while (message := self._link.receive(max(0.0, until - time.monotonic()))) is not None:
-            if message["sync"] < self._sync:
+            if message["sync"] < self._sync:  # this rank has given it up
+                if message["do"] == "gather":
+                    self._owed.append(message["parts"])
                 continue
             self._asked = message["do"]
             if self._asked != "beat":
@@ -109,15 +112,23 @@ class RankPart:
 
     def _begin(self, timeout_s: float, dtype: str | None, chunk_bytes: int, recipe: Message | None) -> None:
         self._timeout_s = timeout_s
-        self._outgoing = OutgoingWeights(
-            self._weights,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            chunk_bytes=chunk_bytes,
-            frozen=self._frozen,
-            owners=self._owners,
-            sender=self._number,
-            gathering=Gathering(timeout_s),
-        )
+
+        def outgoing(gathering: Gathering) -> OutgoingWeights:
+            return OutgoingWeights(
+                self._weights,
+                dtype=None if dtype is None else getattr(torch, dtype),
+                chunk_bytes=chunk_bytes,
+                frozen=self._frozen,
+                owners=self._owners,
+                sender=self._number,
+                gathering=gathering,
+            )
+
+        self._outgoing = outgoing(Gathering(timeout_s))
+        # What the others have gathered since this rank gave up: each exchange takes all ranks, in one order.
+        with self._noting():
+            for parts in self._owed:
+                outgoing(Gathering(timeout_s, waits=False)).gather(parts)
         if recipe is not None:
             with self._noting():
                 self._transport = self._transport_of(recipe, timeout_s)
