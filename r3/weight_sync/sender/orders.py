@@ -104,6 +104,11 @@ class Orders:
             yield current
 
     def gather(self, parts: Parts) -> None:
+        """Raises `SyncError` if another rank has given up: what this one gathered then would shift the next exchange."""
+        for number, link in self._others.items():
+            while (message := link.receive(0.0)) is not None:
+                if message["sync"] == self._sync:
+                    raise SyncError(f"rank {number} {message['error']}")
         self.tell("gather", parts=parts)
 
     def collect(self, progress: SyncProgress) -> None:
