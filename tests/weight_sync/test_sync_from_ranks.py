@@ -1,12 +1,15 @@
 """A sync to which every trainer rank sends its part: each weight is gathered to one rank, and all of them commit."""
 
 import re
+import socket
 
 import pytest
 import rank_sync_jobs as jobs
 from ranks import Ranks
 
 from r3.weight_sync.sender.deal import Dealt, deal
+from r3.weight_sync.sender.orders import Orders
+from r3.weight_sync.sender.rank_link import Link
 
 LIMIT_S = jobs.LIMIT_S
 
@@ -124,6 +127,18 @@ def test_a_commit_that_not_all_ranks_know_of_is_an_error_on_all(four, where):
         assert re.search("has committed on the engines, and not" if drives else "rank 0, which drives", each["said"])
     assert not found[0]["untouched"]
     assert found[0]["healed"]
+
+
+def test_an_answer_that_comes_together_with_one_of_a_sync_before_is_taken():
+    here, there = socket.socketpair()
+    with here, there:
+        for sync in (1, 2):
+            Link(there, 0).send({"sync": sync, "error": None}, 1.0)
+        orders = Orders(0, [0, 1], {1: Link(here, 1)}, 2, 1.0, 1.0)
+        try:
+            assert orders.answers()[1]["sync"] == 2
+        finally:
+            orders.end(None)
 
 
 @pytest.mark.long

@@ -153,11 +153,14 @@ class Orders:
             for number, link in list(waiting.items()):
                 try:
                     message = link.receive(0.0)
+                    # Of a sync that has failed. The next one may have come with it, and is waited for no more.
+                    while message is not None and message["sync"] < self._sync:
+                        message = link.receive(0.0)
                 except SyncError as error:
                     problems.append(str(error))
                     del waiting[number]
                     continue
-                if message is None or message["sync"] < self._sync:  # of a sync that has failed
+                if message is None:
                     continue
                 del waiting[number]
                 if message["sync"] > self._sync:
