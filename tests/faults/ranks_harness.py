@@ -185,10 +185,11 @@ class RanksHarness(PoolHarness):
             self._check_held(pool, version, schedule.weights, outcome)
         if not pool.ranks[0].alive or pool.state["poisoned"] is not None:
             return False
-        if not all(server.held()["serves"] for server in self.servers if server.healthy()):
+        states = pool.engines
+        if not all(server.held()["serves"] for server in self.servers if server.healthy() and server.url in states):
             outcome.kind += ", paused until then"  # it did not answer the abort in time
             return False
-        return any(state == "serving" for state in pool.engines.values())  # none where the driving rank was cut off
+        return any(state == "serving" for state in states.values())  # none where the driving rank was cut off
 
     def _result(self, number: int, answer: Future, outcome: Outcome) -> tuple[int, int] | Exception | None:
         """Of a rank: what it has committed (None where it does not drive), its error, or its death."""

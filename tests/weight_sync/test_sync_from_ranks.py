@@ -132,7 +132,7 @@ def test_a_commit_that_not_all_ranks_know_of_is_an_error_on_all(four, where):
 def test_an_answer_that_comes_together_with_one_of_a_sync_before_is_taken():
     here, there = socket.socketpair()
     with here, there:
-        for sync in (1, 2):
+        for sync in (1, 1, 2):
             Link(there, 0).send({"sync": sync, "error": None}, 1.0)
         orders = Orders(0, [0, 1], {1: Link(here, 1)}, 2, 1.0, 1.0)
         try:

@@ -104,7 +104,7 @@ class Orders:
             yield current
 
     def gather(self, parts: Parts) -> None:
-        """Raises `SyncError` if another rank has given up: what this one gathered then would shift the next exchange."""
+        """Raises `SyncError` if another rank has given up: what this one gathered then would shift all exchanges."""
         for number, link in self._others.items():
             while (message := link.receive(0.0)) is not None:
                 if message["sync"] == self._sync:

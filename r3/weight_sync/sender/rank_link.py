@@ -5,11 +5,13 @@ out leaves unusable. The end of a process shows at once.
 """
 
 import contextlib
+import fcntl
 import hmac
 import json
 import secrets
 import select
 import socket
+import termios
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -63,6 +65,11 @@ class Link:
                 raise SyncError(f"rank {self.rank} has ended: its connection is closed")
             self._came += data
         return message
+
+    def delivered(self) -> bool:
+        """Whether all that was sent has come to the other rank's machine, whether or not that rank has read it."""
+        waiting = fcntl.ioctl(self._connection, termios.TIOCOUTQ, bytes(4))
+        return not any(waiting)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

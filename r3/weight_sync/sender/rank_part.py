@@ -100,7 +100,7 @@ class RankPart:
             if self._asked != "beat":
                 return {name: value for name, value in message.items() if name != "sync"}
             until = time.monotonic() + self._timeout_s
-        if self._has_committed:
+        if self._has_committed and self._link.delivered():  # the other one has the answer, if it goes on
             logger.warning("rank %s, which drove the sync, has committed it, and is silent since", self._link.rank)
             return {"do": "end", "error": None}
         with contextlib.suppress(SyncError):
