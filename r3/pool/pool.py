@@ -362,11 +362,11 @@ class EnginePool:
                 try:
                     receipt = self.sync.push(weights, version=version, frozen=frozen, agree=agree, ranks=ranks)
                 except EngineLostError:
-                    self._remove_lost()
                     if agree is not None or ranks is not None:
                         raise
                     continue
-                self._remove_lost()
+                finally:  # also of a sync that failed after it had removed some
+                    self._remove_lost()
                 self._receipt = receipt
                 self._thread.call(lambda: self._committed({each.name for each in self.sync.engines}, version))
                 return receipt

@@ -65,6 +65,7 @@ class PoolHarness:
     def __init__(self, pace: Pace = REAL) -> None:
         self.pace = pace
         self._stack = contextlib.ExitStack()
+        self.servers: list[Any] = []
         self.outcomes: list[tuple[PoolSchedule, Outcome]] = []
         self.violations = 0
         self._known: dict[str, list[list[int]]] = {}
@@ -73,7 +74,7 @@ class PoolHarness:
         self._prompts = [torch.randint(2, 300, (24,), generator=of).tolist() for _ in range(PROMPTS)]
 
     def __enter__(self) -> "PoolHarness":
-        self.servers: list[PoolServer] = self._stack.enter_context(pool_servers(3, *OFF))
+        self.servers = self._stack.enter_context(pool_servers(3, *OFF))
         with self._pool(self.servers[:1]) as pool:
             for name in "ABC":
                 pool.push(self._weights(name), version=self._next())
@@ -115,7 +116,7 @@ class PoolHarness:
         fault = schedule.fault
         first = [s for n, s in enumerate(self.servers) if fault.kind != "joins" or n != fault.engine]
         with self._pool(first, transport=schedule.transport, on_lost=schedule.on_lost) as pool:
-            pool.push(self._weights("A"), version=self._next())
+            self._first_push(pool, fault)
             held = {pool.version: "A"}
             strike = threading.Thread(target=self._strike, args=(pool, fault), daemon=True)
             if fault.phase == "rollouts":
@@ -131,6 +132,9 @@ class PoolHarness:
             if strike.ident is not None:
                 strike.join(60)
             self._heal(pool, schedule, held, outcome)
+
+    def _first_push(self, pool: EnginePool, fault: PoolFault) -> None:
+        pool.push(self._weights("A"), version=self._next())
 
     def _push(self, pool: EnginePool, schedule: PoolSchedule, held: dict[int, str], outcome: Outcome) -> bool:
         start, version = time.monotonic(), self._next()

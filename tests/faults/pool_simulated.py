@@ -1,10 +1,12 @@
 """The schedules of `pool_schedules`, against simulated servers: hundreds in minutes.
 
 python tests/faults/pool_simulated.py --schedules 300 --seed 0
+python tests/faults/pool_simulated.py --schedules 150 --seed 0 --ranks    # of `ranks_schedules`
 """
 
 import argparse
 import contextlib
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "support")]
 import torch  # noqa: E402
 from pool_harness import PROMPTS, TOKENS, Pace, PoolHarness  # noqa: E402
 from pool_schedules import PoolFault, PoolSchedule, pool_schedule  # noqa: E402
+from ranks_harness import RanksHarness  # noqa: E402
+from ranks_schedules import ranks_schedule  # noqa: E402
 from simulated_servers import SimulatedAdapter, SimulatedClient, SimulatedServer  # noqa: E402
 
 from r3.pool import EnginePool, PoolLimits  # noqa: E402
@@ -67,14 +71,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedules", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--ranks", action="store_true", help="two trainer ranks that sync together, and engines by HTTP"
+    )
     parser.add_argument("--only", type=int, nargs="+")
     parser.add_argument("--all", action="store_true", help="print also those without a violation")
     options = parser.parse_args()
-    with SimulatedHarness() as harness, contextlib.suppress(KeyboardInterrupt):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started here ends with it
+    made, schedule_of = (RanksHarness, ranks_schedule) if options.ranks else (SimulatedHarness, simulated)
+    with made() as harness, contextlib.suppress(KeyboardInterrupt):
         for seed in options.only or range(options.seed, options.seed + options.schedules):
-            outcome = harness.run(simulated(seed))
+            if options.ranks and not harness.can_run(schedule_of(seed)):
+                continue
+            outcome = harness.run(schedule_of(seed))
             if outcome.violations or options.all or options.only:
-                print(f"{simulated(seed)}\n    -> {outcome}", flush=True)
+                print(f"{schedule_of(seed)}\n    -> {outcome}", flush=True)
     print(harness.table())
     return 1 if harness.violations else 0
 

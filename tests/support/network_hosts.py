@@ -1,6 +1,7 @@
 """Hosts with addresses of their own on this machine: network namespaces on one bridge, which reaches nothing else."""
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -9,12 +10,14 @@ import uuid
 
 import pytest
 
+_NETWORK = 0x40000000  # CLONE_NEWNET
+
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
-def _can_make_namespaces() -> bool:
+def can_make_hosts() -> bool:
     if shutil.which("ip") is None:
         return False
     name = f"r3-{uuid.uuid4().hex[:8]}"
@@ -25,13 +28,24 @@ def _can_make_namespaces() -> bool:
     return False
 
 
+def enter_host(namespace: str) -> None:
+    """Let this process, which has no threads yet, be on the host of that namespace."""
+    with open(f"/run/netns/{namespace}") as file:
+        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _NETWORK):
+            raise OSError(ctypes.get_errno(), f"namespace {namespace}")
+
+
 class Hosts:
-    """`count` hosts at 10.77.0.1 and so on. A context manager, which ends all that was started on them."""
+    """`count` hosts at 10.77.0.1 and so on. A context manager, which ends all that was started on them.
+
+    Attributes:
+        namespaces, addresses: of each.
+    """
 
     def __init__(self, count: int) -> None:
         mark = uuid.uuid4().hex[:6]
         self._switch = f"r3-{mark}-switch"
-        self._names = [f"r3-{mark}-{number}" for number in range(count)]
+        self.namespaces = [f"r3-{mark}-{number}" for number in range(count)]
         self._processes: list[subprocess.Popen] = []
         self.addresses = [f"10.77.0.{number + 1}" for number in range(count)]
 
@@ -40,7 +54,7 @@ class Hosts:
             _ip("netns", "add", self._switch)
             _ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
             _ip("-n", self._switch, "link", "set", "br0", "up")
-            for number, (name, address) in enumerate(zip(self._names, self.addresses, strict=True)):
+            for number, (name, address) in enumerate(zip(self.namespaces, self.addresses, strict=True)):
                 _ip("netns", "add", name)
                 _ip(
                     "-n",
@@ -70,7 +84,7 @@ class Hosts:
 
     def command(self, number: int, command: list[str]) -> list[str]:
         """`command`, to be run on a host."""
-        return ["ip", "netns", "exec", self._names[number], *command]
+        return ["ip", "netns", "exec", self.namespaces[number], *command]
 
     def start(self, number: int, command: list[str], **more: str) -> subprocess.Popen:
         """Start `command` on a host, with variables `more`; stdout and stderr are a pipe."""
@@ -99,9 +113,9 @@ class Hosts:
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
-        for name in (*self._names, self._switch):
+        for name in (*self.namespaces, self._switch):
             with contextlib.suppress(subprocess.CalledProcessError):
                 _ip("netns", "del", name)
 
 
-needs_hosts = pytest.mark.skipif(not _can_make_namespaces(), reason="needs `ip netns` of iproute2, and the right to it")
+needs_hosts = pytest.mark.skipif(not can_make_hosts(), reason="needs `ip netns` of iproute2, and the right to it")

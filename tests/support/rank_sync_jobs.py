@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -23,6 +24,8 @@ from benchmarks.receiving_engine import ReceivingEngine
 from r3 import SyncError
 from r3.parallel import make_mesh, shard_parameters
 from r3.weight_sync import GlooTransport, SyncRanks, WeightSync, gather_all, gathered, named_weights, quantised
+from r3.weight_sync.sender.orders import Orders
+from r3.weight_sync.sender.rank_part import RankPart
 from r3.weight_sync.weights.gathering import Gathering
 from r3.weight_sync.weights.lazy import as_source
 from r3.weight_sync.weights.row_blocks import gathered_block, row_blocks
@@ -249,6 +252,12 @@ def dies() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def stops() -> None:
+    """Stand still, with all threads, and go on by itself."""
+    subprocess.Popen(["sh", "-c", f"sleep {2.5 * LIMIT_S}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def failing(where: int, what: str) -> dict[str, Any]:
     """A sync in which rank `where` fails; what this rank is told and when, and whether the next sync heals."""
     weights, of = sharded("softmax"), ranks(LIMIT_S)
@@ -275,6 +284,13 @@ def failing(where: int, what: str) -> dict[str, Any]:
     if mine and what == "sends other bytes":
         publish = GlooTransport.publish
         patch.setattr(GlooTransport, "publish", lambda t, i, c: publish(t, i, [(n, w + 1) for n, w in c]))
+    if mine and what == "is stopped at the end":
+        committed, answer = Orders.committed, RankPart._committed
+        patch.setattr(Orders, "committed", lambda *args: (stops(), committed(*args)))
+        patch.setattr(RankPart, "_committed", lambda *args: (stops(), answer(*args)))
+    if mine and what == "is stopped before it gathers":
+        gather = Orders.gather
+        patch.setattr(Orders, "gather", lambda *args: (patch.undo(), stops(), gather(*args)))
     dist.barrier() if what != "is late" else None
     start = time.monotonic()
     try:
@@ -296,6 +312,17 @@ def failing(where: int, what: str) -> dict[str, Any]:
                 all(torch.equal(held[name], expected[name]) for name in expected) for held in held_by_workers(made)
             )
     return found
+
+
+def meeting_without(where: int) -> str:
+    """What a rank is told that comes to the first sync, to which rank `where` does not."""
+    of = SyncRanks(timeout_s=LIMIT_S)
+    dist.barrier()
+    if dist.get_rank() == where:
+        dies()
+    with pytest.raises(SyncError) as told:
+        of.take_part([])
+    return str(told.value)
 
 
 def memory() -> dict[str, int]:

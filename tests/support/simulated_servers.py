@@ -1,30 +1,32 @@
 """Servers of a pool, simulated in this process.
 
-Their workers really load what a sync sends by files, and their rollouts are of the weights that they hold. They can be
+Their workers really receive what a sync sends, and their rollouts are of the weights that they hold. They can be
 stopped, go on later with what they were asked meanwhile, and be killed.
 """
 
 import asyncio
+import contextlib
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
 
 from r3.errors import SyncError
 from r3.pool.clients import EngineClient, EngineFailedError
 from r3.weight_sync import Engine, combine, digest
 from r3.weight_sync.states import SyncState
+from r3.weight_sync.transports import RECEIVERS, Receiver
 
 _POLL_S = 2e-3
 _AT_ONCE = 6  # tokens
 
 
 class SimulatedServer:
-    """One server with one worker, which holds one tensor: a number.
+    """One server with one worker, which holds a tensor `number`, and may hold others.
 
     Attributes:
         url: its name.
@@ -97,19 +99,23 @@ class _Worker:
 
     def __init__(self, server: SimulatedServer) -> None:
         self._server = server
+        self.name = f"{server.url} {id(self)}"  # another one's after a restart
         self.version: int | None = None
         self.state, self.cause = SyncState.IDLE, ""
         self._id = self._given_up = ""
         self._touched, self._until, self._lease_s = False, 0.0, 0.0
+        self._receiver: Receiver | None = None
+        self.held: dict[str, torch.Tensor] = {}
 
     def answer(self, method: str, args: Sequence[Any]) -> dict[str, Any]:
         try:
             more = getattr(self, method)(*args)
         except RuntimeError as error:
             more = {"error": str(error)}
-        reply = {"rank": 0, "dp_rank": 0, "world_size": 1, "dp_size": 1, "worker": str(id(self)), "gpu": None}
+        reply = {"rank": 0, "dp_rank": 0, "world_size": 1, "dp_size": 1, "worker": self.name, "gpu": None}
         reply |= {"version": self.version, "state": self.state.value, "cause": self.cause}
-        return reply | {"connection_id": None, "base_version": None} | more
+        reply["connection_id"] = None if self._receiver is None else self._receiver.connection_id
+        return reply | {"base_version": None} | more
 
     def r3_status(self) -> dict:
         return {}
@@ -131,32 +137,42 @@ class _Worker:
     def r3_begin(self, sync_id: str, sync: dict) -> dict:
         self._require(sync_id, SyncState.RESERVED)
         self._manifest, self._loaded, self.state = sync["manifest"], {}, SyncState.OPEN
+        offer, receiver = sync["offer"], self._receiver
+        if receiver is None or receiver.connection_id is None or receiver.connection_id != offer.get("connection_id"):
+            self._drop_receiver()
+            with self._giving_up():
+                made = RECEIVERS[offer["transport"]]
+                number = sync["ranks"][self.name]
+                self._receiver = made(offer, number, torch.device("cpu"), sync["timeout_s"])
         return {"draft": "", "kept": {}}
 
     def r3_load(self, sync_id: str, index: int, chunks: list) -> dict:
         self._require(sync_id, SyncState.OPEN)
         self._touched = True
-        try:
-            for _, where in chunks:
-                self._loaded |= load_file(where["path"])
-        except OSError as error:
-            self._give_up(str(error))
-            raise RuntimeError(str(error)) from error
         self._server.weights = -1  # half-loaded
+        with self._giving_up():
+            for names, where in chunks:
+                came = dict(self._receiver.receive(where))
+                if came.keys() != {*names}:
+                    raise SyncError(f"expected {names}, got {[*came]}")
+                self._loaded |= {name: tensor.clone() for name, tensor in came.items()}
+            self._receiver.release(index)
         return {}
 
     def r3_seal(self, sync_id: str, digests: dict) -> dict:
         self._require(sync_id, SyncState.OPEN)
-        if {name: digest(tensor) for name, tensor in self._loaded.items()} != digests:
-            self._give_up("other content than was sent")
-            raise RuntimeError("other content than was sent")
+        with self._giving_up():
+            found = {name: digest(tensor) for name, tensor in self._loaded.items()}
+            if found != digests or found.keys() != self._manifest.keys():
+                raise SyncError("other content than was sent")
+            self._receiver.flush()
         self.state, self._digest = SyncState.SEALED, combine(digests)
         return {"digest": self._digest}
 
     def r3_commit(self, sync_id: str) -> dict:
         self._require(sync_id, SyncState.SEALED)
         self.state, self.version, self.cause = SyncState.COMMITTED, self._next, ""
-        self._server.weights = int(self._loaded["number"])
+        self.held, self._server.weights = self._loaded, int(self._loaded["number"])
         return {"digest": self._digest}
 
     def r3_release(self, sync_id: str) -> dict:
@@ -170,7 +186,21 @@ class _Worker:
             self._give_up(cause)
         return {}
 
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._give_up(str(error))
+            raise RuntimeError(str(error)) from error
+
+    def _drop_receiver(self) -> None:
+        if self._receiver is not None:
+            self._receiver.abort()
+            self._receiver = None
+
     def _give_up(self, cause: str) -> None:
+        self._drop_receiver()
         self._id, self.cause = "", cause if self._touched else self.cause
         self.state = SyncState.POISONED if self.cause else SyncState.IDLE
 

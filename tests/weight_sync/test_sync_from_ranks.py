@@ -1,12 +1,15 @@
 """A sync to which every trainer rank sends its part: each weight is gathered to one rank, and all of them commit."""
 
 import re
+import socket
 
 import pytest
 import rank_sync_jobs as jobs
 from ranks import Ranks
 
 from r3.weight_sync.sender.deal import Dealt, deal
+from r3.weight_sync.sender.orders import Orders
+from r3.weight_sync.sender.rank_link import Link
 
 LIMIT_S = jobs.LIMIT_S
 
@@ -118,6 +121,46 @@ def test_the_death_of_any_rank_ends_the_sync_on_all_others_and_nothing_is_commit
         assert f"rank {where} has ended" in each["said"], each
         assert each["seconds"] < 3 * LIMIT_S, each
     assert where == 0 or found[0]["untouched"]
+
+
+@pytest.mark.parametrize("where", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_a_commit_that_not_all_ranks_know_of_is_an_error_on_all(four, where):
+    """The engines hold the new version by then."""
+    for rank, each in enumerate(found := four.all(jobs.failing, where, "is stopped at the end", timeout_s=120)):
+        drives = where or not rank
+        assert re.search("has committed on the engines, and not" if drives else "rank 0, which drives", each["said"])
+    assert not found[0]["untouched"]
+    assert found[0]["healed"]
+
+
+def test_an_answer_that_comes_together_with_one_of_a_sync_before_is_taken():
+    here, there = socket.socketpair()
+    with here, there:
+        for sync in (1, 1, 2):
+            Link(there, 0).send({"sync": sync, "error": None}, 1.0)
+        orders = Orders(0, [0, 1], {1: Link(here, 1)}, 2, 1.0, 1.0)
+        try:
+            assert orders.answers()[1]["sync"] == 2
+        finally:
+            orders.end(None)
+
+
+@pytest.mark.long
+def test_what_a_rank_gathers_after_the_others_gave_up_does_not_shift_the_next_sync(four):
+    """Exchanges take all ranks, in one order."""
+    for each in (found := four.all(jobs.failing, 0, "is stopped before it gathers", timeout_s=120)):
+        assert re.search("rank 0, which drives the sync, has said nothing|has given up to wait", each["said"])
+    assert found[0]["healed"]
+
+
+def test_a_rank_that_dies_before_all_have_met_is_an_error_that_says_so():
+    ranks = Ranks(2)
+    try:
+        found = ranks.run(jobs.meeting_without, 0, timeout_s=60)
+    finally:
+        ranks.close()
+    assert isinstance(found[0], EOFError)
+    assert str(found[1]).startswith("rank 1 waits for the first meeting of all ranks for a sync: ")
 
 
 def test_no_rank_gathers_experts(four):

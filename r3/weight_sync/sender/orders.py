@@ -104,6 +104,11 @@ class Orders:
             yield current
 
     def gather(self, parts: Parts) -> None:
+        """Raises `SyncError` if another rank has given up: what this one gathered then would shift all exchanges."""
+        for number, link in self._others.items():
+            while (message := link.receive(0.0)) is not None:
+                if message["sync"] == self._sync:
+                    raise SyncError(f"rank {number} {message['error']}")
         self.tell("gather", parts=parts)
 
     def collect(self, progress: SyncProgress) -> None:
@@ -114,6 +119,20 @@ class Orders:
             progress.not_finite += answer["not_finite"]
             progress.bytes += answer["bytes"]
             progress.sent_bytes += answer["bytes"]
+
+    def committed(self, version: int) -> None:
+        """All workers hold `version`, and serve: let the others know it, so that all ranks end alike.
+
+        Raises:
+            SyncError: a rank has given up before, and has raised; or does not answer.
+        """
+        try:
+            self.tell("committed")
+            self.answers()
+        except SyncError as error:
+            raise SyncError(
+                f"version {version} has committed on the engines, and not all ranks know it: push a later one. {error}"
+            ) from error
 
     def end(self, error: BaseException | None) -> None:
         """The sync has committed, or failed by `error`: the same goes for the other ranks."""
@@ -134,11 +153,14 @@ class Orders:
             for number, link in list(waiting.items()):
                 try:
                     message = link.receive(0.0)
+                    # Of a sync that has failed. The next one may have come with it, and is waited for no more.
+                    while message is not None and message["sync"] < self._sync:
+                        message = link.receive(0.0)
                 except SyncError as error:
                     problems.append(str(error))
                     del waiting[number]
                     continue
-                if message is None or message["sync"] < self._sync:  # of a sync that has failed
+                if message is None:
                     continue
                 del waiting[number]
                 if message["sync"] > self._sync:

@@ -5,11 +5,13 @@ out leaves unusable. The end of a process shows at once.
 """
 
 import contextlib
+import fcntl
 import hmac
 import json
 import secrets
 import select
 import socket
+import termios
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -63,6 +65,11 @@ class Link:
                 raise SyncError(f"rank {self.rank} has ended: its connection is closed")
             self._came += data
         return message
+
+    def delivered(self) -> bool:
+        """Whether all that was sent has come to the other rank's machine, whether or not that rank has read it."""
+        waiting = fcntl.ioctl(self._connection, termios.TIOCOUTQ, bytes(4))
+        return not any(waiting)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -151,10 +158,16 @@ def _everyones(text: str, group: dist.ProcessGroup | None, timeout_s: float) -> 
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     mine = torch.tensor([*text.encode().ljust(_ADDRESS_BYTES)], dtype=torch.uint8, device=device)
     everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    work = dist.all_gather(everyones, mine, group=group, async_op=True)
-    assert work is not None
-    wait_until(work.is_completed, lambda: False, timeout_s, "the ranks' first meeting for a sync")
-    work.wait()
+    where = f"rank {dist.get_rank(group)} waits for the first meeting of all ranks for a sync"
+    try:
+        work = dist.all_gather(everyones, mine, group=group, async_op=True)
+        assert work is not None
+        wait_until(work.is_completed, lambda: False, timeout_s, where)
+        work.wait()
+    except SyncError:
+        raise
+    except RuntimeError as error:  # as the group says that a rank has ended
+        raise SyncError(f"{where}: {error}") from error
     return [bytes(each.tolist()).decode().strip() for each in everyones]
 
 

@@ -1,6 +1,7 @@
 """The part of a rank in a sync that another one drives: it carries out that one's orders."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,6 +18,8 @@ from r3.weight_sync.sender.rank_link import Link, Message
 from r3.weight_sync.transports import Chunk, Transport
 from r3.weight_sync.weights.gathering import Gathering
 from r3.weight_sync.weights.lazy import Weight
+
+logger = logging.getLogger("r3")
 
 
 class RankPart:
@@ -52,6 +55,8 @@ class RankPart:
         self._joining: Future | None = None
         self._published: dict[int, Chunk] = {}
         self._rounds = self._bytes = 0
+        self._has_committed = False
+        self._owed: list[Parts] = []
         self._orders: dict[str, Callable[..., None]] = {
             "begin": self._begin,
             "offer": self._offer,
@@ -60,6 +65,7 @@ class RankPart:
             "transfer": self._transfer,
             "release": self._release,
             "flush": self._flush,
+            "committed": self._committed,
         }
 
     def run(self, named_tensors: Iterable[tuple[str, Weight]], frozen: Sequence[str]) -> None:
@@ -84,14 +90,19 @@ class RankPart:
 
     def _order(self) -> Message:
         until = time.monotonic() + self._timeout_s
-        while (left_s := until - time.monotonic()) > 0:
-            message = self._link.receive(left_s)
-            if message is None or message["sync"] < self._sync:
+        # A rank that stood still first takes what has come meanwhile.
+        while (message := self._link.receive(max(0.0, until - time.monotonic()))) is not None:
+            if message["sync"] < self._sync:  # this rank has given it up
+                if message["do"] == "gather":
+                    self._owed.append(message["parts"])
                 continue
             self._asked = message["do"]
             if self._asked != "beat":
                 return {name: value for name, value in message.items() if name != "sync"}
             until = time.monotonic() + self._timeout_s
+        if self._has_committed and self._link.delivered():  # the other one has the answer, if it goes on
+            logger.warning("rank %s, which drove the sync, has committed it, and is silent since", self._link.rank)
+            return {"do": "end", "error": None}
         with contextlib.suppress(SyncError):
             self._link.send({"sync": self._sync, "error": "has given up to wait"}, 1.0)
         raise SyncError(
@@ -101,15 +112,23 @@ class RankPart:
 
     def _begin(self, timeout_s: float, dtype: str | None, chunk_bytes: int, recipe: Message | None) -> None:
         self._timeout_s = timeout_s
-        self._outgoing = OutgoingWeights(
-            self._weights,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            chunk_bytes=chunk_bytes,
-            frozen=self._frozen,
-            owners=self._owners,
-            sender=self._number,
-            gathering=Gathering(timeout_s),
-        )
+
+        def outgoing(gathering: Gathering) -> OutgoingWeights:
+            return OutgoingWeights(
+                self._weights,
+                dtype=None if dtype is None else getattr(torch, dtype),
+                chunk_bytes=chunk_bytes,
+                frozen=self._frozen,
+                owners=self._owners,
+                sender=self._number,
+                gathering=gathering,
+            )
+
+        self._outgoing = outgoing(Gathering(timeout_s))
+        # What the others have gathered since this rank gave up: each exchange takes all ranks, in one order.
+        with self._noting():
+            for parts in self._owed:
+                outgoing(Gathering(timeout_s, waits=False)).gather(parts)
         if recipe is not None:
             with self._noting():
                 self._transport = self._transport_of(recipe, timeout_s)
@@ -164,6 +183,10 @@ class RankPart:
                 self._transport.flush(lambda: False)
             digests = self._digests.result()
         self._answer(digests=digests, not_finite=self._digests.not_finite(), bytes=self._bytes)
+
+    def _committed(self) -> None:
+        self._has_committed = True
+        self._answer()
 
     def _answer(self, **more: Any) -> None:
         self._link.send({"sync": self._sync, "error": self._problem, **more}, self._timeout_s)

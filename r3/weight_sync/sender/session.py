@@ -202,6 +202,7 @@ class WeightSync:
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
             EngineLostError: the same, and what failed were engines that have been removed (`on_lost="remove"`).
         """
+        self._group.lost = {}
         settings: dict[str, Any] = {"dtype": self._dtype, "chunk_bytes": self._chunk_bytes, "frozen": frozen}
         if ranks is not None:
             recipe = self._transport.recipe()
@@ -260,7 +261,6 @@ class WeightSync:
         orders: Orders | None = None,
     ) -> SyncReceipt:
         manifest = outgoing.manifest()
-        self._group.lost = {}
         transport.zero_copy_names = outgoing.zero_copy_names
         sync_id = uuid.uuid4().hex[:12]
         progress = SyncProgress()
@@ -291,10 +291,13 @@ class WeightSync:
                 progress.committing = True
                 answers = self._group.commit(sync_id)
                 require_equal(answers, version, total)
+                self.version = version
                 if self._base is not None:
                     self._base.version = version
             with clock.stage("resume"):
                 self._group.serve(sync_id, version, until)
+                if orders is not None:
+                    orders.committed(version)
         except BaseException as error:
             transport.abort()
             self._abort(sync_id, progress, error)
@@ -305,7 +308,6 @@ class WeightSync:
                 ) from error
             raise
         self.poisoned = None
-        self.version = version
         left = {engine.name for engine in self.engines}
         return SyncReceipt(
             version=version,

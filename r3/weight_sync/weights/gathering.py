@@ -23,16 +23,16 @@ class Gathering:
 
     Args:
         timeout_s: longest wait for the other ranks.
+        waits: whether for what is gathered. Off after a failure: what is left is gathered in step with the other ranks,
+            and nobody uses it.
 
     Attributes:
         owner: global rank that keeps what is gathered.
-        waits: whether for what is gathered. Off after a failure: what is left is gathered in step with the other ranks,
-            and nobody uses it.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, *, waits: bool = True) -> None:
         self.owner = 0
-        self.waits = True
+        self.waits = waits
         self._timeout_s = timeout_s
         self._under_way: list[tuple[Any, tuple[Tensor, ...]]] = []
 
