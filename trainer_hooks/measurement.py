@@ -58,7 +58,8 @@ def measure(
 ) -> Measured:
     """Two forwards of all rollouts, one with live and one with replayed routing, or one where there is no routing.
 
-    Every rank calls it.
+    Where tokens were sampled from a part of the vocabulary, one more gives log-probabilities over all of it. Every
+    rank calls it.
 
     Args:
         policy: is left in evaluation mode.
@@ -77,13 +78,16 @@ def measure(
     )
     for rows in policy.rows(whole, size):
         if rows.routing is None:
-            found.add(rows, {"live": policy.logprobs(rows, replayed=False)})
+            live = policy.logprobs(rows, replayed=False)
+            found.add(rows, {"live": live})
+            found.add_mass(policy, rows, live)
             continue
         with r3.record(policy.model, margins=True) as recorder:
             live = policy.logprobs(rows, replayed=False)
         replayed = policy.logprobs(rows, replayed=True)
         parted = found.add_routing(recorder.expert_ids, recorder.margins, rows.routing)
         found.add(rows, {"live": live, "replayed": replayed}, parted)
+        found.add_mass(policy, rows, replayed)
     found = found.reduced()
     record = found.record(policy.tokenizer.decode, whole.batch) if details else None
     return Measured(metrics=found.metrics(), details=record)
@@ -130,6 +134,7 @@ class StepGap:
     sequences: dict[str, Tensor] = field(default_factory=dict)  # [2, B]: sum of d, and tokens
     routing: tuple[MergeableSums, ...] = ()
     tokens: TokenDetails = field(default_factory=TokenDetails.empty)
+    mass: tuple[Tensor, Tensor] | None = None  # that sets have of the vocabulary's: [sum, tokens], and the least
     layer_ids: tuple[int, ...] | None = None
 
     def add(self, rows: Rows, sides: dict[str, Tensor], parted: Tensor | None = None) -> None:
@@ -164,13 +169,30 @@ class StepGap:
         self.routing = tuple(a + b for a, b in zip(self.routing, sums, strict=True)) if self.routing else sums
         return (mine.sort(-1).values != theirs.sort(-1).values).any(-1) & by_pair(valid)
 
+    def add_mass(self, policy: Scorer, rows: Rows, logprobs: Tensor) -> None:
+        """How much of the trainer's own distribution the sets of `rows` hold; `logprobs` `[R, N]` are over the sets."""
+        if rows.sampling_mask is None:
+            return
+        # Of any token of a set: its probability over the vocabulary is that over the set, times the set's.
+        whole = policy.logprobs(replace(rows, sampling_mask=None), replayed=rows.routing is not None)
+        masses = (whole.double() - logprobs.double()).exp()
+        total = torch.stack([(masses * rows.mask).sum(), rows.mask.sum().double()])
+        least = masses.masked_fill(~rows.mask, 1.0).amin()
+        before = self.mass
+        self.mass = (total, least) if before is None else (before[0] + total, torch.minimum(before[1], least))
+
     def reduced(self) -> StepGap:
         """Of all ranks, each of which calls this."""
         sequences = {side: totals.clone() for side, totals in self.sequences.items()}
         for totals in sequences.values():
             dist.all_reduce(totals)
+        mass = self.mass and (self.mass[0].clone(), self.mass[1].clone())
+        if mass is not None:
+            dist.all_reduce(mass[0])
+            dist.all_reduce(mass[1], dist.ReduceOp.MIN)
         return replace(
             self,
+            mass=mass,
             gaps={side: gap.reduce() for side, gap in self.gaps.items()},
             sequences=sequences,
             routing=tuple(sums.reduce() for sums in self.routing),
@@ -188,6 +210,9 @@ class StepGap:
             if isinstance(sums, LoadSums) and self.expert_parallel_size > 1:
                 measured |= rank_load_metrics(sums, self.expert_parallel_size)
             found |= {f"routing/{name}": value for name, value in measured.items()}
+        if self.mass is not None:
+            (total, tokens), least = self.mass
+            found |= {"rollout/set_mass_mean": float(total / tokens), "rollout/set_mass_min": float(least)}
         return found
 
     def record(self, decode: Callable[[list[int]], str], batch: RolloutBatch) -> dict[str, Any]:

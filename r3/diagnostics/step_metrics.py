@@ -43,6 +43,16 @@ STEP_METRICS = (
         formula="share of sampled tokens that were the only one left, where top_k, top_p or min_p are set",
     ),
     Metric(
+        name="rollout/set_mass_mean",
+        formula="mean share of the trainer's own distribution that the ids hold which a token was sampled from",
+        notes="at measured steps, where top_k, top_p or min_p are set; near the engine's before the first update",
+    ),
+    Metric(
+        name="rollout/set_mass_min",
+        formula="the smallest of these shares",
+        notes="where it falls towards 0 the policy moves to tokens that were not sampled from, which get no gradient",
+    ),
+    Metric(
         name="routing/rows_replayed",
         formula="rows whose routing was replayed in training in every layer",
         unit="tokens",

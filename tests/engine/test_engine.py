@@ -81,6 +81,7 @@ def test_what_top_p_left_out_is_left_out_in_the_trainer(trainer, monkeypatch):
     assert 0 < replayed_k3(trainer.policy, batch) < over_vocabulary / 5
     metrics, _ = trainer.step(trainer.sync.version + 1)
     assert metrics["rollout/set_size_mean"] > 1 > metrics["rollout/set_single_frac"] > 0
+    assert 0.4 < metrics["rollout/set_mass_min"] < metrics["rollout/set_mass_mean"] < 1, "top_p is 0.5"
     assert metrics["logprob_diff/replayed/k3"] < 1e-3
 
 

@@ -15,6 +15,7 @@ from r3.diagnostics import LogprobSums, compare_routing
 from r3.diagnostics.metric import without_layer
 from r3.diagnostics.registry import GROUPS, declared, is_declared
 from r3.routing import RoutingSpec
+from r3.sampling_mask import SamplingMask
 from trainer_hooks.batches import StepBatch
 from trainer_hooks.grpo import GRPOTrainer
 from trainer_hooks.launch import process_group
@@ -146,6 +147,47 @@ def test_metrics_and_details_are_the_same_on_two_ranks(batch, truth, sequence_pa
         assert one.details["load"] == alone.details["load"]
         places = [[(w["sample"], w["position"], w["layers"]) for w in each.details["worst"]] for each in (one, alone)]
         assert places[0] == places[1]
+
+
+def with_sets(batch: RolloutBatch) -> RolloutBatch:
+    """Each token with the 5 ids after it."""
+    ids = (batch.input_ids[batch.response_mask][:, None] + torch.arange(6)) % 384
+    mask = SamplingMask(batch.response_mask.long() * 6, ids.flatten().int())
+    return dataclasses.replace(batch, sampling_mask=mask)
+
+
+def masses(batch: RolloutBatch) -> torch.Tensor:
+    """Of the sets, each rollout alone through a plain model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+    r3.attach(model)
+    found, sets = [], iter(batch.sampling_mask.token_ids.long().split(6))
+    for b in range(len(batch.input_ids)):
+        n = int(batch.attention_mask[b].sum())
+        routing = batch.routing.select([b])
+        taken = routing.expert_ids.long().masked_fill(~routing.validity[..., None], -1)[:, :n]
+        with torch.no_grad():
+            logits = model(input_ids=batch.input_ids[b : b + 1, :n], use_cache=False, routed_experts=taken).logits
+        shares = logits[0].double().softmax(-1)
+        found += [shares[at - 1, next(sets)].sum() for at in batch.response_mask[b].nonzero()[:, 0].tolist()]
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_the_sets_hold_of_the_trainers_own_distribution(batch, packed):
+    cut = with_sets(batch)
+    expected, overrides = masses(cut), {"trainer.use_sample_packing": packed}
+    ranks = Ranks(2)
+    try:
+        both = ranks.all(measured, overrides, cut, False)
+    finally:
+        ranks.close()
+    assert expected.min() < 0.5 * expected.mean() < 0.5, "or the two metrics could not be told apart"
+    for found in (measured(overrides, cut, False), *both):
+        assert found.metrics["rollout/set_mass_mean"] == pytest.approx(float(expected.mean()), rel=1e-3)
+        assert found.metrics["rollout/set_mass_min"] == pytest.approx(float(expected.min()), rel=1e-3)
+    assert "rollout/set_mass_mean" not in measured(overrides, batch, False).metrics
 
 
 def test_training_forwards_give_the_replayed_side_for_nothing(batch, truth):
