@@ -344,19 +344,15 @@ def test_a_sync_that_is_refused_touches_nothing_and_poisons_nothing(engine, weig
     assert greedy(engine) == reference
 
 
-def balances_experts(worker, moves):
-    worker.vllm_config.parallel_config.enable_eplb = moves
-
-
 def test_experts_that_load_balancing_moves_are_refused(engine, weights, reference, sync):
     """vLLM 0.26 on two GPUs: a sync committed, and k3 rose from 9e-4 to 0.2. Experts are not where it loads them."""
     version = following(sync)
-    engine.collective_rpc(balances_experts, args=(True,))
+    engine.collective_rpc("r3_test_load_balancing", kwargs={"moves": True})
     try:
         with pytest.raises(r3.SyncError, match="enable_eplb: expected experts that stay where they are"):
             sync.push(weights.items(), version=version)
     finally:
-        engine.collective_rpc(balances_experts, args=(False,))
+        engine.collective_rpc("r3_test_load_balancing", kwargs={"moves": False})
     assert sync.poisoned is None
     assert greedy(engine) == reference
 

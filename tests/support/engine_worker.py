@@ -44,3 +44,7 @@ class BreakableWorker(WeightSyncWorker):
 
     def r3_test_length(self, text: str) -> dict:
         return self._r3_reply(lambda state: {"length": len(text)})
+
+    def r3_test_load_balancing(self, *, moves: bool) -> list:
+        self.vllm_config.parallel_config.enable_eplb = moves
+        return []
