@@ -88,7 +88,7 @@ def ranks(request):
     made.close()
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_vllms_own_layers_are_planned_tensor_parallel_too(ranks, fused):
     """A copy a checkpoint tensor: a fused one of 32 experts too, whose gates and ups lie in turns."""
     for found in ranks.all(real_job, DEMO_MODEL, fused, timeout_s=200):

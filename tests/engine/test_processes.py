@@ -140,9 +140,8 @@ def test_two_ranks_that_share_each_row_train_with_replay_and_sync(tmp_path):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    ("sent", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_end_the_engine_too(tmp_path, sent, code):
     run = start(f"trainer.output_dir={tmp_path / 'run'}", "trainer.max_steps=1000")
     try:

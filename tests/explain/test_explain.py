@@ -113,6 +113,7 @@ def test_raw_log_probabilities_of_tempered_samples_are_named(world, settings):
     assert figures(found, "raw_logprobs")["reported"] == "temperature 1"
 
 
+@pytest.mark.long
 def test_raw_log_probabilities_of_a_nucleus_are_named(world):
     found = outcome(world.demo, world.rollouts(reported={}, **NUCLEUS))
     assert faults(found) == {"raw_logprobs"}, found

@@ -132,7 +132,7 @@ def test_metrics_are_those_of_each_rollout_alone(batch, truth, packed):
     assert {without_layer(key) for key in metrics} == expected
 
 
-@pytest.mark.parametrize("sequence_parallel_size", [1, 2])
+@pytest.mark.parametrize("sequence_parallel_size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_metrics_and_details_are_the_same_on_two_ranks(batch, truth, sequence_parallel_size):
     alone = measured({}, batch)
     ranks = Ranks(2)
@@ -174,7 +174,7 @@ def masses(batch: RolloutBatch) -> torch.Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("packed", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_what_the_sets_hold_of_the_trainers_own_distribution(batch, packed):
     cut = with_sets(batch)
     expected, overrides = masses(cut), {"trainer.use_sample_packing": packed}
