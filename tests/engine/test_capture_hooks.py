@@ -220,6 +220,7 @@ def test_a_layer_whose_hook_is_not_called_is_refused_by_its_number(hooked):
 
 
 @pytest.mark.long
+@pytest.mark.release
 def test_vllm_itself_captures_the_same_rows_or_refuses(hooked, demo_config, trainer):
     if capture_backend(pipeline_parallel_size=1) == "hooks":
         with pytest.raises(ValueError, match="AuxOutput Connector requires Model Runner V2"):
@@ -238,6 +239,7 @@ def test_vllm_itself_captures_the_same_rows_or_refuses(hooked, demo_config, trai
 
 
 @pytest.mark.long
+@pytest.mark.release
 def test_pipeline_stages_give_the_rows_of_all_layers(hooked, demo_config, trainer, capsys):
     """Hidden states go to the next stage as they are: a request alone has the same rows, bit for bit."""
     model, spec = trainer

@@ -30,6 +30,7 @@ from r3.weight_sync.engines.engine import Engine
 EXACT = [2**53 + 1, 2**63 + 5, 2**64 - 1, -(2**63)]
 PROMPT = [3, 5, 7, 11]
 DEAD = r"has died|has gone|connection failed"
+pytestmark = pytest.mark.release
 
 
 @contextlib.contextmanager

@@ -70,6 +70,7 @@ def test_every_family_with_a_router_is_here():
 
 
 @pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("name", CASES)
 def test_model_is_the_same_at_each_build(name):
     case = CASES[name]
@@ -85,6 +86,7 @@ def test_model_is_the_same_at_each_build(name):
 
 
 @pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("name", "dtype"), [(name, key) for name in OPEN for key, dtype in DTYPES.items() if dtype in CASES[name].dtypes]
 )
@@ -170,6 +172,7 @@ def _without_group_limit(case: Case, model: torch.nn.Module) -> bool:
 
 
 @pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize(("without", "least"), [(_without_corrections, 20), (_without_group_limit, 5)])
 def test_what_acts_on_the_choice_alone_does_act(without, least):
     idle, tried = [], 0
@@ -188,6 +191,7 @@ def test_what_acts_on_the_choice_alone_does_act(without, least):
 
 
 @pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("name", OPEN)
 def test_experts_implementation_is_the_one_asked_for(name, monkeypatch):
     case = CASES[name]

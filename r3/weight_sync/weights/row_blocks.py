@@ -1,12 +1,14 @@
 """How ranks share a sharded weight along its first dimension, as FSDP2 and expert parallelism share experts."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from r3.errors import SyncError
@@ -34,16 +36,21 @@ def row_blocks(tensor: Any) -> tuple[RowBlock, ...]:
         SyncError: torch shards it in an order that is not known here.
     """
     placements = getattr(tensor, "placements", ())
+    return _blocks(len(tensor), tensor.device_mesh, tuple(placements)) if placements else ()
+
+
+@lru_cache(maxsize=256)  # many weights have few layouts, and a look at torch's own waits for the device
+def _blocks(entries: int, mesh: DeviceMesh, placements: tuple[Any, ...]) -> tuple[RowBlock, ...]:
     on_rows = [at for at, placed in enumerate(placements) if type(placed) is not Replicate]
     if not on_rows or any(getattr(placements[at], "dim", None) != 0 for at in on_rows):
         return ()
     # `_StridedShard`: FSDP2 shards, from the left of the mesh, what those to its right have sharded before.
     strided = [at for at in on_rows if hasattr(placements[at], "split_factor")]
     order = [*(at for at in on_rows if at not in strided), *reversed(strided)]
-    ranks = tensor.device_mesh.mesh.numpy()
+    ranks = mesh.mesh.numpy()
     held: dict[tuple[int, int], list[int]] = {}
     for coordinate, rank in np.ndenumerate(ranks):
-        first, last = 0, len(tensor)
+        first, last = 0, entries
         for at in order:
             rows = -(-(last - first) // ranks.shape[at])  # as torch.chunk parts them
             first = min(first + rows * coordinate[at], last)
@@ -51,7 +58,7 @@ def row_blocks(tensor: Any) -> tuple[RowBlock, ...]:
         if first < last:
             held.setdefault((first, last), []).append(int(rank))
     blocks = tuple(RowBlock(first, last, tuple(sorted(ranks))) for (first, last), ranks in sorted(held.items()))
-    _require_as_torch(tensor, blocks)
+    _require_as_torch(entries, mesh, placements, blocks)
     return blocks
 
 
@@ -85,14 +92,16 @@ def gathered_block(tensor: Any, block: RowBlock) -> Tensor:
     return gathering.whole(whole) if gathering is not None else on_mesh(whole).full_tensor()  # pyrefly: ignore
 
 
-def _require_as_torch(tensor: Any, blocks: tuple[RowBlock, ...]) -> None:
+def _require_as_torch(
+    entries: int, mesh: DeviceMesh, placements: tuple[Any, ...], blocks: tuple[RowBlock, ...]
+) -> None:
     """What torch itself gives this rank of a weight that numbers its entries."""
-    mesh, rank = tensor.device_mesh, dist.get_rank()
-    numbers = torch.arange(len(tensor), device=mesh.device_type)
-    held = distribute_tensor(numbers, mesh, tensor.placements, src_data_rank=None).to_local().tolist()
+    rank = dist.get_rank()
+    numbers = torch.arange(entries, device=mesh.device_type)
+    held = distribute_tensor(numbers, mesh, placements, src_data_rank=None).to_local().tolist()
     expected = [list(range(block.first, block.last)) for block in blocks if rank in block.holders] or [[]]
     if [held] != expected:
         raise SyncError(
-            f"a weight of {len(tensor)} entries, sharded {tensor.placements} over {mesh}: expected rank {rank} to hold "
+            f"a weight of {entries} entries, sharded {placements} over {mesh}: expected rank {rank} to hold "
             f"the entries {expected[0]}, got {held}"
         )
