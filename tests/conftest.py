@@ -27,7 +27,7 @@ _TRAINERS = {"trl": "trl", "verl": "verl", "skyrl": "skyrl", "swift": "ms-swift"
 collect_ignore = [f"trainers/{folder}" for folder, package in _TRAINERS.items() if installed_version(package) is None]
 
 # The same examples in every run, so that a run fails for what it changed; --hypothesis-profile=default draws new ones.
-hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 
 # Processes that tests start import as the tests do: engines find worker extensions by name.

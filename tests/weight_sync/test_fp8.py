@@ -230,12 +230,20 @@ def save_fp8(model: nn.Module, folder, config: dict) -> None:
     save_file({name: gathered(source).contiguous().clone() for name, source in named}, folder / "model.safetensors")
 
 
-def _loads(folder: str, ignored: list[str], fused: bool) -> None:
-    """Everything that vLLM declares is loaded, and dequantises to the trainer's weights; nothing else is sent."""
+def _loads(folder: str, ignored: list[str], fused: bool) -> str | None:
+    """Everything that vLLM declares is loaded, and dequantises to the trainer's weights; nothing else is sent.
+
+    Returns what vLLM says where it has no kernel for this CPU.
+    """
     model = tiny_moe(torch.bfloat16, **SIZES)
     config = QUANTIZATION | dict(ignored_layers=ignored)
     named = quantised(named_weights(model, fused_experts=fused), config)
-    engine, load = vllm_model(config_of(folder))
+    try:
+        engine, load = vllm_model(config_of(folder))
+    except ValueError as error:
+        if "Failed to find a kernel" not in str(error):
+            raise
+        return str(error)  # vLLM 0.31 and 0.32 have FP8 kernels for some CPUs alone
     empty = check_finite_engine(engine)
     weights = {n: p for n, p in declared(engine).items() if p.dtype == torch.float8_e4m3fn or "_scale_inv" in n}
     assert {problem.partition(":")[0] for problem in empty} == set(weights), "unloaded memory is not found"
@@ -267,13 +275,16 @@ def _loads(folder: str, ignored: list[str], fused: bool) -> None:
     for name in ignored:
         if name + ".weight" in found:
             assert found[name + ".weight"].dtype == torch.bfloat16
+    return None
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.parametrize("more", [[], ["model.layers.2.mlp.experts.1.up_proj"]], ids=["usual", "experts"])
 def test_vllm_loads_it(process, tmp_path, more, fused):
     save_fp8(tiny_moe(torch.bfloat16, **SIZES), tmp_path, QUANTIZATION | dict(ignored_layers=IGNORED + more))
-    process.all(_loads, str(tmp_path), IGNORED + more, fused, timeout_s=240)
+    (no_kernel,) = process.all(_loads, str(tmp_path), IGNORED + more, fused, timeout_s=240)
+    if no_kernel is not None:
+        pytest.skip(no_kernel)
 
 
 def _agree(prefixes: list[str], lists: list[list[str]]) -> list[str]:
