@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import r3
+from r3 import numerics
 from r3.config import R3Config
 from r3.experts import use_experts
 from r3.parallel import (
@@ -48,6 +49,8 @@ class Policy:
         from transformers import AutoTokenizer
 
         policy = config.trainer.policy
+        if policy.numerics == "matched":
+            numerics.prepare()
         self.temperature = config.generator.sampling_params.temperature
         self.fused_experts = config.generator.inference_engine.weight_sync.fused_experts
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
@@ -91,6 +94,8 @@ class Policy:
         if trained and capture:
             self.replay = r3.attach(model, required=fsdp.moe_enable_routing_replay)
         head = fused_head(model)
+        if trained and policy.numerics == "matched":
+            numerics.match_engine(model, head)
         if self.sliced:
             ulysses(model, self.mesh.sequence_group, barrier=self.barrier if dist.get_world_size() > 1 else None)
         if trained and fsdp.gradient_checkpointing:

@@ -48,6 +48,9 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
         kwargs["kv_cache_memory_bytes"] = int(engine.cpu_kv_cache_gib * 2**30)
     else:
         kwargs["gpu_memory_utilization"] = engine.gpu_memory_utilization
+    if config.trainer.policy.numerics == "matched":
+        # Compiled code would round norms in another place; graphs of decoding alone change nothing.
+        kwargs["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     more = capture_kwargs(pipeline_parallel_size=engine.pipeline_parallel_size, capture=captures)
     return kwargs | {name: value for name, value in more.items() if name != "enforce_eager"}
 
@@ -137,8 +140,11 @@ def running_engine(config: R3Config) -> Iterator[Any]:
     from vllm import LLM
 
     in_process = config.generator.inference_engine.in_process
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if in_process else {}
+    if config.trainer.policy.numerics == "matched":
+        variables["VLLM_BATCH_INVARIANT"] = "1"
     with terminated_by_exception():
-        with environment(VLLM_ENABLE_V1_MULTIPROCESSING="0") if in_process else contextlib.nullcontext():
+        with environment(**variables):
             engine = LLM(**engine_kwargs(config))
         try:
             yield engine

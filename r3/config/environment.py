@@ -1,7 +1,7 @@
 """The only reader of the environment."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 
@@ -18,6 +18,11 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def set_variables(values: Mapping[str, str]) -> None:
+    """Environment variables of this process and those that it starts from now on."""
+    os.environ.update(values)
 
 
 def variables(names: Sequence[str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from r3.config.fields import (
 SINKS = ("tensorboard", "trackio", "wandb", "ray")
 CORRECTIONS = ("none", "tis", "mis", "icepop", "gspo")
 SCHEDULERS = ("constant", "linear", "cosine")
+NUMERICS = ("own", "matched")
 LEVELS = ("token", "sequence")
 ENGINE_FAULTS = ("repetition", "logprobs", "selection")
 MOST_REPEAT_NATS = 0.1
@@ -92,6 +93,13 @@ class PolicyConfig:
         "transformers (5.23 or later). Must divide the ranks, and the model's experts; 1 for none.",
         at_least(1),
         unit="ranks",
+    )
+    numerics: str = setting(
+        "own",
+        "`matched` gives the trainer log-probabilities that are the engine's to the last bit: the engine is "
+        "batch-invariant, and its kernels give the values of the trainer's forward. On a Hopper GPU, of qwen3_moe and "
+        "qwen3 (`docs/reference/numerics.md`). `own` leaves both sides their own kernels.",
+        one_of(NUMERICS),
     )
     model: ModelConfig = part(ModelConfig)
     fsdp_config: FSDPConfig = part(FSDPConfig)

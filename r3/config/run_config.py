@@ -91,6 +91,7 @@ class R3Config:
                 "num_engines above 1: the one engine that the run starts is idle in a sync"
             )
         problems += self._problems_in_process()
+        problems += self._problems_of_numerics()
         policy = self.trainer.policy
         if policy.expert_parallel_size > 1 and policy.fsdp_config.param_dtype == "float16":
             problems.append(
@@ -130,6 +131,33 @@ class R3Config:
                 f"{own} process, where it would take turns with the training beside it: expected "
                 f"trainer.max_staleness=0, got {self.trainer.max_staleness}; take `ipc` for an engine beside it"
             )
+        return problems
+
+    def _problems_of_numerics(self) -> list[str]:
+        """What computes in another order than one worker of a batch-invariant engine, or was not compared."""
+        policy, engine = self.trainer.policy, self.generator.inference_engine
+        if policy.numerics == "own":
+            return []
+        wanted: dict[str, tuple[Any, Any]] = {
+            "trainer.policy.fsdp_config.param_dtype": (policy.fsdp_config.param_dtype, "bfloat16"),
+            "trainer.policy.sequence_parallel_size": (policy.sequence_parallel_size, 1),
+            "trainer.policy.expert_parallel_size": (policy.expert_parallel_size, 1),
+            "trainer.policy.model.use_liger_kernel": (policy.model.use_liger_kernel, False),
+            "generator.inference_engine.dtype": (engine.dtype, "bfloat16"),
+            "generator.inference_engine.tensor_parallel_size": (engine.tensor_parallel_size, 1),
+            "generator.inference_engine.pipeline_parallel_size": (engine.pipeline_parallel_size, 1),
+        }
+        matched = "trainer.policy.numerics=matched"
+        problems = [
+            f"{matched} needs {name}={right}, got {got}" for name, (got, right) in wanted.items() if got != right
+        ]
+        if engine.in_process:
+            problems.append(
+                f"{matched} needs an engine in a process of its own, got weight_sync.transport=in_process: "
+                "batch-invariant, vLLM replaces operators of torch in its whole process, in the trainer's gradients too"
+            )
+        if self.generator.sampling_params.truncated:
+            problems.append(f"{matched} needs sampling from the whole vocabulary: no top_k, top_p or min_p")
         return problems
 
     def _problems_of_ranks(self, ranks: int) -> list[str]:

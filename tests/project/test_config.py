@@ -76,6 +76,23 @@ def test_bad_settings_are_refused_by_name(pair, message):
         R3Config.from_overrides([pair])
 
 
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["generator.inference_engine.tensor_parallel_size=2"], "needs generator.*tensor_parallel_size=1, got 2"),
+        (["trainer.policy.sequence_parallel_size=2"], "needs trainer.policy.sequence_parallel_size=1, got 2"),
+        (["trainer.policy.fsdp_config.param_dtype=float32"], "needs .*param_dtype=bfloat16, got float32"),
+        (["generator.inference_engine.weight_sync.transport=in_process"], "an engine in a process of its own"),
+        (["generator.sampling_params.top_k=8"], "sampling from the whole vocabulary"),
+    ],
+)
+def test_numerics_that_cannot_match_are_refused(pairs, message):
+    R3Config.from_overrides(["trainer.policy.numerics=matched"])
+    R3Config.from_overrides(pairs)
+    with pytest.raises(ConfigError, match=f"trainer.policy.numerics=matched.*{message}"):
+        R3Config.from_overrides(["trainer.policy.numerics=matched", *pairs])
+
+
 def test_settings_that_the_number_of_ranks_contradicts_are_refused():
     config = R3Config.from_overrides(["trainer.policy.sequence_parallel_size=2"])
     config.check(ranks=2)

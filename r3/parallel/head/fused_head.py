@@ -8,6 +8,7 @@ pass.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from r3.engine_value import with_value
 from r3.errors import ParallelError
 from r3.own_methods import BELOW_HOOK, code_of
 from r3.parallel.head.after_head import REMEDY, AfterHead, find_after_head
@@ -24,6 +26,9 @@ from r3.parallel.head.scores import TokenScores, score
 from r3.sampling_mask import SamplingMask
 
 _SLOT = "_r3_fused_head"
+
+EngineLogprobs = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""Of hidden states `[T, H]`, weight `[V, H]`, labels `[T]` and temperature: float32 `[T]`, without gradient."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +43,7 @@ class _Request:
     temperature: float
     sampling_mask: SamplingMask | None
     details: bool
+    engine_logprobs: EngineLogprobs | None = None
     found: tuple[Tensor, ...] | None = None
 
 
@@ -59,6 +65,7 @@ class FusedHead:
 
     Attributes:
         after: what the model does to its head's product.
+        engine_logprobs: takes the place of the values of `logprobs`, whose gradients stay; set by `r3.numerics`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -67,6 +74,7 @@ class FusedHead:
         _require_idle(inner, head)
         _require_linear(inner, head)
         self.after = find_after_head(inner)
+        self.engine_logprobs: EngineLogprobs | None = None
         self._head: Any = head
         # Below accelerate's hooks, as replay is.
         self._name = BELOW_HOOK if BELOW_HOOK in head.__dict__ else "forward"
@@ -120,6 +128,7 @@ class FusedHead:
     def _score(self, model: nn.Module, request: _Request, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         if self._head.__dict__.get(_SLOT) is not self._activity:
             raise ParallelError("this handle was detached from its head: make another with r3.parallel.fused_head")
+        request.engine_logprobs = self.engine_logprobs
         before, self._activity.request = self._activity.request, request
         try:
             carried = model(**inputs).logits
@@ -199,6 +208,9 @@ def _scored(head: Any, hidden: Tensor, request: _Request, after: Any) -> Tensor:
         sampling_mask=request.sampling_mask,
         details=request.details,
     )
+    if request.engine_logprobs is not None:
+        flat = hidden.detach().flatten(0, -2), weight.detach(), request.labels.flatten()
+        logprobs = with_value(logprobs, request.engine_logprobs(*flat, request.temperature).view(logprobs.shape))
     request.found = (logprobs.detach(), *rest)
     # Zeros, which scaling and a soft cap leave; only the gradient is carried, past the scale that comes.
     return (logprobs - logprobs.detach())[..., None] / after.scale

@@ -1,0 +1,300 @@
+"""What is left of the training-inference gap: with replay, with an engine's own numerics, and by term.
+
+    python -m benchmarks.gap                       # a MoE and its dense twin, one seed
+    python -m benchmarks.gap --seeds 0 1 2 --family qwen3_moe
+
+A small language model is trained (`benchmarks.language_models`). Two vLLM engines sample from it with CUDA graphs: one
+with vLLM's defaults, and one for `trainer.policy.numerics=matched`, batch-invariant. The trainer scores the sampled
+tokens in bfloat16, live and replayed, with its own kernels and matched; and matched but for one term, which it computes
+as transformers does. Each process does one thing, so that no setting of one reaches another. One JSON line for each
+engine and way: k3 in nats, its standard error, the share of tokens whose log-probability is not the engine's to the
+last bit, the largest difference; tokens per second of the engine, and of forward and backward.
+
+It checks itself: replay must lower k3, all tokens that are matched must be equal, and the first forward of each block
+is compared with the model's own (`r3.numerics`).
+
+Predicted before the first whole run, on an H200: k3 replayed 3.5e-5 and of the dense twin 4e-5, of either engine;
+matched 0 in all tokens, live and replayed alike, since equal numbers choose equal experts. Of the terms the experts and
+the norms make most, 1e-5 each, then attention, rope and router; the linear layers nothing, as cuBLAS and vLLM's kernel
+sum in the same order on this GPU; the head 1e-7. The batch-invariant engine samples at 0.6 of the other's rate, and the
+trainer's forward and backward take 1.5 times as long.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.machine import machine
+
+PROMPT = 64
+ROWS = 32  # of a forward
+ENGINES = {"default": "own", "batch_invariant": "matched"}
+
+
+def settings(folder: Path, numerics: str, options: argparse.Namespace) -> Any:
+    from r3 import R3Config
+
+    engine = "generator.inference_engine"
+    moe = "moe" in json.loads((folder / "config.json").read_text())["model_type"]
+    return R3Config.from_overrides(
+        [
+            f"trainer.policy.model.path={folder}",
+            f"trainer.policy.numerics={numerics}",
+            f"trainer.policy.fsdp_config.moe_enable_routing_replay={str(moe).lower()}",
+            f"trainer.diagnostics.alarms.enabled={str(moe).lower()}",
+            f"{engine}.enable_return_routed_experts={str(moe).lower()}",
+            f"{engine}.max_model_len={PROMPT + options.length + 16}",
+            f"{engine}.enforce_eager=false",
+            f"{engine}.gpu_memory_utilization=0.5",
+            f"{engine}.max_num_seqs={options.sequences}",
+            f"generator.sampling_params.max_generate_length={options.length}",
+        ]
+    )
+
+
+def sample(folder: Path, name: str, options: argparse.Namespace) -> None:
+    """Rollouts of one engine, kept in `folder`, and its tokens per second in the second of two equal batches."""
+    import vllm
+
+    import r3
+    from benchmarks.language_models import Corpus
+    from r3.capture import collect, running_engine, save_rollouts
+
+    config = settings(folder, ENGINES[name], options)
+    prompts = Corpus.of("cpu").batch(options.sequences, PROMPT, torch.Generator().manual_seed(7), held_out=True)
+    inputs = [{"prompt_token_ids": row} for row in prompts.tolist()]
+    sampling = r3.capture.sampling_kwargs(config) | {"ignore_eos": True, "n": 1}
+    made = partial(vllm.LLM, skip_tokenizer_init=True)
+    with mock.patch.object(vllm, "LLM", made), running_engine(config) as engine:
+        for _ in range(2):
+            started = time.perf_counter()
+            outputs = engine.generate(inputs, vllm.SamplingParams(**sampling), use_tqdm=False)
+            seconds = time.perf_counter() - started
+    spec = None
+    if config.generator.inference_engine.enable_return_routed_experts:
+        from transformers import AutoModelForCausalLM
+
+        spec = r3.attach(AutoModelForCausalLM.from_pretrained(folder)).spec
+    rollouts = collect(outputs, spec)
+    save_rollouts(rollouts, folder / f"{name}.safetensors")
+    rate = options.sequences * options.length / seconds
+    print(json.dumps({"sampled_by": name, "engine_tokens_per_s": round(rate)}), flush=True)
+
+
+class Trainer:
+    """The checkpoint in bfloat16 with replay, and how it scores a batch of rollouts."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        import r3
+        from r3.experts import use_experts
+        from r3.parallel import fused_head
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
+        use_experts(self.model)
+        self.replay = r3.attach(self.model) if "moe" in self.model.config.model_type else None
+        self.head = fused_head(self.model)
+
+    def logprobs(self, batch: Any, rows: slice, *, replayed: bool) -> Tensor:
+        """Float32 `[R, S]`, entry t of token t."""
+        ids = batch.input_ids[rows].cuda()
+        labels = torch.full_like(ids, -100)
+        labels[:, :-1] = ids[:, 1:].masked_fill(~batch.response_mask[rows, 1:].cuda(), -100)
+        routing = {"routed_experts": batch.routing[rows]} if replayed else {}
+        mask = batch.attention_mask[rows].cuda()
+        scored = self.head.logprobs(self.model, labels, input_ids=ids, attention_mask=mask, use_cache=False, **routing)
+        return F.pad(scored[:, :-1], (1, 0))
+
+    @torch.no_grad()
+    def compare(self, batch: Any, *, replayed: bool) -> dict[str, float]:
+        rows = len(batch.input_ids)
+        found = [self.logprobs(batch, slice(i, i + ROWS), replayed=replayed) for i in range(0, rows, ROWS)]
+        mask = batch.response_mask.cuda()
+        apart = (torch.cat(found) - batch.logprobs.cuda())[mask].double()
+        k3 = apart.exp() - 1 - apart
+        return {
+            "k3": k3.mean().item(),
+            "k3_error": (k3.std() / len(k3) ** 0.5).item(),
+            "not_equal": (apart != 0).double().mean().item(),
+            "largest": apart.abs().max().item(),
+            "tokens": len(apart),
+        }
+
+    def tokens_per_second(self, batch: Any, *, replayed: bool) -> float:
+        """Of forward and backward, the best of three after one that warms up."""
+        best = float("inf")
+        for _ in range(4):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            self.logprobs(batch, slice(0, ROWS), replayed=replayed).sum().backward()
+            torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - started)
+            self.model.zero_grad(set_to_none=True)
+        return ROWS * batch.input_ids.shape[1] / best
+
+
+def _own_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _own_rotate(query: Tensor, key: Tensor, positions: Tensor, cache: Tensor) -> None:
+    cos, sin = (part.repeat(1, 2)[:, None] for part in cache[positions].chunk(2, -1))
+    for heads in (query, key):
+        first, second = heads.chunk(2, -1)
+        heads.copy_(heads * cos + torch.cat((-second, first), -1) * sin)
+
+
+def _own_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
+    count = len(bounds) - 1  # all of one length here
+    heads = [t.view(count, longest, *t.shape[1:]).transpose(1, 2) for t in (query, key, value)]
+    found = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)
+    return found.transpose(1, 2).reshape(query.shape)
+
+
+def _own_weights(logits: Tensor, ids: Tensor, *, renormalize: bool) -> Tensor:
+    weights = logits.float().softmax(-1).gather(1, ids.long())
+    weights = weights / weights.sum(-1, keepdim=True) if renormalize else weights
+    return weights.to(logits.dtype).float()
+
+
+def _own_experts(hidden: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    total = torch.zeros_like(hidden)
+    for expert in range(len(gate_up)):
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(hidden[token], gate_up[expert]).chunk(2, -1)
+        part = F.linear(F.silu(gate) * up, down[expert]) * weights[token, slot, None]
+        total.index_add_(0, token, part.to(total.dtype))
+    return total
+
+
+def _own_silu_and_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+TERMS: dict[str, dict[str, Callable]] = {
+    "linear layers": {"linear": F.linear},
+    "norms": {"rms_norm": _own_norm, "added_rms_norm": _own_norm},
+    "rope": {"rotate": _own_rotate},
+    "attention": {"attention": _own_attention},
+    "router weights": {"softmax_weights": _own_weights},
+    "experts": {"experts": _own_experts},
+    "silu": {"silu_and_mul": _own_silu_and_mul},
+}
+
+
+@contextlib.contextmanager
+def as_transformers(*terms: str) -> Iterator[None]:
+    """In this context these terms of a matched model are computed as transformers does."""
+    from r3.vllm_compat import kernels
+
+    with contextlib.ExitStack() as stack:
+        for term in terms:
+            for name, own in TERMS[term].items():
+                stack.enter_context(mock.patch.object(kernels, name, own))
+        yield
+
+
+def tell(engine: str, way: str, found: dict[str, float]) -> dict[str, float]:
+    shown = {key: float(f"{value:.4g}") for key, value in found.items()}
+    print(json.dumps({"engine": engine, "trainer": way} | shown), flush=True)
+    return found
+
+
+def tell_speed(engine: str, way: str, rate: float) -> None:
+    print(json.dumps({"engine": engine, "trainer": way, "trainer_tokens_per_s": round(rate)}), flush=True)
+
+
+def own(folder: Path, name: str, options: argparse.Namespace) -> None:
+    """Compare the trainer with one engine's rollouts, each with its own kernels."""
+    from r3.capture import load_rollouts
+
+    batch, trainer = load_rollouts(folder / f"{name}.safetensors").batch(0), Trainer(folder)
+    moe = trainer.replay is not None
+    live = tell(name, "live", trainer.compare(batch, replayed=False))
+    if moe:
+        replayed = tell(name, "replayed", trainer.compare(batch, replayed=True))
+        if not replayed["k3"] < live["k3"]:
+            raise SystemExit(f"gap: expected replay to lower k3, got {live['k3']:.3g}, replayed {replayed['k3']:.3g}")
+    tell_speed(name, "own", trainer.tokens_per_second(batch, replayed=moe))
+
+
+def matched(folder: Path, name: str, options: argparse.Namespace) -> None:
+    """Compare a trainer that has the batch-invariant engine's values with one engine's rollouts."""
+    from r3 import numerics
+    from r3.capture import load_rollouts
+
+    numerics.prepare()
+    batch, trainer = load_rollouts(folder / f"{name}.safetensors").batch(0), Trainer(folder)
+    moe = trainer.replay is not None
+    handle = numerics.match_engine(trainer.model, trainer.head)
+    found = tell(name, "matched", trainer.compare(batch, replayed=moe))
+    if handle.unchecked:
+        raise SystemExit(f"gap: expected all blocks to run, these did not: {handle.unchecked}")
+    if moe:
+        tell(name, "matched, live", trainer.compare(batch, replayed=False))
+    tell_speed(name, "matched", trainer.tokens_per_second(batch, replayed=moe))
+    if name != "batch_invariant":
+        return
+    for term, functions in TERMS.items():
+        if moe or not {"softmax_weights", "experts"} & functions.keys():
+            with as_transformers(term):
+                tell(name, f"matched but for {term}", trainer.compare(batch, replayed=moe))
+    trainer.head.engine_logprobs = None
+    tell(name, "matched but for head", trainer.compare(batch, replayed=moe))
+    if found["not_equal"]:
+        raise SystemExit(f"gap: expected all tokens to be equal, got {found['not_equal']:.3g} of them that are not")
+
+
+def run(*arguments: Any) -> None:
+    command = [sys.executable, "-m", "benchmarks.gap", *map(str, arguments)]
+    # A fork of a process whose threads have computed can stand still in the engine.
+    subprocess.run(command, check=True, env=os.environ | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", nargs="+", default=["qwen3_moe", "qwen3"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=400, help="of training the model")
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--length", type=int, default=512, help="sampled tokens of each")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "r3-gap")
+    parser.add_argument("--do", nargs=3, metavar=("WHAT", "FOLDER", "ENGINE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.do:
+        what, folder, name = options.do
+        {"sample": sample, "own": own, "matched": matched}[what](Path(folder), name, options)
+        return
+    print(json.dumps(machine(torch.device("cuda"))), flush=True)
+    sizes = ("--sequences", options.sequences, "--length", options.length)
+    for seed in options.seeds:
+        for family in options.family:
+            folder = options.folder / f"{family}-{seed}-{options.steps}"
+            if not (folder / "config.json").exists():
+                made = ("-m", "benchmarks.language_models", family, folder, "--steps", options.steps, "--seed", seed)
+                subprocess.run([sys.executable, *map(str, made)], check=True)
+            print(json.dumps({"family": family, "seed": seed}), flush=True)
+            for name in ENGINES:
+                for what in ("sample", "own", "matched"):
+                    run("--do", what, folder, name, *sizes)
+
+
+if __name__ == "__main__":
+    main()

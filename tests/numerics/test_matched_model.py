@@ -1,0 +1,187 @@
+"""The trainer's forward with the engine's values: the mechanism, with stand-ins for the engine's kernels on a CPU.
+
+What vLLM's own kernels give is seen on a GPU alone (tests/numerics/test_matched_engine.py, benchmarks/gap.py).
+"""
+
+import engine_kernels
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+
+import r3
+from r3 import ConfigError, ReplayError, UnsupportedModelError
+from r3.numerics import match_engine
+from r3.parallel import fused_head
+from r3.routing import Packing
+from r3.vllm_compat import kernels
+
+SIZES = dict(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=80,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+    tie_word_embeddings=False,
+)
+LENGTHS = (9, 5, 12)
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    for name in dir(engine_kernels):
+        if not name.startswith("_") and callable(getattr(kernels, name, None)) and name != "Tensor":
+            monkeypatch.setattr(kernels, name, getattr(engine_kernels, name))
+    monkeypatch.setattr(kernels, "require_prepared", lambda: None)
+
+
+def build(kind="moe", **changes):
+    torch.manual_seed(0)
+    if kind == "moe":
+        config = Qwen3MoeConfig(
+            num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True, **SIZES | changes
+        )
+    else:
+        config = Qwen3Config(intermediate_size=48, **SIZES | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # norms of ones would hide which weight is read
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model.to(torch.bfloat16)
+
+
+def rollouts():
+    """Padded ids and mask of three sequences, and random routing `[3, 12, 3, 2]`."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 64, (3, max(LENGTHS)), generator=generator)
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    routing = torch.rand(3, max(LENGTHS), 3, 8, generator=generator).topk(2).indices
+    return ids * mask, mask, routing
+
+
+def engine_logprobs(model, ids, mask, routing, temperature):
+    """`[B, S]` by each sequence alone, entry t of token t + 1; 0 where there is none."""
+    found = torch.zeros(ids.shape)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        chosen = None if routing is None else routing[row, :length]
+        hidden = engine_kernels.by_layers(model, ids[row, :length], chosen)
+        labels = torch.cat((ids[row, 1:length], torch.tensor([-100])))
+        found[row, :length] = engine_kernels.token_logprobs(hidden, model.lm_head.weight, labels, temperature)
+    return found
+
+
+def labels_of(ids, mask):
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+    return labels
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "checkpointed"])
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_log_probabilities_are_the_engines_to_the_last_bit(kind, layout):
+    model = build(kind)
+    ids, mask, routing = rollouts()
+    replay = r3.attach(model) if kind == "moe" else None
+    head = fused_head(model)
+    handle = match_engine(model, head)
+    routed = (
+        {} if replay is None else {"routed_experts": replay.routing(routing.masked_fill(~mask[..., None, None], -1))}
+    )
+    inputs = dict(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+    labels = labels_of(ids, mask)
+    if layout == "packed":
+        packing = Packing.from_mask(mask, row_length=24)
+        inputs = dict(input_ids=packing.pack(ids), position_ids=packing.position_ids(), use_cache=False)
+        labels = packing.pack(labels, fill=-100)
+        routed = {name: value.pack(packing) for name, value in routed.items()}
+    if layout == "checkpointed":
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    logprobs = head.logprobs(model, labels, temperature=0.7, **inputs, **routed)
+    logprobs.sum().backward()
+    found = packing.unpack(logprobs) if layout == "packed" else logprobs
+    expected = engine_logprobs(model, ids, mask, routing if kind == "moe" else None, 0.7)
+    assert torch.equal(found.detach() * mask, expected)
+    assert not handle.unchecked
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gradients_are_the_models_own():
+    """But for the rounding of the values that they are taken at, the gate's among them."""
+    ids, mask, routing = rollouts()
+    gradients = []
+    for matched in (False, True):
+        model = build()
+        replay, head = r3.attach(model), fused_head(model)
+        if matched:
+            handle = match_engine(model, head)
+        logprobs = head.logprobs(
+            model, labels_of(ids, mask), input_ids=ids, attention_mask=mask.long(), use_cache=False,
+            routed_experts=replay.routing(routing.masked_fill(~mask[..., None, None], -1)),
+        )  # fmt: skip
+        logprobs.sum().backward()
+        gradients.append({name: p.grad.float() for name, p in model.named_parameters()})
+        if matched:
+            handle.detach()
+    for name, own in gradients[0].items():
+        apart = (gradients[1][name] - own).norm() / own.norm()
+        assert apart < 0.1, (name, apart)  # of values that differ by rounding
+    gate = next(name for name in gradients[0] if name.endswith("gate.weight"))
+    assert gradients[1][gate].norm() > 0
+
+
+def test_detached_it_is_what_it_was():
+    model = build()
+    ids, mask, _ = rollouts()
+    inputs = dict(input_ids=ids, attention_mask=mask.long(), use_cache=False)
+    before = model(**inputs).logits
+    handle = match_engine(model, fused_head(model))
+    assert not torch.equal(model(**inputs).logits, before)
+    handle.detach()
+    handle.detach()
+    assert torch.equal(model(**inputs).logits, before)
+
+
+def test_a_block_that_computes_something_else_is_refused_at_its_first_forward(monkeypatch):
+    def gemma_norm(x, weight, eps):
+        return engine_kernels.added_rms_norm(x, weight + 1, eps)
+
+    monkeypatch.setattr(kernels, "added_rms_norm", gemma_norm)
+    model = build()
+    match_engine(model)
+    with pytest.raises(UnsupportedModelError, match=r"post_attention_layernorm .*Qwen3MoeRMSNorm.*relative error"):
+        model(input_ids=rollouts()[0], use_cache=False)
+
+
+def test_what_cannot_be_matched_is_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match=r"head_dim 64: .*decoding"):
+        match_engine(build(head_dim=64))
+    with pytest.raises(UnsupportedModelError, match="olmoe: expected one of qwen3, qwen3_moe"):
+        match_engine(AutoModelForCausalLM.from_config(_olmoe()))
+    ids, mask, _ = rollouts()
+    model = build()
+    match_engine(model)
+    with pytest.raises(ReplayError, match="padding before it"):
+        model(input_ids=ids.flip(1), attention_mask=mask.flip(1).long(), use_cache=False)
+    wide = build().float()
+    match_engine(wide)
+    with pytest.raises(ReplayError, match=r"bfloat16 in eager mode, got torch\.float32"):
+        wide(input_ids=ids, use_cache=False)
+
+
+def _olmoe():
+    from transformers import OlmoeConfig
+
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
+    return OlmoeConfig(num_experts=8, num_experts_per_tok=2, intermediate_size=16, **sizes)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.undo()
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match="no NVIDIA GPU here"):
+        match_engine(build())

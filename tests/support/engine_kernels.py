@@ -1,0 +1,107 @@
+"""Stand-ins for the engine's kernels on a CPU: the same functions in PyTorch, rounded where vLLM's GPU kernels round.
+
+`by_layers` is a Qwen3 decoder written from them as vLLM writes it: what a matched model must equal bit for bit.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """In float32, rounded once: not what PyTorch's bfloat16 product gives on every CPU."""
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt().reciprocal() * weight.float()).to(x.dtype)
+
+
+def added_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype) * weight
+
+
+def rotation(head_size: int, positions: int, parameters: dict, dtype: torch.dtype) -> Tensor:
+    inverse = 1 / parameters["rope_theta"] ** (torch.arange(0, head_size, 2).float() / head_size)
+    angles = torch.outer(torch.arange(positions).float(), inverse)
+    return torch.cat((angles.cos(), angles.sin()), -1).to(dtype)
+
+
+def rotate(query: Tensor, key: Tensor, positions: Tensor, cache: Tensor) -> None:
+    cos, sin = cache[positions].float()[:, None].chunk(2, -1)
+    for heads in (query, key):
+        first, second = heads.float().chunk(2, -1)
+        heads.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), -1))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:
+    output = torch.empty_like(query)
+    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        assert end - begin <= longest
+        parts = [t[begin:end].transpose(0, 1).float()[None] for t in (query, key, value)]
+        found = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scale, enable_gqa=True)
+        output[begin:end] = found[0].transpose(0, 1).to(query.dtype)
+    return output
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def softmax_weights(logits: Tensor, ids: Tensor, *, renormalize: bool) -> Tensor:
+    weights = logits.float().softmax(-1).gather(1, ids.long())
+    return weights * weights.sum(-1, keepdim=True).reciprocal() if renormalize else weights
+
+
+def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    rows = []
+    for state, chosen, share in zip(hidden, ids.long(), weights, strict=True):
+        inner = silu_and_mul(torch.stack([linear(state, gate_up[e]) for e in chosen]))
+        parts = torch.stack([F.linear(i.float(), down[e].float()) for i, e in zip(inner, chosen, strict=True)])
+        rows.append((parts * share[:, None]).to(hidden.dtype).float().sum(0).to(hidden.dtype))
+    return torch.stack(rows)
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    logits = F.linear(hidden.float(), weight.float()) / temperature
+    return logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0].masked_fill(labels < 0, 0)
+
+
+@torch.no_grad()
+def by_layers(model, ids: Tensor, routing: Tensor | None) -> Tensor:
+    """The last hidden states `[T, H]` of one sequence `[T]`, with the experts `[T, L, K]`."""
+    config, decoder = model.config, model.model
+    width, cache = config.head_dim, rotation(config.head_dim, 64, config.rope_parameters, torch.bfloat16)
+    residual = decoder.embed_tokens.weight[ids]
+    update = None
+    for index, layer in enumerate(decoder.layers):
+        attended, norm = layer.self_attn, layer.input_layernorm
+        if update is None:
+            states = rms_norm(residual, norm.weight, norm.variance_epsilon)
+        else:
+            residual = residual + update
+            states = added_rms_norm(residual, norm.weight, norm.variance_epsilon)
+        heads = [
+            linear(states, part.weight).view(len(ids), -1, width)
+            for part in (attended.q_proj, attended.k_proj, attended.v_proj)
+        ]
+        query = rms_norm(heads[0], attended.q_norm.weight, attended.q_norm.variance_epsilon)
+        key = rms_norm(heads[1], attended.k_norm.weight, attended.k_norm.variance_epsilon)
+        rotate(query, key, torch.arange(len(ids)), cache)
+        bounds = torch.tensor([0, len(ids)])
+        mixed = attention(query, key, heads[2], bounds, len(ids), width**-0.5).flatten(1)
+        residual = residual + linear(mixed, attended.o_proj.weight)
+        norm = layer.post_attention_layernorm
+        states = added_rms_norm(residual, norm.weight, norm.variance_epsilon)
+        mlp = layer.mlp
+        if routing is None:
+            gate_up = torch.cat((linear(states, mlp.gate_proj.weight), linear(states, mlp.up_proj.weight)), -1)
+            update = linear(silu_and_mul(gate_up), mlp.down_proj.weight)
+            continue
+        chosen = routing[:, index]
+        weights = softmax_weights(linear(states, mlp.gate.weight), chosen, renormalize=config.norm_topk_prob)
+        update = experts(states, mlp.experts.gate_up_proj, mlp.experts.down_proj, weights, chosen)
+    return added_rms_norm(residual + update, decoder.norm.weight, decoder.norm.variance_epsilon)
