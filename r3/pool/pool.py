@@ -340,6 +340,13 @@ class EnginePool:
                 self._dispatcher.update(member)
         self._dispatcher.go_on()
 
+    def _stand(self, names: Iterable[str]) -> None:
+        """Send nothing more to engines that may stand still: a sync has to commit on them."""
+        for member in self._dispatcher.members:
+            if member.name in names and member.state is not MemberState.LOST:
+                member.state = MemberState.JOINING
+                self._dispatcher.update(member)
+
     def _named(self, state: MemberState) -> list[str]:
         return [name for name, found in self.engines.items() if found == state]
 
@@ -367,6 +374,7 @@ class EnginePool:
                     continue
                 finally:  # also of a sync that failed after it had removed some
                     self._remove_lost()
+                    self._thread.call(lambda: self._stand(self.sync.standing))
                 self._receipt = receipt
                 self._thread.call(lambda: self._committed({each.name for each in self.sync.engines}, version))
                 return receipt

@@ -11,6 +11,7 @@ from r3.weight_sync import WeightSync
 
 class _Failing(SimulatedAdapter):
     fails = ""
+    silent = False  # to what gives a sync up, too
 
     def replies(self, method, args, timeout_s):
         self._may_fail(method)
@@ -21,7 +22,7 @@ class _Failing(SimulatedAdapter):
         super().resume(timeout_s)
 
     def _may_fail(self, what):
-        if what == self.fails:
+        if what == self.fails or (self.silent and what == "r3_abort"):
             raise SyncError(f"{self.name}: no answer to {what}")
 
 
@@ -56,6 +57,23 @@ def test_an_engine_that_a_sync_removed_before_it_failed_leaves_the_pool_and_can_
     pool.join(_Failing(engines[0].server))
     assert push(pool, 3).workers == 3
     assert pool.engines == dict.fromkeys(["http://y", "http://z", "http://x"], "serving")
+
+
+def test_an_engine_that_may_stand_still_gets_no_request_until_a_sync_commits_on_it(engines):
+    sync = WeightSync(engines, transport="files", timeout_s=5.0)
+    with EnginePool(sync, client=lambda adapter: SimulatedClient(adapter.server, 0.0)) as pool:
+        push(pool, 1)
+        engines[1].fails = "r3_begin"
+        engines[1].silent = True
+        with pytest.raises(SyncError, match="no answer to r3_begin"):
+            push(pool, 2)
+        assert pool.engines == {"http://x": "serving", "http://y": "joining", "http://z": "serving"}
+        rollouts = pool.generate([[1, 2, 3]] * 6, {"n": 1, "max_tokens": 2, "logprobs": 0}, None)
+        assert {rollout.engine for rollout in rollouts} == {"http://x", "http://z"}
+        engines[1].fails, engines[1].silent = "", False
+        engines[1].server.worker._until = 0.0  # the lease of the sync that it did not hear the end of is over
+        assert push(pool, 3).workers == 3
+        assert set(pool.engines.values()) == {"serving"}
 
 
 def test_a_sync_that_fails_before_it_begins_removes_no_engine_that_an_earlier_one_has_removed(pool, engines):

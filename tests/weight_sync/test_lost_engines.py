@@ -70,6 +70,22 @@ def test_by_default_a_lost_engine_fails_the_sync_by_name_and_the_next_heals(poin
     assert all(committed(engine, 2) for engine in (a, b, c))
 
 
+@pytest.mark.parametrize("point", BEFORE[:4])
+def test_before_a_weight_went_out_the_engines_that_answer_serve_again(point):
+    """A silent engine kept the others paused, while nothing said that they were."""
+    a, b, c = engines(point)
+    sync = WeightSync([a, b, c], timeout_s=5)
+    with pytest.raises(SyncError, match=f"b: no answer to {point}"):
+        sync.push(WEIGHTS.items(), version=1)
+    assert sync.poisoned is None
+    assert a.serves
+    assert c.serves
+    assert sync.standing == {"b"}
+    b.lost, b.lost_before = False, ""
+    assert sync.push(WEIGHTS.items(), version=2).workers == 3
+    assert sync.standing == set()
+
+
 def test_when_all_engines_are_lost_none_is_removed():
     lost = [PlainEngine(name, "r3_load") for name in "ab"]
     sync = WeightSync(lost, on_lost="remove", timeout_s=5)

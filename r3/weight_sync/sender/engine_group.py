@@ -27,12 +27,14 @@ class EngineGroup:
     Attributes:
         engines: that take part.
         lost: why engines were removed in the last sync, by name.
+        standing: names of engines that may stand still since the last sync was given up, with the weights they had.
         removes_lost: whether they are.
     """
 
     def __init__(self, engines: Sequence[Engine], timeout_s: float, on_lost: OnLost = "raise") -> None:
         self.engines: tuple[Engine, ...] = ()
         self.lost: dict[str, str] = {}
+        self.standing: set[str] = set()
         self._timeout_s = timeout_s
         self.removes_lost = on_lost == "remove"
         for engine in engines:
@@ -120,20 +122,27 @@ class EngineGroup:
 
         self._finish(sync_id, serve)
 
-    def abort(self, sync_id: str, cause: str, timeout_s: float, error: BaseException) -> bool:
-        """Abort on every worker. Returns whether all say that no weight was touched.
+    def abort(self, sync_id: str, cause: str, timeout_s: float, error: BaseException) -> list[Engine]:
+        """Abort on every worker. Returns the engines whose workers all say that no weight was touched.
 
         An engine that does not answer even this is lost. What goes wrong is added to `error`.
         """
         engines, call = self.engines, self.start("r3_abort", sync_id, cause, timeout_s=timeout_s)
-        try:
-            silent = {engines[number]: str(failure) for number, failure in call.failures().items()}
-            removed = self.remove_lost(silent)
-            replies = [reply for answer in call.successes() for reply in answer] if removed else call.result()
-            return all(reply["state"] == SyncState.IDLE for reply in replies)
-        except Exception as second:  # the first error is the one to report
-            add_note(error, f"abort was not acknowledged by all: {second}")
-            return False
+        failures = call.failures()
+        self.remove_lost({engines[number]: str(failure) for number, failure in failures.items()})
+        answered = [engine for number, engine in enumerate(engines) if number not in failures]
+        untouched = []
+        for engine, replies in zip(answered, call.successes(), strict=True):
+            try:
+                require_complete(replies, "r3_abort", engine.remedy)
+            except SyncError as incomplete:
+                add_note(error, f"abort was not acknowledged by all of {engine.name}: {incomplete}")
+                continue
+            if all(reply["state"] == SyncState.IDLE for reply in replies):
+                untouched.append(engine)
+        for failure in failures.values():  # the first error is the one to report
+            add_note(error, f"abort was not acknowledged: {failure}")
+        return untouched
 
     def resume(self, served: Sequence[Engine], timeout_s: float, error: BaseException) -> None:
         """Resume those of `served` that are left; what goes wrong is added to `error`."""

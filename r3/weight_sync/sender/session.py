@@ -145,6 +145,12 @@ class WeightSync:
         return self._group.lost
 
     @property
+    def standing(self) -> set[str]:
+        """Names of engines that may stand still: the last sync was given up before any weight went out, and they did
+        not say that they know."""
+        return self._group.standing
+
+    @property
     def removes_lost(self) -> bool:
         """Whether engines that die are removed (`on_lost="remove"`)."""
         return self._group.removes_lost
@@ -202,7 +208,7 @@ class WeightSync:
                 (`self.poisoned`) and serve nothing, unless the sync was refused before it touched a weight.
             EngineLostError: the same, and what failed were engines that have been removed (`on_lost="remove"`).
         """
-        self._group.lost = {}
+        self._group.lost, self._group.standing = {}, set()
         settings: dict[str, Any] = {"dtype": self._dtype, "chunk_bytes": self._chunk_bytes, "frozen": frozen}
         if ranks is not None:
             recipe = self._transport.recipe()
@@ -390,11 +396,14 @@ class WeightSync:
     def _abort(self, sync_id: str, progress: SyncProgress, error: BaseException) -> None:
         cause = f"{type(error).__name__}: {error}"
         limit_s = min(_ABORT_S, self._timeout_s)
-        free = self._group.abort(sync_id, cause, limit_s, error)
+        untouched = self._group.abort(sync_id, cause, limit_s, error)
         if not progress.chunks and self.poisoned is None:
-            # No weight was touched: resume the engines that were serving, unless another sender holds them now and will
-            # resume them.
-            self._group.resume(progress.served if free else [], limit_s, error)
+            # No weight was touched: resume the engines that were serving, but for those that another sender holds now,
+            # who will resume them, and those that do not say.
+            self._group.resume([engine for engine in progress.served if engine in untouched], limit_s, error)
+            for engine in (each for each in self.engines if each not in untouched):
+                self._group.standing.add(engine.name)
+                engine.refuse(f"it may stand still since a sync was given up ({cause}); a sync that commits heals it")
             return
         self.poisoned = self.poisoned or cause
         for engine in self.engines:
