@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 import r3
-from r3 import ConfigError, ReplayError, UnsupportedModelError
+from r3 import ConfigError, ParallelError, ReplayError, UnsupportedModelError
 from r3.numerics import match_engine
 from r3.parallel import fused_head
 from r3.routing import Packing
+from r3.sampling_mask import SamplingMask
 from r3.vllm_compat import kernels
 
 SIZES = dict(
@@ -170,6 +171,18 @@ def test_what_cannot_be_matched_is_refused_by_name():
     match_engine(wide)
     with pytest.raises(ReplayError, match=r"bfloat16 in eager mode, got torch\.float32"):
         wide(input_ids=ids, use_cache=False)
+
+
+def test_sets_of_a_truncated_distribution_are_refused():
+    model = build()
+    ids, mask, _ = rollouts()
+    head = fused_head(model)
+    match_engine(model, head)
+    labels = labels_of(ids, mask)
+    scored = labels >= 0
+    sets = SamplingMask(scored.long(), labels[scored].int())
+    with pytest.raises(ParallelError, match="expected no sampling_mask"):
+        head.logprobs(model, labels, sampling_mask=sets, input_ids=ids, use_cache=False)
 
 
 def _olmoe():

@@ -209,6 +209,8 @@ def _scored(head: Any, hidden: Tensor, request: _Request, after: Any) -> Tensor:
         details=request.details,
     )
     if request.engine_logprobs is not None:
+        if request.sampling_mask is not None:
+            raise ParallelError("the engine's numerics score the whole vocabulary: expected no sampling_mask")
         flat = hidden.detach().flatten(0, -2), weight.detach(), request.labels.flatten()
         logprobs = with_value(logprobs, request.engine_logprobs(*flat, request.temperature).view(logprobs.shape))
     request.found = (logprobs.detach(), *rest)
