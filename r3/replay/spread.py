@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from r3.errors import UnsupportedModelError
@@ -41,10 +42,10 @@ def require_right(model: nn.Module) -> None:
         UnsupportedModelError: names the family, the setting and the release; or adapters on experts of some ranks.
     """
     for path, module in model.named_modules():
-        if is_tuner(module) and any(getattr(inner, "_is_expert_parallel", False) for inner in module.modules()):
+        if is_tuner(module) and _adapts_all_experts(module):
             raise UnsupportedModelError(
                 f"{path}: PEFT adapts experts that expert parallelism spreads over ranks, and computes with those of "
-                "all ranks. Adapt attention and shared experts, or load the model with ep_size=1"
+                "all ranks. Call r3.parallel.spread_adapters(model) first"
             )
     found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     layout: Any = getattr(getattr(found, "config", None), "distributed_config", None)
@@ -63,6 +64,15 @@ def require_right(model: nn.Module) -> None:
     for kind in _kinds(layout, text):
         if (reason := _REASONS.get((text.model_type, kind))) is not None:
             raise UnsupportedModelError(f"{where} ({sizes}): {reason}")
+
+
+def _adapts_all_experts(tuner: Any) -> bool:
+    """Whether an adapter of spread experts is whole on this rank."""
+    inside = tuner.get_base_layer()
+    if not any(getattr(module, "_is_expert_parallel", False) for module in inside.modules()):
+        return False
+    adapters = [weight for name, weight in tuner.named_parameters() if not name.startswith("base_layer.")]
+    return not all(isinstance(weight, DTensor) for weight in adapters)
 
 
 def _split_in_parts(parameter: Any) -> bool:

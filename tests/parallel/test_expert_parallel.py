@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from ranks import Ranks
+from safetensors.torch import load_file
 from transformers.distributed import DistributedConfig
 
 from r3.releases import has_right_expert_parallelism
@@ -57,6 +58,10 @@ def gap(found, expected):
 def check(found, folder, replayed=True):
     expected = reference(folder, replayed)
     assert any(gradient.abs().max() > 1e-4 for gradient in expected["grads"].values())
+    compare(found, expected)
+
+
+def compare(found, expected):
     assert found["grads"].keys() == expected["grads"].keys()
     worst = {name: gap(found["grads"][name], gradient) for name, gradient in expected["grads"].items()}
     worst["logprobs"] = gap(found["logprobs"], expected["logprobs"])
@@ -184,12 +189,60 @@ def test_clipping_and_optimizer_over_all_placements(two, folders, layout):
             torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_adapters_of_attention(two, folders):
-    expected = jobs.adapted(folders.of("qwen3_moe"), {}, ["q_proj", "o_proj"])
-    for found in on(two, jobs.adapted, folders.of("qwen3_moe"), EXPERT, ["q_proj", "o_proj"]):
-        assert gap(found["logits"], expected["logits"]) < 2e-5
-        assert found["weights"].keys() == expected["weights"].keys()
-        assert max(gap(found["weights"][name], weight) for name, weight in expected["weights"].items()) < 1e-6
+LORA = {
+    "attention": ["q_proj", "o_proj"],
+    "experts": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "one of experts' and attention": ["mlp.experts.gate_up_proj", "q_proj"],
+}
+
+
+@pytest.mark.parametrize("replayed", [True, pytest.param(False, marks=pytest.mark.long)], ids=["replayed", "live"])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.long)])
+@pytest.mark.parametrize("adapters", ["experts", pytest.param("attention", marks=pytest.mark.long)])
+def test_step_of_adapters(two, folders, adapters, family, checkpointing, replayed):
+    check_adapters(two, folders.of(family), EXPERT, adapters, checkpointing, replayed)
+
+
+@pytest.mark.parametrize("layout", [dict(fsdp_size=4, ep_size=2), dict(fsdp_size=4, ep_size=4)], ids=str)
+@pytest.mark.parametrize("adapters", list(LORA))
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.long
+def test_step_of_adapters_on_four_ranks(four, folders, family, adapters, layout):
+    check_adapters(four, folders.of(family), layout, adapters, True, True)
+
+
+def check_adapters(ranks, folder, layout, adapters, checkpointing, replayed):
+    options = dict(lora=LORA[adapters], checkpointing=checkpointing, replayed=replayed)
+    expected = jobs.reference(folder, replayed=replayed, lora=LORA[adapters])
+    assert all("lora_" in name and gradient.abs().max() > 1e-4 for name, gradient in expected["grads"].items())
+    for found in on(ranks, call, folder, layout, options):
+        compare(found, expected)
+
+
+@pytest.mark.parametrize("adapters", list(LORA))
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.long)])
+def test_adapters_are_sent_saved_and_loaded_as_those_of_one_process(two, folders, tmp_path, family, adapters):
+    folder, ours, theirs = folders.of(family), str(tmp_path / "ours"), str(tmp_path / "theirs")
+    expected = jobs.adapted(folder, {}, LORA[adapters], theirs)
+    for loads in (False, True):
+        for found in on(two, jobs.adapted, folder, EXPERT, LORA[adapters], theirs if loads else ours, loads):
+            assert gap(found["logits"], expected["logits"]) < 2e-5
+            assert found["weights"].keys() == expected["weights"].keys()
+            assert max(gap(found["weights"][name], weight) for name, weight in expected["weights"].items()) < 1e-6
+    saved, ours = (load_file(f"{path}/adapter_model.safetensors") for path in (theirs, ours))
+    assert saved.keys() == ours.keys()
+    assert all(torch.equal(saved[name], ours[name]) for name in saved)
+
+
+def test_clipping_and_optimizer_over_adapters(two, folders):
+    folder = folders.of("qwen3_moe")
+    expected = jobs.trained(folder, {}, LORA["one of experts' and attention"])
+    assert min(expected["norms"]) > 1, "or nothing is clipped"
+    for found in on(two, jobs.trained, folder, EXPERT, LORA["one of experts' and attention"]):
+        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=2e-5, msg=name)
 
 
 REFUSED = {

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from r3.parallel import (
     mean_over_ranks,
     next_tokens,
     parameter_groups,
+    spread_adapters,
     token_logprobs,
     ulysses,
 )
 from r3.routing import Packing, RolloutRouting, shard
-from r3.weight_sync import gathered, named_weights
+from r3.weight_sync import adapter_weights, gathered, named_weights
 
 # Heads that two and four ranks divide.
 HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
@@ -78,9 +80,23 @@ def batch_for(spec: Any) -> Batch:
     return Batch(torch.randint(1, 60, shape, generator=generator) * mask, mask, weights, routing)
 
 
-def reference(folder: str, *, replayed: bool) -> dict[str, Any]:
+def with_lora(model: Any, targets: Sequence[str], *, seed: int = 0) -> Any:
+    """`model` with LoRA of modules, and of parameters where `targets` has a dot, whose values depend on `seed`."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    parameters, modules = [t for t in targets if "." in t], [t for t in targets if "." not in t]
+    settings = LoraConfig(
+        r=2, lora_alpha=3, target_modules=modules, target_parameters=parameters or None, init_lora_weights=False
+    )
+    return get_peft_model(model, settings)
+
+
+def reference(folder: str, *, replayed: bool, lora: Sequence[str] = ()) -> dict[str, Any]:
     """One process, float32, stock attention, padded rows, no checkpointing."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").train()
+    if lora:
+        model = with_lora(model, lora)
     replay = r3.attach(model)
     batch = batch_for(replay.spec)
     routing = {"routed_experts": batch.routing} if replayed else {}
@@ -138,6 +154,7 @@ def step(
     packed: bool = False,
     fused: bool = False,
     experts: str = "grouped_mm",
+    lora: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The same step on ranks that share the model as `layout` says, keyword arguments of `DistributedConfig`.
 
@@ -146,6 +163,9 @@ def step(
     """
     register()
     model = load(folder, layout, attn_implementation="eager", experts_implementation=experts)
+    if lora:
+        model = with_lora(model, lora, seed=dist.get_rank())
+        spread_adapters(model)
     replay = r3.attach(model)
     head = fused_head(model) if fused else None
     device = where()
@@ -227,9 +247,13 @@ def weights(folder: str, layout: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def trained(folder: str, layout: dict[str, Any], *, steps: int = 3) -> dict[str, Any]:
+def trained(folder: str, layout: dict[str, Any], lora: Sequence[str] = (), *, steps: int = 3) -> dict[str, Any]:
     """Weights and gradient norms of a few steps with clipping and AdamW, on all samples on each rank."""
-    model = AutoModelForCausalLM.from_pretrained(folder).train() if not layout else load(folder, layout)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).train() if not layout else load(folder, layout)
+    if lora:
+        model = with_lora(model, lora)
+        if layout:
+            spread_adapters(model)
     replay = r3.attach(model)
     batch, device = batch_for(replay.spec), where() if layout else "cpu"
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-3, fused=True)
@@ -252,14 +276,22 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: gathered(source).detach().cpu() for name, source in named_weights(model)}
 
 
-def adapted(folder: str, layout: dict[str, Any], targets: list[str]) -> dict[str, Any]:
-    """Logits of all samples, and what a sync would send, of a model with LoRA."""
-    from peft import LoraConfig, get_peft_model
+def adapted(folder: str, layout: dict[str, Any], targets: list[str], saved: str, loads: bool = False) -> dict[str, Any]:
+    """Logits of all samples, and what a sync would send, of a model with LoRA, which is read from `saved` or written."""
+    from peft import PeftModel
 
     model: Any = load(folder, layout) if layout else AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
-    batch = batch_for(r3.attach(model).spec)
+    if loads:
+        model = PeftModel.from_pretrained(model, saved, is_trainable=True)
+    else:
+        model = with_lora(model, targets, seed=dist.get_rank() if layout else 0)
+    if layout:
+        spread_adapters(model)
+    batch = batch_for(r3.attach(model.eval()).spec)
+    if not loads and layout:
+        adapter_weights(model).save(saved, write=dist.get_rank() == 0)
+    elif not loads:
+        model.save_pretrained(saved)
     with torch.no_grad():
         logits = model(**_inputs(batch, where() if layout else "cpu"), use_cache=False).logits
     return {"logits": logits.cpu() * batch.mask[..., None], "weights": _weights(model)}
@@ -272,10 +304,7 @@ def refusal(folder: str, layout: dict[str, Any], what: str) -> str | None:
         if what == "slices of tensor parallel rows":
             ulysses(model, _mesh(where(), 2).sequence_group)
         elif what == "adapters of experts":
-            from peft import LoraConfig, get_peft_model
-
-            experts = ["mlp.experts.gate_up_proj"]
-            r3.attach(get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=experts)))
+            r3.attach(with_lora(model, ["mlp.experts.gate_up_proj"]))
         elif what.startswith("torch "):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch, "__version__", what.removeprefix("torch "))
