@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from transformers.distributed import DistributedConfig
 
+import r3
 from r3.releases import has_right_expert_parallelism
 
 if not hasattr(DistributedConfig, "ep_size"):
@@ -226,13 +228,20 @@ def test_adapters_are_sent_saved_and_loaded_as_those_of_one_process(two, folders
     folder, ours, theirs = folders.of(family), str(tmp_path / "ours"), str(tmp_path / "theirs")
     expected = jobs.adapted(folder, {}, LORA[adapters], theirs)
     for loads in (False, True):
-        for found in on(two, jobs.adapted, folder, EXPERT, LORA[adapters], theirs if loads else ours, loads):
+        each = on(two, jobs.adapted, folder, EXPERT, LORA[adapters], theirs if loads else ours, loads)
+        for found in each:
             assert gap(found["logits"], expected["logits"]) < 2e-5
-            assert found["weights"].keys() == expected["weights"].keys()
-            assert max(gap(found["weights"][name], weight) for name, weight in expected["weights"].items()) < 1e-6
+        for sent in (each[0]["weights"], each[1]["weights"], each[1]["sent_by_last"]):
+            assert sent.keys() == expected["weights"].keys()
+            assert max(gap(sent[name], weight) for name, weight in expected["weights"].items()) < 1e-6
     saved, ours = (load_file(f"{path}/adapter_model.safetensors") for path in (theirs, ours))
     assert saved.keys() == ours.keys()
     assert all(torch.equal(saved[name], ours[name]) for name in saved)
+
+
+def test_adapters_are_added_once_after_a_forward_that_failed(two, folders):
+    for before, after in on(two, jobs.again_after_a_failure, folders.of("qwen3_moe"), EXPERT, LORA["experts"]):
+        assert torch.equal(before, after)
 
 
 def test_clipping_and_optimizer_over_adapters(two, folders):
@@ -261,6 +270,33 @@ def test_what_would_be_wrong_is_refused_by_name(two, folders, what):
     for found in two.all(jobs.refusal, folders.of(family), layout, what):
         assert found is not None
         assert re.search(message, found, re.DOTALL)
+
+
+@pytest.mark.parametrize("release", ["5.9.0", "5.16.1"])
+def test_experts_that_an_old_release_spreads_are_refused(folders, monkeypatch, release):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders.of("qwen3_moe"))
+    model.config.distributed_config = SimpleNamespace(enable_expert_parallel=True)  # 5.9 has no sizes
+    monkeypatch.setattr("transformers.__version__", release)
+    with pytest.raises(
+        r3.UnsupportedModelError, match=rf"transformers {release}.*gradients of routers.*5\.17 or later"
+    ):
+        r3.attach(model)
+    model.config.distributed_config.enable_expert_parallel = False
+    r3.attach(model).detach()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lora", [(), LORA["experts"]], ids=["weights", "adapters"])
+@pytest.mark.parametrize(
+    "options", [dict(compiled="layers"), dict(compiled="model"), SLICED | dict(compiled="layers")], ids=str
+)
+def test_compiled(two, folders, options, lora):
+    """Layers are compiled in pieces, around what FSDP2 and the exchange of tokens do."""
+    folder = folders.of("qwen3_moe")
+    expected = jobs.reference(folder, replayed=True, lora=lora)
+    found = on(two, call, folder, EXPERT, options | dict(lora=lora))
+    assert all(one["graphs"] > 0 for one in found)
+    compare(found[0], expected)
 
 
 def call(folder, layout, options):

@@ -32,6 +32,7 @@ from r3.parallel import (
 )
 from r3.routing import Packing, RolloutRouting, shard
 from r3.weight_sync import adapter_weights, gathered, named_weights
+from r3.weight_sync.weights.gathering import Gathering
 
 # Heads that two and four ranks divide.
 HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
@@ -155,13 +156,17 @@ def step(
     fused: bool = False,
     experts: str = "grouped_mm",
     lora: Sequence[str] = (),
+    compiled: str | None = None,
 ) -> dict[str, Any]:
     """The same step on ranks that share the model as `layout` says, keyword arguments of `DistributedConfig`.
 
     `sequence` ranks share each row. Rows are packed there, and where `packed` says so. `fused` takes log-probabilities
-    from `fused_head`.
+    from `fused_head`. `compiled` says what torch.compile has compiled: "layers" or the "model".
     """
     register()
+    if compiled:
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
     model = load(folder, layout, attn_implementation="eager", experts_implementation=experts)
     if lora:
         model = with_lora(model, lora, seed=dist.get_rank())
@@ -175,6 +180,11 @@ def step(
         handle = ulysses(model, mesh.sequence_group, barrier=_barrier(timeout_s=60.0))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled == "layers":
+        for layer in model.get_decoder().layers:
+            layer.compile(backend="aot_eager")
+    elif compiled == "model":
+        model.compile(backend="aot_eager")
     copies = layout.get("tp_size", 1) * sequence  # ranks that have the same rows
     ranks = dist.get_world_size()
     mine = slice(dist.get_rank() // copies, None, ranks // copies)
@@ -224,6 +234,7 @@ def step(
         "grads": gradients(model),
         "report": replay.last,
         "chosen": recorder.expert_ids.cpu(),
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if compiled else 0,
     }
 
 
@@ -272,12 +283,17 @@ def _inputs(batch: Batch, device: str) -> dict[str, Any]:
     return {name: each.to(device) for name, each in named.items()}
 
 
-def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: gathered(source).detach().cpu() for name, source in named_weights(model)}
+def _weights(model: torch.nn.Module, where: str = "cpu") -> dict[str, torch.Tensor]:
+    return {name: gathered(source).detach().to(where) for name, source in named_weights(model)}
 
 
-def adapted(folder: str, layout: dict[str, Any], targets: list[str], saved: str, loads: bool = False) -> dict[str, Any]:
-    """Logits of all samples, and what a sync would send, of a model with LoRA, which is read from `saved` or written."""
+def adapted(
+    folder: str, layout: dict[str, Any], targets: Sequence[str], saved: str, loads: bool = False
+) -> dict[str, Any]:
+    """Logits of all samples of a model with LoRA, which is read from `saved` or written there, and what a sync sends.
+
+    `sent_by_last` is what the last rank has where it alone sends, in a sync from all ranks.
+    """
     from peft import PeftModel
 
     model: Any = load(folder, layout) if layout else AutoModelForCausalLM.from_pretrained(folder)
@@ -294,7 +310,31 @@ def adapted(folder: str, layout: dict[str, Any], targets: list[str], saved: str,
         model.save_pretrained(saved)
     with torch.no_grad():
         logits = model(**_inputs(batch, where() if layout else "cpu"), use_cache=False).logits
-    return {"logits": logits.cpu() * batch.mask[..., None], "weights": _weights(model)}
+    found = {"logits": logits.cpu() * batch.mask[..., None], "weights": _weights(model)}
+    if layout:
+        gathering = Gathering(timeout_s=30.0)
+        with gathering.to(dist.get_world_size() - 1):
+            found["sent_by_last"] = _weights(model, where="meta" if dist.get_rank() < gathering.owner else "cpu")
+            gathering.settle()
+    return found
+
+
+def again_after_a_failure(folder: str, layout: dict[str, Any], targets: Sequence[str]) -> list[torch.Tensor]:
+    """Logits of a model with LoRA before and after a forward that failed in the experts of a layer, on all ranks."""
+    model = with_lora(load(folder, layout), targets).eval()
+    spread_adapters(model)
+    inputs = _inputs(batch_for(r3.attach(model).spec), where()) | {"use_cache": False}
+    experts = next(module for name, module in model.named_modules() if name.endswith("experts.base_layer.base_layer"))
+    found = [model(**inputs).logits.detach().cpu()]
+    hook = experts.act_fn.register_forward_pre_hook(_fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model(**inputs)
+    hook.remove()
+    return [*found, model(**inputs).logits.detach().cpu()]
+
+
+def _fail(_module: Any, _args: Any) -> None:
+    raise RuntimeError("on purpose")
 
 
 def refusal(folder: str, layout: dict[str, Any], what: str) -> str | None:
