@@ -7,7 +7,6 @@ added in between.
 """
 
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -39,8 +38,8 @@ def spread_adapters(model: nn.Module) -> None:
 
     Raises:
         ParallelError: there are no adapters, or this was called before; the base is not spread over ranks, or by tensor
-            parallelism; experts are adapted otherwise than by LoRA of their parameters; whole modules are trained
-            (`modules_to_save`); the release of torch cannot gather the adapters.
+            parallelism; experts are adapted otherwise than by LoRA of their parameters; the release of torch cannot
+            gather the adapters.
     """
     tuners = {path: module for path, module in model.named_modules() if is_tuner(module)}
     if not tuners:
@@ -59,18 +58,13 @@ def spread_adapters(model: nn.Module) -> None:
 
 
 def _require_spread(model: nn.Module) -> None:
-    layout: Any = getattr(getattr(model, "config", None), "distributed_config", None)
+    from transformers import PreTrainedModel
+
+    base: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    layout = getattr(getattr(base, "config", None), "distributed_config", None)
     if layout is None or (layout.tp_size or 1) > 1:
-        got = "none" if layout is None else f"tp_size={layout.tp_size}"
-        raise ParallelError(
-            f"adapters are spread where load_expert_parallel spread the model: expected that, got {got}"
-        )
-    wrapper = sys.modules["peft.utils.other"].AuxiliaryTrainingWrapper
-    whole = [path for path, module in model.named_modules() if isinstance(module, wrapper)]
-    if whole:
-        raise ParallelError(
-            f"{whole[0]}: PEFT trains a copy of it whose gradients no rank averages: expected LoRA alone"
-        )
+        got = "a model on one rank" if layout is None else f"tp_size={layout.tp_size}"
+        raise ParallelError(f"expected adapters of a model that load_expert_parallel spread over ranks, got {got}")
 
 
 def _adapts_spread_experts(path: str, tuner: Any) -> bool:

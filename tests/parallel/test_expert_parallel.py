@@ -44,10 +44,10 @@ def reference(folder, replayed):
     return jobs.reference(folder, replayed=replayed)
 
 
-def on(ranks, job, folder, layout, *more):
+def on(ranks, job, folder, layout, *more, timeout_s=120.0):
     """What each rank returns. In a release whose experts would be wrong there, r3 refuses, and the test ends."""
     if has_right_expert_parallelism() or not {"fsdp_size", "ep_size"} <= layout.keys():
-        return ranks.all(job, folder, layout, *more)
+        return ranks.all(job, folder, layout, *more, timeout_s=timeout_s)
     for refused in ranks.all(jobs.refusal, folder, layout, "FSDP2 beside expert parallelism"):
         assert "the experts' gradients are too small; 5.23 or later is right" in refused
     pytest.skip(f"transformers {transformers.__version__} is refused by name here, as it must be")
@@ -256,6 +256,22 @@ def test_clipping_and_optimizer_over_adapters(two, folders):
 
 REFUSED = {
     "adapters of experts": ("qwen3_moe", EXPERT, "PEFT adapts experts that expert parallelism spreads over ranks"),
+    "adapters that are spread twice": (
+        "qwen3_moe",
+        EXPERT,
+        "experts: spread_adapters was called for this model before",
+    ),
+    "adapters of a tensor parallel model": ("qwen3_moe", TENSOR, "load_expert_parallel spread.*got tp_size=2"),
+    "no adapters": (
+        "qwen3_moe",
+        EXPERT,
+        "expected a model with adapters of PEFT, got .*Qwen3MoeForCausalLM without any",
+    ),
+    "other adapters of experts": (
+        "qwen3_moe",
+        EXPERT,
+        r"experts: expected LoRA of the experts' .*got ParamWrapper of PEFT",
+    ),
     "slices of tensor parallel rows": ("qwen3_moe", TENSOR, "need the same tokens: its rows cannot be sliced"),
     "torch 2.11.0": ("qwen3_moe", TENSOR, r"torch 2\.11\.0 cannot gather fused weights"),
     "joined weights": ("kimi_linear", dict(fsdp_size=2), r"kimi_linear.*transformers 5.*fsdp_size=2.*another order"),
@@ -285,16 +301,21 @@ def test_experts_that_an_old_release_spreads_are_refused(folders, monkeypatch, r
     r3.attach(model).detach()
 
 
+COMPILED = {
+    "layers": dict(compiled="layers"),
+    "model": dict(compiled="model"),
+    "layers, slices": SLICED | dict(compiled="layers", fused=True),
+    "layers, adapters": dict(compiled="layers", lora=LORA["experts"]),
+}
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("lora", [(), LORA["experts"]], ids=["weights", "adapters"])
-@pytest.mark.parametrize(
-    "options", [dict(compiled="layers"), dict(compiled="model"), SLICED | dict(compiled="layers")], ids=str
-)
-def test_compiled(two, folders, options, lora):
-    """Layers are compiled in pieces, around what FSDP2 and the exchange of tokens do."""
-    folder = folders.of("qwen3_moe")
-    expected = jobs.reference(folder, replayed=True, lora=lora)
-    found = on(two, call, folder, EXPERT, options | dict(lora=lora))
+@pytest.mark.parametrize("how", list(COMPILED))
+def test_compiled(two, folders, how):
+    """Layers are compiled in pieces, around what FSDP2 does and the exchange of tokens."""
+    folder, options = folders.of("qwen3_moe"), COMPILED[how]
+    expected = jobs.reference(folder, replayed=True, lora=options.get("lora", ()))
+    found = on(two, call, folder, EXPERT, options, timeout_s=300.0)
     assert all(one["graphs"] > 0 for one in found)
     compare(found[0], expected)
 

@@ -345,6 +345,17 @@ def refusal(folder: str, layout: dict[str, Any], what: str) -> str | None:
             ulysses(model, _mesh(where(), 2).sequence_group)
         elif what == "adapters of experts":
             r3.attach(with_lora(model, ["mlp.experts.gate_up_proj"]))
+        elif what == "adapters that are spread twice":
+            model = with_lora(model, ["mlp.experts.gate_up_proj"])
+            spread_adapters(model)
+            spread_adapters(model)
+        elif what in ("adapters of a tensor parallel model", "no adapters"):
+            spread_adapters(model if what == "no adapters" else with_lora(model, ["k_proj"]))
+        elif what == "other adapters of experts":
+            model = with_lora(model, ["mlp.experts.gate_up_proj"])
+            for tuner in (module for module in model.modules() if hasattr(module, "parameter_name")):
+                del tuner.parameter_name
+            spread_adapters(model)
         elif what.startswith("torch "):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch, "__version__", what.removeprefix("torch "))
