@@ -7,6 +7,7 @@ added in between.
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -72,11 +73,9 @@ def _adapts_spread_experts(path: str, tuner: Any) -> bool:
     if not getattr(experts, "_is_expert_parallel", False):
         return False
     if not hasattr(tuner, "parameter_name") or not hasattr(tuner, "_activate_lora"):
-        import peft
-
         raise ParallelError(
             f"{path}: expected LoRA of the experts' parameters (target_parameters) by PEFT 0.21, got "
-            f"{type(tuner).__name__} of PEFT {peft.__version__}"
+            f"{type(tuner).__name__} of PEFT {sys.modules['peft'].__version__}"
         )
     if any(isinstance(weight, DTensor) for weight in _adapters(tuner)):
         raise ParallelError(f"{path}: spread_adapters was called for this model before")
