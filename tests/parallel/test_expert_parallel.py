@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers.distributed import DistributedConfig
 
 import r3
-from r3.releases import has_right_expert_parallelism
+from r3.releases import gathers_split_parts, has_right_expert_parallelism
 
 if not hasattr(DistributedConfig, "ep_size"):
     pytest.skip("needs transformers 5.19 or later, where expert parallelism has a size", allow_module_level=True)
@@ -191,6 +191,7 @@ def test_clipping_and_optimizer_over_all_placements(two, folders, layout):
             torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=2e-5, msg=name)
 
 
+gathers_adapters = pytest.mark.skipif(not gathers_split_parts(), reason="this torch cannot: refused by name")
 LORA = {
     "attention": ["q_proj", "o_proj"],
     "experts": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -198,6 +199,7 @@ LORA = {
 }
 
 
+@gathers_adapters
 @pytest.mark.parametrize("replayed", [True, pytest.param(False, marks=pytest.mark.long)], ids=["replayed", "live"])
 @pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.long)])
@@ -206,6 +208,7 @@ def test_step_of_adapters(two, folders, adapters, family, checkpointing, replaye
     check_adapters(two, folders.of(family), EXPERT, adapters, checkpointing, replayed)
 
 
+@gathers_adapters
 @pytest.mark.parametrize("layout", [dict(fsdp_size=4, ep_size=2), dict(fsdp_size=4, ep_size=4)], ids=str)
 @pytest.mark.parametrize("adapters", list(LORA))
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -222,6 +225,7 @@ def check_adapters(ranks, folder, layout, adapters, checkpointing, replayed):
         compare(found, expected)
 
 
+@gathers_adapters
 @pytest.mark.parametrize("adapters", list(LORA))
 @pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.long)])
 def test_adapters_are_sent_saved_and_loaded_as_those_of_one_process(two, folders, tmp_path, family, adapters):
@@ -239,11 +243,13 @@ def test_adapters_are_sent_saved_and_loaded_as_those_of_one_process(two, folders
     assert all(torch.equal(saved[name], ours[name]) for name in saved)
 
 
+@gathers_adapters
 def test_adapters_are_added_once_after_a_forward_that_failed(two, folders):
     for before, after in on(two, jobs.again_after_a_failure, folders.of("qwen3_moe"), EXPERT, LORA["experts"]):
         assert torch.equal(before, after)
 
 
+@gathers_adapters
 def test_clipping_and_optimizer_over_adapters(two, folders):
     folder = folders.of("qwen3_moe")
     expected = jobs.trained(folder, {}, LORA["one of experts' and attention"])
@@ -276,6 +282,9 @@ REFUSED = {
     "torch 2.11.0": ("qwen3_moe", TENSOR, r"torch 2\.11\.0 cannot gather fused weights"),
     "joined weights": ("kimi_linear", dict(fsdp_size=2), r"kimi_linear.*transformers 5.*fsdp_size=2.*another order"),
 }
+if gathers_split_parts():
+    spread = "experts: spread_adapters was called for this model before"
+    REFUSED["adapters that are spread twice"] = ("qwen3_moe", EXPERT, spread)
 if CHOOSES:  # older ones are right
     REFUSED["masked eager experts"] = ("gpt_oss", BOTH, "eager experts fail where those of other ranks are masked")
 
@@ -305,8 +314,9 @@ COMPILED = {
     "layers": dict(compiled="layers"),
     "model": dict(compiled="model"),
     "layers, slices": SLICED | dict(compiled="layers", fused=True),
-    "layers, adapters": dict(compiled="layers", lora=LORA["experts"]),
 }
+if gathers_split_parts():
+    COMPILED["layers, adapters"] = dict(compiled="layers", lora=LORA["experts"])
 
 
 @pytest.mark.long
