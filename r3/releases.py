@@ -61,6 +61,17 @@ def has_right_expert_parallelism() -> bool:
     return Version(transformers.__version__) >= Version("5.23.0.dev0")
 
 
+def trains_spread_experts() -> bool:
+    """Whether the installed transformers trains experts right at all where it spreads them over ranks.
+
+    Up to 5.16 gradients of routers, and of all that comes before them, are wrong or NaN. 5.17 is right.
+    """
+    import transformers
+    from packaging.version import Version
+
+    return Version(transformers.__version__) >= Version("5.17.0.dev0")
+
+
 def gathers_split_parts() -> bool:
     """Whether the installed torch gathers a fused weight of which every part is sharded, as tensor parallelism does.
 

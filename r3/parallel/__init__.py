@@ -1,6 +1,7 @@
 """Ulysses sequence parallelism and packed rows for stock Hugging Face models, FSDP2 beside it, and the losses."""
 
 from r3.parallel.collectives import gather_sequence
+from r3.parallel.expert_adapters import spread_adapters
 from r3.parallel.expert_parallel import load_expert_parallel
 from r3.parallel.head import FusedHead, TokenScores, fused_head, head_logprobs, head_scores
 from r3.parallel.mesh import Mesh, make_mesh, shard_parameters
@@ -27,6 +28,7 @@ __all__ = [
     "next_tokens",
     "parameter_groups",
     "shard_parameters",
+    "spread_adapters",
     "token_logprobs",
     "ulysses",
 ]

@@ -3,14 +3,17 @@
 import contextlib
 import functools
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from ranks import Ranks
+from safetensors.torch import load_file
 from transformers.distributed import DistributedConfig
 
-from r3.releases import has_right_expert_parallelism
+import r3
+from r3.releases import gathers_split_parts, has_right_expert_parallelism
 
 if not hasattr(DistributedConfig, "ep_size"):
     pytest.skip("needs transformers 5.19 or later, where expert parallelism has a size", allow_module_level=True)
@@ -41,10 +44,10 @@ def reference(folder, replayed):
     return jobs.reference(folder, replayed=replayed)
 
 
-def on(ranks, job, folder, layout, *more):
+def on(ranks, job, folder, layout, *more, timeout_s=120.0):
     """What each rank returns. In a release whose experts would be wrong there, r3 refuses, and the test ends."""
     if has_right_expert_parallelism() or not {"fsdp_size", "ep_size"} <= layout.keys():
-        return ranks.all(job, folder, layout, *more)
+        return ranks.all(job, folder, layout, *more, timeout_s=timeout_s)
     for refused in ranks.all(jobs.refusal, folder, layout, "FSDP2 beside expert parallelism"):
         assert "the experts' gradients are too small; 5.23 or later is right" in refused
     pytest.skip(f"transformers {transformers.__version__} is refused by name here, as it must be")
@@ -57,6 +60,10 @@ def gap(found, expected):
 def check(found, folder, replayed=True):
     expected = reference(folder, replayed)
     assert any(gradient.abs().max() > 1e-4 for gradient in expected["grads"].values())
+    compare(found, expected)
+
+
+def compare(found, expected):
     assert found["grads"].keys() == expected["grads"].keys()
     worst = {name: gap(found["grads"][name], gradient) for name, gradient in expected["grads"].items()}
     worst["logprobs"] = gap(found["logprobs"], expected["logprobs"])
@@ -184,20 +191,100 @@ def test_clipping_and_optimizer_over_all_placements(two, folders, layout):
             torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_adapters_of_attention(two, folders):
-    expected = jobs.adapted(folders.of("qwen3_moe"), {}, ["q_proj", "o_proj"])
-    for found in on(two, jobs.adapted, folders.of("qwen3_moe"), EXPERT, ["q_proj", "o_proj"]):
-        assert gap(found["logits"], expected["logits"]) < 2e-5
-        assert found["weights"].keys() == expected["weights"].keys()
-        assert max(gap(found["weights"][name], weight) for name, weight in expected["weights"].items()) < 1e-6
+gathers_adapters = pytest.mark.skipif(not gathers_split_parts(), reason="this torch cannot: refused by name")
+LORA = {
+    "attention": ["q_proj", "o_proj"],
+    "experts": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "one of experts' and attention": ["mlp.experts.gate_up_proj", "q_proj"],
+}
+
+
+@gathers_adapters
+@pytest.mark.parametrize("replayed", [True, pytest.param(False, marks=pytest.mark.long)], ids=["replayed", "live"])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.long)])
+@pytest.mark.parametrize("adapters", ["experts", pytest.param("attention", marks=pytest.mark.long)])
+def test_step_of_adapters(two, folders, adapters, family, checkpointing, replayed):
+    check_adapters(two, folders.of(family), EXPERT, adapters, checkpointing, replayed)
+
+
+@gathers_adapters
+@pytest.mark.parametrize("layout", [dict(fsdp_size=4, ep_size=2), dict(fsdp_size=4, ep_size=4)], ids=str)
+@pytest.mark.parametrize("adapters", list(LORA))
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.long
+def test_step_of_adapters_on_four_ranks(four, folders, family, adapters, layout):
+    check_adapters(four, folders.of(family), layout, adapters, True, True)
+
+
+def check_adapters(ranks, folder, layout, adapters, checkpointing, replayed):
+    options = dict(lora=LORA[adapters], checkpointing=checkpointing, replayed=replayed)
+    expected = jobs.reference(folder, replayed=replayed, lora=LORA[adapters])
+    assert all("lora_" in name and gradient.abs().max() > 1e-4 for name, gradient in expected["grads"].items())
+    for found in on(ranks, call, folder, layout, options):
+        compare(found, expected)
+
+
+@gathers_adapters
+@pytest.mark.parametrize("adapters", list(LORA))
+@pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.long)])
+def test_adapters_are_sent_saved_and_loaded_as_those_of_one_process(two, folders, tmp_path, family, adapters):
+    folder, ours, theirs = folders.of(family), str(tmp_path / "ours"), str(tmp_path / "theirs")
+    expected = jobs.adapted(folder, {}, LORA[adapters], theirs)
+    for loads in (False, True):
+        each = on(two, jobs.adapted, folder, EXPERT, LORA[adapters], theirs if loads else ours, loads)
+        for found in each:
+            assert gap(found["logits"], expected["logits"]) < 2e-5
+        for sent in (each[0]["weights"], each[1]["weights"], each[1]["sent_by_last"]):
+            assert sent.keys() == expected["weights"].keys()
+            assert max(gap(sent[name], weight) for name, weight in expected["weights"].items()) < 1e-6
+    saved, ours = (load_file(f"{path}/adapter_model.safetensors") for path in (theirs, ours))
+    assert saved.keys() == ours.keys()
+    assert all(torch.equal(saved[name], ours[name]) for name in saved)
+
+
+@gathers_adapters
+def test_adapters_are_added_once_after_a_forward_that_failed(two, folders):
+    for before, after in on(two, jobs.again_after_a_failure, folders.of("qwen3_moe"), EXPERT, LORA["experts"]):
+        assert torch.equal(before, after)
+
+
+@gathers_adapters
+def test_clipping_and_optimizer_over_adapters(two, folders):
+    folder = folders.of("qwen3_moe")
+    expected = jobs.trained(folder, {}, LORA["one of experts' and attention"])
+    assert min(expected["norms"]) > 1, "or nothing is clipped"
+    for found in on(two, jobs.trained, folder, EXPERT, LORA["one of experts' and attention"]):
+        assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-3, atol=2e-5, msg=name)
 
 
 REFUSED = {
     "adapters of experts": ("qwen3_moe", EXPERT, "PEFT adapts experts that expert parallelism spreads over ranks"),
+    "adapters that are spread twice": (
+        "qwen3_moe",
+        EXPERT,
+        "experts: spread_adapters was called for this model before",
+    ),
+    "adapters of a tensor parallel model": ("qwen3_moe", TENSOR, "load_expert_parallel spread.*got tp_size=2"),
+    "no adapters": (
+        "qwen3_moe",
+        EXPERT,
+        "expected a model with adapters of PEFT, got .*Qwen3MoeForCausalLM without any",
+    ),
+    "other adapters of experts": (
+        "qwen3_moe",
+        EXPERT,
+        r"experts: expected LoRA of the experts' .*got ParamWrapper of PEFT",
+    ),
     "slices of tensor parallel rows": ("qwen3_moe", TENSOR, "need the same tokens: its rows cannot be sliced"),
     "torch 2.11.0": ("qwen3_moe", TENSOR, r"torch 2\.11\.0 cannot gather fused weights"),
     "joined weights": ("kimi_linear", dict(fsdp_size=2), r"kimi_linear.*transformers 5.*fsdp_size=2.*another order"),
 }
+if gathers_split_parts():
+    spread = "experts: spread_adapters was called for this model before"
+    REFUSED["adapters that are spread twice"] = ("qwen3_moe", EXPERT, spread)
 if CHOOSES:  # older ones are right
     REFUSED["masked eager experts"] = ("gpt_oss", BOTH, "eager experts fail where those of other ranks are masked")
 
@@ -208,6 +295,39 @@ def test_what_would_be_wrong_is_refused_by_name(two, folders, what):
     for found in two.all(jobs.refusal, folders.of(family), layout, what):
         assert found is not None
         assert re.search(message, found, re.DOTALL)
+
+
+@pytest.mark.parametrize("release", ["5.9.0", "5.16.1"])
+def test_experts_that_an_old_release_spreads_are_refused(folders, monkeypatch, release):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders.of("qwen3_moe"))
+    model.config.distributed_config = SimpleNamespace(enable_expert_parallel=True)  # 5.9 has no sizes
+    monkeypatch.setattr("transformers.__version__", release)
+    with pytest.raises(
+        r3.UnsupportedModelError, match=rf"transformers {release}.*gradients of routers.*5\.17 or later"
+    ):
+        r3.attach(model)
+    model.config.distributed_config.enable_expert_parallel = False
+    r3.attach(model).detach()
+
+
+COMPILED = {
+    "layers": dict(compiled="layers"),
+    "model": dict(compiled="model"),
+    "layers, slices": SLICED | dict(compiled="layers", fused=True),
+}
+if gathers_split_parts():
+    COMPILED["layers, adapters"] = dict(compiled="layers", lora=LORA["experts"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", list(COMPILED))
+def test_compiled(two, folders, how):
+    """Layers are compiled in pieces, around what FSDP2 does and the exchange of tokens."""
+    folder, options = folders.of("qwen3_moe"), COMPILED[how]
+    expected = jobs.reference(folder, replayed=True, lora=options.get("lora", ()))
+    found = on(two, call, folder, EXPERT, options, timeout_s=300.0)
+    assert all(one["graphs"] > 0 for one in found)
+    compare(found[0], expected)
 
 
 def call(folder, layout, options):

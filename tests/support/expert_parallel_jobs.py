@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from r3.parallel import (
     mean_over_ranks,
     next_tokens,
     parameter_groups,
+    spread_adapters,
     token_logprobs,
     ulysses,
 )
 from r3.routing import Packing, RolloutRouting, shard
-from r3.weight_sync import gathered, named_weights
+from r3.weight_sync import adapter_weights, gathered, named_weights
+from r3.weight_sync.weights.gathering import Gathering
 
 # Heads that two and four ranks divide.
 HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
@@ -78,9 +81,23 @@ def batch_for(spec: Any) -> Batch:
     return Batch(torch.randint(1, 60, shape, generator=generator) * mask, mask, weights, routing)
 
 
-def reference(folder: str, *, replayed: bool) -> dict[str, Any]:
+def with_lora(model: Any, targets: Sequence[str], *, seed: int = 0) -> Any:
+    """`model` with LoRA of modules, and of parameters where `targets` has a dot, whose values depend on `seed`."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    parameters, modules = [t for t in targets if "." in t], [t for t in targets if "." not in t]
+    settings = LoraConfig(
+        r=2, lora_alpha=3, target_modules=modules, target_parameters=parameters or None, init_lora_weights=False
+    )
+    return get_peft_model(model, settings)
+
+
+def reference(folder: str, *, replayed: bool, lora: Sequence[str] = ()) -> dict[str, Any]:
     """One process, float32, stock attention, padded rows, no checkpointing."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").train()
+    if lora:
+        model = with_lora(model, lora)
     replay = r3.attach(model)
     batch = batch_for(replay.spec)
     routing = {"routed_experts": batch.routing} if replayed else {}
@@ -138,14 +155,22 @@ def step(
     packed: bool = False,
     fused: bool = False,
     experts: str = "grouped_mm",
+    lora: Sequence[str] = (),
+    compiled: str | None = None,
 ) -> dict[str, Any]:
     """The same step on ranks that share the model as `layout` says, keyword arguments of `DistributedConfig`.
 
     `sequence` ranks share each row. Rows are packed there, and where `packed` says so. `fused` takes log-probabilities
-    from `fused_head`.
+    from `fused_head`. `compiled` says what torch.compile has compiled: "layers" or the "model".
     """
     register()
+    if compiled:
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
     model = load(folder, layout, attn_implementation="eager", experts_implementation=experts)
+    if lora:
+        model = with_lora(model, lora, seed=dist.get_rank())
+        spread_adapters(model)
     replay = r3.attach(model)
     head = fused_head(model) if fused else None
     device = where()
@@ -155,6 +180,11 @@ def step(
         handle = ulysses(model, mesh.sequence_group, barrier=_barrier(timeout_s=60.0))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if compiled == "layers":
+        for layer in model.get_decoder().layers:
+            layer.compile(backend="aot_eager")
+    elif compiled == "model":
+        model.compile(backend="aot_eager")
     copies = layout.get("tp_size", 1) * sequence  # ranks that have the same rows
     ranks = dist.get_world_size()
     mine = slice(dist.get_rank() // copies, None, ranks // copies)
@@ -204,6 +234,7 @@ def step(
         "grads": gradients(model),
         "report": replay.last,
         "chosen": recorder.expert_ids.cpu(),
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if compiled else 0,
     }
 
 
@@ -227,9 +258,13 @@ def weights(folder: str, layout: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def trained(folder: str, layout: dict[str, Any], *, steps: int = 3) -> dict[str, Any]:
+def trained(folder: str, layout: dict[str, Any], lora: Sequence[str] = (), *, steps: int = 3) -> dict[str, Any]:
     """Weights and gradient norms of a few steps with clipping and AdamW, on all samples on each rank."""
-    model = AutoModelForCausalLM.from_pretrained(folder).train() if not layout else load(folder, layout)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).train() if not layout else load(folder, layout)
+    if lora:
+        model = with_lora(model, lora)
+        if layout:
+            spread_adapters(model)
     replay = r3.attach(model)
     batch, device = batch_for(replay.spec), where() if layout else "cpu"
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-3, fused=True)
@@ -248,21 +283,58 @@ def _inputs(batch: Batch, device: str) -> dict[str, Any]:
     return {name: each.to(device) for name, each in named.items()}
 
 
-def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: gathered(source).detach().cpu() for name, source in named_weights(model)}
+def _weights(model: torch.nn.Module, where: str = "cpu") -> dict[str, torch.Tensor]:
+    return {name: gathered(source).detach().to(where) for name, source in named_weights(model)}
 
 
-def adapted(folder: str, layout: dict[str, Any], targets: list[str]) -> dict[str, Any]:
-    """Logits of all samples, and what a sync would send, of a model with LoRA."""
-    from peft import LoraConfig, get_peft_model
+def adapted(
+    folder: str, layout: dict[str, Any], targets: Sequence[str], saved: str, loads: bool = False
+) -> dict[str, Any]:
+    """Logits of all samples of a model with LoRA, which is read from `saved` or written there, and what a sync sends.
+
+    `sent_by_last` is what the last rank has where it alone sends, in a sync from all ranks.
+    """
+    from peft import PeftModel
 
     model: Any = load(folder, layout) if layout else AutoModelForCausalLM.from_pretrained(folder)
-    torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
-    batch = batch_for(r3.attach(model).spec)
+    if loads:
+        model = PeftModel.from_pretrained(model, saved, is_trainable=True)
+    else:
+        model = with_lora(model, targets, seed=dist.get_rank() if layout else 0)
+    if layout:
+        spread_adapters(model)
+    batch = batch_for(r3.attach(model.eval()).spec)
+    if not loads and layout:
+        adapter_weights(model).save(saved, write=dist.get_rank() == 0)
+    elif not loads:
+        model.save_pretrained(saved)
     with torch.no_grad():
         logits = model(**_inputs(batch, where() if layout else "cpu"), use_cache=False).logits
-    return {"logits": logits.cpu() * batch.mask[..., None], "weights": _weights(model)}
+    found = {"logits": logits.cpu() * batch.mask[..., None], "weights": _weights(model)}
+    if layout:
+        gathering = Gathering(timeout_s=30.0)
+        with gathering.to(dist.get_world_size() - 1):
+            found["sent_by_last"] = _weights(model, where="meta" if dist.get_rank() < gathering.owner else "cpu")
+            gathering.settle()
+    return found
+
+
+def again_after_a_failure(folder: str, layout: dict[str, Any], targets: Sequence[str]) -> list[torch.Tensor]:
+    """Logits of a model with LoRA before and after a forward that failed in the experts of a layer, on all ranks."""
+    model = with_lora(load(folder, layout), targets).eval()
+    spread_adapters(model)
+    inputs = _inputs(batch_for(r3.attach(model).spec), where()) | {"use_cache": False}
+    experts = next(module for name, module in model.named_modules() if name.endswith("experts.base_layer.base_layer"))
+    found = [model(**inputs).logits.detach().cpu()]
+    hook = experts.act_fn.register_forward_pre_hook(_fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        model(**inputs)
+    hook.remove()
+    return [*found, model(**inputs).logits.detach().cpu()]
+
+
+def _fail(_module: Any, _args: Any) -> None:
+    raise RuntimeError("on purpose")
 
 
 def refusal(folder: str, layout: dict[str, Any], what: str) -> str | None:
@@ -272,10 +344,18 @@ def refusal(folder: str, layout: dict[str, Any], what: str) -> str | None:
         if what == "slices of tensor parallel rows":
             ulysses(model, _mesh(where(), 2).sequence_group)
         elif what == "adapters of experts":
-            from peft import LoraConfig, get_peft_model
-
-            experts = ["mlp.experts.gate_up_proj"]
-            r3.attach(get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=experts)))
+            r3.attach(with_lora(model, ["mlp.experts.gate_up_proj"]))
+        elif what == "adapters that are spread twice":
+            model = with_lora(model, ["mlp.experts.gate_up_proj"])
+            spread_adapters(model)
+            spread_adapters(model)
+        elif what in ("adapters of a tensor parallel model", "no adapters"):
+            spread_adapters(model if what == "no adapters" else with_lora(model, ["k_proj"]))
+        elif what == "other adapters of experts":
+            model = with_lora(model, ["mlp.experts.gate_up_proj"])
+            for tuner in (module for module in model.modules() if hasattr(module, "parameter_name")):
+                del tuner.parameter_name
+            spread_adapters(model)
         elif what.startswith("torch "):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch, "__version__", what.removeprefix("torch "))

@@ -90,7 +90,8 @@ def live_weights(inner: Any, shard: Any, tied: dict[str, str], shapes: dict[str,
     parts = [weight for weight in weights if weight.source.shape != shapes.get(weight.name, weight.source.shape)]
     if parts:
         raise SyncError(
-            "weights have other shapes than the configuration says: are they local shards?"
+            "weights have other shapes than the configuration says. Are they local shards? Expected whole weights or "
+            "DTensors; under tensor parallelism transformers up to 5.15 has plain slices"
             + summary(f"{w.name}: expected {tuple(shapes[w.name])}, got {tuple(w.source.shape)}" for w in parts)
         )
     keys = {weight.name: weight.key for weight in weights}
