@@ -243,7 +243,7 @@ def _loads(folder: str, ignored: list[str], fused: bool) -> str | None:
     except ValueError as error:
         if "Failed to find a kernel" not in str(error):
             raise
-        return str(error)  # vLLM 0.31 and 0.32 have FP8 kernels for some CPUs alone
+        return str(error)  # vLLM 0.30 to 0.32 have FP8 kernels for some CPUs alone
     empty = check_finite_engine(engine)
     weights = {n: p for n, p in declared(engine).items() if p.dtype == torch.float8_e4m3fn or "_scale_inv" in n}
     assert {problem.partition(":")[0] for problem in empty} == set(weights), "unloaded memory is not found"
