@@ -1,6 +1,6 @@
 """Small language models of bytes, trained in a minute or two on the C++ headers that come with torch.
 
-    python -m benchmarks.language_models qwen3_moe /tmp/qwen3_moe
+    python -m benchmarks.language_models qwen3_moe build/qwen3_moe
 
 Random weights show nothing about a gap: their routers are near ties everywhere, and their tokens near uniform. These
 models have learnt something, from text that every machine with torch has. A dense twin has the shape of its MoE with
