@@ -96,9 +96,9 @@ class PolicyConfig:
     )
     numerics: str = setting(
         "own",
-        "`matched` gives the trainer log-probabilities that are the engine's to the last bit: the engine is "
-        "batch-invariant, and its kernels give the values of the trainer's forward. On a Hopper GPU, of qwen3_moe and "
-        "qwen3 (`docs/reference/numerics.md`). `own` leaves both sides their own kernels.",
+        "Experimental: with `matched` the engine is batch-invariant, and its kernels give the values of the trainer's "
+        "forward. On a Hopper GPU, of qwen3_moe and qwen3 (`docs/reference/numerics.md` says what was seen). `own` "
+        "leaves both sides their own kernels.",
         one_of(NUMERICS),
     )
     model: ModelConfig = part(ModelConfig)

@@ -151,6 +151,11 @@ class R3Config:
         problems = [
             f"{matched} needs {name}={right}, got {got}" for name, (got, right) in wanted.items() if got != right
         ]
+        if engine.pooled or self.ray.num_workers:
+            problems.append(
+                f"{matched} needs the one engine that the run starts: expected no addresses, num_engines=1 and "
+                "ray.num_workers=0; others need not be batch-invariant"
+            )
         if engine.in_process:
             problems.append(
                 f"{matched} needs an engine in a process of its own, got weight_sync.transport=in_process: "

@@ -21,8 +21,9 @@ from r3.vllm_compat import kernels
 if TYPE_CHECKING:
     from r3.parallel import FusedHead
 
-EXACT = ("qwen3", "qwen3_moe")
-"""Model types whose log-probabilities were seen to be bit-identical (docs/reference/numerics.md)."""
+MODEL_TYPES = ("qwen3", "qwen3_moe")
+"""Whose blocks this is written for. What was seen of them: docs/reference/numerics.md."""
+_MATCHED = "_r3_matched"
 MOST_APART = 0.03
 """Relative error at which a block computes something else than the engine's kernel: rounding makes 0.01 at most."""
 
@@ -32,18 +33,20 @@ class _Sequences:
 
     def __init__(self) -> None:
         self._of: weakref.ref[Tensor] | None = None
+        self._at = (0, 0)  # rows, and version of the positions, which may be written anew
         self.bounds, self.longest = torch.empty(0), 0
 
     def find(self, positions: Tensor, rows: int) -> None:
         """Sequences of `rows` rows with positions `[B, S]` or `[1, S]`; one begins where its position is 0."""
-        if self._of is not None and self._of() is positions:
+        at = (rows, -1 if positions.is_inference() else positions._version)  # those of inference mode have no version
+        if self._of is not None and self._of() is positions and self._at == at and at[1] >= 0:
             return
         begins = (positions == 0).expand(rows, -1).clone()
         begins[:, 0] = True
         starts = begins.flatten().nonzero()[:, 0]
         self.bounds = torch.cat((starts, starts.new_tensor([begins.numel()]))).int()
         self.longest = int(self.bounds.diff().max())
-        self._of = weakref.ref(positions)
+        self._of, self._at = weakref.ref(positions), at
 
 
 class MatchedModel:
@@ -56,16 +59,20 @@ class MatchedModel:
     def __init__(self, model: nn.Module, head: FusedHead | None) -> None:
         kernels.require_prepared()
         inner = _transformers_model(model)
-        _require_exact(inner.config)
+        _require_known(inner.config)
         self.unchecked: set[str] = set()
         self._hooks: list[Any] = []
         self._head = head
         self._sequences = _Sequences()
         config, decoder = inner.config, inner.get_decoder()
+        if _MATCHED in decoder.__dict__:
+            raise ReplayError("the engine's numerics are attached to this model already; detach that handle first")
         self._scale = config.head_dim**-0.5
         self._rotation = kernels.rotation(
             config.head_dim, config.max_position_embeddings, dict(config.rope_parameters), torch.bfloat16
         )
+        self._decoder = decoder
+        decoder.__dict__[_MATCHED] = self
         self._hooks.append(decoder.register_forward_pre_hook(_require_positions, with_kwargs=True))
         self._replace(decoder.norm, "norm", _added_norm)
         for index, layer in enumerate(decoder.layers):
@@ -83,6 +90,9 @@ class MatchedModel:
 
     def detach(self) -> None:
         """Give the model its own values back. A second call does nothing."""
+        if self._decoder.__dict__.get(_MATCHED) is not self:
+            return
+        del self._decoder.__dict__[_MATCHED]
         while self._hooks:
             self._hooks.pop().remove()
         if self._head is not None:
@@ -136,7 +146,7 @@ def match_engine(model: nn.Module, head: FusedHead | None = None) -> MatchedMode
     restart at 0: padding is at the end of its row. Call it after `r3.attach`, before FSDP2 wraps the model.
 
     Args:
-        model: in bfloat16, of a type in `r3.numerics.EXACT`, or a wrapper around one.
+        model: in bfloat16, of a type in `r3.numerics.MODEL_TYPES`, or a wrapper around one.
         head: the handle of `fused_head(model)`, whose log-probabilities are matched too.
 
     Returns:
@@ -144,6 +154,7 @@ def match_engine(model: nn.Module, head: FusedHead | None = None) -> MatchedMode
 
     Raises:
         UnsupportedModelError: a model whose blocks have no engine's kernels here, by name.
+        ReplayError: this was called for the model before.
         ConfigError: no Hopper GPU, no vLLM, or `r3.numerics.prepare()` was not called first.
     """
     return MatchedModel(model, head)
@@ -199,10 +210,10 @@ def _require_near(name: str, module: nn.Module, output: Any, values: Any) -> Non
             )
 
 
-def _require_exact(config: Any) -> None:
+def _require_known(config: Any) -> None:
     problem = None
-    if config.model_type not in EXACT:
-        problem = f"expected one of {', '.join(EXACT)}, whose values were seen to be equal"
+    if config.model_type not in MODEL_TYPES:
+        problem = f"expected one of {', '.join(MODEL_TYPES)}"
     elif config.head_dim < kernels.SMALLEST_HEAD:
         problem = (
             f"head_dim {config.head_dim}: with up to 64, vLLM's attention sums in another order in decoding than in "

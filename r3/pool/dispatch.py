@@ -6,9 +6,8 @@ Everything here runs in the thread of the pool's event loop, by callbacks: no re
 import asyncio
 import logging
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
-from itertools import islice
 
 from r3.errors import CaptureError, summary
 from r3.pool.clients.client import EngineFailedError, RequestAbortedError
@@ -17,7 +16,7 @@ from r3.pool.request import Answer, Request
 
 _ALIVE = (MemberState.SERVING, MemberState.SUSPECT)
 _NO_ROOM = sys.maxsize
-_CONVERSATIONS = 100_000  # whose engine is remembered, at most; the older half is forgotten then
+_CONVERSATIONS = 100_000  # whose engine is remembered
 
 logger = logging.getLogger("r3")
 
@@ -57,7 +56,7 @@ class Dispatcher:
         self._suspect = suspect
         self._loads: list[int] = []  # of each member; _NO_ROOM where it takes nothing
         self._waiting: deque[Request] = deque()
-        self._homes: dict[Hashable, Member] = {}  # the one that was asked for last at its end
+        self._homes: OrderedDict[Hashable, Member] = OrderedDict()
 
     @property
     def waiting(self) -> int:
@@ -154,16 +153,13 @@ class Dispatcher:
         """The engine of the request's conversation, whose prefix cache has the turns before; or `least`."""
         homes, key = self._homes, request.conversation
         home = homes.get(key)
-        if home is None:
-            home = least
-            if len(homes) >= _CONVERSATIONS:
-                self._homes = homes = dict(islice(homes.items(), _CONVERSATIONS // 2, None))
-        else:
-            del homes[key]  # to the end
-            if home.state is not MemberState.SERVING or self._far_busier_than(home, least, request):
-                home = least
-        homes[key] = home
-        return home
+        if home is not None and home.state is MemberState.SERVING and not self._far_busier_than(home, least, request):
+            homes.move_to_end(key)
+            return home
+        homes[key] = least
+        if len(homes) > _CONVERSATIONS:
+            homes.popitem(last=False)
+        return least
 
     def _far_busier_than(self, home: Member, least: Member, request: Request) -> bool:
         return home.load > self._far_busier * (least.load + request.tokens)

@@ -140,6 +140,8 @@ def test_detached_it_is_what_it_was():
     inputs = dict(input_ids=ids, attention_mask=mask.long(), use_cache=False)
     before = model(**inputs).logits
     handle = match_engine(model, fused_head(model))
+    with pytest.raises(ReplayError, match="attached to this model already"):
+        match_engine(model)
     assert not torch.equal(model(**inputs).logits, before)
     handle.detach()
     handle.detach()

@@ -83,6 +83,7 @@ def test_bad_settings_are_refused_by_name(pair, message):
         (["trainer.policy.sequence_parallel_size=2"], "needs trainer.policy.sequence_parallel_size=1, got 2"),
         (["trainer.policy.fsdp_config.param_dtype=float32"], "needs .*param_dtype=bfloat16, got float32"),
         (["generator.inference_engine.weight_sync.transport=in_process"], "an engine in a process of its own"),
+        (["generator.inference_engine.num_engines=2"], "the one engine that the run starts"),
         (["generator.sampling_params.top_k=8"], "sampling from the whole vocabulary"),
     ],
 )
