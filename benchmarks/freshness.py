@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.language_models import sampled_logprobs
 from benchmarks.machine import machine
 
 DEMO_MODEL = Path(__file__).parent.parent / "examples" / "chain_sum_moe"
@@ -84,15 +85,8 @@ class Scorer:
 
     def logprobs(self, batch: Any, routing: Any = None) -> Tensor:
         """Float32 `[tokens]` of the sampled tokens."""
-        ids, mask = batch.input_ids.to(self.device), batch.response_mask.to(self.device)
-        labels = torch.full_like(ids, -100)
-        labels[:, :-1] = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-        routed = {} if routing is None else {"routed_experts": routing}
-        attended = batch.attention_mask.to(self.device)
-        scored = self.head.logprobs(
-            self.model, labels, input_ids=ids, attention_mask=attended, use_cache=False, **routed
-        )
-        return scored[:, :-1][mask[:, 1:]]
+        scored = sampled_logprobs(self.model, self.head, batch, routing, self.device)
+        return scored[batch.response_mask.to(self.device)]
 
     def record(self, batch: Any) -> Any:
         """The model's own routing of `batch`, and its log-probabilities."""
@@ -117,7 +111,7 @@ def policy_loss(logprobs: Tensor, before: Tensor, advantages: Tensor) -> Tensor:
 def advantages_of(batch: Any, seed: int, device: str) -> Tensor:
     """`[tokens]`: one number a rollout, standard normal."""
     of_rollouts = torch.randn(len(batch.input_ids), 1, generator=torch.Generator().manual_seed(seed))
-    return of_rollouts.expand(batch.response_mask.shape)[:, 1:][batch.response_mask[:, 1:]].to(device)
+    return of_rollouts.expand(batch.response_mask.shape)[batch.response_mask].to(device)
 
 
 def measure(seed: int, batches: list[Any], options: argparse.Namespace) -> dict[tuple[int, str], dict[str, float]]:
@@ -132,7 +126,7 @@ def measure(seed: int, batches: list[Any], options: argparse.Namespace) -> dict[
     weights = [p.detach().to(options.device).clone().requires_grad_() for p in master.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
     advantages = advantages_of(held, seed, options.device)
-    sampled = held.logprobs[:, 1:][held.response_mask[:, 1:]].to(options.device)
+    sampled = held.logprobs[held.response_mask].to(options.device)
     exact_routing, exact_before = exact.record(held)
     own_routing, own_before = trainer.record(held)
     # Each way against what stands in its denominator: the engine's log-probability, of R2 the trainer's own.
@@ -144,7 +138,7 @@ def measure(seed: int, batches: list[Any], options: argparse.Namespace) -> dict[
             batch = training[done % len(training)]
             loss = policy_loss(
                 trainer.logprobs(batch, batch.routing),
-                batch.logprobs[:, 1:][batch.response_mask[:, 1:]].to(options.device),
+                batch.logprobs[batch.response_mask].to(options.device),
                 advantages_of(batch, 1000 * seed + done, options.device),
             )
             trainer.model.zero_grad(set_to_none=True)

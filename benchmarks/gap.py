@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.language_models import sampled_logprobs
 from benchmarks.machine import machine
 
 PROMPT = 64
@@ -112,13 +113,8 @@ class Trainer:
 
     def logprobs(self, batch: Any, rows: slice, *, replayed: bool) -> Tensor:
         """Float32 `[R, S]`, entry t of token t."""
-        ids = batch.input_ids[rows].cuda()
-        labels = torch.full_like(ids, -100)
-        labels[:, :-1] = ids[:, 1:].masked_fill(~batch.response_mask[rows, 1:].cuda(), -100)
-        routing = {"routed_experts": batch.routing[rows]} if replayed else {}
-        mask = batch.attention_mask[rows].cuda()
-        scored = self.head.logprobs(self.model, labels, input_ids=ids, attention_mask=mask, use_cache=False, **routing)
-        return F.pad(scored[:, :-1], (1, 0))
+        part = batch.select(rows)
+        return sampled_logprobs(self.model, self.head, part, part.routing if replayed else None, self.model.device)
 
     @torch.no_grad()
     def compare(self, batch: Any, *, replayed: bool) -> dict[str, float]:

@@ -116,8 +116,24 @@ def train(family: str, steps: int, seed: int, device: torch.device | str = "cuda
     return model, held_out
 
 
+def sampled_logprobs(model: Any, head: Any, batch: Any, routing: Any, device: torch.device | str) -> Tensor:
+    """Float32 `[B, S]` by the handle of `fused_head(model)`: entry t is of token t, 0 where it was not sampled.
+
+    Args:
+        batch: of rollouts, with padding at the end.
+        routing: to replay; None for live.
+    """
+    ids, mask = batch.input_ids.to(device), batch.response_mask.to(device)
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+    routed = {} if routing is None else {"routed_experts": routing}
+    attended = batch.attention_mask.to(device)
+    scored = head.logprobs(model, labels, input_ids=ids, attention_mask=attended, use_cache=False, **routed)
+    return torch.nn.functional.pad(scored[:, :-1], (1, 0))
+
+
 def save(model: PreTrainedModel, folder: str | Path) -> None:
-    """A checkpoint that vLLM loads without a tokenizer; asked for in float32, routers too (`head_dtype` is vLLM's)."""
+    """A checkpoint that vLLM loads without a tokenizer (`skip_tokenizer_init`)."""
     model.save_pretrained(folder)
 
 
