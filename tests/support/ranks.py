@@ -1,5 +1,6 @@
 """Processes of a process group that stay up and run functions of the tests together."""
 
+import faulthandler
 import os
 import pickle
 import traceback
@@ -31,38 +32,37 @@ class Ranks:
     """
 
     def __init__(self, size: int, device: str = "cpu", *, here: bool = False) -> None:
-        port = free_port()
-        context = mp.get_context("spawn")
-        self._ends, self._processes, self._here = [], [], here
-        for rank in range(int(here), size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, port, device), daemon=True)
-            process.start()
-            self._ends.append(ours)
-            self._processes.append(process)
-        if here:
-            dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=size)
+        self._size, self._device, self._here = size, device, here
+        self._ends: list[Any] = []
+        self._processes: list[Any] = []
 
     def run(self, function: Callable, *args: Any, timeout_s: float = 120.0) -> list[Any]:
         """What `function(*args)` returns on each rank; an exception is returned as one, and so is the rank's death.
 
-        A test that is skipped on a rank is skipped.
+        A test that is skipped on a rank is skipped. After a death or a hang the next call has new ranks.
 
         Raises:
             TimeoutError: a rank hangs. All ranks are ended.
         """
+        if not self._processes:
+            self._start()
         call = pickle.dumps((function, args))
         for end in self._ends:
             end.send_bytes(call)
         results = [_result(function, args)] if self._here else []
-        for rank, end in enumerate(self._ends, len(results)):
+        died = False
+        for rank, (end, process) in enumerate(zip(self._ends, self._processes, strict=True), len(results)):
             if not end.poll(timeout_s):
                 self.close()
                 raise TimeoutError(f"rank {rank} of {function.__name__} hangs")
             try:
                 results.append(pickle.loads(end.recv_bytes()))
-            except EOFError as error:
-                results.append(error)
+            except EOFError:
+                process.join()
+                results.append(EOFError(f"died in {function.__name__} with exit code {process.exitcode}"))
+                died = True
+        if died:
+            self.close()
         for result in results:
             if isinstance(result, Skipped):
                 pytest.skip(result.reason)
@@ -81,9 +81,24 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+        self._ends, self._processes = [], []
+
+    def _start(self) -> None:
+        port, first = free_port(), int(self._here)
+        context = mp.get_context("spawn")
+        for rank in range(first, self._size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, self._size, port, self._device), daemon=True)
+            process.start()
+            theirs.close()  # or the rank's death would not end the pipe
+            self._ends.append(ours)
+            self._processes.append(process)
+        if self._here:
+            dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=self._size)
 
 
 def _serve(end: Any, rank: int, size: int, port: int, device: str) -> None:
+    faulthandler.enable()  # a death says where
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
