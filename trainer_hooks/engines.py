@@ -66,15 +66,14 @@ def weight_sync_of(config: R3Config, engine: Any) -> WeightSync:
     )
 
 
-def sync_ranks_of(config: R3Config) -> SyncRanks | None:
-    """The trainer's ranks, for syncs in which each sends its part; None if there is one, or the transport is of one.
+def sync_ranks(transport: str | Transport, *, timeout_s: float = 600.0) -> SyncRanks | None:
+    """The job's ranks, for syncs in which each sends its part; None if there is one, or one sends by this transport.
 
     Every rank calls this.
     """
     several = dist.is_initialized() and dist.get_world_size() > 1
-    if not several or config.generator.inference_engine.weight_sync.transport not in _OVER_NETWORKS:
-        return None
-    return SyncRanks(timeout_s=config.trainer.timeout_s)
+    name = transport.name if isinstance(transport, Transport) else transport
+    return SyncRanks(timeout_s=timeout_s) if several and name in _OVER_NETWORKS else None
 
 
 def sample(

@@ -22,7 +22,7 @@ from r3.weight_sync import SyncReceipt
 from r3.weight_sync.timing import StageTimer
 from trainer_hooks import checkpoint
 from trainer_hooks.batches import StepBatch, broadcast
-from trainer_hooks.engines import sample, sync_ranks_of, weight_sync_of
+from trainer_hooks.engines import sample, sync_ranks, weight_sync_of
 from trainer_hooks.evaluation import evaluate, require_held_out
 from trainer_hooks.measurement import Measured, StepGap, coverage, measure, truncation
 from trainer_hooks.objective import group_advantages
@@ -83,7 +83,9 @@ class GRPOTrainer:
         self.engine = engine
         self.log = log
         self.sync = engine if engine is None or isinstance(engine, EnginePool) else weight_sync_of(config, engine)
-        self.sync_ranks = sync_ranks_of(config)
+        self.sync_ranks = sync_ranks(
+            config.generator.inference_engine.weight_sync.transport, timeout_s=config.trainer.timeout_s
+        )
 
     def train(
         self,

@@ -54,11 +54,16 @@ class PoolServer:
             )
 
     def wait(self, timeout_s: float = 280) -> None:
+        """Until it answers; also a first request, which takes far longer than later ones."""
         until = time.monotonic() + timeout_s
         while not self.healthy():
             if self.process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"the server did not start:\n{self._log.read_text()[-4000:]}")
             time.sleep(0.3)
+        if not self._prefix:
+            (model,) = httpx.get(f"{self.url}/v1/models").json()["data"]
+            asked = {"model": model["id"], "prompt": [2] * PROMPT_TOKENS, "max_tokens": 4}
+            httpx.post(f"{self.url}/v1/completions", json=asked, timeout=timeout_s).raise_for_status()
 
     def healthy(self) -> bool:
         if self._prefix:

@@ -16,6 +16,7 @@ import r3
 from r3.errors import ReplayError
 from r3.parallel import RankBarrier
 from r3.weight_sync import WeightSync, named_weights
+from trainer_hooks.engines import sync_ranks
 from trainer_hooks.feed import RoutingFeed
 from trainer_hooks.publish import push_from_all_ranks
 from trainer_hooks.sampling_sets import logprobs_asked, set_metrics
@@ -35,8 +36,8 @@ class RoutingReplayMixin(_Trainer):
     Args:
         moe_enable_routing_replay: on or off; by default as the configuration says, and on where it has no such setting.
         weight_sync_kwargs: further arguments of `r3.weight_sync.WeightSync`: transport, delta, chunk_bytes, timeout_s.
-            By default weights are handed over in memory to an engine in this process, and go to a server by NCCL from a
-            GPU, by files from a CPU.
+            By default weights are handed over in memory to an engine in this process, and go to a server by NCCL from
+            GPUs, by files from CPUs. By NCCL and gloo every rank sends its part.
 
     All other arguments are the trainer's.
 
@@ -85,18 +86,19 @@ class RoutingReplayMixin(_Trainer):
     def _start_sync(self, replay: r3.Replay, settings: dict[str, Any]) -> None:
         generation = self.vllm_generation
         self._barrier = RankBarrier() if self.accelerator.num_processes > 1 else None
-        self._sync = None
-        chosen: dict[str, Any] = {}
+        self._sync = self._sync_ranks = None
         if generation.mode == "colocate":
-            chosen["dtype"] = generation.llm.llm_engine.vllm_config.model_config.dtype
-            self._sync = WeightSync(generation.llm, **(chosen | settings))
-        elif self.accelerator.is_main_process:
-            client = generation.vllm_client
-            served = client.get_server_info()["model_config"]
-            require_server_logprobs(served["max_logprobs"], self._logprobs)
-            chosen["dtype"] = getattr(torch, served["dtype"].removeprefix("torch."))
-            chosen["transport"] = "nccl" if self.accelerator.device.type == "cuda" else "files"
-            self._sync = WeightSync(client.base_url, **(chosen | settings))
+            dtype = generation.llm.llm_engine.vllm_config.model_config.dtype
+            self._sync = WeightSync(generation.llm, **({"dtype": dtype} | settings))
+        else:
+            settings = {"transport": "nccl" if self.accelerator.device.type == "cuda" else "files"} | settings
+            self._sync_ranks = sync_ranks(settings["transport"])
+            if self.accelerator.is_main_process:
+                client = generation.vllm_client
+                served = client.get_server_info()["model_config"]
+                require_server_logprobs(served["max_logprobs"], self._logprobs)
+                dtype = getattr(torch, served["dtype"].removeprefix("torch."))
+                self._sync = WeightSync(client.base_url, **({"dtype": dtype} | settings))
         self._version = 0 if self._sync is None else self._sync.version or 0
         self._engine = EngineAnswers(generation, replay.spec, self._barrier, sampling_mask=self._logprobs > 0)
         generation.sync_weights = self._sync_weights
@@ -111,7 +113,7 @@ class RoutingReplayMixin(_Trainer):
             generation._llm_weights_sleeping = False
         self._version += 1
         weights = named_weights(self.accelerator.unwrap_model(self.model))
-        receipt = push_from_all_ranks(self._sync, weights, self._version, self._barrier)
+        receipt = push_from_all_ranks(self._sync, weights, self._version, self._barrier, ranks=self._sync_ranks)
         if receipt is not None:
             self._metrics["train"]["sync/seconds"].append(receipt.seconds)
 

@@ -1,5 +1,6 @@
 """TRL on two ranks, an engine in each or one over both, sharded by FSDP2; and with a server."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -62,10 +63,26 @@ def test_two_gpus(tmp_path, settings):
 
 @pytest.mark.parametrize(("count", "sampling"), [(1, {}), (2, {}), (2, {"top_k": 20, "top_p": 0.9})])
 def test_a_server_answers_for_all_ranks(tmp_path, monkeypatch, count, sampling):
+    with server(tmp_path, monkeypatch, **sampling) as url:
+        check_ranks(ranks(count, tmp_path, vllm_mode="server", vllm_server_base_url=url, **sampling))
+
+
+def test_each_rank_sends_its_part_to_a_server(tmp_path, monkeypatch):
+    gloo = {"given": {"weight_sync_kwargs": {"transport": "gloo"}}}
+    with server(tmp_path, monkeypatch) as url:
+        results = ranks(2, tmp_path, vllm_mode="server", vllm_server_base_url=url, **gloo, **FSDP2)
+    check_ranks(results)
+    sent = [result["sent"] for result in results]
+    assert max(sent) < 0.6 * sum(sent)
+
+
+@contextlib.contextmanager
+def server(folder, monkeypatch, **sampling):
+    """The address of a server of the demo's model, which cuts as `sampling` says."""
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")  # TRL and r3 sync through its development routes
     cut = [f"generator.sampling_params.{name}={value}" for name, value in sampling.items()]
     config = r3.R3Config.from_overrides(
         ["generator.inference_engine.max_model_len=256", *cut], {"trainer.policy.model.path": str(DEMO_MODEL)}
     )
-    with running_server(config, tmp_path) as server:
-        check_ranks(ranks(count, tmp_path, vllm_mode="server", vllm_server_base_url=server.url, **sampling))
+    with running_server(config, folder) as started:
+        yield started.url

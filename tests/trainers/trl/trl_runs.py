@@ -15,6 +15,7 @@ from torch import Tensor
 from trainers.conformance import EQUAL, Oracle, Scored, check_gap, check_replayed, plain_model, plain_weights
 
 from r3.capture import SamplingMask
+from r3.weight_sync import GlooTransport
 from trainer_hooks import trl as hooks
 
 PROMPTS = [f"{a}+{b}=\n" * (1 + a % 3) for a in range(10, 14) for b in range(10, 14)]
@@ -149,10 +150,23 @@ def trainer(folder: Path, *, kind: str = "grpo", given: dict | None = None, **se
 
 def main(settings: str, result: str) -> None:
     given = json.loads(Path(settings).read_text())
+    sent = count_bytes_sent()
     made = trainer(Path(settings).parent, **given)
     made.train()
     rank = made.accelerator.process_index
-    torch.save({"scored": made.scored, "log": made.state.log_history}, f"{result}.{rank}")
+    torch.save({"scored": made.scored, "log": made.state.log_history, "sent": sum(sent)}, f"{result}.{rank}")
+
+
+def count_bytes_sent() -> list[int]:
+    """Of each chunk that this rank will hand to gloo."""
+    publish, sent = GlooTransport.publish, []
+
+    def counting(transport: Any, index: int, chunk: Any) -> Any:
+        sent.append(sum(tensor.nbytes for _, tensor in chunk))
+        return publish(transport, index, chunk)
+
+    GlooTransport.publish = counting
+    return sent
 
 
 if __name__ == "__main__":
