@@ -87,18 +87,19 @@ class RoutingReplayMixin(_Trainer):
         generation = self.vllm_generation
         self._barrier = RankBarrier() if self.accelerator.num_processes > 1 else None
         self._sync = self._sync_ranks = None
+        chosen: dict[str, Any] = {}
         if generation.mode == "colocate":
-            dtype = generation.llm.llm_engine.vllm_config.model_config.dtype
-            self._sync = WeightSync(generation.llm, **({"dtype": dtype} | settings))
+            chosen["dtype"] = generation.llm.llm_engine.vllm_config.model_config.dtype
+            self._sync = WeightSync(generation.llm, **(chosen | settings))
         else:
-            settings = {"transport": "nccl" if self.accelerator.device.type == "cuda" else "files"} | settings
-            self._sync_ranks = sync_ranks(settings["transport"])
+            chosen["transport"] = "nccl" if self.accelerator.device.type == "cuda" else "files"
+            self._sync_ranks = sync_ranks((chosen | settings)["transport"])
             if self.accelerator.is_main_process:
                 client = generation.vllm_client
                 served = client.get_server_info()["model_config"]
                 require_server_logprobs(served["max_logprobs"], self._logprobs)
-                dtype = getattr(torch, served["dtype"].removeprefix("torch."))
-                self._sync = WeightSync(client.base_url, **({"dtype": dtype} | settings))
+                chosen["dtype"] = getattr(torch, served["dtype"].removeprefix("torch."))
+                self._sync = WeightSync(client.base_url, **(chosen | settings))
         self._version = 0 if self._sync is None else self._sync.version or 0
         self._engine = EngineAnswers(generation, replay.spec, self._barrier, sampling_mask=self._logprobs > 0)
         generation.sync_weights = self._sync_weights
