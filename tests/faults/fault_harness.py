@@ -1,7 +1,6 @@
 """Runs schedules of faults against one real server, and judges how each ended."""
 
 import contextlib
-import multiprocessing as mp
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ from fault_engine import LONG, QUIET_S, FaultyServer, Load, Output, children, st
 from fault_outcome import Outcome, expected, vars_of
 from fault_process import TIMEOUT_S, Sender
 from places import DEMO_MODEL
+from processes import FORKS, fork_from
 from schedules import CPU, GPU, Fault, Schedule
 
 from r3.weight_sync import FilesTransport
@@ -38,8 +38,6 @@ class Harness:
         with contextlib.suppress(FileNotFoundError):
             command = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "r3-test", str(self._disk)]
             self.mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-        self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["fault_preload"])
         self._senders: dict[tuple, Sender] = {}
         self.outcomes: list[tuple[Schedule, Outcome]] = []
         self.violations = 0
@@ -55,6 +53,7 @@ class Harness:
     def __enter__(self) -> "Harness":
         try:
             os.environ["R3_TEST_FAULTS_MODEL"] = str(DEMO_MODEL)
+            fork_from("fault_preload")
             for transport in self._transports:
                 for delta in (False, True):
                     self._sender(transport, delta)
@@ -293,7 +292,7 @@ class Harness:
             settings = {"url": self.server.url, "path": str(DEMO_MODEL), "transport": transport, "delta": delta}
             stacks = Path(self._folder.name) / f"stacks-{len(self._all)}"
             settings |= {"gpu": self._gpu, "folder": folder, "stacks": str(stacks)}
-            sender = self._senders[key] = Sender(self._context, settings)
+            sender = self._senders[key] = Sender(FORKS, settings)
             self._all.append(sender)
         return sender
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from network_hosts import enter_host
-from server_process import FORKS
+from processes import FORKS
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from r3.pool import EnginePool, PoolLimits

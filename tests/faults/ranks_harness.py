@@ -17,9 +17,10 @@ from network_hosts import Hosts, can_make_hosts
 from pool_harness import PROMPTS, TOKENS, Pace, PoolHarness
 from pool_schedules import PoolSchedule
 from ports import free_port
+from processes import fork_from
 from rank_process import RANKS, RankDiedError, RankProcess, RankSettings, digest_of
 from ranks_schedules import RanksFault
-from server_process import FORKS, ServerProcess
+from server_process import ServerProcess
 
 from r3.errors import SyncError
 from r3.pool import PoolLimits
@@ -119,7 +120,7 @@ class RanksHarness(PoolHarness):
         self._healed.set()
 
     def __enter__(self) -> "RanksHarness":
-        FORKS.set_forkserver_preload(["ranks_harness"])
+        fork_from("ranks_harness")
         if self._hosts is not None:
             self._stack.enter_context(self._hosts)
         for number in range(_ENGINES):

@@ -1,9 +1,31 @@
 """Processes that tests start, and what is left of them."""
 
+import multiprocessing
 import os
+import sys
 import time
+from multiprocessing import forkserver
 
 import psutil
+
+FORKS = multiprocessing.get_context("forkserver")
+"""Makes processes in little time: by forks of one that has imported what they need, and has no threads."""
+
+
+def fork_from(module: str) -> None:
+    """Have `FORKS` import this module once, before its first process.
+
+    By the environment: the fork server of Python 3.11.7 does not use the path that it is given. It then imports nothing
+    and says nothing, and each process imports all by itself.
+    """
+    FORKS.set_forkserver_preload([module])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    forkserver.ensure_running()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
 
 
 def session(leader: int) -> list[str]:

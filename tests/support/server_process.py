@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import threading
@@ -13,12 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from network_hosts import enter_host
+from processes import FORKS
 from simulated_servers import SimulatedAdapter, SimulatedServer
 
 from r3.weight_sync import combine, digest
-
-FORKS = multiprocessing.get_context("forkserver")
-"""Makes processes in little time: by forks of one that has imported all of this, and has no threads."""
 
 _PATIENCE_S = 60.0
 _AT_ONCE = 6  # tokens
