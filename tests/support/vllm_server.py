@@ -48,7 +48,7 @@ def running_server(config: R3Config, folder: Path, *extra: str, timeout_s: float
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        ended = all_ended(process.pid)
+        ended = all_ended(process.pid, within_s=30.0)  # workers of a server that was killed find that out first
         with contextlib.suppress(ProcessLookupError):
             server.kill()
     assert ended, "processes of the server outlived it"
