@@ -57,7 +57,7 @@ class Ranks:
                 raise TimeoutError(f"rank {rank} of {function.__name__} hangs")
             try:
                 results.append(pickle.loads(end.recv_bytes()))
-            except EOFError:
+            except (EOFError, ConnectionError):
                 process.join()
                 results.append(EOFError(f"died in {function.__name__} with exit code {process.exitcode}"))
                 died = True
