@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from multiprocessing import forkserver
+from unittest import mock
 
 import psutil
 
@@ -19,13 +20,8 @@ def fork_from(module: str) -> None:
     and says nothing, and each process imports all by itself.
     """
     FORKS.set_forkserver_preload([module])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
-    forkserver.ensure_running()
-    if before is None:
-        del os.environ["PYTHONPATH"]
-    else:
-        os.environ["PYTHONPATH"] = before
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
 
 
 def session(leader: int) -> list[str]:
