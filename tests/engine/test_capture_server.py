@@ -159,9 +159,11 @@ def test_every_route_gives_the_ids_that_tokens_were_sampled_from(server, client,
     )
     if route == "chat":
         message = {"role": "user", "content": "12 + 7 = "}
-        asked = [client.chat.completions.create(model=model, messages=[message], **request_fields(config, "chat"))]
+        fields = request_fields(config, "chat") | {"seed": 0}
+        asked = [client.chat.completions.create(model=model, messages=[message], **fields)]
     else:
-        asked = [ask(server, client, model, config, route, prompt) for prompt in prompts(2)]
+        count = 8 if route == "stream" else 2  # of one sample or four: as many tokens
+        asked = [ask(server, client, model, config, route, prompt, seed=0) for prompt in prompts(count)]
     batch = collect(asked, trainer[1].spec, sampling_mask=True).batch(0)
     labels = torch.where(batch.response_mask, batch.input_ids, -100).roll(-1, 1)
     mask = batch.sampling_mask
@@ -181,8 +183,8 @@ def test_every_route_gives_the_ids_that_tokens_were_sampled_from(server, client,
     theirs, sampled = batch.logprobs[:, 1:], batch.response_mask[:, 1:]
     sizes = batch.sampling_mask.sizes[batch.response_mask]
     assert 1 <= int(sizes.min()) < int(sizes.max()) <= 50
-    # The model is another by its float32 weights; over other sets, or the vocabulary, k3 is above 1e-2.
-    assert compare_logprobs(found, theirs, sampled)["k3"] < 3e-3
+    # The trainer's weights are float32: 0.01 to 0.03 apart; over the vocabulary 0.08 to 0.16.
+    assert compare_logprobs(found, theirs, sampled)["abs_mean"] < 0.05
     assert not found[sampled][sizes == 1].any()
     assert not theirs[sampled][sizes == 1].any()
 
