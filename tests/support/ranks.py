@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from ports import free_port
+from processes import FORKS, fork_from
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class Ranks:
 
     def _start(self) -> None:
         port, first = free_port(), int(self._here)
-        context = mp.get_context("spawn")
+        fork_from("rank_preload")
         for rank in range(first, self._size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self._size, port, self._device), daemon=True)
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=_serve, args=(theirs, rank, self._size, port, self._device), daemon=True)
             process.start()
             theirs.close()  # or the rank's death would not end the pipe
             self._ends.append(ours)
