@@ -1,7 +1,7 @@
 """What replay is worth as the trainer moves away from the weights that sampled: its own error, and its gradients'.
 
     python -m benchmarks.freshness                    # the demo model on a CPU, 3 seeds
-    python -m benchmarks.freshness --model /my/moe --lr 1e-5 --device cuda
+    python -m benchmarks.freshness --model /my/moe --lr 1e-5 --device cuda --figure freshness.png
 
 An engine samples rollouts once. A trainer in bfloat16 then takes updates on other rollouts of the same weights, and
 after 0, 1, 2, 4 ... 64 of them its ratio of probabilities to the rollout is compared with the true one: of a float32
@@ -15,7 +15,7 @@ One JSON line for each way and number of updates, over all seeds: `error_k3`, th
 error of the log-ratio in nats, and what it is by seed; `cosine`, between the gradient of the ratio's policy loss and
 that of the float32 copy, over all parameters; `routes_moved`, the share of (token, layer) pairs in which the float32
 copy now chooses other experts than before the first update; `moved`, the distance from the first weights over their
-norm.
+norm. `--figure` draws errors and cosines over the updates.
 
 It checks itself: before the first update replay must have less error than live routing, and the float32 copy's ratios
 must be exactly 1.
@@ -173,6 +173,36 @@ def measure(seed: int, batches: list[Any], options: argparse.Namespace) -> dict[
     return found
 
 
+def draw(lines: list[dict[str, Any]], path: Path) -> None:
+    """Error and gradient over the updates: each way is the mean of its seeds, within their extremes."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(10, 3.6), layout="constrained")
+    error, gradient = drawn.subplots(1, 2)
+    looks = {"live": ("#d55e00", "s-"), "replayed": ("#0072b2", "o-"), "own": ("#009e73", "^--")}
+    for way, (colour, look) in looks.items():
+        found = [line for line in lines if line["routing"] == way]
+        updates = [line["updates"] for line in found]
+        errors = [line["error_k3_by_seed"] for line in found]
+        apart = [[1 - cosine for cosine in line["cosine_by_seed"]] for line in found]
+        for panel, values in ((error, errors), (gradient, apart)):
+            panel.plot(updates, [mean(value) for value in values], look, color=colour, markersize=4, label=way)
+            panel.fill_between(
+                updates, *zip(*((min(value), max(value)) for value in values), strict=True), color=colour, alpha=0.15
+            )
+    error.set_title("error of the log-ratio, k3 in nats", fontsize=9)
+    gradient.set_title("1 - cosine of the policy gradient", fontsize=9)
+    for panel in (error, gradient):
+        panel.set_xscale("symlog", linthresh=1, base=2)
+        panel.set_yscale("log")
+        panel.set_xticks(UPDATES, [str(number) for number in UPDATES])
+        panel.set_xlabel("updates since the rollouts were sampled")
+        panel.grid(alpha=0.25)
+    error.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=130, facecolor="white")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
@@ -182,6 +212,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--points", type=int, default=len(UPDATES), help="how many of the numbers of updates")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
@@ -199,16 +230,20 @@ def main() -> None:
         torch.manual_seed(seed)
         for key, values in measure(seed, batches[number * each : (number + 1) * each], options).items():
             by_key[key].append(values)
+    lines = []
     for (updates, way), values in by_key.items():
         line: dict[str, Any] = {"updates": updates, "routing": way}
         for name in values[0]:
             line[name] = float(f"{mean(value[name] for value in values):.4g}")
         line["error_k3_by_seed"] = [float(f"{value['error_k3']:.3g}") for value in values]
-        line["cosine_by_seed"] = [round(value["cosine"], 4) for value in values]
+        line["cosine_by_seed"] = [round(value["cosine"], 6) for value in values]
         print(json.dumps(line), flush=True)
+        lines.append(line)
     start = {way: mean(value["error_k3"] for value in by_key[0, way]) for way in WAYS}
     if not start["replayed"] < start["live"]:
         raise SystemExit(f"freshness: expected less error replayed than live before the first update, got {start}")
+    if options.figure:
+        draw(lines, options.figure)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 _TRAINERS = {"trl": "trl", "verl": "verl", "skyrl": "skyrl", "swift": "ms-swift"}
 collect_ignore = [f"trainers/{folder}" for folder, package in _TRAINERS.items() if installed_version(package) is None]
 
+# vLLM binds every engine's worker to the first core, also where another process of tests has an engine there.
+if SIDE_BY_SIDE > 1 and hasattr(os, "sched_getaffinity"):
+    _CORES = sorted(os.sched_getaffinity(0))
+    _WORKER = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(_CORES[_WORKER % len(_CORES)]))
+
 # The same examples in every run, so that a run fails for what it changed; --hypothesis-profile=default draws new ones.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")

@@ -158,6 +158,7 @@ class Dispatcher:
             homes.move_to_end(key)
             return home
         homes[key] = least
+        homes.move_to_end(key)
         if len(homes) > _CONVERSATIONS:
             homes.popitem(last=False)
         return least

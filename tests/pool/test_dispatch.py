@@ -127,6 +127,25 @@ def test_a_turn_waits_for_room_on_the_engine_of_its_conversation():
     run(body())
 
 
+def test_of_many_conversations_the_one_that_was_used_last_is_remembered_also_if_it_moved(monkeypatch):
+    monkeypatch.setattr("r3.pool.dispatch._CONVERSATIONS", 2)
+
+    async def body():
+        pool = Simulation(3, seconds=0.01, max_in_flight=100)
+        (first,) = answers_of(await pool.all([pool.submit(conversation="a")]))
+        await pool.all([pool.submit(conversation="b")])
+        pool.dispatcher.lose(next(m for m in pool.members if m.name == first[0]), "gone")
+        (moved,) = answers_of(await pool.all([pool.submit(conversation="a")]))
+        busy = [pool.submit(tokens=20, conversation="c")]  # one too many: "b" is forgotten
+        for _ in range(3):
+            (turn,) = answers_of(await pool.all([pool.submit(conversation="a")]))
+            assert turn[0] == moved[0]
+        assert list(pool.dispatcher._homes) == ["c", "a"]
+        await pool.all(busy)
+
+    run(body())
+
+
 def test_requests_of_an_engine_that_dies_move_and_come_once():
     async def body():
         pool = Simulation(4, seconds=0.05, max_in_flight=8)

@@ -12,7 +12,7 @@ def prompts(count: int = 8, length: int = 24) -> list[dict]:
     return [{"prompt_token_ids": row} for row in ids.tolist()]
 
 
-def greedy(engine, count: int = 8, tokens: int = 24) -> list[list[tuple[int, float]]]:
+def greedy(engine, count: int = 4, tokens: int = 16) -> list[list[tuple[int, float]]]:
     """Tokens and log-probabilities, from empty caches, one prompt at a time: results depend on what shares a batch."""
     from vllm import SamplingParams
 
