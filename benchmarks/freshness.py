@@ -14,8 +14,9 @@ copy of the trainer with its own routing, now and before the first update. Three
 One JSON line for each way and number of updates, over all seeds: `error_k3`, the mean of exp(e) - 1 - e where e is the
 error of the log-ratio in nats, and what it is by seed; `cosine`, between the gradient of the ratio's policy loss and
 that of the float32 copy, over all parameters; `routes_moved`, the share of (token, layer) pairs in which the float32
-copy now chooses other experts than before the first update; `moved`, the distance from the first weights over their
-norm. `--figure` draws errors and cosines over the updates.
+copy now chooses other experts than before the first update; `differing_rows`, the share in which the trainer's live
+choice is not the rollout's, which a run records as `routing/differing_rows`; `moved`, the distance from the first
+weights over their norm. `--figure` draws errors and cosines over the updates.
 
 It checks itself: before the first update replay must have less error than live routing, and the float32 copy's ratios
 must be exactly 1.
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 
 from benchmarks.language_models import sampled_logprobs
 from benchmarks.machine import machine
+from r3.diagnostics import compare_routing
 
 DEMO_MODEL = Path(__file__).parent.parent / "examples" / "chain_sum_moe"
 QUESTION = "State the final answer to the following arithmetic problem: {} + {} - {} =\n"
@@ -160,6 +162,10 @@ def measure(seed: int, batches: list[Any], options: argparse.Namespace) -> dict[
         moved = (now.expert_ids.long().sort(-1).values != exact_routing.expert_ids.long().sort(-1).values).any(-1)
         share = moved[held.attention_mask.bool().to(moved.device)].float().mean().item()
         distance = (torch.cat([w.detach().cpu().flatten() for w in weights]) - first).norm() / first.norm()
+        chosen, _ = trainer.record(held)
+        differing = compare_routing(chosen.expert_ids.cpu(), held.routing.expert_ids, held.routing.valid)[
+            "differing_rows"
+        ]
         for way, (routing, before) in ways.items():
             logprobs = trainer.logprobs(held, routing)
             gradient = trainer.gradient(policy_loss(logprobs, before, advantages))
@@ -168,6 +174,7 @@ def measure(seed: int, batches: list[Any], options: argparse.Namespace) -> dict[
                 "error_k3": (error.exp() - 1 - error).mean().item(),
                 "cosine": F.cosine_similarity(gradient.double(), true.double(), dim=0).item(),
                 "routes_moved": share,
+                "differing_rows": differing,
                 "moved": distance.item(),
             }
     return found
