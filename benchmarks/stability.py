@@ -195,8 +195,9 @@ def draw(ended: dict[Run, list[dict[str, Any]]], path: Path) -> None:
                 continue
             key, log = chosen(next(iter(found)))
             curves = torch.tensor([[record[key] for record in records] for records in found.values()])
-            smooth = torch.nn.functional.avg_pool1d(curves[:, None], 10)[:, 0]
-            steps = 5.5 + 10 * torch.arange(smooth.shape[1])
+            window = min(10, curves.shape[1])
+            smooth = torch.nn.functional.avg_pool1d(curves[:, None], window)[:, 0]
+            steps = (window + 1) / 2 + window * torch.arange(smooth.shape[1])
             dash = "-" if correction == "none" else "--"
             panel.plot(steps, smooth.mean(0), dash, color=colours[routing], label=next(iter(found)).way)
             panel.fill_between(steps, smooth.amin(0), smooth.amax(0), color=colours[routing], alpha=0.12, linewidth=0)
