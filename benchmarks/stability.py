@@ -94,9 +94,10 @@ class Run:
 
 
 class Starts:
-    """Lets one engine start at a time, some seconds apart."""
+    """Lets one engine start at a time, some seconds apart, until `over` is set."""
 
     def __init__(self, apart_s: float) -> None:
+        self.over = False
         self._lock, self._apart_s, self._next = threading.Lock(), apart_s, 0.0
 
     def wait(self) -> None:
@@ -111,7 +112,7 @@ def perform(run: Run, options: argparse.Namespace, starts: Starts, until: float)
         if run.ended(options):
             return
         starts.wait()
-        if time.monotonic() > until:
+        if starts.over or time.monotonic() > until:
             return
         with open(f"{run.folder(options)}.log", "a") as log:
             process = subprocess.Popen(run.command(options), stdout=log, stderr=subprocess.STDOUT)
@@ -239,7 +240,12 @@ def main() -> None:
     if not options.summary:
         starts, until = Starts(APART_S), time.monotonic() + options.limit_s
         with ThreadPoolExecutor(options.parallel) as pool:
-            list(pool.map(lambda run: perform(run, options, starts, until), runs))
+            try:
+                list(pool.map(lambda run: perform(run, options, starts, until), runs))
+            except KeyboardInterrupt:
+                starts.over = True  # what runs has had the Ctrl-C too
+                pool.shutdown(cancel_futures=True)
+                raise
     ended = {run: run.records(options) for run in runs if run.ended(options)}
     for run, records in ended.items():
         check(run, records, options)
