@@ -122,7 +122,8 @@ def perform(run: Run, options: argparse.Namespace, starts: Starts, until: float)
                 process.terminate()  # it ends its engine
                 process.wait()
                 return
-    print(json.dumps({"run": run.folder(options).name, "failed": TRIES}), flush=True)
+    if not run.ended(options):
+        print(json.dumps({"run": run.folder(options).name, "failed": TRIES}), flush=True)
 
 
 def check(run: Run, records: list[dict[str, Any]], options: argparse.Namespace) -> None:
