@@ -46,6 +46,10 @@ ROWS = 32  # of a forward
 ENGINES = {"default": "own", "batch_invariant": "matched"}
 
 
+def rollouts_of(folder: Path, name: str) -> Path:
+    return folder / "rollouts" / f"{name}.safetensors"  # an engine reads all such files beside the checkpoint
+
+
 def settings(folder: Path, numerics: str, options: argparse.Namespace) -> Any:
     from r3 import R3Config
 
@@ -91,7 +95,8 @@ def sample(folder: Path, name: str, options: argparse.Namespace) -> None:
 
         spec = r3.attach(AutoModelForCausalLM.from_pretrained(folder)).spec
     rollouts = collect(outputs, spec)
-    save_rollouts(rollouts, folder / f"{name}.safetensors")
+    rollouts_of(folder, name).parent.mkdir(exist_ok=True)
+    save_rollouts(rollouts, rollouts_of(folder, name))
     rate = options.sequences * options.length / seconds
     print(json.dumps({"sampled_by": name, "engine_tokens_per_s": round(rate)}), flush=True)
 
@@ -186,7 +191,7 @@ def _own_silu_and_mul(gate_up: Tensor) -> Tensor:
 
 TERMS: dict[str, dict[str, Callable]] = {
     "linear layers": {"linear": F.linear},
-    "norms": {"rms_norm": _own_norm, "added_rms_norm": _own_norm},
+    "norms": {"rms_norm": _own_norm},
     "rope": {"rotate": _own_rotate},
     "attention": {"attention": _own_attention},
     "router weights": {"softmax_weights": _own_weights},
@@ -221,7 +226,7 @@ def own(folder: Path, name: str, options: argparse.Namespace) -> None:
     """Compare the trainer with one engine's rollouts, each with its own kernels."""
     from r3.capture import load_rollouts
 
-    batch, trainer = load_rollouts(folder / f"{name}.safetensors").batch(0), Trainer(folder)
+    batch, trainer = load_rollouts(rollouts_of(folder, name)).batch(0), Trainer(folder)
     moe = trainer.replay is not None
     live = tell(name, "live", trainer.compare(batch, replayed=False))
     if moe:
@@ -237,7 +242,7 @@ def matched(folder: Path, name: str, options: argparse.Namespace) -> None:
     from r3.capture import load_rollouts
 
     numerics.prepare()
-    batch, trainer = load_rollouts(folder / f"{name}.safetensors").batch(0), Trainer(folder)
+    batch, trainer = load_rollouts(rollouts_of(folder, name)).batch(0), Trainer(folder)
     moe = trainer.replay is not None
     handle = numerics.match_engine(trainer.model, trainer.head)
     found = tell(name, "matched", trainer.compare(batch, replayed=moe))

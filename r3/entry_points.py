@@ -9,6 +9,9 @@ WORKER = "r3.capture.in_engine.routing_worker.CapturingWorker"
 SCHEDULER = "r3.capture.in_engine.routing_scheduler.capture_scheduler"
 """For `LLM(scheduler_cls=...)`: the capture by hooks."""
 
+INVARIANT_NORMS = "r3.vllm_compat.invariant_norms.InvariantNorms"
+"""For `joined_extension`: norms of a batch-invariant engine that are so in any batch."""
+
 
 def joined_extension(other: str) -> str:
     """The dotted name of a class that is r3's worker extension and `other`: vLLM takes only one.

@@ -74,12 +74,12 @@ class MatchedModel:
         self._decoder = decoder
         decoder.__dict__[_MATCHED] = self
         self._hooks.append(decoder.register_forward_pre_hook(_require_positions, with_kwargs=True))
-        self._replace(decoder.norm, "norm", _added_norm)
+        self._replace(decoder.norm, "norm", _norm)
         for index, layer in enumerate(decoder.layers):
             name = f"layers.{index}"
-            self._replace(layer.input_layernorm, f"{name}.input_layernorm", _added_norm if index else _norm)
+            self._replace(layer.input_layernorm, f"{name}.input_layernorm", _norm)
             self._replace(layer.self_attn, f"{name}.self_attn", self._attention)
-            self._replace(layer.post_attention_layernorm, f"{name}.post_attention_layernorm", _added_norm)
+            self._replace(layer.post_attention_layernorm, f"{name}.post_attention_layernorm", _norm)
             if hasattr(layer.mlp, "experts"):
                 self._replace(layer.mlp.gate, f"{name}.mlp.gate", _router)
                 self._replace(layer.mlp.experts, f"{name}.mlp.experts", _experts)
@@ -162,10 +162,6 @@ def match_engine(model: nn.Module, head: FusedHead | None = None) -> MatchedMode
 
 def _norm(module: Any, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
     return kernels.rms_norm(args[0], module.weight, module.variance_epsilon)
-
-
-def _added_norm(module: Any, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-    return kernels.added_rms_norm(args[0], module.weight, module.variance_epsilon)
 
 
 def _mlp(module: Any, args: tuple, kwargs: dict, output: Tensor) -> Tensor:

@@ -61,19 +61,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm of what is no sum with a residual: rounded once, at its end."""
+    """Rounded once, at its end. Sums with a residual are made before: `r3.vllm_compat.invariant_norms`."""
     from vllm.model_executor.layers.batch_invariant import rms_norm_batch_invariant
 
     return rms_norm_batch_invariant(x, weight, eps)
-
-
-def added_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm of the residual stream `x`, which the engine computes in one kernel with the sum before it."""
-    from vllm import _custom_ops
-
-    flat = x.reshape(-1, x.shape[-1]).clone()
-    _custom_ops.fused_add_rms_norm(flat, torch.zeros_like(flat), weight, eps)
-    return flat.view(x.shape)
 
 
 def rotation(head_size: int, positions: int, parameters: dict[str, Any], dtype: torch.dtype) -> Tensor:

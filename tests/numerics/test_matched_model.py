@@ -150,12 +150,12 @@ def test_detached_it_is_what_it_was():
 
 def test_a_block_that_computes_something_else_is_refused_at_its_first_forward(monkeypatch):
     def gemma_norm(x, weight, eps):
-        return engine_kernels.added_rms_norm(x, weight + 1, eps)
+        return engine_kernels.rms_norm(x, weight + 1, eps)
 
-    monkeypatch.setattr(kernels, "added_rms_norm", gemma_norm)
+    monkeypatch.setattr(kernels, "rms_norm", gemma_norm)
     model = build()
     match_engine(model)
-    with pytest.raises(UnsupportedModelError, match=r"post_attention_layernorm .*Qwen3MoeRMSNorm.*relative error"):
+    with pytest.raises(UnsupportedModelError, match=r"input_layernorm .*Qwen3MoeRMSNorm.*relative error"):
         model(input_ids=rollouts()[0], use_cache=False)
 
 

@@ -18,11 +18,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt().reciprocal() * weight.float()).to(x.dtype)
 
 
-def added_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return (wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()).to(x.dtype) * weight
-
-
 def rotation(head_size: int, positions: int, parameters: dict, dtype: torch.dtype) -> Tensor:
     inverse = 1 / parameters["rope_theta"] ** (torch.arange(0, head_size, 2).float() / head_size)
     angles = torch.outer(torch.arange(positions).float(), inverse)
@@ -79,11 +74,8 @@ def by_layers(model, ids: Tensor, routing: Tensor | None) -> Tensor:
     update = None
     for index, layer in enumerate(decoder.layers):
         attended, norm = layer.self_attn, layer.input_layernorm
-        if update is None:
-            states = rms_norm(residual, norm.weight, norm.variance_epsilon)
-        else:
-            residual = residual + update
-            states = added_rms_norm(residual, norm.weight, norm.variance_epsilon)
+        residual = residual if update is None else residual + update
+        states = rms_norm(residual, norm.weight, norm.variance_epsilon)
         heads = [
             linear(states, part.weight).view(len(ids), -1, width)
             for part in (attended.q_proj, attended.k_proj, attended.v_proj)
@@ -95,7 +87,7 @@ def by_layers(model, ids: Tensor, routing: Tensor | None) -> Tensor:
         mixed = attention(query, key, heads[2], bounds, len(ids), width**-0.5).flatten(1)
         residual = residual + linear(mixed, attended.o_proj.weight)
         norm = layer.post_attention_layernorm
-        states = added_rms_norm(residual, norm.weight, norm.variance_epsilon)
+        states = rms_norm(residual, norm.weight, norm.variance_epsilon)
         mlp = layer.mlp
         if routing is None:
             gate_up = torch.cat((linear(states, mlp.gate_proj.weight), linear(states, mlp.up_proj.weight)), -1)
@@ -104,4 +96,4 @@ def by_layers(model, ids: Tensor, routing: Tensor | None) -> Tensor:
         chosen = routing[:, index]
         weights = softmax_weights(linear(states, mlp.gate.weight), chosen, renormalize=config.norm_topk_prob)
         update = experts(states, mlp.experts.gate_up_proj, mlp.experts.down_proj, weights, chosen)
-    return added_rms_norm(residual + update, decoder.norm.weight, decoder.norm.variance_epsilon)
+    return rms_norm(residual + update, decoder.norm.weight, decoder.norm.variance_epsilon)
