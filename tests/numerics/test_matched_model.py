@@ -6,7 +6,7 @@ What vLLM's own kernels give is seen on a GPU alone (tests/numerics/test_matched
 import engine_kernels
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 import r3
 from r3 import ConfigError, ParallelError, ReplayError, UnsupportedModelError
@@ -27,6 +27,15 @@ SIZES = dict(
     initializer_range=0.3,
     tie_word_embeddings=False,
 )
+SIGMOID = dict(
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    intermediate_size=48,
+    routed_scaling_factor=2.5,
+    attention_bias=True,
+    use_qk_norm=True,
+)
 LENGTHS = (9, 5, 12)
 
 
@@ -44,13 +53,17 @@ def build(kind="moe", **changes):
         config = Qwen3MoeConfig(
             num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True, **SIZES | changes
         )
+    elif kind == "sigmoid":
+        config = Glm4MoeConfig(**SIGMOID | SIZES | changes)
     else:
         config = Qwen3Config(intermediate_size=48, **SIZES | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():  # norms of ones would hide which weight is read
+    with torch.no_grad():  # norms of ones and biases of zeros would hide which weight is read
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_()
     return model.to(torch.bfloat16)
 
 
@@ -81,11 +94,11 @@ def labels_of(ids, mask):
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "checkpointed"])
-@pytest.mark.parametrize("kind", ["moe", "dense"])
+@pytest.mark.parametrize("kind", ["moe", "sigmoid", "dense"])
 def test_log_probabilities_are_the_engines_to_the_last_bit(kind, layout):
     model = build(kind)
     ids, mask, routing = rollouts()
-    replay = r3.attach(model) if kind == "moe" else None
+    replay = None if kind == "dense" else r3.attach(model)
     head = fused_head(model)
     handle = match_engine(model, head)
     routed = (
@@ -104,7 +117,7 @@ def test_log_probabilities_are_the_engines_to_the_last_bit(kind, layout):
     logprobs = head.logprobs(model, labels, temperature=0.7, **inputs, **routed)
     logprobs.sum().backward()
     found = packing.unpack(logprobs) if layout == "packed" else logprobs
-    expected = engine_logprobs(model, ids, mask, routing if kind == "moe" else None, 0.7)
+    expected = engine_logprobs(model, ids, mask, None if kind == "dense" else routing, 0.7)
     assert torch.equal(found.detach() * mask, expected)
     assert not handle.unchecked
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -162,7 +175,11 @@ def test_a_block_that_computes_something_else_is_refused_at_its_first_forward(mo
 def test_what_cannot_be_matched_is_refused_by_name():
     with pytest.raises(UnsupportedModelError, match=r"head_dim 64: .*decoding"):
         match_engine(build(head_dim=64))
-    with pytest.raises(UnsupportedModelError, match="olmoe: expected one of qwen3, qwen3_moe"):
+    with pytest.raises(UnsupportedModelError, match=r"n_group 2: .*groups of experts"):
+        match_engine(build("sigmoid", n_group=2))
+    with pytest.raises(UnsupportedModelError, match="norm_topk_prob False"):
+        match_engine(build("sigmoid", norm_topk_prob=False))
+    with pytest.raises(UnsupportedModelError, match="olmoe: expected one of qwen3, qwen3_moe, glm4_moe"):
         match_engine(AutoModelForCausalLM.from_config(_olmoe()))
     ids, mask, _ = rollouts()
     model = build()
