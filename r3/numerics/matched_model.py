@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +60,7 @@ class MatchedModel:
     def __init__(self, model: nn.Module, head: FusedHead | None) -> None:
         kernels.require_prepared()
         inner = _transformers_model(model)
-        _require_known(inner.config)
+        _require_known(inner)
         self.unchecked: set[str] = set()
         self._hooks: list[Any] = []
         self._head = head
@@ -181,7 +182,7 @@ class _Routed:
 
     def __init__(self, scale: float) -> None:
         self._scale = scale
-        self._weights: Tensor | None = None  # from the router to the experts, before the scale
+        self._weights = torch.empty(0)  # from the router to the experts, before the scale
 
     def router(self, module: Any, args: tuple, kwargs: dict, output: tuple) -> tuple[Tensor, Tensor, None]:
         hidden, ids = args[0].reshape(-1, args[0].shape[-1]), output[2]
@@ -195,8 +196,7 @@ class _Routed:
 
     def experts(self, module: Any, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         hidden, ids, _ = args
-        weights, self._weights = self._weights, None
-        value = kernels.experts(hidden, module.gate_up_proj, module.down_proj, weights, ids)
+        value = kernels.experts(hidden, module.gate_up_proj, module.down_proj, self._weights, ids)
         return value.view(output.shape) * self._scale
 
 
@@ -225,8 +225,8 @@ def _require_near(name: str, module: nn.Module, output: Any, values: Any) -> Non
             )
 
 
-def _require_known(config: Any) -> None:
-    problem = None
+def _require_known(model: Any) -> None:
+    config, problem = model.config, None
     if config.model_type not in MODEL_TYPES:
         problem = f"expected one of {', '.join(MODEL_TYPES)}"
     elif config.head_dim < kernels.SMALLEST_HEAD:
@@ -238,6 +238,8 @@ def _require_known(config: Any) -> None:
         problem = f"n_group {config.n_group}: a choice among groups of experts is not matched"
     elif config.model_type == "glm4_moe" and not config.norm_topk_prob:
         problem = "norm_topk_prob False: the engine has another kernel for weights that are not normalised"
+    elif any(hasattr(module, "route_tokens_to_experts") for module in model.modules()):
+        problem = f"transformers {version('transformers')} chooses experts outside of the router, from 5.14 on in it"
     elif getattr(config, "use_sliding_window", False):
         problem = "use_sliding_window: windows are not matched"
     if problem is not None:

@@ -3,9 +3,14 @@
 What vLLM's own kernels give is seen on a GPU alone (tests/numerics/test_matched_engine.py, benchmarks/gap.py).
 """
 
+import sys
+from types import SimpleNamespace
+
 import engine_kernels
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 import r3
@@ -93,8 +98,12 @@ def labels_of(ids, mask):
     return labels
 
 
+old = Version(transformers.__version__) < Version("5.14")
+sigmoid = pytest.param("sigmoid", marks=pytest.mark.skipif(old, reason="refused by name"))
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed", "checkpointed"])
-@pytest.mark.parametrize("kind", ["moe", "sigmoid", "dense"])
+@pytest.mark.parametrize("kind", ["moe", sigmoid, "dense"])
 def test_log_probabilities_are_the_engines_to_the_last_bit(kind, layout):
     model = build(kind)
     ids, mask, routing = rollouts()
@@ -123,12 +132,13 @@ def test_log_probabilities_are_the_engines_to_the_last_bit(kind, layout):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_gradients_are_the_models_own():
+@pytest.mark.parametrize("kind", ["moe", sigmoid])
+def test_gradients_are_the_models_own(kind):
     """But for the rounding of the values that they are taken at, the gate's among them."""
     ids, mask, routing = rollouts()
     gradients = []
     for matched in (False, True):
-        model = build()
+        model = build(kind)
         replay, head = r3.attach(model), fused_head(model)
         if matched:
             handle = match_engine(model, head)
@@ -145,6 +155,22 @@ def test_gradients_are_the_models_own():
         assert apart < 0.1, (name, apart)  # of values that differ by rounding
     gate = next(name for name in gradients[0] if name.endswith("gate.weight"))
     assert gradients[1][gate].norm() > 0
+
+
+def test_sigmoids_are_weighed_by_the_engines_kernel_in_the_order_of_the_ids(monkeypatch):
+    """Of the kernel this knows: it chooses by sigmoid and bias, and weighs by sigmoid alone."""
+
+    def grouped_topk(logits, groups, kept_groups, slots, renormalize, scale, bias, scoring):
+        assert (groups, kept_groups, renormalize, scale, scoring) == (1, 1, True, 1.0, 1)
+        chosen = (logits.sigmoid() + bias).topk(slots).indices
+        return engine_kernels.sigmoid_weights(logits, chosen), chosen
+
+    ops = SimpleNamespace(grouped_topk=grouped_topk)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(_custom_ops=ops))
+    logits = torch.randn(50, 16, generator=torch.Generator().manual_seed(2)) * 8
+    ids = torch.rand(50, 16, generator=torch.Generator().manual_seed(3)).topk(5).indices
+    assert torch.equal(kernels.sigmoid_weights(logits, ids), engine_kernels.sigmoid_weights(logits, ids))
 
 
 def test_detached_it_is_what_it_was():
@@ -175,6 +201,9 @@ def test_a_block_that_computes_something_else_is_refused_at_its_first_forward(mo
 def test_what_cannot_be_matched_is_refused_by_name():
     with pytest.raises(UnsupportedModelError, match=r"head_dim 64: .*decoding"):
         match_engine(build(head_dim=64))
+    if old:
+        with pytest.raises(UnsupportedModelError, match=r"outside of the router, from 5\.14 on in it"):
+            match_engine(build("sigmoid"))
     with pytest.raises(UnsupportedModelError, match=r"n_group 2: .*groups of experts"):
         match_engine(build("sigmoid", n_group=2))
     with pytest.raises(UnsupportedModelError, match="norm_topk_prob False"):
