@@ -97,8 +97,8 @@ class PolicyConfig:
     numerics: str = setting(
         "own",
         "Experimental: with `matched` the engine is batch-invariant, and its kernels give the values of the trainer's "
-        "forward. On a Hopper GPU, of qwen3_moe and qwen3 (`docs/reference/numerics.md` says what was seen). `own` "
-        "leaves both sides their own kernels.",
+        "forward. On a Hopper GPU, of qwen3_moe, qwen3 and glm4_moe (`docs/reference/numerics.md` says what was seen). "
+        "`own` leaves both sides their own kernels.",
         one_of(NUMERICS),
     )
     model: ModelConfig = part(ModelConfig)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from r3.vllm_compat import kernels
 if TYPE_CHECKING:
     from r3.parallel import FusedHead
 
-MODEL_TYPES = ("qwen3", "qwen3_moe")
+MODEL_TYPES = ("qwen3", "qwen3_moe", "glm4_moe")
 """Whose blocks this is written for. What was seen of them: docs/reference/numerics.md."""
 _MATCHED = "_r3_matched"
 MOST_APART = 0.03
@@ -59,7 +60,7 @@ class MatchedModel:
     def __init__(self, model: nn.Module, head: FusedHead | None) -> None:
         kernels.require_prepared()
         inner = _transformers_model(model)
-        _require_known(inner.config)
+        _require_known(inner)
         self.unchecked: set[str] = set()
         self._hooks: list[Any] = []
         self._head = head
@@ -81,8 +82,11 @@ class MatchedModel:
             self._replace(layer.self_attn, f"{name}.self_attn", self._attention)
             self._replace(layer.post_attention_layernorm, f"{name}.post_attention_layernorm", _norm)
             if hasattr(layer.mlp, "experts"):
-                self._replace(layer.mlp.gate, f"{name}.mlp.gate", _router)
-                self._replace(layer.mlp.experts, f"{name}.mlp.experts", _experts)
+                routed = _Routed(getattr(config, "routed_scaling_factor", 1.0))
+                self._replace(layer.mlp.gate, f"{name}.mlp.gate", routed.router)
+                self._replace(layer.mlp.experts, f"{name}.mlp.experts", routed.experts)
+                if hasattr(layer.mlp, "shared_experts"):
+                    self._replace(layer.mlp.shared_experts, f"{name}.mlp.shared_experts", _mlp)
             else:
                 self._replace(layer.mlp, f"{name}.mlp", _mlp)
         if self._head is not None:
@@ -103,13 +107,13 @@ class MatchedModel:
         self.unchecked.add(name)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
-            if first.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+            given = args[0] if args else kwargs["hidden_states"]
+            if given.dtype != torch.bfloat16 or torch.compiler.is_compiling():
                 raise ReplayError(
-                    f"{name}: the engine's numerics are those of bfloat16 in eager mode, got {first.dtype}"
+                    f"{name}: the engine's numerics are those of bfloat16 in eager mode, got {given.dtype}"
                     + (" under torch.compile" if torch.compiler.is_compiling() else "")
                 )
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(given.device.type, enabled=False):
                 values = engine(module, args, kwargs, output)
                 if name in self.unchecked:
                     _require_near(name, module, output, values)
@@ -130,8 +134,9 @@ class MatchedModel:
             kernels.linear(hidden, part.weight, part.bias).view(-1, part.weight.shape[0] // width, width)
             for part in (module.q_proj, module.k_proj, module.v_proj)
         )
-        query = kernels.rms_norm(query, module.q_norm.weight, module.q_norm.variance_epsilon)
-        key = kernels.rms_norm(key, module.k_norm.weight, module.k_norm.variance_epsilon)
+        if hasattr(module, "q_norm"):
+            query = kernels.rms_norm(query, module.q_norm.weight, module.q_norm.variance_epsilon)
+            key = kernels.rms_norm(key, module.k_norm.weight, module.k_norm.variance_epsilon)
         kernels.rotate(query, key, positions.expand(hidden.shape[:2]).flatten(), self._rotation)
         mixed = kernels.attention(query, key, value, self._sequences.bounds, self._sequences.longest, self._scale)
         mixed = mixed.view(*hidden.shape[:2], -1)
@@ -165,20 +170,30 @@ def _norm(module: Any, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
 
 
 def _mlp(module: Any, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-    gate_up = [kernels.linear(args[0], part.weight, part.bias) for part in (module.gate_proj, module.up_proj)]
-    return kernels.linear(kernels.silu_and_mul(torch.cat(gate_up, -1)), module.down_proj.weight, module.down_proj.bias)
+    return kernels.mlp(args[0], *(part.weight for part in (module.gate_proj, module.up_proj, module.down_proj)))
 
 
-def _router(module: Any, args: tuple, kwargs: dict, output: tuple) -> tuple[Tensor, Tensor, None]:
-    hidden, ids = args[0].reshape(-1, args[0].shape[-1]), output[2]
-    logits = kernels.linear(hidden, module.weight)
-    return logits, kernels.softmax_weights(logits, ids, renormalize=module.norm_topk_prob), None
+class _Routed:
+    """The router of a layer and its experts. transformers scales the weights, the engine what the experts sum to."""
 
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+        self._weights = torch.empty(0)  # from the router to the experts, before the scale
 
-def _experts(module: Any, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-    hidden, ids, weights = args
-    value = kernels.experts(hidden, module.gate_up_proj, module.down_proj, weights.float(), ids)
-    return value.view(output.shape)
+    def router(self, module: Any, args: tuple, kwargs: dict, output: tuple) -> tuple[Tensor, Tensor, None]:
+        hidden, ids = args[0].reshape(-1, args[0].shape[-1]), output[2]
+        if hasattr(module, "e_score_correction_bias"):
+            logits = kernels.float32_linear(hidden, module.weight)
+            self._weights = kernels.sigmoid_weights(logits, ids)
+        else:
+            logits = kernels.linear(hidden, module.weight)
+            self._weights = kernels.softmax_weights(logits, ids, renormalize=module.norm_topk_prob)
+        return logits, self._weights * self._scale, None
+
+    def experts(self, module: Any, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        hidden, ids, _ = args
+        value = kernels.experts(hidden, module.gate_up_proj, module.down_proj, self._weights, ids)
+        return value.view(output.shape) * self._scale
 
 
 def _require_positions(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -206,8 +221,8 @@ def _require_near(name: str, module: nn.Module, output: Any, values: Any) -> Non
             )
 
 
-def _require_known(config: Any) -> None:
-    problem = None
+def _require_known(model: Any) -> None:
+    config, problem = model.config, None
     if config.model_type not in MODEL_TYPES:
         problem = f"expected one of {', '.join(MODEL_TYPES)}"
     elif config.head_dim < kernels.SMALLEST_HEAD:
@@ -215,6 +230,12 @@ def _require_known(config: Any) -> None:
             f"head_dim {config.head_dim}: with up to 64, vLLM's attention sums in another order in decoding than in "
             "prefill, also where it is batch-invariant"
         )
+    elif getattr(config, "n_group", 1) != 1:
+        problem = f"n_group {config.n_group}: a choice among groups of experts is not matched"
+    elif config.model_type == "glm4_moe" and not config.norm_topk_prob:
+        problem = "norm_topk_prob False: the engine has another kernel for weights that are not normalised"
+    elif any(hasattr(module, "route_tokens_to_experts") for module in model.modules()):
+        problem = f"transformers {version('transformers')} chooses experts outside of the router, from 5.14 on in it"
     elif getattr(config, "use_sliding_window", False):
         problem = "use_sliding_window: windows are not matched"
     if problem is not None:

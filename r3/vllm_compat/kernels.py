@@ -8,6 +8,7 @@ vocabulary.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from r3.config.environment import set_variables, variables
@@ -30,6 +31,7 @@ def prepare() -> None:
     set_variables(_VARIABLES)
     torch.backends.cuda.preferred_blas_library(backend="cublaslt")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def require_prepared() -> None:
@@ -58,6 +60,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
 
     return linear_batch_invariant(x, weight, bias)
+
+
+def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Float32 `[..., O]` of `[..., I]` and `[O, I]` in any dtype: of gates that the engine keeps in float32.
+
+    The engine leaves this one to cuBLAS, where `linear` is a kernel of its own.
+    """
+    return F.linear(x.float(), weight.float())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -121,6 +131,11 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return output
 
 
+def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """`[..., I]` of `[..., I]`, weights `[J, I]`, `[J, I]` and `[I, J]`: of dense layers and of shared experts."""
+    return linear(silu_and_mul(torch.cat((linear(x, gate), linear(x, up)), -1)), down)
+
+
 def softmax_weights(logits: Tensor, ids: Tensor, *, renormalize: bool) -> Tensor:
     """Float32 `[T, K]`, weights of the experts `ids` `[T, K]` by the softmax of `[T, E]`, in the order of the ids."""
     from vllm import _custom_ops
@@ -137,6 +152,20 @@ def softmax_weights(logits: Tensor, ids: Tensor, *, renormalize: bool) -> Tensor
     for slot in range(ids.shape[1]):  # one after the other, and a product with the reciprocal, as the kernel does
         total = total + scores[:, slot]
     return scores * (1 / total)[:, None]
+
+
+def sigmoid_weights(logits: Tensor, ids: Tensor) -> Tensor:
+    """Float32 `[T, K]`, weights of the experts `ids` `[T, K]` by the sigmoids of float32 `[T, E]`, which sum to 1."""
+    from vllm import _custom_ops
+
+    # The kernel chooses by sigmoid and bias, and weighs by sigmoid alone. So the recorded experts are shown to it in
+    # the first columns, with biases by which it chooses them in their order: it sums over the slots, as a tree.
+    slots = ids.shape[1]
+    shown = torch.zeros_like(logits)
+    shown[:, :slots] = logits.gather(1, ids.long())
+    bias = logits.new_zeros(logits.shape[1])
+    bias[:slots] = 2 * torch.arange(slots, 0, -1, device=logits.device)
+    return _custom_ops.grouped_topk(shown, 1, 1, slots, True, 1.0, bias, 1)[0]
 
 
 def experts(hidden: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ def process():
 def _differences(folder: str, kind: str) -> float:
     """The largest difference between a trainer's log-probabilities and an engine's, nats, of random tokens."""
     import vllm
-    from test_matched_model import SIZES, labels_of
-    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+    from test_matched_model import SIGMOID, SIZES, labels_of
+    from transformers import AutoModelForCausalLM, Glm4MoeConfig, Qwen3Config, Qwen3MoeConfig
 
     import r3
     from r3 import numerics
@@ -31,24 +31,33 @@ def _differences(folder: str, kind: str) -> float:
 
     numerics.prepare()
     torch.manual_seed(0)
-    sizes = SIZES | dict(vocab_size=512, hidden_size=256, head_dim=128, max_position_embeddings=1024)
+    sizes = SIZES | dict(vocab_size=512, hidden_size=512, head_dim=128, max_position_embeddings=1024)
     if kind == "moe":
         shape = Qwen3MoeConfig(
             num_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, norm_topk_prob=True, **sizes
         )
+    elif kind == "sigmoid":
+        wide = dict(n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=64, intermediate_size=256)
+        shape = Glm4MoeConfig(**SIGMOID | sizes | wide)
     else:
         shape = Qwen3Config(intermediate_size=256, **sizes)
-    AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(folder)
+    made = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, tensor in made.state_dict().items():
+            if name.endswith("bias"):  # of zeros they would hide where they are added
+                tensor.normal_(std=0.1)
+    made.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
-    replay = r3.attach(model) if kind == "moe" else None
+    replay = None if kind == "dense" else r3.attach(model)
+    routed = str(kind != "dense").lower()
     engine = "generator.inference_engine"
     config = r3.R3Config.from_overrides(
         [
             f"trainer.policy.model.path={folder}",
             "trainer.policy.numerics=matched",
-            f"trainer.policy.fsdp_config.moe_enable_routing_replay={str(kind == 'moe').lower()}",
-            f"trainer.diagnostics.alarms.enabled={str(kind == 'moe').lower()}",
-            f"{engine}.enable_return_routed_experts={str(kind == 'moe').lower()}",
+            f"trainer.policy.fsdp_config.moe_enable_routing_replay={routed}",
+            f"trainer.diagnostics.alarms.enabled={routed}",
+            f"{engine}.enable_return_routed_experts={routed}",
             f"{engine}.max_model_len=512",
             f"{engine}.enforce_eager=false",
             f"{engine}.gpu_memory_utilization=0.3",
@@ -56,8 +65,8 @@ def _differences(folder: str, kind: str) -> float:
         ]
     )
     prompts = torch.randint(0, 512, (12, 40)).tolist()
-    made = functools.partial(vllm.LLM, skip_tokenizer_init=True)
-    with mock.patch.object(vllm, "LLM", made), running_engine(config) as llm:
+    plain = functools.partial(vllm.LLM, skip_tokenizer_init=True)
+    with mock.patch.object(vllm, "LLM", plain), running_engine(config) as llm:
         sampling = r3.capture.sampling_kwargs(config) | {"ignore_eos": True}
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = llm.generate(inputs, vllm.SamplingParams(**sampling), use_tqdm=False)
@@ -65,16 +74,35 @@ def _differences(folder: str, kind: str) -> float:
     head = fused_head(model)
     numerics.match_engine(model, head)
     ids, mask = batch.input_ids.cuda(), batch.attention_mask.cuda()
-    routed = {"routed_experts": batch.routing} if replay is not None else {}
+    given = {"routed_experts": batch.routing} if replay is not None else {}
     with torch.no_grad():
         found = head.logprobs(
-            model, labels_of(ids, mask.bool()), input_ids=ids, attention_mask=mask, use_cache=False, **routed
+            model, labels_of(ids, mask.bool()), input_ids=ids, attention_mask=mask, use_cache=False, **given
         )
     apart = found[:, :-1] - batch.logprobs.cuda()[:, 1:]
     return apart[batch.response_mask[:, 1:].cuda()].abs().max().item()
 
 
-@pytest.mark.parametrize("kind", ["moe", "dense"])
+def _rows_that_differ(sizes: list[int]) -> dict[int, int]:
+    """By size of batch: rows whose product with a float32 gate is not, bit for bit, what it is among 2,048 rows."""
+    from r3 import numerics
+    from r3.vllm_compat import kernels
+
+    numerics.prepare()
+    generator = torch.Generator("cuda").manual_seed(0)
+    states = torch.randn(2048, 512, device="cuda", generator=generator).bfloat16()
+    gate = torch.randn(64, 512, device="cuda", generator=generator).bfloat16()
+    whole = kernels.float32_linear(states, gate)
+    return {n: int((kernels.float32_linear(states[:n], gate) != whole[:n]).any(1).sum()) for n in sizes}
+
+
+def test_a_gate_in_float32_gives_a_row_the_same_bits_in_any_batch(process):
+    sizes = [1, 2, 4, 8, 12, 16, 32, 64, 128, 200, 255, 256, 512, 1024]
+    (differ,) = process.all(_rows_that_differ, sizes, timeout_s=200)
+    assert not any(differ.values()), differ
+
+
+@pytest.mark.parametrize("kind", ["moe", "sigmoid", "dense"])
 def test_every_sampled_token_is_equal(process, tmp_path, kind):
     (largest,) = process.all(_differences, str(tmp_path), kind, timeout_s=400)
     assert largest == 0

@@ -3,10 +3,15 @@
 What vLLM's own kernels give is seen on a GPU alone (tests/numerics/test_matched_engine.py, benchmarks/gap.py).
 """
 
+import sys
+from types import SimpleNamespace
+
 import engine_kernels
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+import transformers
+from packaging.version import Version
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 import r3
 from r3 import ConfigError, ParallelError, ReplayError, UnsupportedModelError
@@ -27,6 +32,15 @@ SIZES = dict(
     initializer_range=0.3,
     tie_word_embeddings=False,
 )
+SIGMOID = dict(
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    intermediate_size=48,
+    routed_scaling_factor=2.5,
+    attention_bias=True,
+    use_qk_norm=True,
+)
 LENGTHS = (9, 5, 12)
 
 
@@ -44,13 +58,17 @@ def build(kind="moe", **changes):
         config = Qwen3MoeConfig(
             num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True, **SIZES | changes
         )
+    elif kind == "sigmoid":
+        config = Glm4MoeConfig(**SIGMOID | SIZES | changes)
     else:
         config = Qwen3Config(intermediate_size=48, **SIZES | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():  # norms of ones would hide which weight is read
+    with torch.no_grad():  # norms of ones and biases of zeros would hide which weight is read
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_()
     return model.to(torch.bfloat16)
 
 
@@ -80,12 +98,20 @@ def labels_of(ids, mask):
     return labels
 
 
+old = Version(transformers.__version__) < Version("5.14")
+sigmoid = pytest.param("sigmoid", marks=pytest.mark.skipif(old, reason="refused by name"))
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed", "checkpointed"])
-@pytest.mark.parametrize("kind", ["moe", "dense"])
+@pytest.mark.parametrize("kind", ["moe", sigmoid, "dense"])
 def test_log_probabilities_are_the_engines_to_the_last_bit(kind, layout):
-    model = build(kind)
+    assert_engines_logprobs(build(kind), layout)
+
+
+def assert_engines_logprobs(model, layout="padded"):
     ids, mask, routing = rollouts()
-    replay = r3.attach(model) if kind == "moe" else None
+    dense = model.config.model_type == "qwen3"
+    replay = None if dense else r3.attach(model)
     head = fused_head(model)
     handle = match_engine(model, head)
     routed = (
@@ -104,18 +130,28 @@ def test_log_probabilities_are_the_engines_to_the_last_bit(kind, layout):
     logprobs = head.logprobs(model, labels, temperature=0.7, **inputs, **routed)
     logprobs.sum().backward()
     found = packing.unpack(logprobs) if layout == "packed" else logprobs
-    expected = engine_logprobs(model, ids, mask, routing if kind == "moe" else None, 0.7)
+    expected = engine_logprobs(model, ids, mask, None if dense else routing, 0.7)
     assert torch.equal(found.detach() * mask, expected)
     assert not handle.unchecked
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_gradients_are_the_models_own():
+@pytest.mark.skipif(old, reason="refused by name")
+def test_weights_of_sigmoids_are_the_engines_also_without_norms_of_queries(monkeypatch):
+    """The two sides' weights differ in a last bit, which log-probabilities seldom show: here by 1%."""
+    weigh = engine_kernels.sigmoid_weights
+    for module in (kernels, engine_kernels):
+        monkeypatch.setattr(module, "sigmoid_weights", lambda logits, ids: 1.01 * weigh(logits, ids))
+    assert_engines_logprobs(build("sigmoid", use_qk_norm=False))
+
+
+@pytest.mark.parametrize("kind", ["moe", sigmoid])
+def test_gradients_are_the_models_own(kind):
     """But for the rounding of the values that they are taken at, the gate's among them."""
     ids, mask, routing = rollouts()
     gradients = []
     for matched in (False, True):
-        model = build()
+        model = build(kind)
         replay, head = r3.attach(model), fused_head(model)
         if matched:
             handle = match_engine(model, head)
@@ -132,6 +168,22 @@ def test_gradients_are_the_models_own():
         assert apart < 0.1, (name, apart)  # of values that differ by rounding
     gate = next(name for name in gradients[0] if name.endswith("gate.weight"))
     assert gradients[1][gate].norm() > 0
+
+
+def test_sigmoids_are_weighed_by_the_engines_kernel_in_the_order_of_the_ids(monkeypatch):
+    """Of the kernel this knows: it chooses by sigmoid and bias, and weighs by sigmoid alone."""
+
+    def grouped_topk(logits, groups, kept_groups, slots, renormalize, scale, bias, scoring):
+        assert (groups, kept_groups, renormalize, scale, scoring) == (1, 1, True, 1.0, 1)
+        chosen = (logits.sigmoid() + bias).topk(slots).indices
+        return engine_kernels.sigmoid_weights(logits, chosen), chosen
+
+    ops = SimpleNamespace(grouped_topk=grouped_topk)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(_custom_ops=ops))
+    logits = torch.randn(50, 16, generator=torch.Generator().manual_seed(2)) * 8
+    ids = torch.rand(50, 16, generator=torch.Generator().manual_seed(3)).topk(5).indices
+    assert torch.equal(kernels.sigmoid_weights(logits, ids), engine_kernels.sigmoid_weights(logits, ids))
 
 
 def test_detached_it_is_what_it_was():
@@ -162,7 +214,14 @@ def test_a_block_that_computes_something_else_is_refused_at_its_first_forward(mo
 def test_what_cannot_be_matched_is_refused_by_name():
     with pytest.raises(UnsupportedModelError, match=r"head_dim 64: .*decoding"):
         match_engine(build(head_dim=64))
-    with pytest.raises(UnsupportedModelError, match="olmoe: expected one of qwen3, qwen3_moe"):
+    if old:
+        with pytest.raises(UnsupportedModelError, match=r"outside of the router, from 5\.14 on in it"):
+            match_engine(build("sigmoid"))
+    with pytest.raises(UnsupportedModelError, match=r"n_group 2: .*groups of experts"):
+        match_engine(build("sigmoid", n_group=2))
+    with pytest.raises(UnsupportedModelError, match="norm_topk_prob False"):
+        match_engine(build("sigmoid", norm_topk_prob=False))
+    with pytest.raises(UnsupportedModelError, match="olmoe: expected one of qwen3, qwen3_moe, glm4_moe"):
         match_engine(AutoModelForCausalLM.from_config(_olmoe()))
     ids, mask, _ = rollouts()
     model = build()
