@@ -9,8 +9,8 @@ WORKER = "r3.capture.in_engine.routing_worker.CapturingWorker"
 SCHEDULER = "r3.capture.in_engine.routing_scheduler.capture_scheduler"
 """For `LLM(scheduler_cls=...)`: the capture by hooks."""
 
-INVARIANT_NORMS = "r3.vllm_compat.invariant_norms.InvariantNorms"
-"""For `joined_extension`: norms of a batch-invariant engine that are so in any batch."""
+INVARIANT_WORKER = "r3.vllm_compat.invariant_worker.InvariantWorker"
+"""For `joined_extension`: what vLLM leaves out to be batch-invariant."""
 
 
 def joined_extension(other: str) -> str:

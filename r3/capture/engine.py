@@ -8,7 +8,7 @@ from typing import Any
 
 from r3.capture.kept_ids import SPARE
 from r3.config import R3Config, environment
-from r3.entry_points import INVARIANT_NORMS, SCHEDULER, WORKER, WORKER_EXTENSION, joined_extension
+from r3.entry_points import INVARIANT_WORKER, SCHEDULER, WORKER, WORKER_EXTENSION, joined_extension
 from r3.errors import ConfigError
 from r3.vllm_compat.capture import capture_backend, rotary_kernel_fails
 from r3.vllm_compat.release import warn_of_unseen_vllm
@@ -54,7 +54,7 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
         kwargs["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     more = capture_kwargs(
         pipeline_parallel_size=engine.pipeline_parallel_size,
-        worker_extension_cls=INVARIANT_NORMS if matched else None,
+        worker_extension_cls=INVARIANT_WORKER if matched else None,
         capture=captures,
     )
     return kwargs | {name: value for name, value in more.items() if name != "enforce_eager"}

@@ -8,7 +8,6 @@ vocabulary.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from r3.config.environment import set_variables, variables
@@ -48,33 +47,39 @@ def require_prepared() -> None:
         problem = "r3.numerics.prepare() was not called before CUDA was used"
     else:
         try:
-            import vllm.model_executor.layers.batch_invariant  # noqa: F401
+            _batch_invariant()
         except ImportError as error:
             problem = f"vLLM's kernels cannot be imported ({error})"
     if problem is not None:
         raise ConfigError(f"the engine's numerics: {problem}. Leave trainer.policy.numerics=own")
 
 
+def _batch_invariant() -> Any:
+    try:
+        from vllm.model_executor.determinism import batch_invariant
+    except ImportError:  # vLLM 0.26
+        from vllm.model_executor.layers import batch_invariant
+    return batch_invariant
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`[..., O]` of `[..., I]` and `[O, I]`."""
-    from vllm.model_executor.layers.batch_invariant import linear_batch_invariant
-
-    return linear_batch_invariant(x, weight, bias)
+    return _batch_invariant().linear_batch_invariant(x, weight, bias)
 
 
 def float32_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Float32 `[..., O]` of `[..., I]` and `[O, I]` in any dtype: of gates that the engine keeps in float32.
 
-    The engine leaves this one to cuBLAS, where `linear` is a kernel of its own.
+    The engine computes it so too, by `r3.vllm_compat.invariant_worker`.
     """
-    return F.linear(x.float(), weight.float())
+    from r3.vllm_compat.float32_product import float32_product
+
+    return float32_product(x.float(), weight.float())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Rounded once, at its end. Sums with a residual are made before: `r3.vllm_compat.invariant_norms`."""
-    from vllm.model_executor.layers.batch_invariant import rms_norm_batch_invariant
-
-    return rms_norm_batch_invariant(x, weight, eps)
+    """Rounded once, at its end. Sums with a residual are made before: `r3.vllm_compat.invariant_worker`."""
+    return _batch_invariant().rms_norm_batch_invariant(x, weight, eps)
 
 
 def rotation(head_size: int, positions: int, parameters: dict[str, Any], dtype: torch.dtype) -> Tensor:
@@ -182,9 +187,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: 
         hidden: bfloat16 `[T, I]`.
         weight: bfloat16 `[V, I]`.
     """
-    from vllm.model_executor.layers.batch_invariant import log_softmax
-
-    found = []
+    found, log_softmax = [], _batch_invariant().log_softmax
     size = max(1, _LOGITS // len(weight))
     for states, ids in zip(hidden.split(size), labels.split(size), strict=True):
         logits = torch.mm(states, weight.t(), out_dtype=torch.float32).div_(temperature)

@@ -28,11 +28,12 @@ class Ranks:
     Args:
         size: how many.
         device: "cpu" (gloo) or "cuda" (NCCL, and gloo): a GPU each, or shared ones where there are fewer.
+        parents: they may start processes of their own, engines for one, which this process does not end.
         here: rank 0 is this process, for what looks at code as it runs: a debugger, a coverage, mutants. CPU only.
     """
 
-    def __init__(self, size: int, device: str = "cpu", *, here: bool = False) -> None:
-        self._size, self._device, self._here = size, device, here
+    def __init__(self, size: int, device: str = "cpu", *, parents: bool = False, here: bool = False) -> None:
+        self._size, self._device, self._parents, self._here = size, device, parents, here
         self._ends: list[Any] = []
         self._processes: list[Any] = []
 
@@ -88,7 +89,8 @@ class Ranks:
         fork_from("rank_preload")
         for rank in range(first, self._size):
             ours, theirs = FORKS.Pipe()
-            process = FORKS.Process(target=_serve, args=(theirs, rank, self._size, port, self._device), daemon=True)
+            given = (theirs, rank, self._size, port, self._device)
+            process = FORKS.Process(target=_serve, args=given, daemon=not self._parents)
             process.start()
             theirs.close()  # or the rank's death would not end the pipe
             self._ends.append(ours)
