@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from r3.capture import guard as guard_module
-from r3.capture.engine import terminated_by_exception
 from r3.capture.serve import server_command
+from r3.capture.stop_signals import terminated_by_exception
 from r3.config import R3Config, environment, variables
 from r3.errors import CaptureError, ConfigError
 from r3.http import FAILURES, HttpClient, StatusError
