@@ -6,8 +6,8 @@ It is two processes. A keeper starts the command, and ends what is left of its s
 passes on SIGTERM: SIGKILL to it, as Ray sends to the children of a worker that ends, leaves the keeper to its work. A
 vLLM server that gets SIGKILL leaves its engine behind.
 
-A second SIGTERM ends at once what the first has not: a vLLM server that starts takes the first for Ctrl-C, catches that,
-and waits for its engine (0.30).
+A second SIGTERM kills at once what the first has not ended: a vLLM server that starts takes the first for Ctrl-C,
+catches that, and goes on to wait for its engine (0.30).
 """
 
 import contextlib

@@ -47,8 +47,9 @@ def interruptible_start() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    owner, over, place = os.getpid(), False, None
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {int(number): handler for number, handler in found.items() if callable(handler)}
+    owner, main, over, place = os.getpid(), threading.get_ident(), False, None
     raised: list[BaseException] = []
     late: list[int] = []
     engine = _EngineProcesses()
@@ -59,22 +60,20 @@ def interruptible_start() -> Iterator[None]:
             late.append(number)
             return
         if not forked and _starts_a_process(frame):
-            main = threading.main_thread().ident
             again = threading.Timer(_AGAIN_S, signal.pthread_kill, (main, number))
             again.daemon = True
             again.start()
             return
         try:
-            handlers[signal.Signals(number)](number, frame)
+            handlers[number](number, frame)
         except BaseException as error:
             if not forked:
                 raised.append(error)
                 engine.look()
             raise SystemExit(128 + number) from None
 
-    replaced = [number for number, handler in handlers.items() if callable(handler)]
     try:
-        for number in replaced:
+        for number in handlers:
             signal.signal(number, stop)
         yield
     except BaseException as error:
@@ -85,8 +84,8 @@ def interruptible_start() -> Iterator[None]:
         over = True
         if raised:
             engine.end()
-        for number in replaced:
-            signal.signal(number, handlers[number])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if raised:
         raise raised[0].with_traceback(place)
     for number in late:
@@ -121,16 +120,21 @@ class _EngineProcesses:
     def end(self) -> None:
         """End what is left of them: most has been ended by vLLM itself."""
         own = self.look()
-        for process in [*own, *self._below]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        until = time.monotonic() + _END_S
-        for child in own:
-            child.join(max(0.0, until - time.monotonic()))
-        _, alive = psutil.wait_procs(self._below, max(0.0, until - time.monotonic()))
-        for process in [*own, *alive]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        for child in own:
-            child.join()
-        psutil.wait_procs(alive, _END_S)
+        left = self._running(own)
+        for ask in ("terminate", "kill"):
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    getattr(process, ask)()
+            until = time.monotonic() + _END_S
+            while (left := self._running(own)) and time.monotonic() < until:
+                time.sleep(_AGAIN_S)
+
+    def _running(self, own: list[Any]) -> list[Any]:
+        return [*(child for child in own if child.is_alive()), *filter(_runs, self._below)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Not so of one that has ended and that the process which got it from its parent, as PID 1, does not wait for."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
