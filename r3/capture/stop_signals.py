@@ -87,7 +87,7 @@ def interruptible_start() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if raised:
-        raise raised[0].with_traceback(place)
+        raise raised[0].with_traceback(place) from None
     for number in late:
         signal.raise_signal(number)
 
