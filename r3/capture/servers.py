@@ -102,7 +102,7 @@ class _Server:
         """Wait until it has ended, and end what is left of its processes."""
         if not self._ends_by(self._until):
             self._process.terminate()  # the guard kills it, then
-            self._ends_by(time.monotonic() + _END_START_S)
+            self._ends_by(time.monotonic() + _END_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
