@@ -1,12 +1,11 @@
 """The arguments that a vLLM engine and its sampling need for capture, from the settings."""
 
 import contextlib
-import signal
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from r3.capture.kept_ids import SPARE
+from r3.capture.stop_signals import interruptible_start, terminated_by_exception
 from r3.config import R3Config, environment
 from r3.entry_points import INVARIANT_WORKER, SCHEDULER, WORKER, WORKER_EXTENSION, joined_extension
 from r3.errors import ConfigError
@@ -140,7 +139,7 @@ def running_engine(config: R3Config) -> Iterator[Any]:
     """A `vllm.LLM` of the settings, whose processes end when the context is left; it has none with `in_process`.
 
     Also by an exception, by Ctrl-C, or by SIGTERM, which in this context raises SystemExit(143): without that, Python
-    would end at once and leave the engine's processes running.
+    would end at once and leave the engine's processes running. Ctrl-C and SIGTERM end its start as well.
     """
     from vllm import LLM
 
@@ -148,14 +147,16 @@ def running_engine(config: R3Config) -> Iterator[Any]:
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if in_process else {}
     if config.trainer.policy.numerics == "matched":
         variables["VLLM_BATCH_INVARIANT"] = "1"
+    engine = None
     with terminated_by_exception():
-        with environment(**variables):
-            engine = LLM(**engine_kwargs(config))
         try:
+            with environment(**variables), interruptible_start():
+                engine = LLM(**engine_kwargs(config))
             yield engine
         finally:
-            with _kept_process_group() if in_process else contextlib.nullcontext():
-                engine.llm_engine.engine_core.shutdown()
+            if engine is not None:
+                with _kept_process_group() if in_process else contextlib.nullcontext():
+                    engine.llm_engine.engine_core.shutdown()
 
 
 @contextlib.contextmanager
@@ -177,20 +178,3 @@ def _kept_process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group = destroy
-
-
-@contextlib.contextmanager
-def terminated_by_exception() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit, so that open contexts are closed. Only the main thread may set signal handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

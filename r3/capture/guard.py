@@ -5,6 +5,9 @@
 It is two processes. A keeper starts the command, and ends what is left of its session. The one before it only waits and
 passes on SIGTERM: SIGKILL to it, as Ray sends to the children of a worker that ends, leaves the keeper to its work. A
 vLLM server that gets SIGKILL leaves its engine behind.
+
+A second SIGTERM kills at once what the first has not ended: a vLLM server that starts takes the first for Ctrl-C,
+catches that, and goes on to wait for its engine (0.30).
 """
 
 import contextlib
@@ -15,7 +18,7 @@ import sys
 import time
 
 END_S = 25.0
-"""After SIGTERM, until what does not end is killed."""
+"""After the first SIGTERM, until what does not end is killed."""
 _PR_SET_PDEATHSIG = 1
 _WATCHED = (signal.SIGTERM, signal.SIGCHLD)
 
@@ -44,7 +47,7 @@ def _exit_code(child: int, *, kills: bool) -> int:
     until = None
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
-        if kills and (ended or (until is not None and time.monotonic() > until)):
+        if kills and (ended or (until is not None and time.monotonic() >= until)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
         if ended:
@@ -53,7 +56,7 @@ def _exit_code(child: int, *, kills: bool) -> int:
         got = signal.sigtimedwait(_WATCHED, 1.0)
         if got is not None and got.si_signo == signal.SIGTERM:
             os.kill(child, signal.SIGTERM)
-            until = time.monotonic() + END_S
+            until = time.monotonic() + (END_S if until is None else 0.0)
 
 
 def _end_with(parent: int) -> None:

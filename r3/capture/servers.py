@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from r3.capture import guard as guard_module
-from r3.capture.engine import terminated_by_exception
 from r3.capture.serve import server_command
+from r3.capture.stop_signals import terminated_by_exception
 from r3.config import R3Config, environment, variables
 from r3.errors import CaptureError, ConfigError
 from r3.http import FAILURES, HttpClient, StatusError
@@ -22,6 +22,8 @@ from r3.http import FAILURES, HttpClient, StatusError
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LOOK_S = 0.5
 _END_S = 30.0
+_END_START_S = 3.0
+"""Of a server that has not answered yet: nothing is lost with it."""
 
 logger = logging.getLogger("r3")
 
@@ -94,14 +96,21 @@ class _Server:
 
     def terminate(self) -> None:
         self._process.terminate()
+        self._until = time.monotonic() + (_END_S if self._ready else _END_START_S)
 
     def wait(self) -> None:
         """Wait until it has ended, and end what is left of its processes."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_END_S)
+        if not self._ends_by(self._until):
+            self._process.terminate()  # the guard kills it, then
+            self._ends_by(time.monotonic() + _END_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+    def _ends_by(self, until: float) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, until - time.monotonic()))
+        return self._process.poll() is not None
 
 
 def _gpus_of_each(config: R3Config) -> list[str | None]:

@@ -97,3 +97,16 @@ def test_what_does_not_end_is_killed(mark):
     assert process.wait(10) == 137
     process.stdout.close()
     assert all_ended(mark)
+
+
+def test_a_second_sigterm_kills_at_once(mark):
+    command = guarded(sys.executable, "-c", STUBBORN)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"MARK": mark})
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.terminate()
+    assert process.wait(10) == 137
+    process.stdout.close()
+    assert all_ended(mark)

@@ -159,6 +159,64 @@ def test_ctrl_c_and_sigterm_end_the_engine_too(tmp_path, sent, code):
             os.killpg(run.pid, signal.SIGKILL)
 
 
+INTERRUPTED = """
+import multiprocessing, os, signal, sys, threading, time
+from r3 import R3Config
+from r3.capture import running_engine
+
+def engines():
+    return [each for each in multiprocessing.active_children() if each.name.startswith("EngineCore")]
+
+def interrupted(to, sent):
+    def send():
+        while not engines():
+            time.sleep(0.05)
+        to(os.getpid(), sent)
+
+    threading.Thread(target=send, daemon=True).start()
+    with running_engine(R3Config.from_overrides([], {"trainer.policy.model.path": sys.argv[1]})):
+        print("the engine is up", flush=True)
+
+if __name__ == "__main__":
+    for to, sent in ((os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)):
+        before = signal.getsignal(sent)
+        try:
+            interrupted(to, sent)
+        except (KeyboardInterrupt, SystemExit) as ended:
+            print(type(ended).__name__, *ended.args, "left:", engines(), flush=True)
+        assert signal.getsignal(sent) is before
+    try:
+        interrupted(os.kill, signal.SIGINT)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.long
+def test_ctrl_c_and_sigterm_end_the_start_of_an_engine(tmp_path):
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    run = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script), str(DEMO_MODEL)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        output, _ = run.communicate(timeout=120)
+        assert "SystemExit 143 left: []" in output
+        assert "KeyboardInterrupt left: []" in output
+        assert "the engine is up" not in output
+        assert run.returncode == 130
+        assert all_ended(run.pid), session(run.pid)
+    finally:
+        if session(run.pid):
+            os.killpg(run.pid, signal.SIGKILL)
+
+
 RAISES = """
 import sys
 from r3 import R3Config
