@@ -1,31 +1,31 @@
-"""What does an FP8 engine add to the training-inference gap, and does a weight sync keep it there?
+"""What does an FP8 engine add to the training-inference gap, and does a weight sync leave it as it was?
 
-    python -m benchmarks.fp8_gap                                    # one GPU that computes in FP8 (H100, H200)
-    python -m benchmarks.fp8_gap --plain --sequences 8 --length 16  # any machine: that it runs; both engines are bf16
+    python -m benchmarks.fp8_gap            # one GPU that computes in FP8 (H100, H200)
+    python -m benchmarks.fp8_gap --plain    # any: both engines in bf16; on a CPU with a small checkpoint in --folder
 
-A small Qwen3-MoE is trained (`benchmarks.language_models`; the checkpoint of `benchmarks.gap` is used if it is there),
-and quantised on the CPU: e4m3, a scale for each 128 x 128 block. The trainer is in bfloat16. Engines, one after the
+A small Qwen3-MoE is trained (`benchmarks.language_models`; the checkpoint of `benchmarks.gap` is used if it is there)
+and quantised on the CPU: e4m3, a scale for each 128 x 128 block. The trainer is in bfloat16. Two engines, one after the
 other, sample from the same prompts:
 
 - bf16: of the trainer's checkpoint;
 - fp8: of the quantised checkpoint;
-- fp8 synced: the same engine after r3 has quantised and sent the trainer's weights, which have not changed;
-- fp8 updated: the same after `--updates` updates of the trainer on random advantages, and a second sync;
-- fp8 stale: what "fp8" sampled, scored by the updated trainer, as if the second sync had been left out.
+- fp8 synced: the same engine, after r3 has quantised and sent the trainer's weights, which have not changed;
+- fp8 stale: what "fp8" sampled, scored by the trainer after `--updates` updates on random advantages;
+- fp8 updated: the same engine after a second sync, of these weights.
 
-One JSON line for each engine and way, live and replayed: k3 in nats, its standard error, the largest difference, the
-share of extreme tokens (ratio over 2); and `differing_rows`, the share of (token, layer) pairs in which the trainer's
-live choice is not the engine's. One line for each sync: its version and seconds, and the share of bfloat16 weights and
-of the numbers sent that are not those of the sync before. One for what the engine says, greedily, of one prompt at a
-time: whether tokens, log-probabilities and experts are equal to the last bit.
+One JSON line for each of them and way, live and replayed: k3 in nats, its standard error, the share of tokens whose
+log-probability is not the engine's, the largest difference, the share of extreme tokens (ratio over 2), and, live,
+`differing_rows`: the share of (token, layer) pairs in which the trainer chooses other experts than the engine did. One
+line for each sync, and one for the share of bfloat16 weights, and of FP8 numbers, that the updates changed.
 
 It checks itself. A number that is not finite, or a sync of another version, ends it at once. At its end it fails if
-replay did not lower k3 of the bf16 engine; if the fp8 engine does not repeat itself, or did so but for the sync of
-unchanged weights: then r3's numbers are not the checkpoint's; or if the second sync changed nothing that it says.
+replay did not lower k3 of bf16, or by what the engine says greedily, of one prompt at a time (tokens, log-probabilities
+and experts, to the last bit): if it does not repeat itself; if the first sync changed it, since r3's numbers are then
+not the checkpoint's; if the second did not.
 
 Predicted before the first run, on an H200: bf16 k3 3.5e-4 live and 3.5e-5 replayed, 5% of rows differing. FP8 rounds 16
-times as coarsely, so rows differ 40%, and k3, which is of second order, is 8e-3 live and 4e-3 replayed: replay takes
-half, where it took nine tenths, as most is now in the numbers and not in the routes. Extreme tokens 1e-4 live of bf16;
+times as coarsely, so 40% of rows differ and k3, which is of second order, is 8e-3 live and 4e-3 replayed: replay takes
+half where it took nine tenths, as most is now in the numbers and not in the routes. Extreme tokens 1e-4 live of bf16;
 of FP8 5e-3 live and 2e-3 replayed. The first sync changes no bit. Eight updates at 1e-5 change 30% of the bfloat16
 weights and 2% of the FP8 numbers; synced, k3 is what it was, within two standard errors. Stale, it is 10% more.
 """
@@ -45,13 +45,12 @@ from torch import Tensor
 from benchmarks.freshness import Master, Scorer
 from benchmarks.gap import byte_engine, checkpoint, difference, prompts_of, sampling_of, settings, tell
 from benchmarks.machine import machine
-from r3.diagnostics import compare_logprobs, compare_routing
+from r3.diagnostics import compare_routing
 from r3.weight_sync import WeightSync, gathered, named_weights, quantised
 
-BLOCK = [128, 128]
 FP8 = torch.float8_e4m3fn
 BITS = {FP8: torch.uint8, torch.bfloat16: torch.int16}
-GREEDY_PROMPTS = 4
+GREEDY_PROMPTS, GREEDY_TOKENS = 4, 64
 
 
 def quantise(folder: Path) -> Path:
@@ -65,7 +64,7 @@ def quantise(folder: Path) -> Path:
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": BLOCK,
+        "weight_block_size": [128, 128],
         "modules_to_not_convert": ["lm_head", *routers],
     }
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -77,8 +76,8 @@ def quantise(folder: Path) -> Path:
     return made
 
 
-def numbers(named: list[tuple[str, Any]], dtype: torch.dtype) -> list[Tensor]:
-    """The bits of all weights that are of `dtype`."""
+def bits(named: list[tuple[str, Any]], dtype: torch.dtype) -> list[Tensor]:
+    """Of all weights that are of `dtype`."""
     made = (gathered(source) for _, source in named)
     return [tensor.flatten().view(BITS[dtype]).clone() for tensor in made if tensor.dtype == dtype]
 
@@ -86,16 +85,15 @@ def numbers(named: list[tuple[str, Any]], dtype: torch.dtype) -> list[Tensor]:
 def changed(before: list[Tensor], after: list[Tensor]) -> float:
     """The share of numbers that are not equal."""
     differ = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
-    return differ / sum(len(a) for a in before)
+    return float(f"{differ / sum(len(a) for a in before):.4g}")
 
 
-class Sampler:
-    """A running engine, what it samples, and r3's sync into it."""
+class Pair:
+    """The trainer and a running engine of its weights."""
 
-    def __init__(self, engine: Any, config: Any, trainer: Scorer, options: argparse.Namespace) -> None:
-        self.engine, self.config, self.trainer, self.plain = engine, config, trainer, options.plain
+    def __init__(self, trainer: Scorer, engine: Any, config: Any, options: argparse.Namespace) -> None:
+        self.trainer, self.engine, self.config, self.options = trainer, engine, config, options
         self.prompts = prompts_of(options)
-        self.numbers: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def sample(self, prompts: list[Any] | None = None, **sampling: Any) -> Any:
         """A batch of rollouts, one of each prompt."""
@@ -110,9 +108,13 @@ class Sampler:
         found = []
         for prompt in self.prompts[:GREEDY_PROMPTS]:
             self.engine.reset_prefix_cache()
-            batch = self.sample([prompt], temperature=0.0)
+            batch = self.sample([prompt], temperature=0.0, max_tokens=min(GREEDY_TOKENS, self.options.length))
             found += [batch.input_ids, batch.logprobs, batch.routing.expert_ids]
         return found
+
+    def says(self, before: list[Tensor]) -> bool:
+        """Whether the engine still says the same, greedily, to the last bit."""
+        return all(map(torch.equal, before, self.greedy()))
 
     def named(self) -> list[tuple[str, Any]]:
         """The trainer's weights as this engine holds them."""
@@ -120,74 +122,67 @@ class Sampler:
 
         weights = named_weights(self.trainer.model, fused_experts=True)
         folder = self.config.trainer.policy.model.path
-        return weights if self.plain else quantised(weights, AutoConfig.from_pretrained(folder), checkpoint=folder)
+        if self.options.plain:
+            return weights
+        return quantised(weights, AutoConfig.from_pretrained(folder), checkpoint=folder)
 
     def push(self, sync: WeightSync, version: int) -> None:
         receipt = sync.push(self.named(), version=version)
-        if (receipt.version, sync.version) != (version, version):
+        if not receipt.version == sync.version == version:
             raise SystemExit(f"fp8_gap: expected a sync of version {version}, got {receipt.version}, {sync.version}")
-        own = numbers(named_weights(self.trainer.model), torch.bfloat16)
-        sent = numbers(self.named(), torch.bfloat16 if self.plain else FP8)
-        line: dict[str, Any] = {"sync": version, "tensors": receipt.tensors, "seconds": round(receipt.seconds, 2)}
-        if version > 1:
-            line |= {"bf16_changed": changed(self.numbers[0], own), "sent_changed": changed(self.numbers[1], sent)}
-        self.numbers = (own, sent)
+        line = {"sync": version, "tensors": receipt.tensors, "seconds": round(receipt.seconds, 3)}
         print(json.dumps(line), flush=True)
 
+    def bits(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Of the trainer's weights, and of those that are sent."""
+        sent = bits(self.named(), torch.bfloat16 if self.options.plain else FP8)
+        return bits(named_weights(self.trainer.model), torch.bfloat16), sent
 
-def equal(before: list[Tensor], after: list[Tensor]) -> bool:
-    return all(map(torch.equal, before, after))
-
-
-def compare(trainer: Scorer, batch: Any, engine: str) -> tuple[float, float]:
-    """Print the gap of a batch; k3 live and replayed."""
-    routing, live = trainer.record(batch)
-    with torch.no_grad():
-        ways = {"live": live, "replayed": trainer.logprobs(batch, batch.routing)}
-    rows = compare_routing(routing.expert_ids, batch.routing.expert_ids, batch.routing.valid)
-    sampled = batch.logprobs[batch.response_mask].to(live.device)
-    found = []
-    for way, logprobs in ways.items():
-        figures = difference((logprobs - sampled).double())
-        if not all(map(math.isfinite, figures.values())):
-            raise SystemExit(f"fp8_gap: expected finite numbers of {engine}, {way}, got {figures}")
-        extreme = compare_logprobs(logprobs, sampled, torch.ones_like(sampled, dtype=torch.bool))["extreme_frac"]
-        differing = {"differing_rows": rows["differing_rows"]} if way == "live" else {}
-        found.append(tell(engine, way, figures | {"extreme_frac": extreme} | differing)["k3"])
-    return found[0], found[1]
+    def compare(self, batch: Any, name: str) -> dict[str, float]:
+        """Print the gap of a batch; k3 live and replayed."""
+        routing, live = self.trainer.record(batch)
+        with torch.no_grad():
+            ways = {"live": live, "replayed": self.trainer.logprobs(batch, batch.routing)}
+        rows = compare_routing(routing.expert_ids, batch.routing.expert_ids, batch.routing.valid)
+        sampled = batch.logprobs[batch.response_mask].to(live.device)
+        found = {way: difference((logprobs - sampled).double()) for way, logprobs in ways.items()}
+        if not all(math.isfinite(number) for figures in found.values() for number in figures.values()):
+            raise SystemExit(f"fp8_gap: expected finite numbers of {name}, got {found}")
+        tell(name, "live", found["live"] | {"differing_rows": rows["differing_rows"]})
+        tell(name, "replayed", found["replayed"])
+        return {way: figures["k3"] for way, figures in found.items()}
 
 
-def measure_fp8(sampler: Sampler, sync: WeightSync, options: argparse.Namespace) -> list[str]:
+def measure(pair: Pair, sync: WeightSync, name: str) -> list[str]:
     """Print the figures of one engine through two syncs; what is wrong with them."""
-    trainer, wrong = sampler.trainer, []
-    name = "bf16 again" if options.plain else "fp8"
-    first = sampler.greedy()
-    repeats = equal(first, sampler.greedy())
-    held = sampler.sample()
-    compare(trainer, held, name)
+    options, trainer = pair.options, pair.trainer
+    first = pair.greedy()
+    repeats = pair.says(first)
+    held = pair.sample()
+    pair.compare(held, name)
 
-    sampler.push(sync, 1)
-    same = equal(first, sampler.greedy())
+    pair.push(sync, 1)
+    same = pair.says(first)
     print(json.dumps({"engine": name, "repeats_itself": repeats, "equal_after_sync_of_same": same}), flush=True)
-    if not repeats:
-        wrong.append(f"expected {name} to repeat itself, so that bits tell what a sync does")
-    if not same:
-        wrong.append("expected the sync of unchanged weights to change no bit")
-    training = sampler.sample()
-    compare(trainer, training, f"{name} synced")
+    training = pair.sample()
+    pair.compare(training, f"{name} synced")
 
+    old = pair.bits()
     master = Master(trainer.model, options.lr, options.device)
     for update in range(options.updates):
-        part = training.select(slice(update, None, options.updates))
-        master.update(trainer, part, update)
-    compare(trainer, held, f"{name} stale")
-    sampler.push(sync, 2)
-    moved = not equal(first, sampler.greedy())
-    print(json.dumps({"engine": name, "updates": options.updates, "changed_by_sync": moved}), flush=True)
-    if not moved:
-        wrong.append("expected the sync of updated weights to change what the engine says")
-    compare(trainer, sampler.sample(), f"{name} updated")
-    return wrong
+        master.update(trainer, training.select(slice(update, None, options.updates)), update)
+    shares = [changed(*each) for each in zip(old, pair.bits(), strict=True)]
+    print(json.dumps({"updates": options.updates, "bf16_changed": shares[0], "sent_changed": shares[1]}), flush=True)
+    pair.compare(held, f"{name} stale")
+    pair.push(sync, 2)
+    moved = not pair.says(first)
+    pair.compare(pair.sample(), f"{name} updated")
+    checks = {
+        f"the {name} engine to repeat itself": repeats,
+        "a sync of unchanged weights to change no bit": same,
+        "a sync of updated weights to change what the engine says": moved,
+    }
+    return [f"expected {check}" for check, passed in checks.items() if not passed]
 
 
 def main() -> None:
@@ -198,11 +193,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="sampled tokens of each")
     parser.add_argument("--updates", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--transport", help="of the syncs; default: ipc on a GPU, files elsewhere")
     parser.add_argument("--plain", action="store_true", help="a bf16 engine in place of the FP8 one")
     parser.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs, as on a CPU")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "r3-gap")
     options = parser.parse_args()
-    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu = torch.cuda.is_available()
+    options.device = "cuda" if gpu else "cpu"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     # A fork of a process whose threads have computed can stand still in the engine.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
@@ -217,23 +214,19 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     use_experts(model)
     trainer = Scorer(model, options.device)
-    eager = options.eager or options.device == "cpu"
-    of_engine = f"generator.inference_engine.enforce_eager={str(eager).lower()}"
-    wrong = []
+    eager = f"generator.inference_engine.enforce_eager={str(options.eager or not gpu).lower()}"
 
-    config = settings(folder, "own", options, of_engine)
+    config = settings(folder, "own", options, eager)
     with byte_engine(config) as engine:
-        batch = Sampler(engine, config, trainer, options).sample()
-    live, replayed = compare(trainer, batch, "bf16")
-    if not replayed < live:
-        wrong.append(f"expected replay to lower k3 of bf16, got {live:.3g}, replayed {replayed:.3g}")
+        pair = Pair(trainer, engine, config, options)
+        k3 = pair.compare(pair.sample(), "bf16")
+    wrong = [] if k3["replayed"] < k3["live"] else [f"expected replay to lower k3 of bf16, got {k3}"]
 
-    config = settings(other, "own", options, of_engine)
-    transport = "ipc" if options.device == "cuda" else "files"
+    config = settings(other, "own", options, eager)
     with byte_engine(config) as engine:
-        sync = WeightSync(engine, transport=transport, dtype=torch.bfloat16)
+        sync = WeightSync(engine, transport=options.transport or ("ipc" if gpu else "files"), dtype=torch.bfloat16)
         with contextlib.closing(sync):
-            wrong += measure_fp8(Sampler(engine, config, trainer, options), sync, options)
+            wrong += measure(Pair(trainer, engine, config, options), sync, "plain" if options.plain else "fp8")
     if wrong:
         raise SystemExit("fp8_gap: " + "; ".join(wrong))
 

@@ -9,7 +9,8 @@ with vLLM's defaults, and one for `trainer.policy.numerics=matched`, batch-invar
 tokens in bfloat16, live and replayed, with its own kernels and matched; and matched but for one term, which it computes
 as transformers does. Each process does one thing, so that no setting of one reaches another. One JSON line for each
 engine and way: k3 in nats, its standard error, the share of tokens whose log-probability is not the engine's to the
-last bit, the largest difference; tokens per second of the engine, and of forward and backward.
+last bit, the largest difference, the share of extreme tokens (ratio over 2); tokens per second of the engine, and of
+forward and backward.
 
 It checks itself: replay must lower k3, all tokens that are matched must be equal, and the first forward of each block
 is compared with the model's own (`r3.numerics`).
@@ -26,6 +27,7 @@ then k3 1e-8, in a tenth of the tokens.
 import argparse
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -92,7 +94,9 @@ def byte_engine(config: Any) -> Iterator[Any]:
     from r3.capture import running_engine
 
     made = partial(vllm.LLM, skip_tokenizer_init=True)
-    with mock.patch.object(vllm, "LLM", made), running_engine(config) as engine:
+    with contextlib.ExitStack() as stack:
+        with mock.patch.object(vllm, "LLM", made):
+            engine = stack.enter_context(running_engine(config))
         yield engine
 
 
@@ -145,6 +149,7 @@ def difference(apart: Tensor) -> dict[str, float]:
         "k3_error": (k3.std() / len(k3) ** 0.5).item(),
         "not_equal": (apart != 0).double().mean().item(),
         "largest": apart.abs().max().item(),
+        "extreme": (apart.abs() > math.log(2)).double().mean().item(),
         "tokens": len(apart),
     }
 
