@@ -106,6 +106,32 @@ class Scorer:
         return torch.cat([part.float().flatten() for part in parts])
 
 
+class Master:
+    """Float32 weights under AdamW, of which bfloat16 models take a copy after each update."""
+
+    def __init__(self, model: nn.Module, lr: float, device: str) -> None:
+        self.weights = [p.detach().to(device, torch.float32, copy=True).requires_grad_() for p in model.parameters()]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def update(self, trainer: Scorer, batch: Any, seed: int, *others: Scorer) -> None:
+        """One step of `trainer` on replayed rollouts with random advantages; `others` take its weights, too."""
+        loss = policy_loss(
+            trainer.logprobs(batch, batch.routing),
+            batch.logprobs[batch.response_mask].to(trainer.device),
+            advantages_of(batch, seed, trainer.device),
+        )
+        trainer.model.zero_grad(set_to_none=True)
+        loss.backward()
+        for weight, parameter in zip(self.weights, trainer.model.parameters(), strict=True):
+            weight.grad = None if parameter.grad is None else parameter.grad.float()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        for scorer in (trainer, *others):
+            with torch.no_grad():
+                for weight, parameter in zip(self.weights, scorer.model.parameters(), strict=True):
+                    parameter.copy_(weight)
+
+
 def policy_loss(logprobs: Tensor, before: Tensor, advantages: Tensor) -> Tensor:
     return -(advantages * (logprobs - before).exp()).mean()
 
@@ -121,12 +147,11 @@ def measure(seed: int, batches: list[Any], options: argparse.Namespace) -> dict[
     from transformers import AutoModelForCausalLM
 
     held, training = batches[0], batches[1:]
-    master = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    first = torch.cat([p.detach().flatten() for p in master.parameters()])
-    exact = Scorer(copy.deepcopy(master), options.device)
-    trainer = Scorer(copy.deepcopy(master).bfloat16(), options.device)
-    weights = [p.detach().to(options.device).clone().requires_grad_() for p in master.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    first = torch.cat([p.detach().flatten() for p in model.parameters()])
+    exact = Scorer(copy.deepcopy(model), options.device)
+    trainer = Scorer(copy.deepcopy(model).bfloat16(), options.device)
+    master = Master(model, options.lr, options.device)
     advantages = advantages_of(held, seed, options.device)
     sampled = held.logprobs[held.response_mask].to(options.device)
     exact_routing, exact_before = exact.record(held)
@@ -137,22 +162,7 @@ def measure(seed: int, batches: list[Any], options: argparse.Namespace) -> dict[
     done = 0
     for updates in UPDATES[: options.points]:
         while done < updates:
-            batch = training[done % len(training)]
-            loss = policy_loss(
-                trainer.logprobs(batch, batch.routing),
-                batch.logprobs[batch.response_mask].to(options.device),
-                advantages_of(batch, 1000 * seed + done, options.device),
-            )
-            trainer.model.zero_grad(set_to_none=True)
-            loss.backward()
-            for weight, parameter in zip(weights, trainer.model.parameters(), strict=True):
-                weight.grad = None if parameter.grad is None else parameter.grad.float()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            for scorer in (trainer, exact):
-                with torch.no_grad():
-                    for weight, parameter in zip(weights, scorer.model.parameters(), strict=True):
-                        parameter.copy_(weight)
+            master.update(trainer, training[done % len(training)], 1000 * seed + done, exact)
             done += 1
         now, exact_now = exact.record(held)
         ratio = exact_now - exact_before
@@ -161,7 +171,7 @@ def measure(seed: int, batches: list[Any], options: argparse.Namespace) -> dict[
         true = exact.gradient(policy_loss(exact.logprobs(held), exact_before, advantages))
         moved = (now.expert_ids.long().sort(-1).values != exact_routing.expert_ids.long().sort(-1).values).any(-1)
         share = moved[held.attention_mask.bool().to(moved.device)].float().mean().item()
-        distance = (torch.cat([w.detach().cpu().flatten() for w in weights]) - first).norm() / first.norm()
+        distance = (torch.cat([w.detach().cpu().flatten() for w in master.weights]) - first).norm() / first.norm()
         chosen, _ = trainer.record(held)
         differing = compare_routing(chosen.expert_ids.cpu(), held.routing.expert_ids, held.routing.valid)[
             "differing_rows"

@@ -9,7 +9,8 @@ with vLLM's defaults, and one for `trainer.policy.numerics=matched`, batch-invar
 tokens in bfloat16, live and replayed, with its own kernels and matched; and matched but for one term, which it computes
 as transformers does. Each process does one thing, so that no setting of one reaches another. One JSON line for each
 engine and way: k3 in nats, its standard error, the share of tokens whose log-probability is not the engine's to the
-last bit, the largest difference; tokens per second of the engine, and of forward and backward.
+last bit, the largest difference, the share of extreme tokens (ratio over 2); tokens per second of the engine, and of
+forward and backward.
 
 It checks itself: replay must lower k3, all tokens that are matched must be equal, and the first forward of each block
 is compared with the model's own (`r3.numerics`).
@@ -30,6 +31,7 @@ Found: docs/benchmarks.md. Not as predicted: the terms do not add up, each alone
 import argparse
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -57,7 +59,16 @@ def rollouts_of(folder: Path, name: str) -> Path:
     return folder / "rollouts" / f"{name}.safetensors"  # an engine reads all such files beside the checkpoint
 
 
-def settings(folder: Path, numerics: str, options: argparse.Namespace) -> Any:
+def checkpoint(family: str, seed: int, options: argparse.Namespace) -> Path:
+    """The folder of a trained model, which is trained first if it is not there."""
+    folder = options.folder / f"{family}-{seed}-{options.steps}"
+    if not (folder / "config.json").exists():
+        made = ("-m", "benchmarks.language_models", family, folder, "--steps", options.steps, "--seed", seed)
+        subprocess.run([sys.executable, *map(str, made)], check=True)
+    return folder
+
+
+def settings(folder: Path, numerics: str, options: argparse.Namespace, *more: str) -> Any:
     from r3 import R3Config
 
     engine = "generator.inference_engine"
@@ -74,28 +85,54 @@ def settings(folder: Path, numerics: str, options: argparse.Namespace) -> Any:
             f"{engine}.gpu_memory_utilization=0.5",
             f"{engine}.max_num_seqs={options.sequences}",
             f"generator.sampling_params.max_generate_length={options.length}",
+            *more,
         ]
     )
 
 
-def sample(folder: Path, name: str, options: argparse.Namespace) -> None:
-    """Rollouts of one engine, kept in `folder`, and its tokens per second: the best of three batches after one."""
+@contextlib.contextmanager
+def byte_engine(config: Any) -> Iterator[Any]:
+    """An engine of the settings, for a model without a tokenizer."""
     import vllm
 
-    import r3
+    from r3.capture import running_engine
+
+    made = partial(vllm.LLM, skip_tokenizer_init=True)
+    with contextlib.ExitStack() as stack:
+        with mock.patch.object(vllm, "LLM", made):
+            engine = stack.enter_context(running_engine(config))
+        yield engine
+
+
+def prompts_of(options: argparse.Namespace) -> list[dict[str, list[int]]]:
+    """The same for all engines, from text that the models were not trained on."""
     from benchmarks.language_models import Corpus
-    from r3.capture import collect, running_engine, save_rollouts
+
+    rows = Corpus.of("cpu").batch(options.sequences, PROMPT, torch.Generator().manual_seed(7), held_out=True)
+    return [{"prompt_token_ids": row} for row in rows.tolist()]
+
+
+def sampling_of(config: Any, **more: Any) -> Any:
+    """One rollout of each prompt, of the full length."""
+    import vllm
+
+    from r3.capture import sampling_kwargs
+
+    return vllm.SamplingParams(**sampling_kwargs(config) | {"ignore_eos": True, "n": 1} | more)
+
+
+def sample(folder: Path, name: str, options: argparse.Namespace) -> None:
+    """Rollouts of one engine, kept in `folder`, and its tokens per second: the best of three batches after one."""
+    import r3
+    from r3.capture import collect, save_rollouts
 
     config = settings(folder, ENGINES[name], options)
-    prompts = Corpus.of("cpu").batch(options.sequences, PROMPT, torch.Generator().manual_seed(7), held_out=True)
-    inputs = [{"prompt_token_ids": row} for row in prompts.tolist()]
-    sampling = r3.capture.sampling_kwargs(config) | {"ignore_eos": True, "n": 1}
-    made = partial(vllm.LLM, skip_tokenizer_init=True)
-    with mock.patch.object(vllm, "LLM", made), running_engine(config) as engine:
+    prompts = prompts_of(options)
+    with byte_engine(config) as engine:
         seconds = float("inf")
         for batch in range(4):
             started = time.perf_counter()
-            outputs = engine.generate(inputs, vllm.SamplingParams(**sampling), use_tqdm=False)
+            outputs = engine.generate(prompts, sampling_of(config), use_tqdm=False)
             seconds = min(seconds, time.perf_counter() - started) if batch else seconds
     spec = None
     if config.generator.inference_engine.enable_return_routed_experts:
@@ -107,6 +144,19 @@ def sample(folder: Path, name: str, options: argparse.Namespace) -> None:
     save_rollouts(rollouts, rollouts_of(folder, name))
     rate = options.sequences * options.length / seconds
     print(json.dumps({"sampled_by": name, "engine_tokens_per_s": round(rate)}), flush=True)
+
+
+def difference(apart: Tensor) -> dict[str, float]:
+    """What log-ratios, float64 `[tokens]` in nats, come to."""
+    k3 = apart.exp() - 1 - apart
+    return {
+        "k3": k3.mean().item(),
+        "k3_error": (k3.std() / len(k3) ** 0.5).item(),
+        "not_equal": (apart != 0).double().mean().item(),
+        "largest": apart.abs().max().item(),
+        "extreme": (apart.abs() > math.log(2)).double().mean().item(),
+        "tokens": len(apart),
+    }
 
 
 class Trainer:
@@ -135,14 +185,7 @@ class Trainer:
         found = [self.logprobs(batch, slice(i, i + ROWS), replayed=replayed) for i in range(0, rows, ROWS)]
         mask = batch.response_mask.cuda()
         apart = (torch.cat(found) - batch.logprobs.cuda())[mask].double()
-        k3 = apart.exp() - 1 - apart
-        return {
-            "k3": k3.mean().item(),
-            "k3_error": (k3.std() / len(k3) ** 0.5).item(),
-            "not_equal": (apart != 0).double().mean().item(),
-            "largest": apart.abs().max().item(),
-            "tokens": len(apart),
-        }
+        return difference(apart)
 
     def tokens_per_second(self, batch: Any, *, replayed: bool) -> float:
         """Of forward and backward, the best of three after one that warms up."""
@@ -305,10 +348,7 @@ def main() -> None:
     sizes = ("--sequences", options.sequences, "--length", options.length)
     for seed in options.seeds:
         for family in options.family:
-            folder = options.folder / f"{family}-{seed}-{options.steps}"
-            if not (folder / "config.json").exists():
-                made = ("-m", "benchmarks.language_models", family, folder, "--steps", options.steps, "--seed", seed)
-                subprocess.run([sys.executable, *map(str, made)], check=True)
+            folder = checkpoint(family, seed, options)
             print(json.dumps({"family": family, "seed": seed}), flush=True)
             for name in ENGINES:
                 for what in ("sample", "own", "matched"):
