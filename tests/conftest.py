@@ -19,7 +19,6 @@ os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 # Test tensors are small: more threads gain nothing, and those that wait for each other keep the cores from other tests.
 SIDE_BY_SIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 THREADS = min(4, max(1, (os.cpu_count() or 1) // SIDE_BY_SIDE))
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 # A trainer's tests run where that trainer is installed (`make test-trl`). Asked by distribution, since folders of these
 # names could be imported too.
@@ -38,6 +37,12 @@ hypothesis.settings.load_profile("same")
 
 # Processes that tests start import as the tests do: engines find worker extensions by name.
 os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, IMPORTED), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_configure(config):
+    # Not in the process that only hands tests out: those that it starts would have its number, and not their own.
+    if not config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 
 @pytest.fixture(scope="module", autouse=True)
