@@ -60,7 +60,7 @@ def _differences(folder: str, kind: str) -> float:
             f"{engine}.enable_return_routed_experts={routed}",
             f"{engine}.max_model_len=512",
             f"{engine}.enforce_eager=false",
-            f"{engine}.gpu_memory_utilization=0.3",
+            f"{engine}.gpu_memory_utilization=0.1",
             "generator.sampling_params.max_generate_length=300",
         ]
     )
