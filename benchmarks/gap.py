@@ -208,8 +208,9 @@ def _own_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _own_rotate(query: Tensor, key: Tensor, positions: Tensor, cache: Tensor) -> None:
     cos, sin = (part.repeat(1, 2)[:, None] for part in cache[positions].chunk(2, -1))
     for heads in (query, key):
-        first, second = heads.chunk(2, -1)
-        heads.copy_(heads * cos + torch.cat((-second, first), -1) * sin)
+        rotated = heads[..., : cache.shape[-1]]  # the rest of a head has no position, where rope is partial
+        first, second = rotated.chunk(2, -1)
+        rotated.copy_(rotated * cos + torch.cat((-second, first), -1) * sin)
 
 
 def _own_attention(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float) -> Tensor:

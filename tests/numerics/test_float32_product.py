@@ -34,6 +34,7 @@ def compare_interpreted() -> None:
         compare(shape, "cpu", [1, 2, 17])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, for which it is compiled")
 def test_as_triton_interprets_it():
     done = subprocess.run(
         [sys.executable, "-c", "import test_float32_product; test_float32_product.compare_interpreted()"],

@@ -1,16 +1,17 @@
 """What ranks do in tests/engine/test_launched_engines.py: trainers with a vLLM engine in their own process."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from places import DEMO_MODEL
-from sync_helpers import greedy
+from sync_helpers import greedy, prompts
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import r3
+from r3.diagnostics import compare_routing
 from r3.parallel import RankBarrier, make_mesh, shard_parameters
 from r3.weight_sync import InProcessTransport, WeightSync, gathered, named_weights
 from trainer_hooks import push_from_all_ranks
@@ -18,32 +19,42 @@ from trainer_hooks import push_from_all_ranks
 WORDS = dict(count=2, tokens=12)
 
 
+class Layout(NamedTuple):
+    """How the engine is spread: over this many ranks, with each layer's experts whole on one of them or all cut."""
+
+    tensor_parallel_size: int
+    enable_expert_parallel: bool = False
+
+
 @functools.cache
-def engine(tensor_parallel_size: int) -> Any:
+def engine(layout: Layout) -> Any:
     """This rank's `LLM`, with the arguments of a trainer that colocates it."""
     from vllm import LLM
 
     config = r3.R3Config.from_overrides([], {"trainer.policy.model.path": str(DEMO_MODEL)})
     launched = {
-        "tensor_parallel_size": tensor_parallel_size,
+        **layout._asdict(),
         "distributed_executor_backend": "external_launcher",
-        "seed": dist.get_rank() // tensor_parallel_size,
+        "seed": dist.get_rank() // layout.tensor_parallel_size,
         "worker_extension_cls": "engine_worker.BreakableWorker",
         "kv_cache_memory_bytes": 1 << 26,
     }
+    if torch.cuda.is_available():
+        # Ranks that share a GPU cannot open each other's memory.
+        launched |= {"enable_sleep_mode": True, "disable_custom_all_reduce": True}
     return LLM(**r3.capture.engine_kwargs(config) | launched)
 
 
 @functools.cache
-def sync(tensor_parallel_size: int) -> WeightSync:
-    return WeightSync(engine(tensor_parallel_size), dtype=torch.bfloat16, chunk_bytes=1 << 20, timeout_s=60)
+def sync(layout: Layout) -> WeightSync:
+    return WeightSync(engine(layout), dtype=torch.bfloat16, chunk_bytes=1 << 20, timeout_s=60)
 
 
 @functools.cache
 def model() -> nn.Module:
     """The trainer's model, sharded over all ranks."""
     made = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
-    return shard_parameters(made, make_mesh("cpu"), param_dtype=torch.float32)
+    return shard_parameters(made, make_mesh("cuda" if torch.cuda.is_available() else "cpu"), param_dtype=torch.float32)
 
 
 def weights(scale: float = 1.0) -> list:
@@ -54,8 +65,8 @@ def weights(scale: float = 1.0) -> list:
     return named_weights(model())
 
 
-def push(tensor_parallel_size: int, scale: float = 1.0) -> dict[str, Any]:
-    made = sync(tensor_parallel_size)
+def push(layout: Layout, scale: float = 1.0) -> dict[str, Any]:
+    made = sync(layout)
     receipt = push_from_all_ranks(made, weights(scale), (made.version or 0) + 1, RankBarrier(timeout_s=30))
     return {"version": receipt.version, "digest": receipt.digest, "in_process": in_process(made)}
 
@@ -64,62 +75,77 @@ def in_process(made: WeightSync) -> bool:
     return isinstance(made._transport, InProcessTransport)
 
 
-def says(tensor_parallel_size: int) -> list:
-    return greedy(engine(tensor_parallel_size), **WORDS)
+def says(layout: Layout) -> list:
+    return greedy(engine(layout), **WORDS)
 
 
-def as_loaded_moved_and_back(tensor_parallel_size: int) -> dict[str, Any]:
+def as_loaded_moved_and_back(layout: Layout) -> dict[str, Any]:
     """What the engine says: as it was loaded, and after syncs of the same, of other, and of the first weights."""
-    said = {"loaded": says(tensor_parallel_size)}
-    receipts = [push(tensor_parallel_size)]
-    said["same"] = says(tensor_parallel_size)
-    receipts.append(push(tensor_parallel_size, 2.0))
-    said["moved"] = says(tensor_parallel_size)
+    said = {"loaded": says(layout)}
+    receipts = [push(layout)]
+    said["same"] = says(layout)
+    receipts.append(push(layout, 2.0))
+    said["moved"] = says(layout)
     # The trainer goes on: the engine must not share its memory.
     weights(0.5)
-    said["trained on"] = says(tensor_parallel_size)
-    receipts.append(push(tensor_parallel_size))
-    said["back"] = says(tensor_parallel_size)
+    said["trained on"] = says(layout)
+    receipts.append(push(layout))
+    said["back"] = says(layout)
     return {"said": said, "receipts": receipts}
 
 
-def asleep(tensor_parallel_size: int) -> bool:
+def asleep(layout: Layout) -> bool:
     """A sync as a trainer does it that lets its engine sleep: the KV cache wakes after it."""
-    before = says(tensor_parallel_size)
-    llm = engine(tensor_parallel_size)
+    before = says(layout)
+    llm = engine(layout)
     llm.sleep(level=2)
     llm.wake_up(tags=["weights"])
-    push(tensor_parallel_size)
+    push(layout)
     llm.wake_up(tags=["kv_cache"])
-    return says(tensor_parallel_size) == before
+    return says(layout) == before
 
 
-def fails_on_the_last_rank(tensor_parallel_size: int) -> None:
+def fails_on_the_last_rank(layout: Layout) -> None:
     """The worker of one rank fails when it seals."""
-    llm, last = engine(tensor_parallel_size), dist.get_rank() == dist.get_world_size() - 1
+    llm, last = engine(layout), dist.get_rank() == dist.get_world_size() - 1
     if last:
         llm.collective_rpc("r3_test_fail", args=("r3_seal",))
     try:
-        push(tensor_parallel_size)
+        push(layout)
     finally:
         if last:
             llm.collective_rpc("r3_test_mend", args=("r3_seal",))
 
 
-def refused(tensor_parallel_size: int) -> dict[str, Any]:
+def refused(layout: Layout) -> dict[str, Any]:
     """State after a failed sync: cause on this rank, what a request gets, and whether a sync heals it."""
-    made = sync(tensor_parallel_size)
+    made = sync(layout)
     try:
-        says(tensor_parallel_size)
+        says(layout)
         answer = "answered"
     except r3.SyncError as error:
         answer = str(error)
-    versions = [made.version, push(tensor_parallel_size)["version"]]
-    return {"poisoned": answer, "versions": versions, "said": says(tensor_parallel_size)}
+    versions = [made.version, push(layout)["version"]]
+    return {"poisoned": answer, "versions": versions, "said": says(layout)}
 
 
-def whole(tensor_parallel_size: int) -> int:
+def whole(layout: Layout) -> int:
     """A push on this rank alone of weights that no rank shares."""
-    made = sync(tensor_parallel_size)
+    made = sync(layout)
     held = [(name, gathered(weight)) for name, weight in weights()]
     return made.push(held, version=(made.version or 0) + 1).workers
+
+
+def differing_rows(layout: Layout) -> float:
+    """The share of (token, layer) pairs in which a trainer on one device chooses other experts than the engine did."""
+    from vllm import SamplingParams
+
+    trainer = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.bfloat16)
+    replay = r3.attach(trainer)
+    sampling = SamplingParams(max_tokens=48, logprobs=0, ignore_eos=True, seed=0)
+    outputs = engine(layout).generate(prompts(), sampling, use_tqdm=False)
+    batch = r3.capture.collect(outputs, replay.spec).batch(0)
+    with torch.no_grad(), r3.record(trainer) as recorder:
+        trainer(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    own, routing = recorder.routing, batch.routing
+    return compare_routing(own.expert_ids, routing.expert_ids, routing.valid)["differing_rows"]

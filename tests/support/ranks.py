@@ -101,11 +101,12 @@ class Ranks:
 
 def _serve(end: Any, rank: int, size: int, port: int, device: str) -> None:
     faulthandler.enable()  # a death says where
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    local = rank % torch.cuda.device_count() if device == "cuda" else rank  # in a launcher's sense: also the GPU
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     if device == "cuda":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.cuda.set_device(local)
         if size > torch.cuda.device_count():
             # NCCL refuses two ranks on one GPU of one host. Hosts of their own, by name, it connects through sockets.
             os.environ |= {"NCCL_HOSTID": f"rank-{rank}", "NCCL_SOCKET_IFNAME": "lo"}
