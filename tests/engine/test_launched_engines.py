@@ -31,7 +31,7 @@ def launched(request):
 
 def test_every_rank_syncs_its_own_engine(launched):
     ranks, layout = launched
-    found = ranks.all(launched_engines.as_loaded_moved_and_back, layout)
+    found = ranks.all(launched_engines.as_loaded_moved_and_back, layout, timeout_s=300)  # it starts the engines
     for rank in found:
         said = rank["said"]
         assert said["same"] == said["back"] == said["loaded"]
