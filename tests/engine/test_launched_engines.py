@@ -14,8 +14,8 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((2, Layout(1)), id="an engine each"),
-        pytest.param((2, Layout(2)), id="one engine of two ranks", marks=pytest.mark.long),
+        pytest.param((2, Layout(1)), id="an engine each", marks=pytest.mark.long),
+        pytest.param((2, Layout(2)), id="one engine of two ranks"),
         pytest.param((2, Layout(2, True)), id="one engine of two ranks, experts spread", marks=pytest.mark.gpu),
         pytest.param((1, Layout(1)), id="one rank", marks=pytest.mark.long),
     ],

@@ -1,6 +1,7 @@
 """What ranks do in tests/engine/test_launched_engines.py: trainers with a vLLM engine in their own process."""
 
 import functools
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,12 @@ def engine(layout: Layout) -> Any:
     if torch.cuda.is_available():
         # Ranks that share a GPU cannot open each other's memory.
         launched |= {"enable_sleep_mode": True, "disable_custom_all_reduce": True}
+    elif dist.get_rank() == 0:
+        # vLLM 0.30 names the shared memory of such engines alike in all runs, and cannot start where a run that was
+        # killed has left its own.
+        for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
+            left.unlink()
+    dist.barrier()
     return LLM(**r3.capture.engine_kwargs(config) | launched)
 
 

@@ -14,11 +14,11 @@ class LaunchedEngine(OfflineEngine):
     own, at the same time, and they agree before the commit (`trainer_hooks.push_from_all_ranks`).
     """
 
-    in_this_process = True
     remedy = "Each rank syncs its own vllm.LLM"
 
     def __init__(self, llm: Any) -> None:
         super().__init__(llm)
+        self.in_this_process = True  # its worker of this rank; those of other ranks are the other ranks'
         self.name = f"vllm.LLM of rank {self._parallel.rank}"
 
     def replies(self, method: str, args: Sequence[Any], timeout_s: float) -> list[Reply]:
