@@ -88,6 +88,7 @@ class Run:
             "trainer.save_hf": "false",
             "generator.inference_engine.enforce_eager": "false" if torch.cuda.is_available() else "true",
             "generator.inference_engine.gpu_memory_utilization": options.memory,
+            "generator.inference_engine.weight_sync.chunk_mib": 64,  # the whole model
             "generator.sampling_params.max_generate_length": options.length,
         }
         return [sys.executable, "-W", "ignore", str(EXAMPLE), *(f"{name}={value}" for name, value in settings.items())]
