@@ -9,7 +9,9 @@ of the experts by up to P, as the others wait: with two ranks and experts that t
 Each rank loads its shards by `load_expert_parallel`, of random weights of Qwen3-30B-A3B's layers, and has rows
 of its own. The replayed step brings the model's own recorded routing, so that the experts have the same load on both
 sides. A step is forward and backward with gradient checkpointing. The three take turns in one run; a ratio is the
-median over the rounds.
+median over the rounds. On GPUs, `utilisation` is the share of `--peak` that the model's own operations take, as PaLM
+counts them (arXiv 2204.02311, appendix B): 6 for each parameter that a token uses, and 12 x heads x head dimension x
+length a layer for attention; what checkpointing computes again is not counted.
 """
 
 import argparse
@@ -52,6 +54,15 @@ def save_model(options: argparse.Namespace, path: str) -> None:
     )
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+
+
+def step_flops(options: argparse.Namespace) -> float:
+    """Floating-point operations of a rank's step, by PaLM's count."""
+    heads = max(options.hidden // 64, 2)
+    attention = options.hidden * 128 * (2 * heads + 2 * max(heads // 8, 1))
+    experts = TOP_K * 3 * options.hidden * options.intermediate + options.hidden * options.experts
+    used = options.layers * (attention + experts) + options.hidden * options.vocab
+    return options.batch * options.length * (6 * used + 12 * options.layers * heads * 128 * options.length)
 
 
 def on_one_rank(routing: r3.RolloutRouting, ranks: int) -> r3.RolloutRouting:
@@ -114,7 +125,12 @@ def measure(options: argparse.Namespace, device: torch.device, path: str) -> dic
         for side in ("replayed", "one rank")
     }
     loads = {side: round(largest_load(routing, ranks), 3) for side, routing in sides.items() if routing is not None}
-    return {"ms": {side: spread(took) for side, took in found.items()}, "over_live": over, "largest_load": loads}
+    result: dict = {"ms": {side: spread(took) for side, took in found.items()}, "over_live": over}
+    result["largest_load"] = loads
+    if device.type == "cuda":
+        used = step_flops(options) / 1e12 / (options.peak / 1e3)
+        result["utilisation"] = {side: round(used / median(took), 4) for side, took in found.items()}
+    return result
 
 
 def main() -> None:
@@ -122,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (GPU if cuda else CPU).items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of a GPU in bfloat16; an H100's and H200's")
     options = parser.parse_args()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
