@@ -60,7 +60,7 @@ def demo_config():
 
     return R3Config.from_overrides(
         [
-            "trainer.train_batch_size=16",
+            "trainer.train_batch_size=8",
             "generator.inference_engine.weight_sync.chunk_mib=1",
             "trainer.policy.optimizer_config.lr=3e-4",
         ],

@@ -130,7 +130,7 @@ def test_degenerate_capture_stops_the_step_before_training(trainer, monkeypatch,
 
     monkeypatch.setattr(trainer.engine, "generate", tampered)
     version = trainer.sync.version
-    with pytest.raises(r3.CaptureError, match=rf"(?s)1 of 128 samples.*prompt 3, completion 1.*{message}"):
+    with pytest.raises(r3.CaptureError, match=rf"(?s)1 of 64 samples.*prompt 3, completion 1.*{message}"):
         trainer.step(50)
     assert trainer.sync.version == version
 
