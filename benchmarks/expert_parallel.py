@@ -37,9 +37,9 @@ CPU = dict(layers=2, batch=2, length=64, hidden=128, experts=16, intermediate=32
 TOP_K = 8
 
 
-def save_model(options: argparse.Namespace, path: str) -> None:
+def configuration(options: argparse.Namespace) -> Qwen3MoeConfig:
     heads = max(options.hidden // 64, 2)
-    config = Qwen3MoeConfig(
+    return Qwen3MoeConfig(
         vocab_size=options.vocab,
         hidden_size=options.hidden,
         moe_intermediate_size=options.intermediate,
@@ -52,17 +52,21 @@ def save_model(options: argparse.Namespace, path: str) -> None:
         norm_topk_prob=True,
         max_position_embeddings=options.length,
     )
+
+
+def save_model(options: argparse.Namespace, path: str) -> None:
     torch.manual_seed(0)
-    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    Qwen3MoeForCausalLM(configuration(options)).to(torch.bfloat16).save_pretrained(path)
 
 
 def step_flops(options: argparse.Namespace) -> float:
     """Floating-point operations of a rank's step, by PaLM's count."""
-    heads = max(options.hidden // 64, 2)
-    attention = options.hidden * 128 * (2 * heads + 2 * max(heads // 8, 1))
-    experts = TOP_K * 3 * options.hidden * options.intermediate + options.hidden * options.experts
-    used = options.layers * (attention + experts) + options.hidden * options.vocab
-    return options.batch * options.length * (6 * used + 12 * options.layers * heads * 128 * options.length)
+    of = configuration(options)
+    width = of.num_attention_heads * of.head_dim
+    attention = 2 * of.hidden_size * (width + of.num_key_value_heads * of.head_dim)
+    experts = of.hidden_size * (3 * of.num_experts_per_tok * of.moe_intermediate_size + of.num_experts)
+    used = of.num_hidden_layers * (attention + experts) + of.hidden_size * of.vocab_size
+    return options.batch * options.length * (6 * used + 12 * of.num_hidden_layers * width * options.length)
 
 
 def on_one_rank(routing: r3.RolloutRouting, ranks: int) -> r3.RolloutRouting:
@@ -125,11 +129,10 @@ def measure(options: argparse.Namespace, device: torch.device, path: str) -> dic
         for side in ("replayed", "one rank")
     }
     loads = {side: round(largest_load(routing, ranks), 3) for side, routing in sides.items() if routing is not None}
-    result: dict = {"ms": {side: spread(took) for side, took in found.items()}, "over_live": over}
-    result["largest_load"] = loads
+    result = {"ms": {side: spread(took) for side, took in found.items()}, "over_live": over, "largest_load": loads}
     if device.type == "cuda":
-        used = step_flops(options) / 1e12 / (options.peak / 1e3)
-        result["utilisation"] = {side: round(used / median(took), 4) for side, took in found.items()}
+        at_peak_ms = step_flops(options) / (options.peak * 1e9)
+        result["utilisation"] = {side: round(at_peak_ms / median(took), 4) for side, took in found.items()}
     return result
 
 

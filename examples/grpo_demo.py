@@ -82,7 +82,7 @@ def say(folder: Path) -> None:
     print(f"reward       {mean(first, 'reward/mean'):.3f} -> {mean(last, 'reward/mean'):.3f} (first and last third)")
     if "logprob_diff/replayed/k3" in steps[0]:
         live, replayed = (mean(steps, f"logprob_diff/{mode}/k3") for mode in ("live", "replayed"))
-        lower = f"{live / replayed:.1f} times lower" if replayed else "equal"
+        lower = f"{live / replayed:.1f} times lower" if replayed else "the engine's, bit for bit"
         print(f"k3 KL, nats  {live:.2e} live, {replayed:.2e} replayed: {lower}")
     print(f"report       {folder / 'report.html'}")
 

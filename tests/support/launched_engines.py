@@ -21,7 +21,7 @@ WORDS = dict(count=2, tokens=12)
 
 
 class Layout(NamedTuple):
-    """How the engine is spread: over this many ranks, with each layer's experts whole on one of them or all cut."""
+    """vLLM's arguments: a rank of the engine has a slice of every expert, or with expert parallelism whole ones."""
 
     tensor_parallel_size: int
     enable_expert_parallel: bool = False
