@@ -185,7 +185,6 @@ def main() -> None:
     parser.add_argument("--transport", help="of the syncs; default: ipc on a GPU, files elsewhere")
     parser.add_argument("--plain", action="store_true", help="a bf16 engine in place of the FP8 one")
     parser.add_argument("--eager", action="store_true", help="no compilation and no CUDA graphs, as on a CPU")
-    parser.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory for the engine")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "r3-gap")
     options = parser.parse_args()
     gpu = torch.cuda.is_available()

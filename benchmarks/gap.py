@@ -82,7 +82,8 @@ def settings(folder: Path, numerics: str, options: argparse.Namespace, *more: st
             f"{engine}.enable_return_routed_experts={str(moe).lower()}",
             f"{engine}.max_model_len={PROMPT + options.length + 16}",
             f"{engine}.enforce_eager=false",
-            f"{engine}.gpu_memory_utilization={options.memory}",
+            f"{engine}.gpu_memory_utilization=0.05",  # what must be free
+            f"{engine}.kv_cache_gib=2",  # 256 rollouts at a time
             f"{engine}.max_num_seqs={options.sequences}",
             f"generator.sampling_params.max_generate_length={options.length}",
             *more,
@@ -338,7 +339,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="of training the model")
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--length", type=int, default=512, help="sampled tokens of each")
-    parser.add_argument("--memory", type=float, default=0.5, help="share of the GPU's memory for the engine")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "r3-gap")
     parser.add_argument("--do", nargs=3, metavar=("WHAT", "FOLDER", "ENGINE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -347,7 +347,7 @@ def main() -> None:
         {"sample": sample, "own": own, "matched": matched}[what](Path(folder), name, options)
         return
     print(json.dumps(machine(torch.device("cuda"))), flush=True)
-    sizes = ("--sequences", options.sequences, "--length", options.length, "--memory", options.memory)
+    sizes = ("--sequences", options.sequences, "--length", options.length)
     for seed in options.seeds:
         for family in options.family:
             folder = checkpoint(family, seed, options)

@@ -46,7 +46,7 @@ from r3.diagnostics import read_metrics
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "grpo_demo.py"
 ROUTINGS, CORRECTIONS, AGES = ("live", "replayed"), ("none", "tis"), (1, 4)
-APART_S = 12.0  # between the starts of two engines: vLLM measures the free memory of the GPU while it starts
+APART_S = 5.0  # between the starts of two engines, which load and compile on all cores
 TRIES = 3
 
 
@@ -87,7 +87,8 @@ class Run:
             "trainer.resume_from": "auto",
             "trainer.save_hf": "false",
             "generator.inference_engine.enforce_eager": "false" if torch.cuda.is_available() else "true",
-            "generator.inference_engine.gpu_memory_utilization": options.memory,
+            "generator.inference_engine.gpu_memory_utilization": 0.05,  # what must be free
+            "generator.inference_engine.kv_cache_gib": 0.5,  # all rollouts; nothing is measured while other runs end
             "generator.inference_engine.weight_sync.chunk_mib": 64,  # the whole model
             "generator.sampling_params.max_generate_length": options.length,
         }
@@ -224,7 +225,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="most sampled tokens of a rollout")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--parallel", type=int, default=4, help="runs at a time")
-    parser.add_argument("--memory", type=float, default=0.06, help="share of the GPU's memory for each engine")
     parser.add_argument("--save-every", type=int, default=25)
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="end what is not done by then")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "r3-stability")

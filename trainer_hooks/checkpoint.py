@@ -45,7 +45,7 @@ FREE = (
     "generator.inference_engine.pipeline_parallel_size",
     "generator.inference_engine.max_num_seqs",
     "generator.inference_engine.enforce_eager",
-    "generator.inference_engine.cpu_kv_cache_gib",
+    "generator.inference_engine.kv_cache_gib",
     "generator.inference_engine.gpu_memory_utilization",
     "generator.inference_engine.num_engines",
     "generator.inference_engine.addresses",

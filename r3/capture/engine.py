@@ -12,6 +12,8 @@ from r3.errors import ConfigError
 from r3.vllm_compat.capture import capture_backend, rotary_kernel_fails
 from r3.vllm_compat.release import warn_of_unseen_vllm
 
+CPU_KV_CACHE_GIB = 0.5
+
 
 def engine_kwargs(config: R3Config) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM`: capture on, sampled log-probabilities as the trainer computes them, sync ready.
@@ -44,9 +46,10 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
                 "generator.inference_engine.enforce_eager=false: vLLM's compiled CPU mode returns routing of zeros; "
                 "set it to true"
             )
-        kwargs["kv_cache_memory_bytes"] = int(engine.cpu_kv_cache_gib * 2**30)
     else:
         kwargs["gpu_memory_utilization"] = engine.gpu_memory_utilization
+    if kv_cache_gib := engine.kv_cache_gib or (CPU_KV_CACHE_GIB if current_platform.is_cpu() else 0):
+        kwargs["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
     matched = config.trainer.policy.numerics == "matched"
     if matched:
         # Compiled code would round norms in another place; graphs of decoding alone change nothing.

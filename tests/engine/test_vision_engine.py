@@ -77,7 +77,7 @@ class Both:
         self.processor.save_pretrained(folder)
         self.model = type(made).from_pretrained(folder, dtype=torch.bfloat16).eval()
         self.replay = r3.attach(self.model)
-        settings = ["max_model_len=256", "max_num_seqs=16", "cpu_kv_cache_gib=0.25"]
+        settings = ["max_model_len=256", "max_num_seqs=16", "kv_cache_gib=0.25"]
         config = r3.R3Config.from_overrides(
             [f"generator.inference_engine.{setting}" for setting in settings],
             {"trainer.policy.model.path": str(folder)},

@@ -20,7 +20,7 @@ EXAMPLE = DEMO_MODEL.parent / "grpo_demo.py"
 SMALL = [
     *("trainer.train_batch_size=8", "trainer.updates_per_step=1", "trainer.max_steps=2", "trainer.eval_every=2"),
     *("trainer.eval_batch_size=4", "generator.sampling_params.max_generate_length=24"),
-    "generator.inference_engine.cpu_kv_cache_gib=0.2",
+    "generator.inference_engine.kv_cache_gib=0.2",
 ]
 
 

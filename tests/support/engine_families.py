@@ -115,7 +115,7 @@ def run(name: str) -> dict[str, Any]:
             [
                 "generator.inference_engine.max_model_len=256",
                 "generator.inference_engine.max_num_seqs=16",
-                "generator.inference_engine.cpu_kv_cache_gib=0.25",
+                "generator.inference_engine.kv_cache_gib=0.25",
             ],
             {"trainer.policy.model.path": folder},
         )

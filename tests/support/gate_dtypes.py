@@ -61,7 +61,7 @@ def run(name: str) -> None:
     folder = tempfile.mkdtemp(prefix="r3-gate-")
     model.save_pretrained(folder)
     replay = r3.attach(model)
-    overrides = ("max_model_len=256", "max_num_seqs=16", "cpu_kv_cache_gib=0.25")
+    overrides = ("max_model_len=256", "max_num_seqs=16", "kv_cache_gib=0.25")
     config = r3.R3Config.from_overrides(
         [f"generator.inference_engine.{each}" for each in overrides], {"trainer.policy.model.path": folder}
     )

@@ -22,7 +22,7 @@ PROMPT_TOKENS = 24
 
 
 def server_config(*more: str) -> r3.R3Config:
-    settings = ["generator.inference_engine.max_num_seqs=64", "generator.inference_engine.cpu_kv_cache_gib=0.2", *more]
+    settings = ["generator.inference_engine.max_num_seqs=64", "generator.inference_engine.kv_cache_gib=0.2", *more]
     return r3.R3Config.from_overrides(settings, {"trainer.policy.model.path": str(DEMO_MODEL)})
 
 

@@ -20,7 +20,7 @@ EXAMPLE = DEMO_MODEL.parent / "grpo_ray.py"
 PORT = 6379
 SMALL = [
     *("trainer.train_batch_size=8", "trainer.updates_per_step=1"),
-    *("generator.sampling_params.max_generate_length=24", "generator.inference_engine.cpu_kv_cache_gib=0.2"),
+    *("generator.sampling_params.max_generate_length=24", "generator.inference_engine.kv_cache_gib=0.2"),
     *("generator.inference_engine.weight_sync.timeout_s=60", "generator.inference_engine.request_timeout_s=120"),
     "trainer.save_hf=false",
 ]
