@@ -124,6 +124,18 @@ def test_stack_is_its_matrices():
         assert torch.equal(scales[index], alone[1])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("power_of_two", [False, True], ids=["float32", "ue8m0"])
+def test_a_gpu_makes_the_cpus_bits(power_of_two):
+    """torch 2.11 on CUDA multiplies by the rounded reciprocal where the CPU divides by a Python number."""
+    torch.manual_seed(0)
+    weight = (torch.randn(512, 640) * 0.02).bfloat16()
+    expected = block_quantise(weight, BLOCK, power_of_two=power_of_two)
+    made = block_quantise(weight.cuda(), BLOCK, power_of_two=power_of_two)
+    assert torch.equal(made[0].cpu().view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(made[1].cpu(), expected[1])
+
+
 def bits(named) -> dict[str, torch.Tensor]:
     made = {name: gathered(source) for name, source in named}
     for name, source in named:

@@ -32,7 +32,8 @@ def block_quantise(weight: Tensor, block: tuple[int, int], *, power_of_two: bool
     padded = functional.pad(weight.float(), (0, wide * block[1] - columns, 0, high * block[0] - rows))
     blocks = padded.unflatten(-1, (wide, block[1])).unflatten(-3, (high, block[0]))  # [..., high, rows, wide, columns]
     largest = blocks.abs().amax(dim=(-3, -1))
-    scale = (largest / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    # By a tensor, so that the bits are the CPU's: CUDA multiplies by the rounded reciprocal of a Python number.
+    scale = (largest / torch.full_like(largest, FP8_MAX)).clamp(min=torch.finfo(torch.float32).tiny)
     scale = torch.where(largest == 0, torch.ones_like(scale), scale)
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)
