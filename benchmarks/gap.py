@@ -3,6 +3,7 @@
     python -m benchmarks.gap                       # a MoE and its dense twin, one seed
     python -m benchmarks.gap --seeds 0 1 2 --family qwen3_moe
     python -m benchmarks.gap --family glm4_moe     # sigmoids with a selection bias, and a shared expert
+    python -m benchmarks.gap --family qwen3_30b --steps 0    # layers of real size, random: is all equal, at what price?
 
 A small language model is trained (`benchmarks.language_models`). Two vLLM engines sample from it with CUDA graphs: one
 with vLLM's defaults, and one for `trainer.policy.numerics=matched`, batch-invariant. The trainer scores the sampled
@@ -83,7 +84,7 @@ def settings(folder: Path, numerics: str, options: argparse.Namespace, *more: st
             f"{engine}.max_model_len={PROMPT + options.length + 16}",
             f"{engine}.enforce_eager=false",
             f"{engine}.gpu_memory_utilization=0.05",  # what must be free
-            f"{engine}.kv_cache_gib=2",  # 256 rollouts at a time
+            f"{engine}.kv_cache_gib=4",  # 256 rollouts at a time
             f"{engine}.max_num_seqs={options.sequences}",
             f"generator.sampling_params.max_generate_length={options.length}",
             *more,

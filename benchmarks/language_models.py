@@ -1,6 +1,7 @@
 """Small language models of bytes, trained in a minute or two on the C++ headers that come with torch.
 
     python -m benchmarks.language_models qwen3_moe build/qwen3_moe
+    python -m benchmarks.language_models qwen3_30b build/qwen3_30b --steps 0    # random weights, for speed and equality
 
 Random weights show nothing about a gap: their routers are near ties everywhere, and their tokens near uniform. These
 models have learnt something, from text that every machine with torch has. A dense twin has the shape of its MoE with
@@ -40,8 +41,26 @@ _COMMON: dict[str, Any] = {
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 8, "moe_intermediate_size": 128, "norm_topk_prob": True}
 
 
+_30B: dict[str, Any] = _COMMON | {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+FAMILIES = ("qwen3_moe", "qwen3", "glm4_moe", "qwen3_30b")
+
+
 def configuration(family: str) -> Any:
-    """The shape of a family: 107M parameters with experts (12M used by a token), 19M as the dense twin."""
+    """The shape of a family: 107M parameters with experts (12M used by a token), 19M as the dense twin.
+
+    `qwen3_30b` is 8 layers of Qwen3-30B-A3B, with its vocabulary.
+    """
+    if family == "qwen3_30b":
+        return Qwen3MoeConfig(**_30B)
     if family == "qwen3_moe":
         return Qwen3MoeConfig(num_experts=64, **_COMMON, **_EXPERTS)
     if family == "qwen3":
@@ -60,7 +79,7 @@ def configuration(family: str) -> Any:
             **_COMMON,
             **_EXPERTS,
         )
-    raise ValueError(f"family: expected qwen3_moe, qwen3 or glm4_moe, got {family}")
+    raise ValueError(f"family: expected {', '.join(FAMILIES)}, got {family}")
 
 
 def text() -> Tensor:
@@ -97,9 +116,9 @@ def train(family: str, steps: int, seed: int, device: torch.device | str = "cuda
     corpus = Corpus.of(device)
     model = AutoModelForCausalLM.from_config(configuration(family), dtype=torch.float32).to(device)
     use_experts(model)
-    balanced = {"output_router_logits": True} if family == "qwen3_moe" else {}
+    balanced = {"output_router_logits": True} if isinstance(model.config, Qwen3MoeConfig) else {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=max(steps, 1), pct_start=0.1)
     for _ in range(steps):
         ids = corpus.batch(BATCH, LENGTH, generator)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
@@ -139,9 +158,9 @@ def save(model: PreTrainedModel, folder: str | Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("family", choices=("qwen3_moe", "qwen3", "glm4_moe"))
+    parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=600, help="0 leaves its weights random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()

@@ -21,7 +21,13 @@ CAPTURED = {
 
 def vllm_builds() -> list[str]:
     """Installed packages that contain the module `vllm`."""
-    return sorted(set(importlib.metadata.packages_distributions().get("vllm", ())))
+
+    def has_vllm(package: importlib.metadata.Distribution) -> bool:
+        # As `packages_distributions` tells, without reading the files of all packages one by one.
+        tops, record = package.read_text("top_level.txt") or "", package.read_text("RECORD") or ""
+        return "vllm" in tops.split() or "\nvllm/__init__.py," in f"\n{record}"
+
+    return sorted({package.metadata["Name"] for package in importlib.metadata.distributions() if has_vllm(package)})
 
 
 def vllm_build() -> Check:

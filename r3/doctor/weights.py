@@ -1,8 +1,10 @@
 """Checks of a checkpoint's weights without a model: all files present, headers readable, a sample finite."""
 
 import json
+import math
 import random
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from r3.doctor.check import Check
@@ -81,25 +83,21 @@ def _not_finite(sample: list[tuple[Path, str]]) -> tuple[list[str], int]:
     bad: list[str] = []
     looked, size, until = 0, 0, time.monotonic() + SAMPLED_S
     sample = random.Random(0).sample(sample, len(sample))
-    for file, name in sample:
-        if size > SAMPLED_BYTES or time.monotonic() > until:
-            break
-        with safe_open(file, framework="pt") as opened:
-            part = opened.get_slice(name)
+    with ExitStack() as files:
+        # Each file once, since its whole header is read as it is opened.
+        opened = {file: files.enter_context(safe_open(file, framework="pt")) for file in {file for file, _ in sample}}
+        for file, name in sample:
+            if size > SAMPLED_BYTES or time.monotonic() > until:
+                break
+            part = opened[file].get_slice(name)
             shape = part.get_shape()
             # The first rows of a large tensor: the file is mapped, so that only these are read.
-            tensor = part[: max(1, (1 << 20) // max(1, _product(shape[1:])))] if shape else opened.get_tensor(name)
-        looked, size = looked + 1, size + tensor.nbytes
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            bad.append(name)
+            rows = max(1, (1 << 20) // max(1, math.prod(shape[1:])))
+            tensor = part[:rows] if shape else opened[file].get_tensor(name)
+            looked, size = looked + 1, size + tensor.nbytes
+            if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                bad.append(name)
     return bad, looked
-
-
-def _product(sizes: list[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
 
 
 def _problem(detail: str, remedy: str) -> Check:

@@ -51,8 +51,6 @@ def test_a_run_without_replay_trains_on_live_routing_and_ends_cleanly(tmp_path):
         "generator.inference_engine.weight_sync.transport=in_process",
         f"trainer.output_dir={tmp_path / 'run'}",
         "trainer.max_steps=2",
-        "trainer.train_batch_size=8",
-        "generator.sampling_params.max_generate_length=32",
         "trainer.policy.fsdp_config.moe_enable_routing_replay=false",
         # What is recorded only if it is asked for.
         "trainer.algorithm.correction=tis",
