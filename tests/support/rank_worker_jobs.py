@@ -13,9 +13,11 @@ import torch.distributed as dist
 from places import DEMO_MODEL
 from rank_sync_jobs import CHUNK_BYTES, Named, ranks, sharded, whole
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from benchmarks.receiving_engine import ReceivingEngine
-from r3.weight_sync import GlooTransport, SyncReceipt, WeightSync
+from r3.parallel import load_expert_parallel, spread_adapters
+from r3.weight_sync import GlooTransport, SyncReceipt, WeightSync, named_weights
 from trainer_hooks import push_from_all_ranks
 
 ENGINE: list[Any] = []  # of the rank that has it
@@ -113,13 +115,39 @@ def engine_sync() -> WeightSync | None:
     return WeightSync(ENGINE[0], transport="gloo", dtype=torch.bfloat16, chunk_bytes=1 << 18, timeout_s=120)
 
 
+def _push(weights: Named) -> SyncReceipt | None:
+    made = engine_sync()
+    return push_from_all_ranks(made, weights, 0 if made is None else (made.version or 0) + 1, None, ranks=ranks())
+
+
 def into_engine(scale: float) -> SyncReceipt | None:
     """A sync of the demo's model, with its last layer's weights times `scale`."""
-    weights, made = launched_engines.weights(scale), engine_sync()
-    return push_from_all_ranks(made, weights, 0 if made is None else (made.version or 0) + 1, None, ranks=ranks())
+    return _push(launched_engines.weights(scale))
+
+
+def demo(adapted: Sequence[str], *, spread: bool) -> Named:
+    """The demo's model with adapters of `adapted`, merged; `spread`: each rank holds its share of the experts."""
+    from expert_parallel_jobs import with_lora
+
+    if spread:
+        model: Any = load_expert_parallel(DEMO_MODEL, dist.get_world_size(), param_dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    if adapted:
+        model = with_lora(model, adapted)
+        if spread:
+            spread_adapters(model)
+    return named_weights(model)
+
+
+def experts_into_engine(adapted: Sequence[str]) -> SyncReceipt | None:
+    return _push(demo(adapted, spread=True))
 
 
 def close_engine_sync() -> None:
     ranks().close()
     if (made := engine_sync()) is not None:
         made.close()
+    # The rank that is the tests' own process has others later.
+    for kept in (ranks, engine_sync, launched_engines.model):
+        kept.cache_clear()
