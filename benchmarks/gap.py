@@ -24,6 +24,10 @@ trainer's forward and backward take 1.5 times as long. Of glm4_moe the same, wit
 the slots unsorted, which changes a sum; and cuBLAS may give its float32 gate other bits in 256 rows than in thousands:
 then k3 1e-8, in a tenth of the tokens.
 
+Of qwen3_30b, before its first run: all equal too, live and replayed; the batch-invariant engine at 0.5 of the other's
+rate, since its kernels are untuned Triton where the other has cuBLAS and FlashAttention 3; the matched trainer at 0.6
+of its own, whose backward is the same. k3 with random weights is below 1e-5, as tokens are near uniform.
+
 Found: docs/benchmarks.md. Not as predicted: the terms do not add up, each alone makes most of the whole. And vLLM
 0.26's batch-invariant engine is not: the norm of a sum and glm4_moe's gate depend on the number of rows, until
 `r3.vllm_compat.invariant_worker` replaces them.
