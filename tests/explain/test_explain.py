@@ -60,7 +60,7 @@ def test_precision_alone_is_no_fault(world):
 
 
 def test_routing_is_named_and_is_no_fault(world):
-    found = outcome(world.demo, world.rollouts())
+    found = outcome(world.demo, world.rollouts(), max_tokens=2000)
     assert is_sound(found), found
     assert found.names == ("routing", "precision")
     assert found.k3["replayed"] < found.k3["live"] / 2
@@ -133,7 +133,7 @@ def test_renormalised_log_probabilities_are_named_with_what_is_kept(world, sampl
 
 @pytest.mark.parametrize("places", [1, pytest.param(-1, marks=pytest.mark.long)])
 def test_shifted_rows_are_named_with_the_direction(world, places):
-    found = outcome(world.demo, with_rows_moved(world.rollouts(), places))
+    found = outcome(world.demo, with_rows_moved(world.rollouts(), places), max_tokens=2000)
     assert faults(found) == {"shifted_rows"}, found
     assert figures(found, "shifted_rows")["places"] == places
     assert "routing" in found.names  # of the rows, moved back
