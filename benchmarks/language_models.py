@@ -39,17 +39,15 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": None,
 }
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 8, "moe_intermediate_size": 128, "norm_topk_prob": True}
-
-
-_30B: dict[str, Any] = _COMMON | {
+_30B: dict[str, Any] = {
+    **_COMMON,
+    **_EXPERTS,
     "vocab_size": 151936,
     "hidden_size": 2048,
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
     "num_experts": 128,
-    "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,
-    "norm_topk_prob": True,
 }
 FAMILIES = ("qwen3_moe", "qwen3", "glm4_moe", "qwen3_30b")
 

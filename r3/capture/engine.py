@@ -1,6 +1,7 @@
 """The arguments that a vLLM engine and its sampling need for capture, from the settings."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -48,8 +49,9 @@ def engine_kwargs(config: R3Config) -> dict[str, Any]:
             )
     else:
         kwargs["gpu_memory_utilization"] = engine.gpu_memory_utilization
-    if kv_cache_gib := engine.kv_cache_gib or (CPU_KV_CACHE_GIB if current_platform.is_cpu() else 0):
-        kwargs["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+    size = CPU_KV_CACHE_GIB if engine.kv_cache_gib is None and current_platform.is_cpu() else engine.kv_cache_gib
+    if size is not None:
+        kwargs["kv_cache_memory_bytes"] = math.ceil(size * 2**30)
     matched = config.trainer.policy.numerics == "matched"
     if matched:
         # Compiled code would round norms in another place; graphs of decoding alone change nothing.

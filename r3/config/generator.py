@@ -147,11 +147,11 @@ class InferenceEngineConfig:
     max_model_len: int = setting(512, "Longest prompt and completion together.", at_least(2), unit="tokens")
     max_num_seqs: int = setting(256, "Most sequences that the engine computes at once.", at_least(1), unit="sequences")
     enforce_eager: bool = setting(True, "No compilation and no CUDA graphs. vLLM's compiled CPU mode does not capture.")
-    kv_cache_gib: float = setting(
-        0.0,
+    kv_cache_gib: float | None = setting(
+        None,
         "Memory for keys and values, taken without measuring what is free: engines that share a GPU with other "
-        "processes can start at any time. 0: 0.5 on the CPU, and on a GPU the rest of `gpu_memory_utilization`.",
-        at_least(0),
+        "processes can start at any time. null: 0.5 on the CPU, and on a GPU the rest of `gpu_memory_utilization`.",
+        above(0),
         unit="GiB",
     )
     gpu_memory_utilization: float = setting(

@@ -26,6 +26,9 @@ AFTER = {
     "muse_spark": {},
     "gemma4": dict(final_logit_softcapping=5.0),
 }
+# An entry of this gradient of deepseek_v4 is 1e-5 of the largest, and differs by 5e-5 of that in float32 and by 3e-5 in
+# float64: most likely a sum that cancels, which the model computes in float32 always.
+NOISE = {"model.layers.0.attn_hc.scale": 1e-4}
 REFUSED = {
     "nllb_moe": "could not be found out",
     "switch_transformers": "could not be found out",
@@ -57,8 +60,7 @@ def require_equal(found, expected):
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        # Of sums that cancel: 5e-5 of deepseek_v4's attn_hc.scale, whose streams are alike in the first layer.
-        atol = 1e-4 * float(gradient.abs().max())
+        atol = NOISE.get(name, 1e-5) * float(gradient.abs().max())
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=atol, msg=name)
 
 

@@ -81,7 +81,7 @@ def test_nonsense_is_refused_and_says_what_was_expected(key: str):
         "generator.inference_engine.gpu_memory_utilization=0",
         "generator.inference_engine.max_model_len=0",
         "generator.inference_engine.max_num_seqs=0",
-        "generator.inference_engine.kv_cache_gib=-1",
+        "generator.inference_engine.kv_cache_gib=0",
         "generator.inference_engine.weight_sync.timeout_s=.inf",
         "trainer.policy.optimizer_config.lr=-1",
         "trainer.policy.optimizer_config.max_grad_norm=0",
