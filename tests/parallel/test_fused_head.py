@@ -26,7 +26,7 @@ AFTER = {
     "muse_spark": {},
     "gemma4": dict(final_logit_softcapping=5.0),
 }
-# An entry of this gradient of deepseek_v4 is 1e-5 of the largest, and differs by 5e-5 of that in float32 and by 3e-5 in
+# An entry of this gradient of deepseek_v4 is 4e-5 of the largest, and differs by 5e-5 of that in float32 and by 3e-5 in
 # float64: most likely a sum that cancels, which the model computes in float32 always.
 NOISE = {"model.layers.0.attn_hc.scale": 1e-4}
 REFUSED = {
